@@ -1,0 +1,16 @@
+"""Many LoRA adapters of any rank over one Flax model, in one jitted batch."""
+
+from jax_lora.adapters import Adapter as Adapter
+from jax_lora.adapters import LoRAConfig as LoRAConfig
+from jax_lora.adapters import LoRAWeights as LoRAWeights
+from jax_lora.adapters import load_peft as load_peft
+from jax_lora.adapters import save_peft as save_peft
+from jax_lora.bank import AdapterBank as AdapterBank
+from jax_lora.bank import BankFullError as BankFullError
+from jax_lora.batch import AdapterBatch as AdapterBatch
+from jax_lora.batch import use as use
+from jax_lora.layers import LoRADense as LoRADense
+from jax_lora.layers import LoRADenseGeneral as LoRADenseGeneral
+from jax_lora.layers import LoRAEinsum as LoRAEinsum
+from jax_lora.layers import LoRAScale as LoRAScale
+from jax_lora.layers import apply_lora as apply_lora

@@ -1,0 +1,510 @@
+"""The host's side of a model with LoRA layers: names, slots, pins, leases and the LRU order."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
+from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.layers import LoRALayer, LoRAStack, path_name
+from pallas_kernels.ranks import rank_bucket
+
+# No separators, no control characters, not "." or "..": a name may end up in somebody's path.
+_NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
+
+
+class BankFullError(RuntimeError):
+    """Every slot of a bucket is pinned or leased, so nothing may be evicted."""
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A loaded adapter: where it lives, and what the stacks don't tell of it."""
+
+    bucket: int
+    slot: int
+    config: LoRAConfig
+    modules: frozenset[str]
+    pinned: bool = False
+
+    @property
+    def rank(self) -> int:
+        return max(map(self.config.rank_of, self.modules))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """One PEFT module: an output slice of a layer, with its stack in each bucket."""
+
+    layer: LoRALayer
+    stacks: Mapping[int, LoRAStack]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        stack = next(iter(self.stacks.values()))
+        return stack.lora_a.shape[2], stack.lora_b.shape[1]
+
+    @property
+    def columns(self) -> slice:
+        y_offset = next(iter(self.stacks.values())).y_offset
+        return slice(y_offset, y_offset + self.features[1])
+
+
+class AdapterBank:
+    """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
+
+    A model has one bank: two would give the same slots away.
+
+    Example::
+
+        apply_lora(model, slots=4, buckets=(16, 64))
+        bank = AdapterBank(model)
+        bank.load("french", "adapters/french")
+        batch = bank.batch(["french", None, "french"])
+        with jax_lora.use(batch):        # inside the jitted function
+            y = model(x)                 # rows 0 and 2 speak French
+
+    An adapter goes into the bucket of its largest rank. A load into a full bucket evicts the least
+    recently used adapter that is neither pinned nor leased by a batch. Once the bank is built,
+    neither loads nor batches compile anything: stacks change in place, by one compiled update per
+    bucket that donates the old ones.
+
+    PEFT's module names are the NNX paths joined by dots. A model says otherwise by an attribute
+    `peft_names`: a mapping from such a path to PEFT's name or, for a layer with `slices`, to a
+    tuple of names, one per slice.
+
+    Threads may share a bank, but not start a step while another loads: the step would find some
+    of its stacks donated, which JAX reports as deleted arrays.
+
+    Attributes:
+      state: the live `nnx.State` of all stacks and scales, equal in structure to the state that
+        `nnx.split` makes of them. A `jax.jit` loop over pure arrays takes it as an argument at each
+        step and so sees every load; arrays taken out of it earlier are donated by the next load.
+
+    Raises:
+      ValueError: the model has no LoRA layers, its layers differ in buckets or slots, or
+        `peft_names` does not fit it.
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        layers = {
+            path_name(path): module
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, LoRALayer)
+        }
+        if not layers:
+            raise ValueError("the model has no LoRA layers; call jax_lora.apply_lora(model) first")
+        self._model = model
+        self._slots = _common_slots(layers)
+        self._sites = _sites(layers, getattr(model, "peft_names", {}))
+        self.state = nnx.from_flat_state(
+            [
+                ((*path, name), getattr(module, name))
+                for path, module in nnx.iter_modules(model)
+                if isinstance(module, LoRAStack)
+                for name in ("lora_a", "lora_b", "scales")
+            ]
+        )
+        self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._writers = {bucket: self._compile_writer(bucket) for bucket in self._slots}
+
+    # ------------------------------------------------------------------------------- what is there
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loaded adapters, the least recently used first."""
+        with self._lock:
+            return tuple(self._entries)
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Slots of each rank bucket."""
+        return dict(self._slots)
+
+    def config(self, name: str) -> LoRAConfig:
+        """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
+        return self._entry(name).config
+
+    def rank(self, name: str) -> int:
+        """The largest true rank of a loaded adapter's modules. KeyError if it is not loaded."""
+        return self._entry(name).rank
+
+    def bucket(self, name: str) -> int:
+        """The rank bucket that a loaded adapter lives in. KeyError if it is not loaded."""
+        return self._entry(name).bucket
+
+    # ------------------------------------------------------------------------ loading and evicting
+
+    def load(
+        self, name: str, adapter: str | os.PathLike[str] | Adapter, *, replace: bool = False
+    ) -> None:
+        """Puts an adapter into a slot, under `name`.
+
+        Args:
+          name: any text without `/`, `\\` and control characters.
+          adapter: a PEFT folder, or an `Adapter`.
+          replace: take the place of the adapter of this name. Batches that lease the old one go
+            on computing its weights.
+
+        Raises:
+          ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
+            not in the model or has other shapes; the model lacks the bucket.
+          FileNotFoundError: files are missing.
+          BankFullError: all slots of the bucket are pinned or leased.
+          In each case the bank is as it was.
+        """
+        self._check_name(name, replace)
+        if not isinstance(adapter, Adapter):
+            adapter = load_peft(adapter)
+        self._install(name, adapter, replace)
+
+    def create(
+        self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
+    ) -> None:
+        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+
+        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+
+        Args:
+          name: as in `load`.
+          config: `target_modules` says which of the model's LoRA layers it adapts.
+          rngs: the stream `params` seeds it.
+
+        Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
+          `target_modules` names no layer.
+        """
+        self._check_name(name, replace)
+        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+        # NumPy's generator, as JAX's would compile for each rank.
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
+        modules = {}
+        for module in filter(config.targets, self._sites):
+            (in_features, out_features), dtype = self._sites[module].features, self._dtype(module)
+            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
+            a = generator.uniform(-bound, bound, shape).astype(dtype)
+            b = np.zeros((out_features, shape[0]), dtype)
+            modules[module] = LoRAWeights(a, b, config.scale_of(module))
+        if not modules:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names none of {', '.join(self._sites)}"
+            )
+        self._install(name, Adapter(config, modules), replace)
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter, pinned or not. Batches that lease it go on computing its weights.
+
+        Raises:
+          KeyError: it is not loaded.
+        """
+        with self._lock:
+            self._entry(name)
+            del self._entries[name]
+
+    def pin(self, name: str) -> None:
+        """Keeps an adapter from being evicted. KeyError if it is not loaded."""
+        with self._lock:
+            self._entry(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Undoes `pin`. KeyError if it is not loaded."""
+        with self._lock:
+            self._entry(name).pinned = False
+
+    # ------------------------------------------------------------------------------------- batches
+
+    def batch(
+        self,
+        names_per_row: Sequence[str | None],
+        lengths: Sequence[int] | None = None,
+        phase: str = "decode",
+    ) -> AdapterBatch:
+        """The adapters of a batch, and a lease on them.
+
+        Args:
+          names_per_row: adapter of each row; None for the base model.
+          lengths: tokens of each row, if `x` is flat, `[T, H]`.
+          phase: "decode" or "prefill".
+
+        Raises:
+          KeyError: an adapter is not loaded.
+          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
+        """
+        distinct = _distinct(names_per_row)
+        order = {bucket: k for k, bucket in enumerate(self._slots)}
+        indices = np.full((len(order), len(names_per_row)), -1, np.int32)
+        row_lengths = None if lengths is None else host_int32("lengths", lengths)
+        with self._lock:
+            places = {}
+            for name in distinct:
+                entry = self._entry(name)
+                places[name] = entry.bucket, entry.slot
+            for row, name in enumerate(names_per_row):
+                if name is not None:
+                    bucket, slot = places[name]
+                    indices[order[bucket], row] = slot
+            lease = Lease(frozenset(places.values()))
+            # Not jnp.asarray, which would compile a program per shape. Decode steps share one copy
+            # of the indices; lengths are used once, so the step itself may as well copy them.
+            batch = AdapterBatch(
+                jax.device_put(indices),
+                row_lengths,
+                buckets=tuple(order),
+                phase=phase,
+                lease=lease,
+            )
+            for name in distinct:
+                self._entries.move_to_end(name)
+            self._leases.add(lease)
+        return batch
+
+    # ------------------------------------------------------------------------- getting weights out
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Writes an adapter, as it is now, to a folder that PEFT reads.
+
+        Raises:
+          KeyError: it is not loaded.
+          ValueError: see `save_peft`.
+        """
+        save_peft(self._adapter(name), path)
+
+    def merge(self, name: str) -> nnx.State:
+        """The model's base parameters, with an adapter folded into the kernels that it adapts.
+
+        `nnx.update(plain_model, bank.merge(name))` makes a model without LoRA that computes what
+        the adapter's rows do. Sums are float32, rounded once to the kernel's dtype.
+
+        Raises:
+          KeyError: it is not loaded.
+          ValueError: it adapts a layer that shares its kernel with another.
+        """
+        by_layer: dict[int, list[tuple[_Site, LoRAWeights]]] = {}
+        for peft_name, weights in self._adapter(name).modules.items():
+            site = self._sites[peft_name]
+            by_layer.setdefault(id(site.layer), []).append((site, weights))
+        modules = dict(nnx.iter_modules(self._model))
+        holders = collections.Counter(
+            id(variable) for module in modules.values() for variable in vars(module).values()
+        )
+        base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+        merged = dict(nnx.to_flat_state(nnx.clone(nnx.state(self._model, base))))
+        for path, module in modules.items():
+            if id(module) not in by_layer:
+                continue
+            layer: Any = module
+            if holders[id(layer.kernel)] > 1:
+                raise ValueError(f"{path_name(path)} shares its kernel with another layer")
+            matrix = layer.kernel_matrix().astype(jnp.float32)
+            for site, weights in by_layer[id(module)]:
+                a, b = (jnp.asarray(t).astype(jnp.float32) for t in (weights.a, weights.b))
+                delta = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
+                matrix = matrix.at[:, site.columns].add(delta * weights.scale)
+            merged[*path, "kernel"].set_value(
+                layer.kernel_tensor(matrix).astype(layer.kernel.dtype)
+            )
+        return nnx.from_flat_state(merged)
+
+    # ------------------------------------------------------------------------------------- private
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"an adapter's name must be a str, got {name!r}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
+                f"characters, got {name!r:.300}"
+            )
+        if name in self._entries and not replace:
+            raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
+
+    def _entry(self, name: str) -> _Entry:
+        with self._lock:
+            try:
+                return self._entries[name]
+            except (KeyError, TypeError):
+                loaded = ", ".join(map(repr, self._entries)) or "none"
+                raise KeyError(f"no adapter {name!r}; loaded: {loaded}") from None
+
+    def _dtype(self, module: str) -> Any:
+        return next(iter(self._sites[module].stacks.values())).lora_a.dtype
+
+    def _install(self, name: str, adapter: Adapter, replace: bool) -> None:
+        self._check_fit(name, adapter)
+        bucket = rank_bucket(adapter.rank, buckets=tuple(self._slots))
+        if bucket not in self._slots:
+            raise ValueError(
+                f"adapter {name!r} has rank {adapter.rank} and needs bucket {bucket}; the model "
+                f"has buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
+            )
+        values = list(self._values(name, adapter, bucket))
+        with self._lock:
+            self._check_name(name, replace)  # another thread may have taken it
+            slot, evicted = self._find_slot(bucket, name)
+            stacks = [site.stacks[bucket] for site in self._sites.values()]
+            variables = [(s.lora_a, s.lora_b, s.scales) for s in stacks]
+            arrays = jax.tree.map(
+                lambda v: v.get_value(), variables, is_leaf=lambda v: isinstance(v, nnx.Variable)
+            )
+            updated = self._writers[bucket](arrays, np.int32(slot), values)
+            for triple, new in zip(variables, updated):
+                for variable, array in zip(triple, new):
+                    variable.set_value(array)
+            if evicted is not None:
+                del self._entries[evicted]
+            old = self._entries.pop(name, None)
+            pinned = old is not None and old.pinned
+            modules = frozenset(adapter.modules)
+            self._entries[name] = _Entry(bucket, slot, adapter.config, modules, pinned)
+
+    def _check_fit(self, name: str, adapter: Adapter) -> None:
+        unknown = sorted(set(adapter.modules) - set(self._sites))
+        if unknown:
+            some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            raise ValueError(
+                f"adapter {name!r} adapts modules without LoRA in this model: {some}; it has "
+                f"{', '.join(list(self._sites)[:8])}{', ...' if len(self._sites) > 8 else ''}"
+            )
+        for module, weights in adapter.modules.items():
+            in_features, out_features = self._sites[module].features
+            if (weights.a.shape[1], weights.b.shape[0]) != (in_features, out_features):
+                raise ValueError(
+                    f"adapter {name!r}: {module} maps {in_features} to {out_features} features, "
+                    f"but lora_A is {list(weights.a.shape)} and lora_B {list(weights.b.shape)}"
+                )
+
+    def _values(self, name: str, adapter: Adapter, bucket: int) -> Iterator[tuple[Any, Any, Any]]:
+        """Whole slots for every site: zeros behind the rank and where it adapts nothing."""
+        for module, site in self._sites.items():
+            weights, stack = adapter.modules.get(module), site.stacks[bucket]
+            a_shape, b_shape = stack.lora_a.shape[1:], stack.lora_b.shape[1:]
+            dtype = stack.lora_a.dtype
+            if weights is None:
+                yield np.zeros(a_shape, dtype), np.zeros(b_shape, dtype), np.float32(0)
+                continue
+            try:
+                with np.errstate(over="raise"):
+                    a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
+            except FloatingPointError:
+                raise ValueError(
+                    f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
+                    "apply_lora another dtype="
+                ) from None
+            if weights.rank < bucket:
+                a_slot, b_slot = np.zeros(a_shape, dtype), np.zeros(b_shape, dtype)
+                a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
+                a, b = a_slot, b_slot
+            yield a, b, np.float32(weights.scale)
+
+    def _find_slot(self, bucket: int, name: str) -> tuple[int, str | None]:
+        """A slot to write, and whom that evicts. Never a leased one."""
+        leased = {slot for lease in self._leases if lease.is_open for slot in lease.slots}
+        here = {other: e for other, e in self._entries.items() if e.bucket == bucket}
+        usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
+        taken = {entry.slot for entry in here.values()}
+        if name in here and here[name].slot in usable:
+            return here[name].slot, None
+        for slot in usable:
+            if slot not in taken:
+                return slot, None
+        for other, entry in here.items():
+            if entry.slot in usable and not entry.pinned and other != name:
+                return entry.slot, other
+        pinned = [other for other, entry in here.items() if entry.pinned]
+        raise BankFullError(
+            f"no slot for {name!r}: of the {self._slots[bucket]} of bucket {bucket}, "
+            f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
+            f"({', '.join(map(repr, pinned)) or 'none'}); drop batches, unpin, or give apply_lora "
+            "more slots="
+        )
+
+    def _compile_writer(self, bucket: int) -> Any:
+        stacks = [site.stacks[bucket] for site in self._sites.values()]
+        arrays = [tuple(v.get_value() for v in (s.lora_a, s.lora_b, s.scales)) for s in stacks]
+        value = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), arrays)
+
+        def write_slot(arrays: Any, slot: jax.Array, values: Any) -> Any:
+            return jax.tree.map(
+                lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0),
+                arrays,
+                values,
+            )
+
+        write = jax.jit(write_slot, donate_argnums=0)
+        return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), value).compile()
+
+    def _adapter(self, name: str) -> Adapter:
+        """The adapter as it stands in the stacks, at its true rank."""
+        with self._lock:
+            entry = self._entry(name)
+            modules, slot = {}, np.int32(entry.slot)
+            for module in sorted(entry.modules):
+                stack, rank = self._sites[module].stacks[entry.bucket], entry.config.rank_of(module)
+                # Slots are fetched whole, as a slice by the true rank would compile for each rank,
+                # but alone: what NumPy sees of a stack on the CPU could not be updated in place.
+                a, b = (
+                    np.asarray(jax.lax.dynamic_index_in_dim(v.get_value(), slot, keepdims=False))
+                    for v in (stack.lora_a, stack.lora_b)
+                )
+                a, b = a[:rank], b[:, :rank]
+                modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
+        return Adapter(entry.config, modules)
+
+
+def _distinct(names_per_row: Sequence[str | None]) -> list[str]:
+    """The names in it, in order, each once."""
+    if isinstance(names_per_row, Sequence) and not isinstance(names_per_row, str):
+        with contextlib.suppress(TypeError):  # what can't be hashed is no name
+            distinct = [name for name in dict.fromkeys(names_per_row) if name is not None]
+            if all(isinstance(name, str) for name in distinct):
+                return distinct
+    raise TypeError(f"names_per_row must be a list of names and None, got {names_per_row!r:.300}")
+
+
+def _common_slots(layers: Mapping[str, LoRALayer]) -> dict[int, int]:
+    by_layer = {
+        name: {stack.bucket: stack.slots for stack in layer.stacks}
+        for name, layer in layers.items()
+    }
+    first, slots = next(iter(by_layer.items()))
+    for name, other in by_layer.items():
+        if other != slots:
+            raise ValueError(
+                f"all layers must have the same slots per bucket: {first} has {slots}, {name} has "
+                f"{other}"
+            )
+    return slots
+
+
+def _sites(layers: Mapping[str, LoRALayer], peft_names: Mapping[str, Any]) -> dict[str, _Site]:
+    unknown = sorted(set(peft_names) - set(layers))
+    if unknown:
+        raise ValueError(f"peft_names has paths without a LoRA layer: {', '.join(unknown)}")
+    sites: dict[str, _Site] = {}
+    for path, layer in layers.items():
+        count = len(layer.slices)
+        names = peft_names.get(path, path if count == 1 else [f"{path}.{i}" for i in range(count)])
+        names = [names] if isinstance(names, str) else list(names)
+        if len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} has {count} slices, peft_names gives {names}")
+        for i, name in enumerate(names):
+            if name in sites:
+                raise ValueError(f"two layers or slices are called {name!r} by peft_names")
+            stacks = list(layer.stacks)[i::count]
+            sites[name] = _Site(layer, {stack.bucket: stack for stack in stacks})
+    return sites

@@ -1,0 +1,251 @@
+"""Which adapter each row of a batch uses, as the layers see it."""
+
+import contextlib
+import contextvars
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ranks import check_buckets, check_phase
+from pallas_kernels.segments import Segments, make_segments
+
+
+class Lease:
+    """Keeps slots from being given to another adapter while it lives and is open."""
+
+    def __init__(self, slots: frozenset[tuple[int, int]]) -> None:
+        self.slots = slots
+        self.is_open = True
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # a lease that the bank doesn't know would keep nothing
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a batch that leases adapters can't be pickled; make one where it is used")
+
+
+_LOST = Lease(frozenset())
+_LOST.is_open = False
+
+
+class _LeaseRef:
+    """A lease inside a treedef. All are equal, so that a new lease never retraces anything, and
+    none owns its lease, because jit keeps the treedefs of its first call for ever."""
+
+    def __init__(self, lease: Lease | None) -> None:
+        self._ref = None if lease is None else weakref.ref(lease)
+
+    def lease(self) -> Lease | None:
+        """None where there never was one; an ended one where it is gone."""
+        return None if self._ref is None else self._ref() or _LOST
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LeaseRef)
+
+    def __hash__(self) -> int:
+        return hash(_LeaseRef)
+
+
+@jax.tree_util.register_pytree_node_class
+class AdapterBatch:
+    """The adapter of each of `B` rows: a pytree that `jit` takes as an argument.
+
+    `AdapterBank.batch` makes it. It leases its adapters while it, or a copy of it
+    (`jax.device_put`, `jax.tree.map`), is referenced; used as a context manager, until the block
+    ends. From then on its use is an error. What a compiled function returns is no copy: keep the
+    batch that went in. Nor do rows put together from several batches keep more than one's lease.
+
+    Row b of `x` `[B, H]` or `[B, S, H]` uses `indices[:, b]`; with `lengths`, the rows are laid out
+    flat, `lengths[b]` tokens of row b after those of row b - 1, in `x` of `[T, H]`; tokens behind
+    the last row have no adapter.
+
+    Attributes:
+      indices: `[K, B]` int32: slot of row b in bucket k, or -1. A row has at most one slot.
+      lengths: `[B]` int32 tokens of each row, or None.
+      buckets: the `K` rank buckets (static).
+      phase: "decode" or "prefill" (static).
+
+    Raises:
+      TypeError: `indices` or `lengths` are not integers.
+      ValueError: shapes that do not fit `buckets`, or an unknown phase.
+    """
+
+    def __init__(
+        self,
+        indices: Any,
+        lengths: Any = None,
+        *,
+        buckets: Sequence[int],
+        phase: str = "decode",
+        lease: Lease | None = None,
+    ) -> None:
+        self.indices, self.lengths, self._lease = indices, lengths, lease
+        self.buckets, self.phase = check_buckets(buckets), check_phase(phase)
+        for name, array in (("indices", indices), ("lengths", lengths)):
+            dtype = getattr(array, "dtype", type(array))
+            if array is not None and getattr(dtype, "kind", "") not in ("i", "u"):
+                raise TypeError(f"{name} must be an array of integers, got {dtype}")
+        if indices.ndim != 2 or indices.shape[0] != len(self.buckets):
+            raise ValueError(
+                f"indices must have shape [{len(self.buckets)}, B] for buckets {self.buckets}, "
+                f"got {list(indices.shape)}"
+            )
+        if lengths is not None and lengths.shape != indices.shape[1:]:
+            raise ValueError(
+                f"lengths must have shape {list(indices.shape[1:])}, got {list(lengths.shape)}"
+            )
+        self._segments: list[tuple[Any, tuple[Any, ...], Segments]] = []
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+        lease, is_traced = self._lease, isinstance(self.indices, jax.core.Tracer)
+        is_concrete = isinstance(self.indices, jax.Array | np.ndarray) and not is_traced
+        if is_concrete and lease is not None and not lease.is_open:
+            raise RuntimeError(
+                "this batch's `with` block has ended, or a compiled function returned it: nothing "
+                "keeps its adapters in their slots; ask the bank for a new one"
+            )
+        # Where tracers lie in the tree, it may become the output of every call of a function.
+        ref = _LeaseRef(_LOST if is_traced else lease)
+        return (self.indices, self.lengths), (self.buckets, self.phase, ref)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], leaves: Sequence[Any]) -> Self:
+        # No checks: JAX unflattens with leaves that are no arrays.
+        batch = object.__new__(cls)
+        batch.indices, batch.lengths = leaves
+        batch.buckets, batch.phase, ref = aux
+        batch._lease, batch._segments = ref.lease(), []
+        return batch
+
+    def with_phase(self, phase: str) -> "AdapterBatch":
+        """The same rows, each now one token (`lengths` are dropped for "decode"), on one lease."""
+        lengths = None if phase == "decode" else self.lengths
+        return AdapterBatch(
+            self.indices, lengths, buckets=self.buckets, phase=phase, lease=self._lease
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lease is not None:
+            self._lease.is_open = False
+
+    def __repr__(self) -> str:
+        rows = "?" if not hasattr(self.indices, "shape") else self.indices.shape[-1]
+        return f"AdapterBatch({rows} rows, buckets={self.buckets}, phase={self.phase!r})"
+
+    def segments(self, bucket: int, lead: tuple[int, ...], num_adapters: int) -> Segments:
+        """The Segments of one bucket for an `x` of shape `[*lead, H]`.
+
+        Sorted once per trace and shared by all layers that ask for the same shape.
+
+        Raises:
+          ValueError: the rows do not spread over `lead`, or `bucket` is not among `buckets`.
+        """
+        if bucket not in self.buckets:
+            raise ValueError(f"the batch has buckets {self.buckets}, the layer has {bucket}")
+        tree = jax.tree.structure(self)  # an ended lease is an error here too
+        key = (bucket, lead, num_adapters, tree)
+        # A sort made inside one trace (a scan's body, say) must not leak into another.
+        trace = jax.extend.core.get_opaque_trace_state(convention="nnx")
+        self._segments = [known for known in self._segments if known[0] == trace]
+        for _, known_key, segments in self._segments:
+            if known_key == key:
+                return segments
+        rows = self.indices[self.buckets.index(bucket)]
+        segments = make_segments(self._spread(rows, lead), num_adapters)
+        is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
+            self.indices, jax.core.Tracer
+        )
+        if is_constant and self is current():
+            raise RuntimeError(
+                "jax_lora.use was entered outside of the function that is being compiled; give "
+                "that function the batch as an argument and enter use inside it"
+            )
+        self._segments.append((trace, key, segments))
+        return segments
+
+    def _spread(self, rows: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+        num_tokens, num_rows = math.prod(lead), self.indices.shape[1]
+        if self.lengths is None:
+            if (lead[0] if lead else 1) != num_rows:
+                raise ValueError(
+                    f"a batch of {num_rows} rows takes x of [{num_rows}, ..., features], got "
+                    f"[{', '.join(map(str, lead))}, features]; for flat tokens give lengths"
+                )
+            each = num_tokens // max(num_rows, 1)
+            return jnp.broadcast_to(rows[:, None], (num_rows, each)).reshape(-1)
+        if len(lead) != 1:
+            raise ValueError(
+                "a batch with lengths takes flat x of [T, features], got "
+                f"[{', '.join(map(str, (*lead, 'features')))}]"
+            )
+        ends = jnp.cumsum(self.lengths)
+        row = jnp.searchsorted(ends, jnp.arange(num_tokens, dtype=ends.dtype), side="right")
+        return jnp.append(rows, -1)[row]
+
+
+_ambient: contextvars.ContextVar[AdapterBatch | None] = contextvars.ContextVar(
+    "jax_lora_batch", default=None
+)
+# Part of the keys of JAX's caches, so that no function traced under one batch, or none, serves
+# another. A traced batch is a key of its own, weakly, as those caches last; the others share one.
+_cache_key = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def use(batch: AdapterBatch | None) -> Iterator[None]:
+    """Every LoRA layer called inside the block uses `batch`; for models that know no adapters.
+
+        @jax.jit
+        def step(state, x, batch):
+            with jax_lora.use(batch):
+                return nnx.merge(graphdef, state)(x)
+
+    Enter it inside the jitted function, whose argument the batch is: what is ambient is read while
+    tracing, so a function that is compiled (or scanned, or rematerialised) inside the block, but
+    not the block with it, would be compiled for this one batch; that is a RuntimeError. None
+    switches adapters off. Don't `await` or `yield` inside the block.
+
+    Raises:
+      TypeError: `batch` is no AdapterBatch.
+    """
+    if not isinstance(batch, AdapterBatch | None):
+        raise TypeError(f"use takes an AdapterBatch, got {type(batch).__name__}")
+    token = _ambient.set(batch)
+    try:
+        is_traced = batch is not None and isinstance(batch.indices, jax.core.Tracer)
+        with _cache_key(weakref.ref(batch) if is_traced else batch is not None or None):
+            yield
+    finally:
+        _ambient.reset(token)
+
+
+def current() -> AdapterBatch | None:
+    """The batch of the innermost `use`, or None."""
+    return _ambient.get()
+
+
+def host_int32(name: str, values: Sequence[int]) -> np.ndarray:
+    """`values` as an int32 vector; a TypeError or ValueError where they are none."""
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.ndim != 1 or (array < 0).any() or (array > np.iinfo(np.int32).max).any():
+        raise ValueError(f"{name} must be a list of non-negative int32, got {array.tolist()}")
+    return array.astype(np.int32)

@@ -1,0 +1,128 @@
+"""What an adapter holds, which kernels run it, and what would make it faster."""
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax_lora.adapters import load_peft
+from pallas_kernels import (
+    BGMV_MAX_RANK,
+    padded_rank,
+    rank_bucket,
+    rank_tier,
+    select_kernel,
+)
+
+# LoRAX, server/lorax_server/utils/graph.py: LORAX_COMPILE_MAX_RANK.
+LORAX_GRAPH_MAX_RANK = 64
+# LoRAX, server/punica_kernels: the ranks that its CUDA kernels are compiled for.
+LORAX_COMPILED_RANKS = (8, 16, 32, 64, 128)
+FAST_RANKS = (16, 32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored."""
+
+    name: str
+    kind: str
+    rank: int
+    scale: float
+    tier: str
+    bucket: int
+    decode_kernel: str
+    prefill_kernel: str
+    padding: float
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterReport:
+    """What `jax-lora inspect` tells of one adapter."""
+
+    path: Path
+    rank: int
+    dtype: str
+    nbytes: int
+    modules: list[ModuleReport]
+    lorax: list[str]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+    def groups(self) -> list[tuple[int, ModuleReport]]:
+        """Modules that differ in nothing but their layer, counted."""
+        same = collections.Counter(dataclasses.replace(m, name=m.kind) for m in self.modules)
+        return [(count, module) for module, count in same.items()]
+
+
+def inspect_adapter(path: Path) -> AdapterReport:
+    """Reads a PEFT folder and reports on it.
+
+    All modules live in the bucket of the adapter's largest rank, out of the default buckets.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_peft`.
+    """
+    adapter = load_peft(path)
+    bucket = rank_bucket(adapter.rank)
+    modules = [
+        ModuleReport(
+            name=name,
+            kind=name.rpartition(".")[2],
+            rank=weights.rank,
+            scale=weights.scale,
+            tier=rank_tier(weights.rank).value,
+            bucket=bucket,
+            decode_kernel=select_kernel(bucket, "decode"),
+            prefill_kernel=select_kernel(bucket, "prefill"),
+            padding=1 - weights.rank / bucket,
+            nbytes=weights.a.nbytes + weights.b.nbytes,
+        )
+        for name, weights in adapter.modules.items()
+    ]
+    ranks = sorted({module.rank for module in modules})
+    return AdapterReport(
+        path, adapter.rank, str(adapter.dtype), adapter.nbytes, modules,
+        _lorax(ranks), _advice(ranks, bucket),
+    )  # fmt: skip
+
+
+def _lorax(ranks: list[int]) -> list[str]:
+    padded, largest = sorted({padded_rank(rank) for rank in ranks}), padded_rank(ranks[-1])
+    graph = "replays" if largest <= LORAX_GRAPH_MAX_RANK else "does not replay"
+    lines = [
+        f"{graph} decode steps with this adapter as CUDA graphs (padded rank {largest}, "
+        f"LORAX_COMPILE_MAX_RANK defaults to {LORAX_GRAPH_MAX_RANK})"
+    ]
+    if largest > BGMV_MAX_RANK:
+        lines.append(f"decodes by SGMV: {largest} is above its BGMV limit of {BGMV_MAX_RANK}")
+    missing = [
+        rank for rank in padded if rank <= BGMV_MAX_RANK and rank not in LORAX_COMPILED_RANKS
+    ]
+    if missing:
+        lines.append(
+            f"has no compiled kernel for padded rank {', '.join(map(str, missing))}: its CUDA "
+            "dispatch raises 'No suitable kernel'"
+        )
+    if len(ranks) > 1:
+        lines.append(f"scales modules by one rank, though theirs differ ({ranks})")
+    return lines
+
+
+def _advice(ranks: list[int], bucket: int) -> list[str]:
+    largest, lines = ranks[-1], []
+    if largest > FAST_RANKS[-1]:
+        lines.append(f"train with rank 64 or 32: each token pays for a bucket of {bucket}")
+        lines.append("rsLoRA (use_rslora) gets more out of a rank, if that is what it was for")
+    elif largest < bucket:
+        lines.append(f"rank {largest} runs padded to {bucket}: train with {bucket}, at equal speed")
+    if largest < FAST_RANKS[0]:
+        lines.append("rank 16 is the smallest that LoRAX's custom kernels take")
+    if len(ranks) > 1:
+        lines.append(
+            f"all modules share bucket {bucket}, for rank {largest}: the lower ranks save no time"
+        )
+    return lines or [f"nothing to change: rank {largest} fills its bucket"]

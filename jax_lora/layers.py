@@ -1,0 +1,414 @@
+"""NNX layers that hold stacks of LoRA adapters beside their kernel, and `apply_lora`."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.batch import AdapterBatch, current
+from pallas_kernels import LoRAPart, add_lora_multi
+from pallas_kernels.ranks import DEFAULT_BUCKETS, check_buckets
+
+Slots = int | Mapping[int, int]
+
+
+class LoRAScale(nnx.Variable[Array]):
+    """Scale of each slot of a stack, alpha / r of the true rank. No Param: it is not trained."""
+
+
+class LoRAStack(nnx.Module):
+    """The adapters of one rank bucket and one output slice of a layer.
+
+    Attributes:
+      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`, `scales`: `[L]` float32; zeros where empty.
+      bucket: R. y_offset: first of the layer's output columns that the stack adds to.
+    """
+
+    def __init__(
+        self, slots: int, bucket: int, features: tuple[int, int], y_offset: int, dtype: Any
+    ) -> None:
+        in_features, out_features = features
+        self.bucket, self.y_offset = bucket, y_offset
+        self.lora_a = nnx.LoRAParam(jnp.zeros((slots, bucket, in_features), dtype))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((slots, out_features, bucket), dtype))
+        self.scales = LoRAScale(jnp.zeros(slots, jnp.float32))
+
+    @property
+    def slots(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.lora_a.nbytes + self.lora_b.nbytes
+
+    def part(self, batch: AdapterBatch, lead: tuple[int, ...]) -> LoRAPart:
+        segments = batch.segments(self.bucket, lead, self.slots)
+        return LoRAPart(
+            self.lora_a[...], self.lora_b[...], segments, self.scales[...], self.y_offset
+        )
+
+
+class LoRALayer(nnx.Module):
+    """What the LoRA layers share; mixed in before the layer of Flax that each extends.
+
+    A subclass says how its `x` and `y` read as `[T, H]` and `[T, N]` matrices.
+    """
+
+    stacks: nnx.List[LoRAStack]
+    slices: tuple[int, ...]
+
+    def features(self) -> tuple[int, int]:
+        """`(H, N)` of the layer read as a matrix.
+
+        Raises:
+          ValueError: it is not a matrix.
+        """
+        raise NotImplementedError
+
+    def x_matrix(self, x: Array) -> Array:
+        """x as `[*lead, H]`, where `lead` are the axes that tokens are made of."""
+        raise NotImplementedError
+
+    def y_matrix(self, y: Array) -> Array:
+        """y as `[*lead, N]`."""
+        return y
+
+    def y_tensor(self, y_matrix: Array, y: Array) -> Array:
+        """The inverse of `y_matrix`: `y_matrix` in the shape of y."""
+        return y_matrix.reshape(y.shape)
+
+    def kernel_matrix(self) -> Array:
+        """The kernel as `[H, N]`."""
+        return cast(Any, self).kernel[...].reshape(self.features())
+
+    def kernel_tensor(self, matrix: Array) -> Array:
+        """The inverse of `kernel_matrix`: `matrix` in the shape of the kernel."""
+        return matrix.reshape(cast(Any, self).kernel.shape)
+
+    def add_stacks(
+        self, slots: Slots, buckets: Sequence[int], slices: Sequence[int] | None, dtype: Any
+    ) -> None:
+        """Allocates empty stacks, one per bucket and slice."""
+        in_features, out_features = self.features()
+        dtype = stack_dtype(dtype)
+        self.slices = (out_features,) if slices is None else tuple(slices)
+        if sum(self.slices) != out_features or any(n < 1 for n in self.slices):
+            raise ValueError(f"slices {self.slices} must be positive and sum to {out_features}")
+        offsets = [sum(self.slices[:i]) for i in range(len(self.slices))]
+        self.stacks = nnx.List(
+            LoRAStack(n, bucket, (in_features, width), y_offset, dtype)
+            for bucket, n in check_slots(slots, buckets).items()
+            for width, y_offset in zip(self.slices, offsets)
+        )
+
+    def __call__(
+        self, x: Array, adapters: AdapterBatch | None = None, *, out_sharding: Any = None
+    ) -> Array:
+        """The base layer's output, plus each row's adapter.
+
+        Args:
+          x: as the base layer takes it.
+          adapters: which adapter each row uses; None for the batch of `jax_lora.use`, if any.
+          out_sharding: as in the base layer.
+
+        Raises:
+          TypeError: `adapters` is no AdapterBatch.
+          ValueError: it does not fit the layer's buckets or the rows of x.
+        """
+        if not isinstance(adapters, AdapterBatch | None):
+            raise TypeError(
+                f"{type(self).__name__} takes an AdapterBatch as its second argument, got "
+                f"{type(adapters).__name__}; other arguments go by keyword"
+            )
+        base = cast(Any, super())
+        y = base.__call__(x, out_sharding=out_sharding)
+        adapters = current() if adapters is None else adapters
+        return y if adapters is None else self._add_lora(y, x, adapters)
+
+    def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+        (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
+        in_features, out_features = self.features()
+        x = self.x_matrix(x)
+        parts = [stack.part(adapters, x.shape[:-1]) for stack in self.stacks]
+        y_matrix = self.y_matrix(y)
+        out = add_lora_multi(
+            y_matrix.reshape(-1, out_features),
+            x.reshape(-1, in_features),
+            parts,
+            phase=adapters.phase,
+        )
+        return self.y_tensor(out.reshape(y_matrix.shape), y)
+
+
+class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
+    """`nnx.Linear` with stacks of LoRA adapters: `y[t] = x[t] W + b + s (x[t] A^T) B^T`.
+
+    Example::
+
+        layer = LoRADense(512, 512, slots=4, buckets=(16,), rngs=nnx.Rngs(0))
+        y = layer(x)             # as nnx.Linear
+        y = layer(x, adapters)   # row b with the adapter that `adapters` gives it
+
+    Attribute names and state paths of kernel and bias are those of `nnx.Linear`.
+
+    Args:
+      in_features, out_features: as in `nnx.Linear`.
+      slots: adapters per bucket, an int or `{bucket: n}`.
+      buckets: ranks that the stacks are allocated with; `pallas_kernels.rank_bucket`.
+      slices: widths of the projections packed side by side in the output (QKV, gate/up), each
+        with adapters of its own; None for one.
+      lora_dtype: dtype of the stacks; None for `param_dtype`.
+      rngs, **linear: as in `nnx.Linear`.
+
+    Raises:
+      ValueError: `slices` do not sum to `out_features`; `buckets` or `slots` that can't be.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        slots: Slots = 8,
+        buckets: Sequence[int] = DEFAULT_BUCKETS,
+        slices: Sequence[int] | None = None,
+        lora_dtype: Any = None,
+        rngs: nnx.Rngs,
+        **linear: Any,
+    ) -> None:
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
+        self.add_stacks(slots, buckets, slices, lora_dtype or self.kernel.dtype)
+
+    def features(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def x_matrix(self, x: Array) -> Array:
+        return x
+
+
+class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
+    """`nnx.LinearGeneral` with stacks of LoRA adapters over its flattened features.
+
+    Made by `apply_lora`. PEFT's A is `[r, prod(in_features)]`, its B `[prod(out_features), r]`.
+    """
+
+    def features(self) -> tuple[int, int]:
+        if self.batch_axis:
+            raise ValueError(f"LoRA does not cover batch_axis, got {dict(self.batch_axis)}")
+        return math.prod(self.in_features), math.prod(self.out_features)
+
+    def x_matrix(self, x: Array) -> Array:
+        axes = tuple(axis % x.ndim for axis in self.axis)
+        lead = tuple(axis for axis in range(x.ndim) if axis not in axes)
+        return x.transpose(*lead, *axes).reshape(*(x.shape[axis] for axis in lead), -1)
+
+    def y_matrix(self, y: Array) -> Array:
+        return y.reshape(*y.shape[: y.ndim - len(self.out_features)], -1)
+
+
+def _einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
+    """Labels of kernel and output; of the tokens, of H and of N."""
+    operands, _, out = (einsum_str or "").partition("->")
+    lhs, _, kernel = operands.partition(",")
+    summed = "".join(c for c in kernel if c in lhs and c not in out)
+    kept = "".join(c for c in kernel if c in out and c not in lhs)
+    lead = "".join(c for c in lhs if c not in summed)
+    is_product = sorted(summed + kept) == sorted(kernel) and sorted(lead + kept) == sorted(out)
+    labels = lhs.replace("...", "")
+    if not (is_product and kept) or any(len({*s}) < len(s) for s in (labels, kernel)):
+        raise ValueError(
+            f"LoRA covers einsums that are a product with a matrix, not {einsum_str!r}"
+        )
+    return kernel, out, lead, summed, kept
+
+
+class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
+    """`nnx.Einsum` with stacks of LoRA adapters, where it is a matrix product in disguise.
+
+    Each axis of the kernel is either summed with the input (together they are H, in the kernel's
+    order) or appears in the output (together N). Made by `apply_lora`.
+    """
+
+    def features(self) -> tuple[int, int]:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
+
+    def x_matrix(self, x: Array) -> Array:
+        _, _, lead, summed, _ = _einsum_labels(self.einsum_str)
+        lhs = (self.einsum_str or "").partition(",")[0]
+        x = jnp.einsum(f"{lhs}->{lead}{summed}", x)
+        return x.reshape(*x.shape[: x.ndim - len(summed)], -1)
+
+    def y_matrix(self, y: Array) -> Array:
+        _, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        y = jnp.einsum(f"{out}->{lead}{kept}", y)
+        return y.reshape(*y.shape[: y.ndim - len(kept)], -1)
+
+    def y_tensor(self, y_matrix: Array, y: Array) -> Array:
+        kernel, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
+        return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
+
+    def kernel_matrix(self) -> Array:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        return jnp.einsum(f"{kernel}->{summed}{kept}", self.kernel[...]).reshape(self.features())
+
+    def kernel_tensor(self, matrix: Array) -> Array:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        tensor = matrix.reshape([size[c] for c in summed + kept])
+        return jnp.einsum(f"{summed}{kept}->{kernel}", tensor)
+
+
+_LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
+    nnx.Linear: LoRADense,
+    nnx.LinearGeneral: LoRADenseGeneral,
+    nnx.Einsum: LoRAEinsum,
+}
+
+
+def check_slots(slots: Slots, buckets: Sequence[int]) -> dict[int, int]:
+    """`{bucket: slots}` in the order of `buckets`.
+
+    Raises:
+      TypeError: a number of slots is no int.
+      ValueError: a number is below 1, or a dict does not name exactly the buckets.
+    """
+    checked = check_buckets(buckets)
+    if isinstance(slots, Mapping):
+        if set(slots) != set(checked):
+            raise ValueError(f"slots name buckets {sorted(slots)}, buckets are {checked}")
+        by_bucket = {bucket: slots[bucket] for bucket in checked}
+    else:
+        by_bucket = dict.fromkeys(checked, slots)
+    for bucket, n in by_bucket.items():
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"slots must be an int or {{bucket: int}}, got {n!r}")
+        if n < 1:
+            raise ValueError(f"bucket {bucket} must have at least 1 slot, got {n}")
+    return by_bucket
+
+
+def stack_dtype(dtype: Any) -> Any:
+    """`dtype`, or a ValueError if stacks can't have it."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"stacks are float32, bfloat16 or float16, not {dtype}; give their dtype")
+    return jnp.dtype(dtype)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """An NNX path as PEFT names modules: joined by dots."""
+    return ".".join(map(str, path))
+
+
+def apply_lora(
+    model: nnx.Module,
+    *,
+    slots: Slots = 8,
+    target: str | Sequence[str] | None = None,
+    buckets: Sequence[int] = DEFAULT_BUCKETS,
+    dtype: Any = None,
+) -> int:
+    """Gives the linear layers of `model` room for LoRA adapters, in place.
+
+    `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
+    `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
+    `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
+
+    The stacks take `slots * bucket * (H + N)` elements per layer and bucket: the defaults come to
+    about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
+    (`plan_slots` proposes them from a folder of adapters).
+
+    Example::
+
+        nbytes = apply_lora(model, slots={16: 32, 64: 4}, buckets=(16, 64), target="[qkvo]_proj")
+
+    Args:
+      model: any NNX model.
+      slots: adapters per bucket, an int or `{bucket: n}`.
+      target: which layers: a regular expression, or several, that matches the end of a layer's
+        dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
+      buckets: ranks that the stacks are allocated with.
+      dtype: dtype of the stacks; None for each kernel's own.
+
+    Returns:
+      The bytes that the stacks take.
+
+    Raises:
+      TypeError: `target` is of another type, or matches a layer with parameters of another type.
+      ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
+        a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
+    """
+    by_bucket = check_slots(slots, buckets)
+    layers = _matched_layers(model, target)
+    for name, layer in layers.items():
+        _check_layer(name, layer, dtype)
+    for layer in layers.values():
+        # The object stays the one that its parents and tied references know.
+        layer.__class__ = _LORA_CLASS[type(layer)]
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype)
+    return sum(stack.nbytes for layer in layers.values() for stack in layer.stacks)
+
+
+def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
+    modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
+    linear = [name for name, module in modules.items() if type(module) in _LORA_CLASS]
+    if target is None:
+        matched = {name: modules[name] for name in linear}
+    else:
+        pattern = _target_pattern(target)
+        matched = {
+            name: module
+            for name, module in modules.items()
+            if pattern.fullmatch(name) and not isinstance(module, LoRAStack) and _has_kernel(module)
+        }
+    if not matched:
+        raise ValueError(f"no layer matches target={target!r}; linear layers: {', '.join(linear)}")
+    for name, module in matched.items():
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{name} has LoRA stacks already")
+        if type(module) not in _LORA_CLASS:
+            raise TypeError(
+                f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral "
+                "and nnx.Einsum. Narrow `target`"
+            )
+    return matched
+
+
+def _target_pattern(target: str | Sequence[str]) -> re.Pattern[str]:
+    targets = [target] if isinstance(target, str) else target
+    if not (isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)):
+        raise TypeError(f"target must be a regular expression or a list of them, got {target!r}")
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{'|'.join(f'(?:{t})' for t in targets) or '(?!)'})")
+    except re.error as error:
+        raise ValueError(f"target={target!r} is no regular expression: {error}") from None
+
+
+def _has_kernel(module: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _check_layer(name: str, layer: Any, dtype: Any) -> None:
+    if isinstance(layer, nnx.Linear):
+        expected: tuple[int, ...] = (layer.in_features, layer.out_features)
+    elif isinstance(layer, nnx.LinearGeneral):
+        expected = (*layer.in_features, *layer.out_features)
+    else:
+        expected = tuple(layer.kernel_shape)
+    try:
+        _LORA_CLASS[type(layer)].features(layer)
+        stack_dtype(dtype or layer.kernel.dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if layer.kernel.shape != expected:
+        raise ValueError(
+            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; layers stacked "
+            "for a scan are not covered"
+        )

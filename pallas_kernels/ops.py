@@ -1,0 +1,516 @@
+"""The public ops: checks, the choice of an implementation, and one gradient for all of them."""
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from pallas_kernels import loop, xla
+from pallas_kernels.parts import LoRAPart
+from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
+from pallas_kernels.segments import Segments, checked_indices, make_segments
+
+Implementation = Literal["xla", "mosaic_gpu", "loop"]
+IMPLEMENTATIONS = ("xla", "mosaic_gpu", "loop")
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class _Spec(NamedTuple):
+    """What is static about a call: which code runs, and where its columns start."""
+
+    implementation: str
+    kernels: tuple[str, ...]
+    y_offsets: tuple[int, ...] = ()
+    add_inputs: bool = True
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _floats(name: str, value: ArrayLike, axes: str) -> Array:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+    array = jnp.asarray(value)
+    if array.ndim != len(axes.split()):
+        raise ValueError(
+            f"{name} must have shape [{axes.replace(' ', ', ')}], got {list(array.shape)}"
+        )
+    return array
+
+
+def _stack(name: str, value: ArrayLike, axes: str) -> Array:
+    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis."""
+    if getattr(value, "ndim", 0) == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    stack = _floats(name, value, axes)
+    if 0 in stack.shape:
+        raise ValueError(f"{name} must not have an empty axis, got {list(stack.shape)}")
+    return stack
+
+
+def _same(what: str, expected: int, got: int) -> None:
+    if expected != got:
+        raise ValueError(f"{what}: {expected} and {got}")
+
+
+def _route(indices: ArrayLike | Segments, num_tokens: int, num_adapters: int) -> Any:
+    if isinstance(indices, Segments):
+        _same("segments and stack differ in adapters", indices.num_adapters, num_adapters)
+        _same("segments and tensor differ in tokens", indices.num_tokens, num_tokens)
+        return indices
+    indices = checked_indices(indices, num_adapters)
+    _same("indices and tensor differ in tokens", indices.shape[0], num_tokens)
+    return indices
+
+
+def _scales(name: str, value: ArrayLike, *, per_adapter: int | None) -> Array:
+    scales = jnp.asarray(value)
+    if not (
+        jnp.issubdtype(scales.dtype, jnp.floating) or jnp.issubdtype(scales.dtype, jnp.integer)
+    ):
+        raise TypeError(f"{name} must be real numbers, got {scales.dtype}")
+    allowed = [()] if per_adapter is None else [(), (per_adapter,)]
+    if scales.shape not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{name} must have shape {shapes}, got {list(scales.shape)}")
+    return scales.astype(jnp.float32)
+
+
+def _columns(y: Array, y_offset: int, size: int) -> int:
+    try:
+        y_offset = operator.index(y_offset)
+    except TypeError:
+        raise TypeError(f"y_offset must be a static int, got {y_offset!r}") from None
+    if not 0 <= y_offset <= y.shape[1] - size:
+        raise ValueError(
+            f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(y.shape)}"
+        )
+    return y_offset
+
+
+# ------------------------------------------------------------------------ choice of implementation
+
+
+@functools.cache
+def _warn_loop() -> None:
+    warnings.warn(
+        "LoRA runs as one dense product per adapter slot (implementation 'loop'): slow, meant for "
+        "comparison. Unset JAX_LORA_DISABLE_KERNELS, or name another implementation.",
+        stacklevel=4,
+    )
+
+
+def _choose(implementation: str | None, config: Any) -> str:
+    """The implementation that runs, by name. A named one never falls back."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, "
+            f"got {implementation!r}"
+        )
+    if implementation is None:
+        implementation = "loop" if kernels_disabled() else "xla"
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError("implementation 'mosaic_gpu' lacks every op in this version")
+    if config is not None:
+        raise ValueError(f"implementation {implementation!r} takes no config, got {config!r}")
+    if implementation == "loop":
+        _warn_loop()
+    return implementation
+
+
+def _kernel(rank: int, phase: str) -> str:
+    """bgmv or sgmv; where kernels are off, the form that a named implementation still takes."""
+    kernel = select_kernel(rank, phase)
+    return "sgmv" if kernel == "loop" else kernel
+
+
+@functools.cache
+def _named(run: Callable[..., Array], spec: _Spec) -> Callable[..., Array]:
+    """run(spec, ...) under jit, by a name that tells in a jaxpr or a profile what ran."""
+
+    def call(*args: Any) -> Array:
+        return run(spec, *args)
+
+    kernels = () if spec.implementation == "loop" else tuple(dict.fromkeys(spec.kernels))
+    call.__name__ = "_".join((*kernels, run.__name__, spec.implementation))
+    return jax.jit(call)
+
+
+# --------------------------------------------------------------------------- the three operations
+
+
+def shrink(spec: _Spec, x: Array, lora_a: Array, segments: Segments, scale: Array) -> Array:
+    if spec.implementation == "loop":
+        return loop.shrink(x, lora_a, segments, scale)
+    return xla.shrink(x, lora_a, segments, scale, kernel=spec.kernels[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shrink(spec: _Spec, *args: Any) -> Array:
+    return _named(shrink, spec)(*args)
+
+
+def _shrink_fwd(spec: _Spec, *args: Any) -> Any:
+    return _shrink(spec, *args), args
+
+
+def _shrink_bwd(spec: _Spec, residuals: Any, dv: Array) -> Any:
+    dx, da, ds = xla.shrink_grad(dv, *residuals)
+    return dx, da, None, ds
+
+
+_shrink.defvjp(_shrink_fwd, _shrink_bwd)
+
+
+def expand(spec: _Spec, v: Array, lora_b: Array, segments: Segments, y: Array) -> Array:
+    (kernel,), (y_offset,), add_inputs = spec.kernels, spec.y_offsets, spec.add_inputs
+    if spec.implementation == "loop":
+        return loop.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs)
+    return xla.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs, kernel=kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expand(spec: _Spec, *args: Any) -> Array:
+    return _named(expand, spec)(*args)
+
+
+def _expand_fwd(spec: _Spec, *args: Any) -> Any:
+    return _expand(spec, *args), args[:3]
+
+
+def _expand_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
+    v, lora_b, segments = residuals
+    dv, db, dy = xla.expand_grad(
+        dy, v, lora_b, segments, spec.y_offsets[0], add_inputs=spec.add_inputs
+    )
+    return dv, db, None, dy
+
+
+_expand.defvjp(_expand_fwd, _expand_bwd)
+
+
+def add_lora_parts(spec: _Spec, y: Array, x: Array, stacks: Any) -> Array:
+    parts = _parts(spec, stacks)
+    if spec.implementation == "loop":
+        return loop.add_lora_multi(y, x, parts)
+    return xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
+
+
+def _parts(spec: _Spec, stacks: Any) -> tuple[LoRAPart, ...]:
+    return tuple(LoRAPart(*stack)._replace(y_offset=n) for stack, n in zip(stacks, spec.y_offsets))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_lora(spec: _Spec, *args: Any) -> Array:
+    return _named(add_lora_parts, spec)(*args)
+
+
+def _add_lora_fwd(spec: _Spec, *args: Any) -> Any:
+    return _add_lora(spec, *args), args[1:]
+
+
+def _add_lora_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
+    x, stacks = residuals
+    dx, dstacks = jnp.zeros(x.shape, jnp.float32), []
+    for part in _parts(spec, stacks):
+        dx_part, da, db, ds = xla.add_lora_grad(dy, x, part)
+        dx += dx_part
+        dstacks.append((da, db, None, ds))
+    return dy, dx.astype(x.dtype), tuple(dstacks)
+
+
+_add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
+
+
+# ------------------------------------------------------------------------------------ public names
+
+
+def _shrink_op(
+    kernel: str, x: ArrayLike, lora_a: ArrayLike, route: Any, scale: Any, how: Any
+) -> Array:
+    lora_a = _stack("lora_a", lora_a, "L R H")
+    x = _floats("x", x, "T H")
+    _same("x and lora_a differ in features H", x.shape[1], lora_a.shape[2])
+    route = _route(route, x.shape[0], lora_a.shape[0])
+    scale = _scales("scale", scale, per_adapter=None)
+    spec = _Spec(_choose(*how), (kernel,))
+    if x.shape[0] == 0:
+        return jnp.zeros((0, lora_a.shape[1]), jnp.float32)
+    return _shrink(spec, x, lora_a, as_segments(route, lora_a.shape[0]), scale)
+
+
+def _expand_op(
+    kernel: str,
+    v: ArrayLike,
+    lora_b: ArrayLike,
+    route: Any,
+    y: ArrayLike | None,
+    columns: tuple[int, int] | None,
+    add_inputs: bool,
+    how: Any,
+) -> Array:
+    lora_b = _stack("lora_b", lora_b, "L N R")
+    v = _floats("v", v, "T R")
+    width = lora_b.shape[1]
+    _same("v and lora_b differ in rank R", v.shape[1], lora_b.shape[2])
+    y = jnp.zeros((v.shape[0], width), lora_b.dtype) if y is None else _floats("y", y, "T N")
+    _same("v and y differ in tokens T", v.shape[0], y.shape[0])
+    if columns is None:
+        _same("y and lora_b differ in features N", y.shape[1], width)
+        columns = 0, width
+    y_offset, y_slice_size = columns
+    _same("y_slice_size and lora_b differ in features N", y_slice_size, width)
+    y_offset = _columns(y, y_offset, width)
+    route = _route(route, v.shape[0], lora_b.shape[0])
+    spec = _Spec(_choose(*how), (kernel,), (y_offset,), bool(add_inputs))
+    if v.shape[0] == 0:
+        return y
+    return _expand(spec, v, lora_b, as_segments(route, lora_b.shape[0]), y)
+
+
+def as_segments(route: Any, num_adapters: int) -> Segments:
+    """The Segments of checked `[T]` ids, unless they are Segments already."""
+    return route if isinstance(route, Segments) else _sorted(route, num_adapters)
+
+
+_sorted = jax.jit(make_segments, static_argnums=1)
+
+
+def _need_segments(segments: Any) -> Segments:
+    if not isinstance(segments, Segments):
+        raise TypeError(
+            "sgmv takes Segments: make_segments(indices, num_adapters) or segments_from_lengths"
+            f"(...), got {type(segments).__name__}"
+        )
+    return segments
+
+
+def bgmv_shrink(
+    x: ArrayLike,
+    lora_a: ArrayLike,
+    indices: ArrayLike,
+    *,
+    scale: ArrayLike = 1.0,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """v[t] = scale * x[t] @ lora_a[indices[t]].T; zero where indices[t] is -1.
+
+    Args:
+      x: `[T, H]` float32, bfloat16 or float16.
+      lora_a: `[L, R, H]` or `[L, 1, R, H]`.
+      indices: `[T]` integers. -1, and anything outside `[0, L)`, is no adapter.
+      scale: a number.
+      implementation: "xla", "mosaic_gpu", "loop", or None for the best on device and shape.
+      config: tile sizes of the named kernel; None for its own choice.
+
+    Returns:
+      `[T, R]` float32.
+
+    Raises:
+      TypeError: a dtype that is not listed above.
+      ValueError: shapes that do not fit, an unknown implementation.
+      NotImplementedError: the named implementation lacks what the case needs.
+
+    Source: Punica (arXiv 2310.18547); LoRAX, server/lorax_server/utils/ops/bgmv_shrink.py.
+    """
+    return _shrink_op("bgmv", x, lora_a, indices, scale, (implementation, config))
+
+
+def bgmv_expand(
+    v: ArrayLike,
+    lora_b: ArrayLike,
+    indices: ArrayLike,
+    y: ArrayLike | None = None,
+    *,
+    add_inputs: bool = True,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """y'[t] = y[t] + v[t] @ lora_b[indices[t]].T; rows of -1 keep y.
+
+    Args:
+      v: `[T, R]`. float32 is rounded to a half-precision `lora_b`'s dtype first, as LoRAX does.
+      lora_b: `[L, N, R]` or `[L, 1, N, R]`.
+      indices: `[T]` integers. -1, and anything outside `[0, L)`, is no adapter.
+      y: `[T, N]`, or None for zeros of `lora_b`'s dtype.
+      add_inputs: False overwrites rows that have an adapter instead of adding to them.
+      implementation, config: as in `bgmv_shrink`.
+
+    Returns:
+      `[T, N]` in y's dtype; the sum is float32, rounded once.
+
+    Raises: as `bgmv_shrink`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand.py.
+    """
+    how = implementation, config
+    return _expand_op("bgmv", v, lora_b, indices, y, None, add_inputs, how)
+
+
+def bgmv_expand_slice(
+    v: ArrayLike,
+    lora_b: ArrayLike,
+    indices: ArrayLike,
+    y: ArrayLike,
+    y_offset: int,
+    y_slice_size: int,
+    *,
+    add_inputs: bool = True,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """`bgmv_expand` into columns `[y_offset, y_offset + y_slice_size)` of y; no other byte changes.
+
+    `y_slice_size` is `lora_b`'s N; `y_offset` is a static int. Otherwise as `bgmv_expand`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand_slice.py.
+    """
+    columns, how = (y_offset, y_slice_size), (implementation, config)
+    return _expand_op("bgmv", v, lora_b, indices, y, columns, add_inputs, how)
+
+
+def sgmv_shrink(
+    x: ArrayLike,
+    lora_a: ArrayLike,
+    segments: Segments,
+    *,
+    scale: ArrayLike = 1.0,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """`bgmv_shrink` over `Segments`: the tokens of one adapter are multiplied together."""
+    how = implementation, config
+    return _shrink_op("sgmv", x, lora_a, _need_segments(segments), scale, how)
+
+
+def sgmv_expand(
+    v: ArrayLike,
+    lora_b: ArrayLike,
+    segments: Segments,
+    y: ArrayLike | None = None,
+    *,
+    add_inputs: bool = True,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """`bgmv_expand` over `Segments`: the tokens of one adapter are multiplied together."""
+    how = implementation, config
+    return _expand_op("sgmv", v, lora_b, _need_segments(segments), y, None, add_inputs, how)
+
+
+def sgmv_expand_slice(
+    v: ArrayLike,
+    lora_b: ArrayLike,
+    segments: Segments,
+    y: ArrayLike,
+    y_offset: int,
+    y_slice_size: int,
+    *,
+    add_inputs: bool = True,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """`bgmv_expand_slice` over `Segments`: the tokens of one adapter are multiplied together."""
+    columns, how = (y_offset, y_slice_size), (implementation, config)
+    return _expand_op("sgmv", v, lora_b, _need_segments(segments), y, columns, add_inputs, how)
+
+
+def add_lora(
+    y: ArrayLike,
+    x: ArrayLike,
+    lora_a: ArrayLike,
+    lora_b: ArrayLike,
+    indices: ArrayLike | Segments,
+    *,
+    scales: ArrayLike | None = None,
+    phase: str = "decode",
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """y'[t] = y[t] + scales[i] * (x[t] @ lora_a[i].T) @ lora_b[i].T where i = indices[t].
+
+    Both halves in one call; rows of -1 keep y. `phase` picks the kernel by `select_kernel`.
+
+    Args:
+      y: `[T, N]`, the base layer's output.
+      x: `[T, H]`.
+      lora_a: `[L, R, H]` or `[L, 1, R, H]`.
+      lora_b: `[L, N, R]` or `[L, 1, N, R]`.
+      indices: `[T]` integers, or the `Segments` of them, so that layers share one sort.
+      scales: a number, `[L]`, or None for 1.
+      phase: "decode" (few tokens per adapter) or "prefill".
+      implementation, config: as in `bgmv_shrink`.
+
+    Returns:
+      `[T, N]` in y's dtype.
+
+    Raises: as `bgmv_shrink`; ValueError for an unknown phase.
+
+    Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
+    """
+    part = LoRAPart(lora_a, lora_b, indices, scales)
+    y = _floats("y", y, "T N")
+    lora_b = _stack("lora_b", lora_b, "L N R")
+    _same("y and lora_b differ in features N", y.shape[1], lora_b.shape[1])
+    return add_lora_multi(y, x, (part,), phase=phase, implementation=implementation, config=config)
+
+
+def add_lora_multi(
+    y: ArrayLike,
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    *,
+    phase: str = "decode",
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """`add_lora` of several parts at once: rank buckets, slices of a packed projection, or both.
+
+    Parts may differ in rank, width and adapters, and may overlap; where they do, their sum is
+    rounded once.
+
+    Args:
+      y: `[T, Ny]`.
+      x: `[T, H]`, shared by all parts.
+      parts: see `LoRAPart`.
+      phase, implementation, config: as in `add_lora`.
+
+    Returns:
+      `[T, Ny]` in y's dtype.
+
+    Raises: as `add_lora`; ValueError where a part's columns leave y.
+    """
+    y, x = _floats("y", y, "T Ny"), _floats("x", x, "T H")
+    _same("x and y differ in tokens T", x.shape[0], y.shape[0])
+    check_phase(phase)
+    stacks: list[Any] = []
+    kernels: list[str] = []
+    y_offsets: list[int] = []
+    for n, part in enumerate(parts):
+        if not isinstance(part, LoRAPart):
+            raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(part).__name__}")
+        a = _stack(f"parts[{n}].lora_a", part.lora_a, "L R H")
+        b = _stack(f"parts[{n}].lora_b", part.lora_b, "L N R")
+        _same(f"x and parts[{n}].lora_a differ in features H", x.shape[1], a.shape[2])
+        _same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
+        _same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
+        scales = 1.0 if part.scales is None else part.scales
+        scales = _scales(f"parts[{n}].scales", scales, per_adapter=a.shape[0])
+        y_offsets.append(_columns(y, part.y_offset, b.shape[1]))
+        stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
+        kernels.append(_kernel(a.shape[1], phase))
+    spec = _Spec(_choose(implementation, config), tuple(kernels), tuple(y_offsets))
+    if not stacks or y.size == 0:
+        return y
+    sorted_stacks = tuple((a, b, as_segments(route, a.shape[0]), s) for a, b, route, s in stacks)
+    return _add_lora(spec, y, x, sorted_stacks)

@@ -1,0 +1,38 @@
+"""The oracles: what each op means, in a few lines of float64 numpy. For tests, not for speed."""
+
+import numpy as np
+
+
+def _as_float64(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(a).astype(np.float64) for a in arrays)
+
+
+def shrink(
+    x: np.ndarray, lora_a: np.ndarray, indices: np.ndarray, scale: float | np.ndarray = 1.0
+) -> np.ndarray:
+    """v[t] = scale * lora_a[i] @ x[t] where i = indices[t] is a slot, else 0; scale may be `[L]`."""
+    x, lora_a = _as_float64(x, lora_a)
+    scales = np.broadcast_to(scale, len(lora_a))
+    v = np.zeros((len(x), lora_a.shape[1]))
+    for t, i in enumerate(indices):
+        if 0 <= i < len(lora_a):
+            v[t] = scales[i] * (lora_a[i] @ x[t])
+    return v
+
+
+def expand(
+    v: np.ndarray,
+    lora_b: np.ndarray,
+    indices: np.ndarray,
+    y: np.ndarray,
+    y_offset: int = 0,
+    *,
+    add_inputs: bool = True,
+) -> np.ndarray:
+    """y[t, y_offset:][:N] (+)= lora_b[i] @ v[t] where i = indices[t] is a slot; else y as it is."""
+    v, lora_b, y = _as_float64(v, lora_b, y)
+    out, columns = y.copy(), slice(y_offset, y_offset + lora_b.shape[1])
+    for t, i in enumerate(indices):
+        if 0 <= i < len(lora_b):
+            out[t, columns] = lora_b[i] @ v[t] + (y[t, columns] if add_inputs else 0.0)
+    return out

@@ -1,0 +1,206 @@
+"""The tokens of a step, sorted by adapter: built once, shared by every layer and every op.
+
+Field names follow Punica's SGMV (arXiv 2310.18547): a segment, here a group, is the run of tokens
+that use one adapter.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Group tiles of at most `block` rows: tile i serves rows[start[i]:stop[i]] by adapter[i].
+
+    Entries from `count` on are empty.
+    """
+
+    adapter: Int[Array, " tiles"]
+    start: Int[Array, " tiles"]
+    stop: Int[Array, " tiles"]
+    count: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Which adapter each token uses, and the tokens of each adapter. A pytree of int32 arrays.
+
+    With `G = min(T, num_adapters)` the shapes are static, whatever the batch holds:
+
+    Attributes:
+      indices: `[T]`, adapter of each token, -1 for none.
+      rows: `[T]`, token numbers sorted (stably) by adapter; tokens without one come last.
+      group_adapters: `[G]`, the distinct adapters in use, ascending; -1 behind the last.
+      group_starts: `[G + 1]`, group g is rows[group_starts[g]:group_starts[g + 1]].
+      num_adapters: slots of the stacks that this describes (static).
+    """
+
+    indices: Int[Array, " T"]
+    rows: Int[Array, " T"]
+    group_adapters: Int[Array, " G"]
+    group_starts: Int[Array, " G+1"]
+    num_adapters: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.indices.shape[-1]
+
+    @property
+    def group_sizes(self) -> Int[Array, " G"]:
+        """Tokens of each group; 0 behind the last."""
+        return jnp.diff(self.group_starts)
+
+    def tiles(self, block: int) -> Tiles:
+        """The tile map: every group cut into tiles of at most `block` rows, in order."""
+        groups = self.group_adapters.shape[0]
+        per_group = -(-self.group_sizes // block)
+        ends = jnp.cumsum(per_group)
+        tile = jnp.arange(self.num_tokens // block + groups, dtype=jnp.int32)
+        group = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+        live = group < groups
+        group = jnp.minimum(group, groups - 1)
+        nth = tile - (ends - per_group)[group]
+        start = self.group_starts[group] + nth * block
+        stop = jnp.minimum(start + block, self.group_starts[group + 1])
+        return Tiles(
+            adapter=jnp.where(live, self.group_adapters[group], -1),
+            start=jnp.where(live, start, 0),
+            stop=jnp.where(live, stop, 0),
+            count=jnp.sum(per_group, dtype=jnp.int32),
+        )
+
+
+def checked_indices(indices: ArrayLike, num_adapters: int) -> Int[Array, " T"]:
+    """`indices` as int32 with everything outside `[0, num_adapters)` turned into -1.
+
+    Host arrays are compared before they are narrowed, so that an int64 id beyond int32 cannot wrap
+    around to another adapter.
+    """
+    if not isinstance(indices, jax.Array):
+        indices = np.asarray(indices)
+        if indices.size == 0 and indices.dtype == np.float64:  # an empty list
+            indices = indices.astype(np.int32)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"indices must be integers, got {indices.dtype}")
+    if indices.ndim != 1:
+        raise ValueError(f"indices must have shape [T], got {list(indices.shape)}")
+    if isinstance(indices, np.ndarray):
+        in_range = (indices >= 0) & (indices < num_adapters)
+        return jnp.asarray(np.where(in_range, indices.astype(np.int32), np.int32(-1)))
+    if indices.dtype.itemsize < 4:  # num_adapters may not fit
+        indices = indices.astype(jnp.int32)
+    valid = indices >= 0
+    if num_adapters <= jnp.iinfo(indices.dtype).max:
+        valid &= indices < jnp.asarray(num_adapters, indices.dtype)
+    return jnp.where(valid, indices, jnp.asarray(-1).astype(indices.dtype)).astype(jnp.int32)
+
+
+def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
+    """Sorts the tokens of a step by adapter.
+
+    Works inside jit; shapes are static. Ids outside `[-1, num_adapters)` count as -1.
+
+    Args:
+      indices: `[T]` integers, the adapter of each token, -1 for none.
+      num_adapters: `L`, the slots of the stacks.
+
+    Raises:
+      TypeError: `indices` are not integers.
+      ValueError: `indices` are not one-dimensional, or `num_adapters` is below 1.
+    """
+    if num_adapters < 1:
+        raise ValueError(f"num_adapters must be at least 1, got {num_adapters}")
+    return _sort(checked_indices(indices, num_adapters), num_adapters)
+
+
+def _sort(indices: Int[Array, " T"], num_adapters: int) -> Segments:
+    num_tokens = indices.shape[0]
+    groups = min(num_tokens, num_adapters)
+    key = jnp.where(indices < 0, num_adapters, indices)
+    rows = jnp.argsort(key, stable=True).astype(jnp.int32)
+    key = key[rows]
+    is_first = jnp.concatenate([jnp.ones(min(num_tokens, 1), bool), key[1:] != key[:-1]])
+    # Group number of each first row; the others, and the group of tokens without adapter when all
+    # slots are in use, land outside and are dropped.
+    group = jnp.where(is_first, jnp.cumsum(is_first, dtype=jnp.int32) - 1, groups + 1)
+    covered = jnp.sum(indices >= 0, dtype=jnp.int32)
+    starts = jnp.full(groups + 1, covered, jnp.int32)
+    starts = starts.at[group].set(jnp.arange(num_tokens, dtype=jnp.int32), mode="drop")
+    adapters = jnp.full(groups, num_adapters, jnp.int32).at[group].set(key, mode="drop")
+    return Segments(
+        indices=indices,
+        rows=rows,
+        group_adapters=jnp.where(adapters < num_adapters, adapters, -1),
+        group_starts=jnp.minimum(starts, covered),
+        num_adapters=num_adapters,
+    )
+
+
+def segments_from_lengths(
+    starts: ArrayLike,
+    lengths: ArrayLike,
+    adapters: ArrayLike,
+    num_tokens: int,
+    num_adapters: int,
+) -> Segments:
+    """Segments in LoRAX's form: segment s is tokens starts[s] to starts[s] + lengths[s].
+
+    Works inside jit. Tokens that no segment covers count as -1. Segments may come in any order.
+
+    Args:
+      starts: `[S]` integers, first token of each segment (LoRAX's `b_seq_start_loc`).
+      lengths: `[S]` integers, tokens of each segment (`seq_len_tensor`); 0 is allowed.
+      adapters: `[S]` integers, adapter of each segment, -1 for none (`lora_indices_tensor`).
+      num_tokens: `T`.
+      num_adapters: `L`.
+
+    Raises:
+      TypeError: an array is not of integers.
+      ValueError: the shapes differ, or host arrays hold a segment outside `[0, num_tokens)` or two
+        that overlap. Values of device arrays are not read: there a segment is clipped to the
+        tokens, and ends at the latest where the next one starts.
+    """
+    named = {"starts": starts, "lengths": lengths, "adapters": adapters}
+    arrays: dict[str, Any] = {
+        k: v if isinstance(v, jax.Array) else np.asarray(v) for k, v in named.items()
+    }
+    for name, array in arrays.items():
+        if not (jnp.issubdtype(array.dtype, jnp.integer) or array.size == 0):
+            raise TypeError(f"{name} must be integers, got {array.dtype}")
+        if array.ndim != 1 or array.shape != arrays["starts"].shape:
+            shapes = {k: list(v.shape) for k, v in arrays.items()}
+            raise ValueError(f"starts, lengths and adapters must share one shape [S], got {shapes}")
+    if num_tokens < 0 or num_adapters < 1:
+        raise ValueError(
+            f"need num_tokens >= 0 and num_adapters >= 1, got {num_tokens} and {num_adapters}"
+        )
+    if all(isinstance(arrays[k], np.ndarray) for k in ("starts", "lengths")):
+        _check_host_segments(arrays["starts"], arrays["lengths"], num_tokens)
+    adapter_of = checked_indices(arrays["adapters"], num_adapters)
+    if adapter_of.shape[0] == 0:
+        return _sort(jnp.full(num_tokens, -1, jnp.int32), num_adapters)
+    start, length = (jnp.asarray(arrays[k]).astype(jnp.int32) for k in ("starts", "lengths"))
+    start = jnp.where(length > 0, start, num_tokens)  # empty segments hide no other
+    order = jnp.argsort(start)
+    start, length, adapter_of = start[order], length[order], adapter_of[order]
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    segment = jnp.searchsorted(start, token, side="right").astype(jnp.int32) - 1
+    covered = (segment >= 0) & (token - start[segment] < length[segment])
+    return _sort(jnp.where(covered, adapter_of[segment], -1), num_adapters)
+
+
+def _check_host_segments(starts: np.ndarray, lengths: np.ndarray, num_tokens: int) -> None:
+    spans = sorted((int(s), int(s) + int(n)) for s, n in zip(starts, lengths) if n)
+    for s, n in zip(starts.tolist(), lengths.tolist()):
+        if s < 0 or n < 0 or s + n > num_tokens:
+            raise ValueError(f"segment of {n} tokens at {s} leaves the {num_tokens} tokens")
+    for (a, a_stop), (b, b_stop) in itertools.pairwise(spans):
+        if b < a_stop:
+            raise ValueError(f"segments [{a}, {a_stop}) and [{b}, {b_stop}) overlap")

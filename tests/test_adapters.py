@@ -1,0 +1,768 @@
+"""Reading and writing PEFT adapters: exact, or refused by name."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pickle
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import time
+
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from peft.utils.other import get_pattern_key
+from safetensors.numpy import load_file, save_file
+
+from jax_lora import adapters
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
+
+H, N = 12, 10
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEY = "base_model.model.{}.lora_{}.weight"
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = torch.nn.Linear(H, N)
+        self.o_proj = torch.nn.Linear(N, H)
+
+    def forward(self, x):
+        return self.o_proj(torch.tanh(self.q_proj(x)))
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def base():
+    torch.manual_seed(0)
+    return Net()
+
+
+def save_with_peft(path, *, seed=1, dtype=None, **config):
+    """An adapter of `Net` with random weights, saved by peft; returns peft's model."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], **config}
+    model = peft.get_peft_model(base(), peft.LoraConfig(**config))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn_like(weight))
+    if dtype is not None:
+        model.to(dtype)
+    model.save_pretrained(path)
+    return model
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model(torch.from_numpy(x)).numpy()
+
+
+def our_outputs(adapter, x):
+    """`Net` with the adapter, in float64."""
+    net = base()
+    for name, weights in adapter.modules.items():
+        delta = weights.scale * weights.b.astype(np.float64) @ weights.a.astype(np.float64)
+        with torch.no_grad():
+            net.get_submodule(name).weight += torch.from_numpy(delta.astype(np.float32))
+    return outputs(net, x)
+
+
+X = np.random.default_rng(0).standard_normal((5, H)).astype(np.float32)
+
+EXACT = {
+    "plain": {},
+    "alpha_below_rank": {"lora_alpha": 3},
+    "rslora": {"use_rslora": True, "r": 6},
+    "rank_pattern": {"rank_pattern": {"q_proj": 7, "layers.1.o_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"layers.0.q_proj": 1, "q_proj": 5}},
+    "patterns_rslora": {
+        "use_rslora": True,
+        "rank_pattern": {r"^layers\.[01]\.q_proj": 3},
+        "alpha_pattern": {r"layers\.(1|2)\..*": 11},
+    },
+    "first_pattern_counts": {"rank_pattern": {".*": 2, "q_proj": 9}},
+    "one_module": {"target_modules": ["layers.1.q_proj"]},
+    "regex_target": {"target_modules": r"layers\.\d+\.o_.*"},
+    "all_linear": {"target_modules": "all-linear"},
+    "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "exclude": {"exclude_modules": ["layers.0.q_proj"]},
+    "dropout": {"lora_dropout": 0.5},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "no_init": {"init_lora_weights": False},
+}
+
+
+@pytest.mark.parametrize("feature", EXACT)
+def test_exact_features_equal_peft(tmp_path, feature):
+    reference = save_with_peft(tmp_path, **EXACT[feature]).eval()
+    adapter = load_peft(tmp_path)
+    np.testing.assert_allclose(our_outputs(adapter, X), outputs(reference, X), atol=1e-4)
+    assert np.abs(outputs(reference, X) - outputs(base(), X)).max() > 0.1
+
+
+@pytest.mark.parametrize("feature", EXACT)
+def test_saved_adapters_load_in_peft(tmp_path, feature):
+    reference = save_with_peft(tmp_path / "peft", **EXACT[feature]).eval()
+    adapter = load_peft(tmp_path / "peft")
+    save_peft(adapter, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(outputs(again, X), outputs(reference, X))
+    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert config["target_modules"] == sorted(adapter.modules)
+    back = load_peft(tmp_path / "ours")
+    assert {n: (w.rank, w.scale) for n, w in back.modules.items()} == {
+        n: (w.rank, w.scale) for n, w in adapter.modules.items()
+    }
+
+
+def test_conv1d_stores_its_adapter_as_linear_does(tmp_path):
+    class Gpt(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.c_attn = Conv1D(N, H)  # weight [H, N]
+
+        def forward(self, x):
+            return self.c_attn(x)
+
+    from transformers.pytorch_utils import Conv1D
+
+    config = peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(Gpt(), config)
+    with torch.no_grad():
+        model.base_model.model.c_attn.lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    weights = load_peft(tmp_path).modules["c_attn"]
+    assert (weights.a.shape, weights.b.shape) == ((3, H), (N, 3))
+    delta = weights.scale * (X @ weights.a.T) @ weights.b.T
+    np.testing.assert_allclose(outputs(model, X), outputs(Gpt(), X) + delta, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes_are_kept_bit_for_bit(tmp_path, dtype):
+    reference = save_with_peft(tmp_path, dtype=getattr(torch, dtype))
+    adapter = load_peft(tmp_path)
+    assert adapter.dtype == np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    stored = peft.get_peft_model_state_dict(reference)
+    for name, weights in adapter.modules.items():
+        for half, got in (("A", weights.a), ("B", weights.b)):
+            np.testing.assert_array_equal(
+                got.astype(np.float32), stored[KEY.format(name, half)].float().numpy()
+            )
+    save_peft(adapter, tmp_path / "ours")
+    assert load_peft(tmp_path / "ours").dtype == adapter.dtype
+
+
+def test_every_field_of_pefts_config_is_known():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields - adapters._IRRELEVANT - adapters._UNSUPPORTED.keys() == set()
+
+
+# ------------------------------------------------------------------------------------------------
+# Files made by hand
+# ------------------------------------------------------------------------------------------------
+
+
+def halves(module="q", rank=2, dtype=np.float32, fill=1):
+    return {
+        KEY.format(module, "A"): np.full((rank, H), fill, dtype),
+        KEY.format(module, "B"): np.full((N, rank), fill, dtype),
+    }
+
+
+def config_of(**changes):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "k"]}
+    return {k: v for k, v in (config | changes).items() if v != "absent"}
+
+
+def write(folder, tensors=None, name=WEIGHTS, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config_of(**changes)))
+    save_file(halves() if tensors is None else tensors, folder / name)
+    return folder
+
+
+def test_modules_scales_and_sizes(tmp_path):
+    tensors = halves() | halves("k", rank=3)
+    adapter = load_peft(write(tmp_path, tensors, rank_pattern={"k": 3}, alpha_pattern={"k": 6}))
+    assert {n: (w.rank, w.scale) for n, w in adapter.modules.items()} == {
+        "q": (2, 2.0),
+        "k": (3, 2),
+    }
+    assert (adapter.rank, adapter.dtype, adapter.nbytes) == (3, np.float32, 4 * 5 * (H + N))
+
+
+def test_adapter_names_in_keys(tmp_path):
+    named = {k.replace(".weight", ".french.weight"): v for k, v in halves().items()}
+    assert load_peft(write(tmp_path / "named", named)).modules["q"].rank == 2
+    two = named | {k.replace("french", "german"): v for k, v in named.items()}
+    for tensors in (two, named | halves("k")):
+        with pytest.raises(ValueError, match=r"several adapters, \[.*'french'.*folder of its own"):
+            load_peft(write(tmp_path / "two", tensors))
+
+
+def shards(folder, index=True):
+    """The adapter of `write` in two files, as transformers writes shards."""
+    write(folder)
+    (folder / WEIGHTS).unlink()
+    weight_map = {}
+    for i, (key, tensor) in enumerate(halves().items()):
+        name = f"adapter_model-{i + 1:05}-of-00002.safetensors"
+        save_file({key: tensor}, folder / name)
+        weight_map[key] = name
+    if index:
+        file = folder / f"{WEIGHTS}.index.json"
+        file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(tmp_path, index):
+    weight_map = shards(tmp_path, index)
+    weights = load_peft(tmp_path).modules["q"]
+    assert weights.a.shape == (2, H) and (weights.b == 1).all()
+    lost = min(weight_map.values())
+    (tmp_path / lost).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"lacks the shard {lost}, one of 2"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../{}", "sub/{}", "/tmp/{}", "..\\{}", "", "x.bin"])
+def test_shards_outside_the_folder_are_not_read(tmp_path, name):
+    folder = tmp_path / "adapter"
+    weight_map = shards(folder)
+    (tmp_path / "sub").mkdir()
+    first = min(weight_map.values())
+    for place in (tmp_path, tmp_path / "sub"):
+        (place / first).write_bytes((folder / first).read_bytes())
+    index = {"weight_map": dict.fromkeys(weight_map, name.format(first))}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file in the same folder"):
+        load_peft(folder)
+
+
+def test_shards_that_disagree(tmp_path):
+    weight_map = shards(tmp_path)
+    index = tmp_path / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {"extra": min(weight_map.values())}}))
+    with pytest.raises(ValueError, match="lists 'extra', which no shard holds"):
+        load_peft(tmp_path)
+    index.write_text(json.dumps({"weight_map": [1]}))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_peft(tmp_path)
+    index.unlink()
+    save_file(halves(), tmp_path / "adapter_model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="which another shard holds too"):
+        load_peft(tmp_path)
+    save_file(halves(), tmp_path / "adapter_model-00001-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"several sets of shards, of \['00002', '00003'\] files"):
+        load_peft(tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nothing is downloaded"):
+        load_peft(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+        load_peft(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config_of()))
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors"):
+        load_peft(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a folder; give the folder that holds"):
+        load_peft(tmp_path / CONFIG)
+
+
+def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
+    folder = tmp_path / "it's a $HOME"
+    write(folder)
+    (folder / WEIGHTS).unlink()
+    source = folder / "adapter_model.bin"
+    torch.save({k: torch.from_numpy(v) for k, v in halves().items()}, source)
+    with pytest.raises(ValueError, match="is a pickle, which can run code") as caught:
+        load_peft(folder)
+    command = shlex.split(str(caught.value).split("Convert it with:\n")[1])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert load_peft(folder).modules["q"].rank == 2
+
+
+UNSUPPORTED = {
+    "use_dora": True,
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1, 2],
+    "lora_bias": True,
+    "layer_replication": [[0, 4], [2, 5]],
+    "target_parameters": ["experts.up"],
+    "megatron_config": {"tp": 2},
+    "alora_invocation_tokens": [5],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
+    "velora_config": {"num_groups": 64},
+    "kasa_config": {"beta": 1e-4},
+    "monteclora_config": {"num_samples": 8},
+    "ensure_weight_tying": True,
+    "bias": "lora_only",
+    "peft_type": "ADALORA",
+    "invented_in_2031": {"twist": 3},
+}
+
+
+def test_all_unsupported_features_are_tested():
+    assert adapters._UNSUPPORTED.keys() <= UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_unsupported_features_are_refused_by_name(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*{key}.*support|{CONFIG}.*{key}.*unknown"):
+        load_peft(write(tmp_path, **{key: UNSUPPORTED[key]}))
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED.keys() - {"peft_type", "bias"})
+@pytest.mark.parametrize("off", [None, False, []])
+def test_features_that_are_off_are_accepted(tmp_path, key, off):
+    assert load_peft(write(tmp_path, **{key: off})).rank == 2
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "future", [1]]
+)
+def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
+    message = (
+        rf"init_lora_weights={re.escape(repr(init))}.*path_initial_model_for_weight_conversion"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_peft(write(tmp_path, init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone(tmp_path, init):
+    assert load_peft(write(tmp_path, init_lora_weights=init, eva_config={"rho": 2.0})).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("base_model.model.q.lora_magnitude_vector.weight", "DoRA"),
+        ("base_model.model.embed.lora_embedding_A", "LoRA of an embedding"),
+        ("base_model.model.q.lora_B.bias", "a bias"),
+        ("base_model.model.q.bias", "a bias"),
+        ("base_model.model.classifier.modules_to_save.weight", "a fully trained module"),
+        ("base_model.model.model.embed_tokens.weight", "a saved or resized embedding"),
+        ("base_model.model.lm_head.base_layer.weight", "a saved or resized output layer"),
+        ("base_model.model.q.lora_diag", "KaSA"),
+        ("q.lora_A.weight", "unknown"),
+        ("base_model.model.q.weight", "unknown"),
+    ],
+)
+def test_foreign_weights_are_refused_by_name(tmp_path, key, name):
+    tensors = halves() | {key: np.ones((2, 2), np.float32)}
+    with pytest.raises(ValueError, match=f"'{re.escape(key)}' is {name}.*not supported"):
+        load_peft(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r must be between 1 and 4096, got 0"),
+        ({"r": -4}, "got -4"),
+        ({"r": 10**12}, "r must be between 1 and 4096, got 1000000000000"),
+        ({"r": 10**3000}, "r must be between 1 and 4096"),
+        ({"r": 2.0}, "r must be an integer, got 2.0"),
+        ({"r": True}, "r must be an integer, got True"),
+        ({"r": "2"}, "r must be an integer, got '2'"),
+        ({"r": None}, "r must be an integer, got None"),
+        ({"r": "absent"}, "r and lora_alpha are required"),
+        ({"lora_alpha": "absent"}, "r and lora_alpha are required"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be finite in float32, got nan"),
+        ({"lora_alpha": math.inf}, "lora_alpha must be finite"),
+        ({"lora_alpha": 1e39}, "lora_alpha must be finite in float32"),
+        ({"lora_alpha": -(10**400)}, "lora_alpha must be finite"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a number, got '16'"),
+        ({"use_rslora": "yes"}, "rslora must be True or False, got 'yes'"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be between 1 and 4096, got 0"),
+        ({"rank_pattern": {"q": 4097}}, r"rank_pattern\['q'\] must be between"),
+        ({"rank_pattern": [1]}, r"rank_pattern must map patterns to numbers, got \[1\]"),
+        ({"rank_pattern": {str(i): 1 for i in range(8193)}}, "8193 patterns, at most 8192"),
+        ({"alpha_pattern": {"q": math.nan}}, r"alpha_pattern\['q'\] must be finite"),
+        ({"alpha_pattern": {"(": 1}}, r"the pattern '\(' is malformed"),
+        ({"target_modules": {"q": 1}}, "target_modules must be a list of names"),
+        ({"target_modules": [1]}, "target_modules must be a list of names"),
+        ({"peft_type": "absent"}, "peft_type is None"),
+        ({"rank_pattern": {"q": 3}}, r"q: the config says rank 3 but lora_A is \[2, 12\].*rank 2"),
+        ({"r": 4}, r"q: the config says rank 4 .*\[10, 2\], which is rank 2; correct r or"),
+        ({"target_modules": ["k"]}, "leaves q out"),
+        ({"exclude_modules": ["q"]}, "leaves q out"),
+    ],
+)
+def test_bad_configs(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_peft(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("layers", [1, [1, 3]])
+def test_weights_of_layers_that_the_config_leaves_out(tmp_path, layers):
+    for layer, left_out in ((1, False), (0, True), (10, True)):
+        name = f"model.layers.{layer}.q"
+        refused = pytest.raises(ValueError, match=f"leaves {name} out .*PEFT would ignore")
+        with refused if left_out else contextlib.nullcontext():
+            load_peft(write(tmp_path, halves(name), layers_to_transform=layers))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is truncated or not JSON"),
+        (b'{"peft_type": "LORA", "r"', "is truncated or not JSON"),
+        (b"[1, 2]", "must hold a JSON object, got list"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 100000, "not JSON"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_config_files_that_are_no_json_object(tmp_path, text, message):
+    write(tmp_path)
+    (tmp_path / CONFIG).write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        load_peft(tmp_path)
+
+
+A, B = halves()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({B: None}, "q has lora_A but not the other half"),
+        ({A: None}, "q has lora_B but not the other half"),
+        ({A: np.ones((3, H), np.float32)}, r"lora_B \[N, r\], got \[3, 12\] and \[10, 2\]"),
+        ({A: np.ones((2, H, 1), np.float32)}, r"lora_A must be \[r, H\]"),
+        ({A: np.ones(2, np.float32)}, r"lora_A must be \[r, H\].*got \[2\]"),
+        (
+            {A: np.ones((2, H, 3, 3), np.float32), B: np.ones((N, 2, 1, 1), np.float32)},
+            "LoRA of a convolution",
+        ),
+        ({A: np.ones((0, H), np.float32)}, r"is empty, \[0, 12\]; DeepSpeed"),
+        (
+            {A: np.ones((2, H), np.int8)},
+            r"has dtype I8; save it as one of F32, F16, BF16",
+        ),
+        ({A: np.ones((2, H), np.float64)}, "has dtype F64"),
+        ({A: np.ones((2, H), ml_dtypes.float8_e4m3fn)}, "has dtype F8_E4M3"),
+        ({A: None, B: None}, "at least one module"),
+    ],
+)
+def test_bad_weights(tmp_path, changes, message):
+    tensors = {k: v for k, v in (halves() | changes).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        load_peft(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    "module", ["../../etc", "a/b", "a..b", ".a", "a\nb", "a b", "é", "a" * 513, "q.\x00"]
+)
+def test_names_that_are_no_modules(tmp_path, module):
+    with pytest.raises(ValueError, match="is not a module's name"):
+        load_peft(write(tmp_path, halves(module), target_modules=None))
+
+
+def test_truncated_files(tmp_path):
+    write(tmp_path)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    for size in (0, 4, 8, 40, len(data) - 1):
+        (tmp_path / WEIGHTS).write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"truncated|malformed|no valid data_offsets"):
+            load_peft(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match=rf"\({len(data) + 1} bytes\) is truncated or not"):
+        load_peft(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(pickle.dumps(list(range(1000))))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_peft(tmp_path)
+
+
+def entry(dtype="F32", shape=(2, H), begin=0, end=8 * H):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {A: entry(end=2**60)},
+        {A: entry(begin=-8)},
+        {A: entry(begin=8, end=0)},
+        {A: entry(begin=8, end=8 + 8 * H)},
+        {A: entry(), B: entry()},
+        {A: entry(shape=(10**9, 10**9), end=4 * 10**18)},
+        {A: entry(shape=(2, -H))},
+        {A: entry(shape=(2, 12.0))},
+        {A: entry(shape=(2, True))},
+        {A: entry(shape=(1,) * 9)},
+        {A: entry(shape=(2, H + 1))},
+        {A: entry(dtype=["F32"])},
+        {A: entry() | {"data_offsets": [0, "96"]}},
+        {A: 3},
+    ],
+)
+def test_malformed_headers(tmp_path, entries):
+    write(tmp_path)
+    header = json.dumps(entries).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(8 * H)
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        load_peft(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = [*adapters._IRRELEVANT, *adapters._UNSUPPORTED, "unknown"]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("scratch"))
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(KEYS)), JSON, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_config_loads_or_is_a_value_error(scratch, changes):
+    (scratch / CONFIG).write_text(json.dumps(config_of() | changes))
+    with contextlib.suppress(ValueError):
+        assert load_peft(scratch).modules["q"].rank == 2
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_damage_loads_or_is_a_value_error(scratch, data):
+    (scratch / CONFIG).write_text(json.dumps(config_of()))
+    good = write(scratch.parent / "good") / WEIGHTS
+    damaged = bytearray(good.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    del damaged[data.draw(st.integers(len(damaged) // 2, len(damaged) + 1)) :]
+    (scratch / WEIGHTS).write_bytes(damaged)
+    with contextlib.suppress(ValueError):
+        assert load_peft(scratch).modules["q"].a.shape == (2, H)
+
+
+# ------------------------------------------------------------------------------------------------
+# Patterns
+# ------------------------------------------------------------------------------------------------
+
+ATOMS = st.sampled_from(
+    ["a", "b", "q_proj", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[0-9]", "^", "$", "-"]
+)
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=4).map("".join),
+        st.lists(inner, min_size=1, max_size=3).map(lambda p: f"({'|'.join(p)})"),
+        st.lists(inner, min_size=1, max_size=3).map(lambda p: f"(?:{'|'.join(p)})"),
+        st.tuples(
+            ATOMS.filter(lambda a: a not in ("^", "$", "q_proj")), st.sampled_from("*+?")
+        ).map("".join),
+        st.lists(inner, min_size=2, max_size=3).map("|".join),
+    ),
+    max_leaves=8,
+)
+NAMES = st.lists(
+    st.sampled_from(["a", "b", "ab", "aab", "q_proj", "1", "10", "b-1"]), min_size=1, max_size=4
+)
+
+
+@given(patterns=st.lists(PATTERNS, min_size=1, max_size=3, unique=True), name=NAMES.map(".".join))
+@settings(max_examples=500, deadline=None)
+def test_patterns_match_as_pefts_do(patterns, name):
+    config = LoRAConfig(4096, 1, rank_pattern={p: i + 1 for i, p in enumerate(patterns)})
+    expected = config.rank_pattern.get(get_pattern_key(patterns, name), 4096)
+    assert config.rank_of(name) == expected
+
+
+@pytest.mark.parametrize("count", ["?", "*", "+"])
+def test_repeated_groups_match_as_pefts_do(count):
+    for group in ("(ab|c)", "(?:a?b)", "(a|ab|b)"):
+        pattern = f"x{group}{count}"
+        config = LoRAConfig(1, 1, rank_pattern={pattern: 2})
+        for name in ("x", "xab", "x.xabc", "xcabab", "xb", "xaab", "xabb", "xa", "y.x"):
+            matches = bool(re.match(rf"(.*\.)?({pattern})$", name))
+            assert config.rank_of(name) == 1 + matches, (pattern, name)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(",
+        "a)",
+        "*a",
+        "a**",
+        "(a*)*",
+        "(?=a)",
+        r"(a)\1",
+        "(?i)a",
+        "a{2}",
+        "[z-a]",
+        "[]",
+        "a|)",
+        "\\",
+    ],
+)
+def test_patterns_that_are_refused(pattern):
+    with pytest.raises(ValueError, match=r"the pattern .* is malformed, or uses"):
+        LoRAConfig(1, 1, alpha_pattern={pattern: 2})
+
+
+def test_no_pattern_takes_long():
+    name = "a" * 400 + "." + "a" * 100
+    for pattern in ("(a|a)" * 30 + "x", "a?" * 200 + "a" * 100 + "x", ".*" * 100 + "x", "(a|aa)+x"):
+        config = LoRAConfig(1, 1, rank_pattern={pattern: 2})
+        start = time.perf_counter()
+        assert config.rank_of(name) == 1
+        assert time.perf_counter() - start < 1
+
+
+# ------------------------------------------------------------------------------------------------
+# In memory, and writing
+# ------------------------------------------------------------------------------------------------
+
+
+def weights(rank=2, scale=2.0, dtype=np.float32):
+    return LoRAWeights(np.ones((rank, H), dtype), np.ones((N, rank), dtype), scale)
+
+
+def test_config_values_and_targets():
+    config = LoRAConfig(8, 16, rslora=True, rank_pattern={"q": 4}, alpha_pattern={"k": 1.5})
+    assert (config.rank_of("x.q"), config.alpha_of("x.q"), config.scale_of("x.q")) == (4, 16, 8)
+    assert config.scale_of("k") == 1.5 / math.sqrt(8)
+    assert config.targets("anything")
+    listed = dataclasses.replace(config, target_modules=["q_proj", "layers.1.o_proj"])
+    assert listed.target_modules == ("q_proj", "layers.1.o_proj")
+    assert [listed.targets(n) for n in ("a.q_proj", "aq_proj", "x.layers.1.o_proj", "o_proj")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    regex = dataclasses.replace(config, target_modules=r".*\.q")
+    assert regex.targets("a.q") and not regex.targets("a.q.b")
+    with pytest.raises(ValueError, match="no regular expression"):
+        dataclasses.replace(config, target_modules="(").targets("q")
+
+
+def test_config_of_numpy_numbers():
+    config = LoRAConfig(np.int64(8), np.float32(16.0))
+    assert type(config.rank) is int and type(config.alpha) is float and config.scale_of("q") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((0, 1), ValueError),
+        ((adapters.MAX_RANK + 1, 1), ValueError),
+        ((1, math.nan), ValueError),
+        ((1.5, 1), TypeError),
+        ((1, "1"), TypeError),
+        ((1, 1, 1), TypeError),
+        ((1, 1, False, 3), TypeError),
+    ],
+)
+def test_bad_config_arguments(arguments, error):
+    with pytest.raises(error, match=r"must be|got"):
+        LoRAConfig(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "message"),
+    [
+        ({}, ValueError, "at least one module"),
+        ({"q": weights(rank=3)}, ValueError, "the config says rank 2"),
+        ({"q": weights(scale=1.0)}, ValueError, r"scale 2.0 \(alpha 4.0, rank 2.*weights 1.0"),
+        ({"q": weights(scale=math.nan)}, ValueError, "the weights nan"),
+        ({"q": weights(dtype=np.int32)}, ValueError, "lora_A has dtype int32"),
+        ({"q/k": weights()}, ValueError, "'q/k' is not a module's name"),
+        ({"q": LoRAWeights([[1.0]], [[1.0]], 2.0)}, TypeError, "must be NumPy arrays, got list"),
+    ],
+)
+def test_adapters_in_memory_are_checked(modules, error, message):
+    with pytest.raises(error, match=message):
+        Adapter(LoRAConfig(2, 4), modules)
+
+
+def test_mixed_dtypes_count_as_float32():
+    modules = {"q": weights(), "k": weights(dtype=ml_dtypes.bfloat16)}
+    assert Adapter(LoRAConfig(2, 4), modules).dtype == np.float32
+
+
+def test_saving_replaces_its_own_files_and_no_other(tmp_path):
+    folder = tmp_path / "new" / "adapter"
+    save_peft(Adapter(LoRAConfig(2, 4), {"q": weights()}), folder)
+    (folder / "README.md").write_text("mine")
+    loaded = load_peft(folder)
+    config = LoRAConfig(2, 4.5, rank_pattern={"k": 3}, alpha_pattern={"k": 6})
+    save_peft(Adapter(config, {"q": weights(scale=2.25), "k": weights(rank=3)}), folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    assert (loaded.modules["q"].a == 1).all()
+    again = load_peft(folder)
+    assert again.config.alpha == 4.5 and again.modules["k"].rank == 3
+    assert set(load_file(folder / WEIGHTS)) == {*halves("q"), *halves("k")}
+
+
+def test_a_loaded_adapter_can_be_saved_where_it_was(tmp_path):
+    adapter = load_peft(write(tmp_path, halves(fill=3)))
+    save_peft(adapter, tmp_path)
+    assert (load_peft(tmp_path).modules["q"].a == 3).all()
+
+
+def test_arrays_of_any_layout_are_saved(tmp_path):
+    a = np.arange(2 * H, dtype=np.float32).reshape(H, 2).T
+    save_peft(Adapter(LoRAConfig(2, 4), {"q": LoRAWeights(a, weights().b, 2.0)}), tmp_path)
+    np.testing.assert_array_equal(load_peft(tmp_path).modules["q"].a, a)
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    write(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(adapters, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_peft(Adapter(LoRAConfig(2, 4), {"q": weights()}), tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_saving_over_a_file(tmp_path):
+    adapter = Adapter(LoRAConfig(2, 4), {"q": weights()})
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="is, or lies under, a file"):
+            save_peft(adapter, path)
+    (tmp_path / "folder" / CONFIG).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"adapter_config.json is a folder; remove it"):
+        save_peft(adapter, tmp_path / "folder")

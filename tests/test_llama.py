@@ -1,0 +1,385 @@
+"""The decoder against Hugging Face's, in float32."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+import jax_lora
+from jax_lora import llama
+
+ROPE3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "one_kv_head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 24},
+    "llama3_rope": {"num_key_value_heads": 2, "rope_parameters": ROPE3},
+}
+
+
+def save_reference(path, seed=0, **changes):
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # norms and biases start at ones and zeros, which hide mistakes
+        for name, weight in reference.named_parameters():
+            if "norm" in name or "bias" in name:
+                weight += 0.3 * torch.randn_like(weight)
+    reference.save_pretrained(path)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A grouped, llama3-scaled model of Hugging Face's, and ours."""
+    path = tmp_path_factory.mktemp("base")
+    reference = save_reference(path, **VARIANTS["llama3_rope"])
+    return reference, llama.Llama.from_pretrained(path)
+
+
+def tokens_of(shape, seed=0):
+    return np.random.default_rng(seed).integers(3, 61, shape).astype(np.int32)
+
+
+def reference_logits(reference, tokens):
+    with torch.no_grad():
+        return reference(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(tmp_path, variant):
+    reference = save_reference(tmp_path, **VARIANTS[variant])
+    model = llama.Llama.from_pretrained(tmp_path)
+    tokens = tokens_of((2, 29))
+    expected = reference_logits(reference, tokens)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(nnx.jit(lambda m, t: m(t))(model, tokens), expected, atol=1e-4)
+
+
+def test_the_old_form_of_rope_scaling_is_the_same(tmp_path):
+    reference = save_reference(tmp_path, rope_parameters=ROPE3)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    scaling = values.pop("rope_parameters")
+    values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    file.write_text(json.dumps(values))
+    tokens = tokens_of((1, 20))
+    logits = llama.Llama.from_pretrained(tmp_path)(tokens)
+    np.testing.assert_allclose(logits, reference_logits(reference, tokens), atol=1e-4)
+
+
+def test_sharded_checkpoint(tmp_path):
+    reference = save_reference(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    whole, shards = (llama.Llama.from_pretrained(tmp_path / name) for name in ("whole", "shards"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(shards))
+
+
+def test_bfloat16(tmp_path):
+    reference = save_reference(tmp_path, initializer_range=0.1)
+    tokens = tokens_of((2, 9))
+    model = llama.Llama.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.bfloat16)}
+    logits = np.asarray(model(tokens), np.float32)
+    expected = reference_logits(reference, tokens)
+    np.testing.assert_allclose(logits, expected, atol=0.05 * np.abs(expected).max())
+    reference.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = llama.Llama.from_pretrained(tmp_path)  # takes the dtype of the file
+    np.testing.assert_array_equal(np.asarray(again(tokens), np.float32), logits)
+
+
+def test_paths_are_the_names_of_transformers(pair):
+    reference, model = pair
+    linear = {name for name, m in reference.named_modules() if isinstance(m, torch.nn.Linear)}
+    paths = {
+        ".".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear)
+    }
+    assert paths == linear and "model.layers.1.self_attn.q_proj" in paths
+
+
+def test_prefill_and_decode_equal_the_full_forward(pair):
+    _, model = pair
+    tokens, lengths = tokens_of((3, 14)), np.array([4, 1, 7], np.int32)
+    full = model(tokens)
+    run_prefill, run_decode = nnx.jit(llama.prefill), nnx.jit(llama.decode)
+    # What follows a prompt is padding to prefill, whatever it is.
+    logits, cache = run_prefill(model, model.init_cache(3, 14), tokens[:, :7], lengths)
+    rows = np.arange(3)
+    for step in range(7):
+        np.testing.assert_allclose(logits, full[rows, lengths + step - 1], atol=1e-4)
+        logits, cache = run_decode(model, cache, tokens[rows, lengths + step])
+    np.testing.assert_array_equal(cache.lengths, lengths + 7)
+
+
+def test_a_reused_cache_keeps_nothing(pair):
+    _, model = pair
+    prompt, lengths = tokens_of((2, 5)), np.array([5, 3], np.int32)
+    clean = model.init_cache(2, 8)
+    dirty = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 7), clean
+    )
+    results = []
+    for cache in (clean, dirty):
+        logits, cache = nnx.jit(llama.prefill)(model, cache, prompt, lengths)
+        results.append((logits, *nnx.jit(llama.decode)(model, cache, prompt[:, 0])))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert np.isfinite(results[0][1]).all()
+
+
+def test_a_row_does_not_depend_on_padding_or_on_other_rows(pair):
+    _, model = pair
+    prompt = tokens_of((1, 6))
+    expected = llama.generate(model, prompt, [6], max_new_tokens=5, eos_id=())
+    padded = np.concatenate([prompt, tokens_of((1, 9), seed=1)], axis=1)
+    batch = np.concatenate([tokens_of((2, 15), seed=2), padded])
+    together = llama.generate(model, batch, [15, 2, 6], max_new_tokens=5, eos_id=())
+    np.testing.assert_array_equal(together[2:], expected)
+
+
+def test_generate_equals_transformers(pair):
+    reference, model = pair
+    prompt = tokens_of((2, 6), seed=3)
+    expected = reference.generate(
+        torch.from_numpy(prompt).long(),
+        attention_mask=torch.ones(2, 6),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[:, 6:].numpy()
+    got = llama.generate(model, prompt, [6, 6], max_new_tokens=8, eos_id=())
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_generate_stops_at_the_end_of_each_row(pair):
+    _, model = pair
+    prompt = tokens_of((2, 6), seed=3)
+    free = llama.generate(model, prompt, [6, 6], max_new_tokens=8, eos_id=())
+    first, second = int(free[0, 1]), int(free[1, 3])
+    ended = llama.generate(model, prompt, [6, 6], max_new_tokens=8, eos_id=[first, second])
+    for row, expected in zip(ended, free, strict=True):
+        stop = int(np.flatnonzero(np.isin(expected, [first, second]))[0])
+        np.testing.assert_array_equal(row[: stop + 1], expected[: stop + 1])
+        assert (row[stop:] == expected[stop]).all()
+
+
+@contextlib.contextmanager
+def compilations():
+    """The compilations of the process inside the block."""
+    compiled = []
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_generate_compiles_once_per_shape(pair):
+    _, model = pair
+    other = nnx.clone(model)
+    other.lm_head.kernel[...] = -other.lm_head.kernel[...]
+    prompt = tokens_of((2, 6))
+    llama.generate(model, prompt, [6, 6], max_new_tokens=3)
+    with compilations() as compiled:
+        a = llama.generate(model, prompt, [6, 2], max_new_tokens=3, eos_id=())
+        b = llama.generate(other, prompt[::-1], [1, 6], max_new_tokens=3, eos_id=())
+        assert not np.array_equal(a, b)
+        assert not compiled
+        llama.generate(model, tokens_of((2, 5)), [5, 5], max_new_tokens=3)
+        assert compiled
+
+
+def random_adapter(seed, rank, target):
+    rng = np.random.default_rng(seed)
+    config = jax_lora.LoRAConfig(rank, 4 * rank)
+    sizes = {"q_proj": (32, 32), "down_proj": (48, 32), "lm_head": (32, 61)}
+    names = {
+        "q_proj": [f"model.layers.{i}.self_attn.q_proj" for i in range(2)],
+        "down_proj": ["model.layers.1.mlp.down_proj"],
+        "lm_head": ["lm_head"],
+    }[target]
+    inputs, outputs = sizes[target]
+    return jax_lora.Adapter(
+        config,
+        {
+            name: jax_lora.LoRAWeights(
+                *(
+                    (rng.standard_normal(shape) / rank**0.5).astype(np.float32)
+                    for shape in ((rank, inputs), (outputs, rank))
+                ),
+                config.scale_of(name),
+            )
+            for name in names
+        },
+    )
+
+
+def test_generate_with_adapters_equals_merged_models(pair):
+    model = nnx.clone(pair[1])
+    jax_lora.apply_lora(model, slots=2, buckets=(8, 16))
+    bank = jax_lora.AdapterBank(model)
+    prompt, lengths = tokens_of((4, 6)), [6, 2, 5, 3]
+
+    def run(names):
+        return llama.generate(
+            model, prompt, lengths, adapters=bank.batch(names), max_new_tokens=6, eos_id=()
+        )
+
+    bank.load("a", random_adapter(0, 3, "q_proj"))
+    run(["a", None, None, "a"])
+    others = {
+        "b": random_adapter(1, 12, "down_proj"),
+        "c": random_adapter(2, 8, "lm_head"),
+        "d": random_adapter(3, 8, "q_proj"),
+    }
+    with compilations() as compiled:
+        for name, adapter in others.items():  # d evicts a
+            bank.load(name, adapter)
+        together = run(["d", None, "b", "c"])
+        assert not compiled
+    plain = llama.generate(pair[1], prompt, lengths, max_new_tokens=6, eos_id=())
+    np.testing.assert_array_equal(together[1], plain[1])
+    for row, name in ((0, "d"), (2, "b"), (3, "c")):
+        merged = nnx.clone(pair[1])
+        nnx.update(merged, bank.merge(name))
+        expected = llama.generate(merged, prompt, lengths, max_new_tokens=6, eos_id=())
+        np.testing.assert_array_equal(together[row], expected[row])
+        assert not np.array_equal(expected[row], plain[row])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "new", "message"),
+    [
+        ([[1, 2]], [3], 1, r"lengths must lie in \[1, 2\], got \[3\]"),
+        ([[1, 2]], [0], 1, "lengths must lie in"),
+        ([[1, 61]], [2], 1, r"tokens must lie in \[0, 61\), got 1 to 61"),
+        ([[1, -1]], [1], 1, "tokens must lie in"),
+        ([1, 2], [2], 1, r"tokens must be \[B, S\]"),
+        ([[1, 2]], [2, 2], 1, r"lengths \[B\]"),
+        (np.zeros((0, 2), int), [], 1, "tokens must be"),
+        ([[1, 2]], [2], 0, "max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_generate_refuses(pair, tokens, lengths, new, message):
+    with pytest.raises(ValueError, match=message):
+        llama.generate(pair[1], tokens, lengths, max_new_tokens=new)
+
+
+def test_types_and_sizes_are_checked(pair):
+    with pytest.raises(TypeError, match="must be integers, got float64"):
+        llama.generate(pair[1], [[1.0]], [1], max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompts of 9 tokens exceed the cache's 8 positions"):
+        llama.prefill(pair[1], pair[1].init_cache(1, 8), tokens_of((1, 9)), np.array([9]))
+
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def test_config_defaults():
+    config = llama.LlamaConfig.from_dict(CONFIG | {"eos_token_id": [1, 2], "use_cache": False})
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (2, 4, 10000.0)
+    assert config.eos_token_id == (1, 2) and config.rope_scaling is None
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma2"}, "model_type='gemma2' is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "low_freq_factor must be .* got None",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),
+        ({"head_dim": 3}, "head_dim must be even.*3"),
+        ({"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
+        ({"num_hidden_layers": "1"}, "num_hidden_layers must be a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
+        ({"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number, got 'big'"),
+        (
+            {"rope_parameters": ROPE3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor=1.0 must exceed",
+        ),
+        ({"eos_token_id": "end"}, "eos_token_id must be .* got 'end'"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        llama.LlamaConfig.from_dict(CONFIG | changes)
+
+
+def test_config_without_sizes():
+    with pytest.raises(ValueError, match=r"lacks \['hidden_size'\]"):
+        llama.LlamaConfig.from_dict({k: v for k, v in CONFIG.items() if k != "hidden_size"})
+
+
+def test_weights_that_do_not_fit_the_config(tmp_path):
+    save_reference(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"lacks \['model.layers.2.input_layernorm.weight'"):
+        llama.Llama.from_pretrained(tmp_path)
+    file.write_text(json.dumps(values | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"has \['model.layers.1.*too many"):
+        llama.Llama.from_pretrained(tmp_path)
+    file.write_text(json.dumps(values | {"intermediate_size": 47}))
+    with pytest.raises(ValueError, match=r"mlp.*has shape .*48.*holds .*47"):
+        llama.Llama.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        llama.Llama.from_pretrained(tmp_path.parent)
