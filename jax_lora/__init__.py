@@ -1,5 +1,6 @@
 """Many LoRA adapters of any rank over one Flax model, in one jitted batch."""
 
+from jax_lora import linen as linen
 from jax_lora.adapters import Adapter as Adapter
 from jax_lora.adapters import LoRAConfig as LoRAConfig
 from jax_lora.adapters import LoRAWeights as LoRAWeights
@@ -14,3 +15,4 @@ from jax_lora.layers import LoRADenseGeneral as LoRADenseGeneral
 from jax_lora.layers import LoRAEinsum as LoRAEinsum
 from jax_lora.layers import LoRAScale as LoRAScale
 from jax_lora.layers import apply_lora as apply_lora
+from jax_lora.plan import plan_slots as plan_slots

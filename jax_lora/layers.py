@@ -1,9 +1,10 @@
 """NNX layers that hold stacks of LoRA adapters beside their kernel, and `apply_lora`."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -46,10 +47,46 @@ class LoRAStack(nnx.Module):
         return self.lora_a.nbytes + self.lora_b.nbytes
 
     def part(self, batch: AdapterBatch, lead: tuple[int, ...]) -> LoRAPart:
-        segments = batch.segments(self.bucket, lead, self.slots)
-        return LoRAPart(
-            self.lora_a[...], self.lora_b[...], segments, self.scales[...], self.y_offset
-        )
+        arrays = self.lora_a[...], self.lora_b[...], self.scales[...]
+        return stack_part(*arrays, self.y_offset, batch, lead)
+
+
+def stack_part(
+    lora_a: Array,
+    lora_b: Array,
+    scales: Array,
+    y_offset: int,
+    batch: AdapterBatch,
+    lead: tuple[int, ...],
+) -> LoRAPart:
+    """What a stack adds to a layer's output, for an `x` of `[*lead, H]`."""
+    slots, bucket, _ = lora_a.shape
+    return LoRAPart(lora_a, lora_b, batch.segments(bucket, lead, slots), scales, y_offset)
+
+
+class StackShape(NamedTuple):
+    """One stack of a layer; see `LoRAStack`."""
+
+    slots: int
+    bucket: int
+    features: tuple[int, int]
+    y_offset: int
+
+
+def stack_shapes(
+    features: tuple[int, int], slots: Slots, buckets: Sequence[int], slices: Sequence[int]
+) -> list[StackShape]:
+    """The stacks of a layer: by bucket, and of each bucket by slice."""
+    in_features, out_features = features
+    if sum(slices) != out_features or any(n < 1 for n in slices):
+        raise ValueError(f"slices {tuple(slices)} must be positive and sum to {out_features}")
+    offsets = itertools.accumulate(slices, initial=0)
+    columns = list(zip(slices, offsets))
+    return [
+        StackShape(n, bucket, (in_features, width), y_offset)
+        for bucket, n in check_slots(slots, buckets).items()
+        for width, y_offset in columns
+    ]
 
 
 class LoRALayer(nnx.Module):
@@ -93,17 +130,10 @@ class LoRALayer(nnx.Module):
         self, slots: Slots, buckets: Sequence[int], slices: Sequence[int] | None, dtype: Any
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
-        in_features, out_features = self.features()
+        self.slices = (self.features()[1],) if slices is None else tuple(slices)
+        shapes = stack_shapes(self.features(), slots, buckets, self.slices)
         dtype = stack_dtype(dtype)
-        self.slices = (out_features,) if slices is None else tuple(slices)
-        if sum(self.slices) != out_features or any(n < 1 for n in self.slices):
-            raise ValueError(f"slices {self.slices} must be positive and sum to {out_features}")
-        offsets = [sum(self.slices[:i]) for i in range(len(self.slices))]
-        self.stacks = nnx.List(
-            LoRAStack(n, bucket, (in_features, width), y_offset, dtype)
-            for bucket, n in check_slots(slots, buckets).items()
-            for width, y_offset in zip(self.slices, offsets)
-        )
+        self.stacks = nnx.List(LoRAStack(*shape, dtype) for shape in shapes)
 
     def __call__(
         self, x: Array, adapters: AdapterBatch | None = None, *, out_sharding: Any = None
@@ -119,14 +149,9 @@ class LoRALayer(nnx.Module):
           TypeError: `adapters` is no AdapterBatch.
           ValueError: it does not fit the layer's buckets or the rows of x.
         """
-        if not isinstance(adapters, AdapterBatch | None):
-            raise TypeError(
-                f"{type(self).__name__} takes an AdapterBatch as its second argument, got "
-                f"{type(adapters).__name__}; other arguments go by keyword"
-            )
+        adapters = batch_for(self, adapters)
         base = cast(Any, super())
         y = base.__call__(x, out_sharding=out_sharding)
-        adapters = current() if adapters is None else adapters
         return y if adapters is None else self._add_lora(y, x, adapters)
 
     def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
@@ -142,6 +167,16 @@ class LoRALayer(nnx.Module):
             phase=adapters.phase,
         )
         return self.y_tensor(out.reshape(y_matrix.shape), y)
+
+
+def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:
+    """The batch that a layer was called with, or the ambient one."""
+    if not isinstance(adapters, AdapterBatch | None):
+        raise TypeError(
+            f"{type(layer).__name__} takes an AdapterBatch as its second argument, got "
+            f"{type(adapters).__name__}; other arguments go by keyword"
+        )
+    return current() if adapters is None else adapters
 
 
 class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
@@ -202,7 +237,7 @@ class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
         return math.prod(self.in_features), math.prod(self.out_features)
 
     def x_matrix(self, x: Array) -> Array:
-        axes = tuple(axis % x.ndim for axis in self.axis)
+        axes = tuple(sorted(axis % x.ndim for axis in self.axis))  # as LinearGeneral does
         lead = tuple(axis for axis in range(x.ndim) if axis not in axes)
         return x.transpose(*lead, *axes).reshape(*(x.shape[axis] for axis in lead), -1)
 

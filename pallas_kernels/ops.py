@@ -2,21 +2,25 @@
 
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, ArrayLike
 
-from pallas_kernels import loop, xla
+from pallas_kernels import loop, mosaic_gpu, xla
 from pallas_kernels.parts import LoRAPart
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
 from pallas_kernels.segments import Segments, checked_indices, make_segments
 
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "loop")
+
+_HERE = os.path.dirname(__file__)  # warnings point at the first caller outside
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -28,6 +32,7 @@ class _Spec(NamedTuple):
     kernels: tuple[str, ...]
     y_offsets: tuple[int, ...] = ()
     add_inputs: bool = True
+    config: mosaic_gpu.Config | None = None
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -47,10 +52,10 @@ def _floats(name: str, value: ArrayLike, axes: str) -> Array:
     return array
 
 
-def _stack(name: str, value: ArrayLike, axes: str) -> Array:
+def _stack(name: str, value: Any, axes: str) -> Array:
     """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis."""
     if getattr(value, "ndim", 0) == 4 and value.shape[1] == 1:
-        value = value[:, 0]
+        value = value.squeeze(1)
     stack = _floats(name, value, axes)
     if 0 in stack.shape:
         raise ValueError(f"{name} must not have an empty axis, got {list(stack.shape)}")
@@ -105,23 +110,59 @@ def _warn_loop() -> None:
     warnings.warn(
         "LoRA runs as one dense product per adapter slot (implementation 'loop'): slow, meant for "
         "comparison. Unset JAX_LORA_DISABLE_KERNELS, or name another implementation.",
-        stacklevel=4,
+        skip_file_prefixes=(_HERE,),
     )
 
 
-def _choose(implementation: str | None, config: Any) -> str:
-    """The implementation that runs, by name. A named one never falls back."""
+def _gpu_capability() -> str | None:
+    """Compute capability of the default device, such as "9.0"; None where that is no GPU."""
+    device = jax.local_devices()[0]
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+
+
+@functools.cache
+def _warn_no_hopper(capability: str) -> None:
+    warnings.warn(
+        f"the GPU has compute capability {capability}; jax-lora's kernels need Hopper's, 9.0, so "
+        "LoRA runs as plain XLA",
+        skip_file_prefixes=(_HERE,),
+    )
+
+
+def _choose(implementation: str | None, config: Any, missing: str | None) -> str:
+    """The implementation that runs, by name; "auto" where the platform decides at lowering.
+
+    `missing` says what the case asks of mosaic_gpu that it lacks. A named implementation never
+    falls back.
+    """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, "
             f"got {implementation!r}"
         )
+    capability = _gpu_capability()
     if implementation is None:
-        implementation = "loop" if kernels_disabled() else "xla"
+        if kernels_disabled():
+            implementation = "loop"
+        elif missing is not None:
+            implementation = "xla"
+        elif capability in (None, "9.0"):
+            implementation = "auto"
+        else:
+            _warn_no_hopper(capability)
+            implementation = "xla"
     if implementation == "mosaic_gpu":
-        raise NotImplementedError("implementation 'mosaic_gpu' lacks every op in this version")
-    if config is not None:
-        raise ValueError(f"implementation {implementation!r} takes no config, got {config!r}")
+        if missing is not None:
+            raise NotImplementedError(f"implementation 'mosaic_gpu' lacks {missing}")
+        if capability not in (None, "9.0"):
+            raise NotImplementedError(
+                f"implementation 'mosaic_gpu' needs compute capability 9.0 (Hopper), this GPU has "
+                f"{capability}"
+            )
+        if not isinstance(config, mosaic_gpu.Config | None):
+            raise TypeError(f"config must be a mosaic_gpu.Config, got {config!r}")
+    elif config is not None:
+        raise ValueError(f"config needs implementation='mosaic_gpu', got {config!r}")
     if implementation == "loop":
         _warn_loop()
     return implementation
@@ -136,13 +177,19 @@ def _kernel(rank: int, phase: str) -> str:
 @functools.cache
 def _named(run: Callable[..., Array], spec: _Spec) -> Callable[..., Array]:
     """run(spec, ...) under jit, by a name that tells in a jaxpr or a profile what ran."""
+    if spec.implementation == "auto":
+        on_gpu = _named(run, spec._replace(implementation="mosaic_gpu"))
+        elsewhere = _named(run, spec._replace(implementation="xla"))
+        return lambda *args: jax.lax.platform_dependent(*args, cuda=on_gpu, default=elsewhere)
 
     def call(*args: Any) -> Array:
         return run(spec, *args)
 
     kernels = () if spec.implementation == "loop" else tuple(dict.fromkeys(spec.kernels))
     call.__name__ = "_".join((*kernels, run.__name__, spec.implementation))
-    return jax.jit(call)
+    # A kernel launch has no batching rule of its own: under vmap it runs once per element.
+    batched = sequential_vmap(call) if spec.implementation == "mosaic_gpu" else call
+    return jax.jit(batched)
 
 
 # --------------------------------------------------------------------------- the three operations
@@ -151,6 +198,10 @@ def _named(run: Callable[..., Array], spec: _Spec) -> Callable[..., Array]:
 def shrink(spec: _Spec, x: Array, lora_a: Array, segments: Segments, scale: Array) -> Array:
     if spec.implementation == "loop":
         return loop.shrink(x, lora_a, segments, scale)
+    if spec.implementation == "mosaic_gpu":
+        return mosaic_gpu.shrink(
+            x, lora_a, segments, scale, kernel=spec.kernels[0], config=spec.config
+        )
     return xla.shrink(x, lora_a, segments, scale, kernel=spec.kernels[0])
 
 
@@ -175,7 +226,11 @@ def expand(spec: _Spec, v: Array, lora_b: Array, segments: Segments, y: Array) -
     (kernel,), (y_offset,), add_inputs = spec.kernels, spec.y_offsets, spec.add_inputs
     if spec.implementation == "loop":
         return loop.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs)
-    return xla.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs, kernel=kernel)
+    options: dict[str, Any] = {"add_inputs": add_inputs, "kernel": kernel}
+    if spec.implementation == "mosaic_gpu":
+        options["config"] = spec.config
+        return mosaic_gpu.expand(v, lora_b, segments, y, y_offset, **options)
+    return xla.expand(v, lora_b, segments, y, y_offset, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,6 +257,8 @@ def add_lora_parts(spec: _Spec, y: Array, x: Array, stacks: Any) -> Array:
     parts = _parts(spec, stacks)
     if spec.implementation == "loop":
         return loop.add_lora_multi(y, x, parts)
+    if spec.implementation == "mosaic_gpu":
+        return mosaic_gpu.add_lora_multi(y, x, parts, kernels=spec.kernels, config=spec.config)
     return xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
 
 
@@ -242,7 +299,10 @@ def _shrink_op(
     _same("x and lora_a differ in features H", x.shape[1], lora_a.shape[2])
     route = _route(route, x.shape[0], lora_a.shape[0])
     scale = _scales("scale", scale, per_adapter=None)
-    spec = _Spec(_choose(*how), (kernel,))
+    _, rank, features = lora_a.shape
+    missing = mosaic_gpu.missing(x.dtype, lora_a.dtype, rank, features)
+    implementation, config = how
+    spec = _Spec(_choose(implementation, config, missing), (kernel,), config=config)
     if x.shape[0] == 0:
         return jnp.zeros((0, lora_a.shape[1]), jnp.float32)
     return _shrink(spec, x, lora_a, as_segments(route, lora_a.shape[0]), scale)
@@ -271,7 +331,13 @@ def _expand_op(
     _same("y_slice_size and lora_b differ in features N", y_slice_size, width)
     y_offset = _columns(y, y_offset, width)
     route = _route(route, v.shape[0], lora_b.shape[0])
-    spec = _Spec(_choose(*how), (kernel,), (y_offset,), bool(add_inputs))
+    missing = mosaic_gpu.missing(
+        v.dtype, lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
+    )
+    implementation, config = how
+    spec = _Spec(
+        _choose(implementation, config, missing), (kernel,), (y_offset,), bool(add_inputs), config
+    )
     if v.shape[0] == 0:
         return y
     return _expand(spec, v, lora_b, as_segments(route, lora_b.shape[0]), y)
@@ -509,7 +575,17 @@ def add_lora_multi(
         y_offsets.append(_columns(y, part.y_offset, b.shape[1]))
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
         kernels.append(_kernel(a.shape[1], phase))
-    spec = _Spec(_choose(implementation, config), tuple(kernels), tuple(y_offsets))
+    lacks = [
+        mosaic_gpu.missing(
+            x.dtype, dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset
+        )
+        for (a, b, *_), y_offset in zip(stacks, y_offsets)
+        for dtype in (a.dtype, b.dtype)
+    ]
+    missing = next(filter(None, lacks), None)
+    spec = _Spec(
+        _choose(implementation, config, missing), tuple(kernels), tuple(y_offsets), config=config
+    )
     if not stacks or y.size == 0:
         return y
     sorted_stacks = tuple((a, b, as_segments(route, a.shape[0]), s) for a, b, route, s in stacks)

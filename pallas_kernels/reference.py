@@ -10,7 +10,7 @@ def _as_float64(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 def shrink(
     x: np.ndarray, lora_a: np.ndarray, indices: np.ndarray, scale: float | np.ndarray = 1.0
 ) -> np.ndarray:
-    """v[t] = scale * lora_a[i] @ x[t] where i = indices[t] is a slot, else 0; scale may be `[L]`."""
+    """v[t] = scale * lora_a[i] @ x[t] for a slot i = indices[t], else 0. `scale` may be `[L]`."""
     x, lora_a = _as_float64(x, lora_a)
     scales = np.broadcast_to(scale, len(lora_a))
     v = np.zeros((len(x), lora_a.shape[1]))

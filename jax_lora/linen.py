@@ -1,0 +1,190 @@
+"""LoRA for Flax Linen: the layer, and the bank over a Linen model's variables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from jax_lora import bank
+from jax_lora.batch import AdapterBatch
+from jax_lora.layers import (
+    LoRALayer,
+    Slots,
+    batch_for,
+    stack_dtype,
+    stack_part,
+    stack_shapes,
+)
+from pallas_kernels import add_lora_multi
+from pallas_kernels.ranks import DEFAULT_BUCKETS
+
+
+class LoRADense(nn.Dense):
+    """`flax.linen.Dense` with stacks of LoRA adapters: `y[t] = x[t] W + b + s (x[t] A^T) B^T`.
+
+    Example::
+
+        class Model(nn.Module):
+            @nn.compact
+            def __call__(self, x, adapters=None):
+                return linen.LoRADense(512, slots=4, buckets=(16,), name="proj")(x, adapters)
+
+        variables = model.init(jax.random.key(0), x)
+        bank = linen.AdapterBank(variables)
+        bank.load("french", "adapters/french")
+        batch = bank.batch(["french", None])
+        y = model.apply({"params": variables["params"], **bank.variables}, x, batch)
+
+    Kernel and bias are those of `Dense`, in the collection `params`. The stacks are in `lora`,
+    which may be trained, their scales in `lora_scale`; neither is needed without adapters.
+
+    Attributes:
+      slots, buckets, slices, lora_dtype: as in `jax_lora.LoRADense`. The others: as in `Dense`.
+    """
+
+    slots: Slots = 8
+    buckets: Sequence[int] = DEFAULT_BUCKETS
+    slices: Sequence[int] | None = None
+    lora_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, adapters: AdapterBatch | None = None) -> Array:
+        """The base layer's output, plus each row's adapter; as `jax_lora.LoRADense`."""
+        adapters = batch_for(self, adapters)
+        y = super().__call__(inputs)
+        if adapters is None and not self.is_initializing():
+            return y
+        in_features = jnp.shape(inputs)[-1]
+        dtype = stack_dtype(self.lora_dtype or self.param_dtype)
+        slices = (self.features,) if self.slices is None else self.slices
+        shapes = stack_shapes((in_features, self.features), self.slots, self.buckets, slices)
+
+        def empty() -> dict[int, dict[str, Array]]:
+            return {
+                i: {
+                    "lora_a": jnp.zeros((slots, bucket, in_features), dtype),
+                    "lora_b": jnp.zeros((slots, width, bucket), dtype),
+                }
+                for i, (slots, bucket, (_, width), _) in enumerate(shapes)
+            }
+
+        def empty_scales() -> dict[int, Array]:
+            return {i: jnp.zeros(shape.slots, jnp.float32) for i, shape in enumerate(shapes)}
+
+        stacks = self.variable("lora", "stacks", empty).value
+        scales = self.variable("lora_scale", "stacks", empty_scales).value
+        if adapters is None:
+            return y
+        parts = [
+            stack_part(**stacks[i], scales=scales[i], y_offset=y_offset, batch=adapters,
+                       lead=inputs.shape[:-1])
+            for i, (_, _, _, y_offset) in enumerate(shapes)
+        ]  # fmt: skip
+        x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
+        out = add_lora_multi(y.reshape(-1, self.features), x, parts, phase=adapters.phase)
+        return out.reshape(y.shape)
+
+
+class _Dense(LoRALayer):
+    """What the bank needs of a layer: its kernel, and its stacks as NNX modules."""
+
+    def __init__(self, path: str, kernel: Array, stacks: Mapping[int, Any], scales: Any) -> None:
+        if kernel.ndim != 2:
+            raise ValueError(
+                f"{path}: kernel {list(kernel.shape)} should have 2 axes; layers stacked for a "
+                "scan are not covered"
+            )
+        self.kernel = nnx.Param(kernel)
+        ordered = [stacks[i] for i in range(len(stacks))]
+        buckets = [stack["lora_a"].shape[1] for stack in ordered]
+        slices = [
+            s["lora_b"].shape[1] for s, bucket in zip(ordered, buckets) if bucket == buckets[0]
+        ]
+        slots = {bucket: s["lora_a"].shape[0] for s, bucket in zip(ordered, buckets)}
+        self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
+        for i, (stack, values) in enumerate(zip(self.stacks, ordered)):
+            stack.lora_a.set_value(values["lora_a"])
+            stack.lora_b.set_value(values["lora_b"])
+            stack.scales.set_value(scales[i])
+
+    def features(self) -> tuple[int, int]:
+        in_features, out_features = self.kernel.shape
+        return in_features, out_features
+
+
+class AdapterBank(bank.AdapterBank):
+    """`jax_lora.AdapterBank` over the variables of a Linen model.
+
+    PEFT's module names are the layers' paths in `params`, joined by dots.
+
+    Args:
+      variables: what `model.init` returned. The bank takes over the stacks: from now on they are
+        in `bank.variables`.
+      peft_names: where names differ; as the model's attribute in `jax_lora.AdapterBank`.
+
+    Raises:
+      ValueError: there are no LoRA layers, or they are stacked for a scan; and as
+        `jax_lora.AdapterBank`.
+    """
+
+    def __init__(
+        self, variables: Mapping[str, Any], *, peft_names: Mapping[str, Any] | None = None
+    ) -> None:
+        def is_layer(path: Any, value: Any) -> bool:
+            return "stacks" in value
+
+        model: Any = nnx.Module()
+        layers = flatten_dict(variables.get("lora", {}), is_leaf=is_layer)
+        scales = flatten_dict(variables.get("lora_scale", {}), is_leaf=is_layer)
+        params = flatten_dict(variables.get("params", {}))
+        if () in layers:
+            raise ValueError("a LoRADense alone has no path for PEFT to name; put it in a module")
+        for path, layer in layers.items():
+            parent = model
+            for name in path[:-1]:
+                if name not in vars(parent):
+                    setattr(parent, name, nnx.Module())
+                parent = getattr(parent, name)
+            arrays = params[*path, "kernel"], layer["stacks"], scales[path]["stacks"]
+            setattr(parent, path[-1], _Dense(".".join(path), *arrays))
+        model.peft_names = nnx.static(dict(peft_names or {}))
+        super().__init__(model)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The live collections `lora` and `lora_scale`, as `model.apply` takes them.
+
+        Take it anew for each step: the next load donates the arrays that were in it.
+        """
+        lora, scales = {}, {}
+        for path, variable in nnx.to_flat_state(self.state):
+            if path[-1] == "scales":
+                scales[path[:-1]] = variable.get_value()
+            else:
+                lora[path] = variable.get_value()
+        return {"lora": unflatten_dict(lora), "lora_scale": unflatten_dict(scales)}
+
+    def update(self, lora: Mapping[str, Any]) -> None:
+        """Takes the collection `lora` back after training.
+
+        Raises:
+          ValueError: it is not of the structure and shapes of `variables["lora"]`.
+        """
+        new = flatten_dict(lora)
+        with self._lock:
+            stacks = {k: v for k, v in nnx.to_flat_state(self.state) if k[-1] != "scales"}
+            if {k: (v.shape, v.dtype) for k, v in stacks.items()} != {
+                k: (v.shape, v.dtype) for k, v in new.items()
+            }:
+                raise ValueError("lora must have the paths, shapes and dtypes of the bank's stacks")
+            for path, variable in stacks.items():
+                variable.set_value(new[path])
+
+    def merged_params(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` with an adapter folded into the kernels; see `merge`."""
+        kernels = flatten_dict(nnx.to_pure_dict(self.merge(name)))
+        return unflatten_dict(flatten_dict(params) | kernels)

@@ -1,0 +1,109 @@
+"""Which buckets and slots a folder of adapters needs, within a budget of memory."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypedDict
+
+from jax_lora.adapters import Adapter, load_peft
+from jax_lora.layers import stack_dtype
+from pallas_kernels.ranks import rank_bucket
+
+
+class Plan(TypedDict):
+    """Keyword arguments of `apply_lora`."""
+
+    buckets: tuple[int, ...]
+    slots: dict[int, int]
+    target: tuple[str, ...]
+    dtype: Any
+
+
+def plan_slots(
+    adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Adapter],
+    memory: int,
+    *,
+    dtype: Any = None,
+) -> Plan:
+    """Proposes buckets and slots for `apply_lora`, so that its stacks fit into `memory`.
+
+    Example::
+
+        apply_lora(model, **plan_slots("adapters/", memory=2 << 30))
+
+    One slot for each adapter where that fits; else each bucket holds about the same share of its
+    adapters, at least one slot, and the others take turns. Where not even that fits, the smallest
+    buckets are given up, and their adapters run in the next larger one. A slot takes
+    `bucket * (H + N)` elements in each module that any of the adapters adapts.
+
+    Args:
+      adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.
+      memory: bytes that the stacks may take.
+      dtype: dtype of the stacks; None for the adapters' own (float32 where they differ).
+
+    Returns:
+      `apply_lora`'s `buckets`, `slots`, `target` (the modules that the adapters name, so that no
+      other layer gets stacks) and `dtype`. A model whose `peft_names` differ from its paths takes
+      `plan | {"target": ...}`.
+
+    Raises:
+      TypeError: an argument of another type.
+      ValueError: there are no adapters, they disagree about a module's shape, or one slot for the
+        largest of them takes more than `memory`; see also `load_peft`.
+      FileNotFoundError: see `load_peft`.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise TypeError(f"memory must be an int, in bytes, got {memory!r}")
+    loaded = _load(adapters)
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in loaded:
+        for module, weights in adapter.modules.items():
+            shape = weights.a.shape[1], weights.b.shape[0]
+            if shapes.setdefault(module, shape) != shape:
+                raise ValueError(
+                    f"adapters disagree about {module}: {shapes[module]} and {shape} features; "
+                    "they belong to different models"
+                )
+    dtypes = {adapter.dtype for adapter in loaded}
+    dtype = stack_dtype(dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"))
+    bytes_per_rank = dtype.itemsize * sum(h + n for h, n in shapes.values())
+    wanted = Counter(rank_bucket(adapter.rank) for adapter in loaded)
+    while sum(wanted) * bytes_per_rank > memory and len(wanted) > 1:
+        smallest, larger = sorted(wanted)[:2]
+        wanted[larger] += wanted.pop(smallest)
+    if sum(wanted) * bytes_per_rank > memory:
+        (bucket,) = wanted
+        raise ValueError(
+            f"memory={memory} bytes hold no slot: one of bucket {bucket} takes "
+            f"{bucket * bytes_per_rank}, {dtype} in {len(shapes)} modules. Give more, a smaller "
+            f"dtype=, or leave out the adapters of rank {max(a.rank for a in loaded)}"
+        )
+    slots = dict.fromkeys(sorted(wanted), 1)
+    left = memory - sum(slots) * bytes_per_rank
+    while growing := [
+        (slots[bucket] / wanted[bucket], bucket)
+        for bucket in slots
+        if slots[bucket] < wanted[bucket] and bucket * bytes_per_rank <= left
+    ]:
+        _, bucket = min(growing)
+        slots[bucket] += 1
+        left -= bucket * bytes_per_rank
+    target = tuple(re.escape(module) for module in sorted(shapes))
+    return {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
+
+
+def _load(adapters: Any) -> list[Adapter]:
+    if isinstance(adapters, str | os.PathLike):
+        folder = Path(adapters)
+        inside = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        adapters = inside or [folder]
+    elif isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"adapters must be a folder, or a list of folders and Adapters, got {adapters!r:.100}"
+        )
+    loaded = [a if isinstance(a, Adapter) else load_peft(a) for a in adapters]
+    if not loaded:
+        raise ValueError("there are no adapters to plan for")
+    return loaded

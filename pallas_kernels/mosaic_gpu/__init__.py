@@ -1,0 +1,155 @@
+"""The ops as Pallas:Mosaic GPU kernels for Hopper (sm_90): two launches, in both phases.
+
+`docs/kernels.md` draws them. In short: tokens are cut into tiles of 64 consecutive rows, which are
+wgmma's M. All tokens of a tile are multiplied with every adapter that occurs in it, and each row
+selects its own product afterwards. So tokens may come in any order, no row is ever gathered, each
+tile reads each of its adapters once, and what a row gets depends on that row alone. What is wasted
+is tensor-core work, which these kernels, bound by memory, have to spare.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float
+
+from pallas_kernels.mosaic_gpu.config import MAX_FEATURES, Config, default_config, missing
+from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
+from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
+from pallas_kernels.mosaic_gpu.tiles import interpreted, pad_rows, pad_to, routes
+from pallas_kernels.parts import LoRAPart
+from pallas_kernels.segments import Segments
+
+__all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "shrink"]
+
+
+def shrink(
+    x: Float[Array, "T H"],
+    lora_a: Float[Array, "L R H"],
+    segments: Segments,
+    scale: Float[Array, "*L"],
+    *,
+    kernel: str,
+    config: Config | None = None,
+) -> Float[Array, "T R"]:
+    """v[t] = scale * x[t] @ lora_a[indices[t]].T in float32; zero in rows of -1."""
+    del kernel  # one kernel serves both phases
+    config = config or _config(x, lora_a, lora_a.shape[2])
+    [v] = _shrink_parts(x, [(lora_a, segments, scale, config)], operands=False)
+    return v
+
+
+def expand(
+    v: Float[Array, "T R"],
+    lora_b: Float[Array, "L N R"],
+    segments: Segments,
+    y: Float[Array, "T Ny"],
+    y_offset: int,
+    *,
+    add_inputs: bool,
+    kernel: str,
+    config: Config | None = None,
+) -> Float[Array, "T Ny"]:
+    """y[t, y_offset:][:N] (+)= v[t] @ lora_b[indices[t]].T, rounded once; rows of -1 keep y."""
+    del kernel
+    num_adapters, width, rank = lora_b.shape
+    config = config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
+    operand = _operand(v, lora_b.dtype)
+    part = ExpandPart(operand, lora_b, routes(segments), y_offset, config)
+    return expand_kernel(y, (part,), add_inputs=add_inputs)
+
+
+def add_lora_multi(
+    y: Float[Array, "T Ny"],
+    x: Float[Array, "T H"],
+    parts: tuple[LoRAPart, ...],
+    *,
+    kernels: tuple[str, ...],
+    config: Config | None = None,
+) -> Float[Array, "T Ny"]:
+    """Both halves of every part in two launches; where parts overlap their sum is rounded once."""
+    del kernels
+    configs = [config or _config(x, p.lora_a, p.lora_b.shape[1]) for p in parts]
+    vs = _shrink_parts(
+        x, [(p.lora_a, p.indices, p.scales, c) for p, c in zip(parts, configs)], operands=True
+    )
+    expands = tuple(
+        ExpandPart(v, p.lora_b, routes(p.indices), p.y_offset, c)
+        for v, p, c in zip(vs, parts, configs)
+    )
+    return expand_kernel(y, expands, add_inputs=True)
+
+
+def _config(x: Array, lora_a: Array, width: int) -> Config:
+    num_adapters, rank, features = lora_a.shape
+    return default_config(x.shape[0], features, width, rank, num_adapters)
+
+
+def _operand(v: Array, dtype: DTypeLike) -> Array:
+    """v as the expand loads it: in B's dtype (LoRAX's CAST_TYPE) and at least 16 ranks wide."""
+    return pad_rows(pad_to(v.astype(dtype), 1, 16))
+
+
+def _shrink_parts(
+    x: Array, parts: list[tuple[Array, Segments, Array, Config]], *, operands: bool
+) -> list[Array]:
+    """v of each (lora_a, segments, scales, config): float32 `[T, R]`, zero in rows of -1; or, if
+    `operands`, as the expand loads it, undefined in rows of -1."""
+    num_tokens, twin = x.shape[0], interpreted()
+    vs: dict[int, Array] = {}
+    for dtype in dict.fromkeys(lora_a.dtype for lora_a, *_ in parts):
+        which = [i for i, (lora_a, *_) in enumerate(parts) if lora_a.dtype == dtype]
+        planes, factor = _planes(x, dtype)
+        direct = operands and factor is None and not twin
+        kernel_parts = tuple(
+            # TMA's swizzle needs rows of 32 bytes: an H that is only a multiple of 8 is padded.
+            ShrinkPart(
+                pad_to(lora_a, 2, 16),
+                scales.reshape(-1),
+                routes(segments),
+                dtype if direct else jnp.dtype(jnp.float32),
+                config,
+            )
+            for lora_a, segments, scales, config in (parts[i] for i in which)
+        )
+        padded = pad_to(pad_rows(planes, 1), 2, 16)
+        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands)
+        for i, v in zip(which, out):
+            if twin:
+                used = parts[i][1].indices[:, None] >= 0
+                v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
+            if factor is not None:
+                v = v * factor[:, None]
+            vs[i] = _operand(v, dtype) if operands and not direct else v
+    return [vs[i] for i in range(len(parts))]
+
+
+def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Any]:
+    """x as a sum of planes of `dtype`, exact to float32, and what to multiply its rows by.
+
+    Planes are cut off, not rounded: that cannot overflow, and XLA, which may drop a conversion to
+    half precision and back, cannot undo it. bfloat16 has float32's range and 8 bits a plane.
+    float16 has 11 bits, but not the range: rows are scaled by a power of two to below 2^15.
+    """
+    if x.dtype == dtype:
+        return x[None], None
+    rest, factor = x.astype(jnp.float32), None
+    if dtype == jnp.bfloat16:
+        count, mask = (3 if x.dtype == jnp.float32 else 2), 0xFFFF0000
+    else:
+        count, mask = (3 if x.dtype == jnp.float32 else 1), 0xFFFFE000
+        largest = jnp.max(jnp.abs(rest), axis=1)
+        _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
+        exponent = jnp.clip(
+            exponent - 15, -126, 126
+        )  # so that the power and its inverse are normal
+        factor = jnp.ldexp(jnp.float32(1.0), exponent)
+        rest = rest * jnp.ldexp(jnp.float32(1.0), -exponent)[:, None]
+    planes = []
+    for _ in range(count):
+        bits = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(mask)
+        top = lax.bitcast_convert_type(bits, jnp.float32)
+        planes.append(top.astype(dtype))
+        rest = jnp.where(jnp.isfinite(rest), rest - top, 0.0)
+    return jnp.stack(planes), factor

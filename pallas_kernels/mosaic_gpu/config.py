@@ -1,0 +1,129 @@
+"""What the Mosaic kernels take, and how they cut their work."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+MAX_RANK = 512
+MAX_FEATURES = 131072
+# Tokens of a tile: wgmma has no other M.
+TILE = 64
+# A block's share of H is a multiple of this.
+SPLIT_UNIT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernels cut their work. One `Config` gives a row the same bits in every batch.
+
+    `split` fixes the order in which H is summed: another value changes bits. The rest changes speed
+    alone.
+
+    Attributes:
+      split: blocks of a cluster over which the shrink splits H: 1, 2, 4 or 8.
+      rank_block: ranks that one block of the shrink computes, at most; a divisor of R is taken.
+      stack: adapters that one block of the shrink multiplies at once.
+      chunks: blocks among which the shrink deals a tile's adapters.
+      stages: pipeline stages of the shrink.
+      block_n: output features of one block of the expand.
+      expand_stack: adapters that one block of the expand multiplies at once.
+      expand_stages: pipeline stages of the expand.
+    """
+
+    split: int = 8
+    rank_block: int = 128
+    stack: int = 1
+    chunks: int = 1
+    stages: int = 4
+    block_n: int = 64
+    expand_stack: int = 1
+    expand_stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.split not in (1, 2, 4, 8):
+            raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
+        if self.block_n % 8 or not 8 <= self.block_n <= 256:
+            raise ValueError(f"block_n must be a multiple of 8 up to 256, got {self.block_n}")
+        for name in ("stack", "chunks", "stages", "expand_stack", "expand_stages"):
+            if not 1 <= getattr(self, name) <= 64:
+                raise ValueError(f"{name} must be between 1 and 64, got {getattr(self, name)}")
+
+
+def rank_width(rank: int, at_most: int) -> int:
+    """Ranks of one block of the shrink: the largest divisor of R up to `at_most`, in eights.
+
+    Ranks such as 16 x 17 have no fair divisor below 128; wgmma's N ends at 256.
+    """
+    divisors = [d for d in range(8, 257, 8) if rank % d == 0]
+    fair = [d for d in divisors if d <= at_most]
+    return fair[-1] if fair and fair[-1] >= min(rank, 48) else divisors[-1]
+
+
+def default_config(
+    num_tokens: int, features: int, width: int, rank: int, num_adapters: int
+) -> Config:
+    """The config of a case, from static shapes alone; `split` from H and R, so T changes no bit.
+
+    `features` is H, `width` N, `num_adapters` L.
+    """
+    tiles = -(-num_tokens // TILE)
+    per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
+    few = tiles * -(-width // 128) < 132  # tiles that do not fill the multiprocessors as they are
+    # A cluster's blocks exchange 64 x R x split^2 floats per tile, which costs more than the
+    # shorter way through H saves. H100, add_lora, H = N = 4096, (T, R) = (4096, 16): 69 us at 8,
+    # 60 at 4; (4096, 128): 112 at 4, 71 at 2; (64, 16): 13.2 at 8, 11.9 at 4.
+    split = min(4 if rank <= 32 else 2, 1 << (-(-features // SPLIT_UNIT) - 1).bit_length())
+    rank_block = 64 if few else 128
+    part = rank_width(rank, rank_block)
+    # A block's fixed cost (x, the exchange) wants many adapters in it: 64 of them, R=16, T=64: 28.9
+    # us in stacks of 2, 21.9 of 8. With many tokens a tile seldom has more than two.
+    stack = max(1, min(per_tile, 128 // part if few else 2, 256 // part))
+    chunks = -(-per_tile // stack) if few else 1
+    # Few tokens: narrow blocks, so that there are enough, and all of wgmma's N. Many: occupancy.
+    block_n = 32 if few else 64
+    slot = block_n * rank * 2
+    expand_stack = max(1, min(per_tile, 256 // block_n, 32 * 1024 // slot)) if few else 1
+    pipeline = 96 * 1024 // (expand_stack * slot) if few else 8 * 1024 // slot
+    return Config(
+        split=split,
+        rank_block=rank_block,
+        stack=stack,
+        chunks=chunks,
+        stages=4,
+        block_n=block_n,
+        expand_stack=expand_stack,
+        expand_stages=max(1, min(6 if few else 2, pipeline)),
+    )
+
+
+def missing(
+    x_dtype: DTypeLike,
+    weight_dtype: DTypeLike,
+    rank: int,
+    features: int | None = None,
+    width: int | None = None,
+    y_dtype: DTypeLike | None = None,
+    y_width: int | None = None,
+    y_offset: int = 0,
+) -> str | None:
+    """What the kernels lack for a case, as the object of "lacks"; None if they take it.
+
+    `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
+    x may be float32, bfloat16 or float16.
+    """
+    del x_dtype
+    if weight_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
+    if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):
+        return f"rank {rank} (it takes 8 and the multiples of 16 up to {MAX_RANK})"
+    for name, size in (("H", features), ("N", width)):
+        if size is not None and (size % 8 or not 64 <= size <= MAX_FEATURES):
+            return f"{name}={size} (it takes multiples of 8 from 64 to {MAX_FEATURES})"
+    if y_dtype is not None and y_width is not None:  # TMA copies and strides in units of 16 bytes
+        row, first = (n * jnp.dtype(y_dtype).itemsize for n in (y_width, y_offset))
+        if row % 16:
+            return f"rows of y of {row} bytes (it takes multiples of 16)"
+        if first % 16:
+            return f"y_offset={y_offset}, {first} bytes into y (it takes multiples of 16)"
+    return None

@@ -1,0 +1,280 @@
+"""v = scale * x @ A[i].T: a cluster per 64 tokens splits H and sums through shared memory."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.mosaic_gpu.config import SPLIT_UNIT, TILE, Config, rank_width
+from pallas_kernels.mosaic_gpu.tiles import (
+    ADAPTERS,
+    COUNT,
+    ROWS,
+    accumulator,
+    interpreted,
+    operand_layout,
+    operand_rows,
+    pieces,
+    plain_layout,
+    row_mask,
+    store_rows,
+)
+
+# Shared memory of a block that pipeline and output may fill; there are 227 KiB in all.
+_SHARED_BYTES = 208 * 1024
+# Columns of H that the tensor cores add up. They round towards zero, so that the error grows with
+# the number of additions (H100: 1.8e-5 of v after 16384 columns): spans are added in float32.
+_SPAN = 2048
+
+
+class ShrinkPart(NamedTuple):
+    """One stack: lora_a `[L, R, H]`, scales `[1]` or `[L]`, the tiles' routes, and v's dtype."""
+
+    lora_a: Float[Array, "L R H"]
+    scales: Float[Array, " S"]
+    routes: Int[Array, "tiles W"]
+    dtype: DTypeLike
+    config: Config
+
+
+@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+def _cluster_barrier(_: Any) -> None:
+    # A ClusterBarrier orders at the scope of a block: seen on an H100, peers then read stale sums.
+    mgpu.utils.inline_ptx(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
+        convergent=True,
+    )
+
+
+def shrink_kernel(
+    x: Float[Array, "P T H"], parts: tuple[ShrinkPart, ...], num_tokens: int, *, zero_rows: bool
+) -> list[Array]:
+    """v of each part, summed over the planes of x. T is `num_tokens` or padded.
+
+    Returns one array per part: `[num_tokens, R]` in float32; in half precision, as the expand takes
+    it, `[operand_rows, max(R, 16)]`; in interpret mode `[split, num_tokens, R]`, float32 partial
+    sums. Rows of -1 are zero if `zero_rows` (not in interpret mode), else undefined.
+    """
+    planes, _, features = x.shape
+    twin = interpreted()  # no peer's shared memory there: partial sums go through device memory
+    tiles = -(-num_tokens // TILE)
+    split = min(part.config.split for part in parts)
+    share = -(-features // (SPLIT_UNIT * split)) * SPLIT_UNIT
+    widths = [rank_width(p.lora_a.shape[1], p.config.rank_block) for p in parts]
+    rank_blocks = [p.lora_a.shape[1] // width for p, width in zip(parts, widths)]
+    chunks = [p.config.chunks for p in parts]
+    stacks = [min(p.config.stack, 256 // width) for p, width in zip(parts, widths)]
+    wides = [stack * width for stack, width in zip(stacks, widths)]
+    out_bytes = TILE * 128 * max(len(pieces(width, 4)) for width in widths)
+    column_bytes = (planes * TILE + max(wides)) * x.dtype.itemsize
+    fit = (_SHARED_BYTES - out_bytes) // column_bytes  # columns of H in the pipeline, at most
+    block_k = 128 if fit >= 2 * 128 else 64
+    steps = share // block_k
+    stages = min(max(p.config.stages for p in parts), fit // block_k, steps)
+    span_steps = _SPAN // block_k
+    arrivals = planes + max(stacks)
+
+    outs = []
+    for part in parts:
+        rank = part.lora_a.shape[1]
+        if twin:
+            outs.append(jax.ShapeDtypeStruct((split, num_tokens, rank), jnp.float32))
+        elif part.dtype == jnp.float32:
+            outs.append(jax.ShapeDtypeStruct((num_tokens, rank), jnp.float32))
+        else:
+            outs.append(jax.ShapeDtypeStruct((operand_rows(num_tokens), max(rank, 16)), part.dtype))
+
+    def body(x_ref: Any, *refs: Any) -> None:
+        inputs = [refs[3 * i : 3 * i + 3] for i in range(len(parts))]
+        out_refs, (loaded, route_loaded) = refs[3 * len(parts) : -2], refs[-2:]
+        block, first = lax.axis_index("block"), 0
+        for i in range(len(parts)):
+            refs_of_part = x_ref, *inputs[i], out_refs[i], loaded, route_loaded
+            blocks = chunks[i] * rank_blocks[i]
+            pl.when((block >= first) & (block < first + blocks))(
+                functools.partial(part_body, i, block - first, *refs_of_part)
+            )
+            first += blocks
+
+    def part_body(
+        i: int, block: Array, x_ref: Any, a_ref: Any, scale_ref: Any, route_ref: Any, v_ref: Any,
+        loaded: Any, route_loaded: Any,
+    ) -> None:  # fmt: skip
+        stack, width, wide, dtype = stacks[i], widths[i], wides[i], outs[i].dtype
+        tile, me = lax.axis_index("tile"), lax.axis_index("split")
+        chunk, rank_start = lax.div(block, rank_blocks[i]), lax.rem(block, rank_blocks[i]) * width
+        row_start, k_start = tile * TILE, me * share
+        row_width = width if rank_blocks[i] > 1 else outs[i].shape[-1]
+        cut = pieces(row_width, dtype.itemsize)
+        own = TILE if twin else TILE // split  # rows that this block writes
+
+        def with_route(route: Any, out_smem: Any) -> None:
+            plgpu.copy_gmem_to_smem(route_ref.at[tile], route, route_loaded)
+            plgpu.barrier_wait(route_loaded)
+            ids = plgpu.load(route.at[pl.ds(0, TILE)], layout=ROWS)
+
+            def partial_v(adapters: list[Array], x_smem: Any, a_smem: Any) -> Array:
+                """This block's share of H: each row's sum with its own adapter, scaled, or zero."""
+
+                def fetch(k: Array | int, slot: Array | int) -> None:
+                    barrier, columns = loaded.at[slot], pl.ds(k_start + k * block_k, block_k)
+                    for p in range(planes):
+                        plgpu.copy_gmem_to_smem(
+                            x_ref.at[p, pl.ds(row_start, TILE), columns],
+                            x_smem.at[slot, p],
+                            barrier,
+                        )
+                    for j, adapter in enumerate(adapters):
+
+                        @pl.when(adapter >= 0)
+                        def _(j: int = j, adapter: Array = adapter) -> None:
+                            plgpu.copy_gmem_to_smem(
+                                a_ref.at[adapter, pl.ds(rank_start, width), columns],
+                                a_smem.at[slot, pl.ds(j * width, width)],
+                                barrier,
+                            )
+
+                        pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(barrier))
+                    for _i in range(planes + stack, arrivals):
+                        plgpu.barrier_arrive(barrier)
+
+                def step(acc: Any, k: Array) -> None:
+                    slot = lax.rem(k, stages)
+                    plgpu.barrier_wait(loaded.at[slot])
+                    for p in range(planes):
+                        plgpu.wgmma(acc, x_smem.at[slot, p], a_smem.at[slot].T)
+                    if steps > stages:
+                        plgpu.wgmma_wait(planes)  # the step before this one is done
+                        ahead = k + (stages - 1)
+                        pl.when((k > 0) & (ahead < steps))(
+                            lambda: fetch(ahead, lax.rem(ahead, stages))
+                        )
+
+                def span(n: Array | int, total: Array) -> Array:
+                    """`total` and the next `span_steps` steps, which the tensor cores add up."""
+
+                    def product(acc: Any) -> Array:
+                        start = n * span_steps
+                        stop = jnp.minimum(start + span_steps, steps)
+                        lax.fori_loop(start, stop, lambda k, _: step(acc, k), None)
+                        return acc[...]
+
+                    return total + pl.run_scoped(product, accumulator(wide))
+
+                for k in range(stages):
+                    fetch(k, k)
+                zeros = jnp.zeros((TILE, wide), jnp.float32)
+                if steps <= span_steps:
+                    products = span(0, zeros)
+                else:
+                    products = lax.fori_loop(0, -(-steps // span_steps), span, zeros)
+                v = jnp.zeros((TILE, width), jnp.float32)
+                for j, adapter in enumerate(adapters):
+                    slot = jnp.maximum(adapter, 0) if scale_ref.shape[0] > 1 else 0
+                    mine = products[:, j * width : (j + 1) * width] * scale_ref[slot]
+                    v = jnp.where(row_mask(ids, adapter, width), mine, v)
+                return v
+
+            def stage_out(v: Array) -> None:
+                v = v.astype(dtype)
+                if row_width > width:  # rank 8 in half precision: the expand's K is 16
+                    v = jnp.concatenate([v, jnp.zeros_like(v)], axis=1)
+                for (first, size), piece in zip(cut, out_smem):
+                    store_rows(piece.at[:, pl.ds(0, size)], v[:, first : first + size])
+
+            def exchange(v: Array, part_smem: Any) -> None:
+                """Sums what the cluster's blocks have, in their order; every block sums all."""
+                part_smem[...] = v
+                _cluster_barrier()
+                peers = [plgpu.cluster_ref(part_smem, {"split": s}) for s in range(split)]
+                loads = [plgpu.load(peer, layout=plgpu.Layout.WGMMA) for peer in peers]
+                stage_out(functools.reduce(jnp.add, loads))
+                _cluster_barrier()  # peers read part_smem until here
+
+            def round_(n: Array) -> None:
+                adapters = [route[ADAPTERS + n * stack + j] for j in range(stack)]
+                v = pl.run_scoped(
+                    functools.partial(partial_v, adapters),
+                    plgpu.SMEM((stages, planes, TILE, block_k), x.dtype, transforms=layout),
+                    plgpu.SMEM((stages, wide, block_k), x.dtype, transforms=layout),
+                )
+                if twin or split == 1:
+                    stage_out(v)
+                else:
+                    transforms = operand_layout(jnp.float32, width)
+                    pl.run_scoped(
+                        functools.partial(exchange, v),
+                        plgpu.SMEM((TILE, width), jnp.float32, transforms=transforms),
+                    )
+                plgpu.commit_smem()
+
+                def store(r: Array, carry: None) -> None:
+                    row = r if twin else me * own + r
+                    adapter = route[row]
+                    mine = [(adapter == a) & (a >= 0) for a in adapters]
+                    if zero_rows:
+                        mine.append((adapter < 0) & (n == 0))
+                    target = v_ref.at[me] if twin else v_ref
+
+                    # TMA clips rows behind the last one, but not where there is one row in all.
+                    @pl.when(
+                        functools.reduce(jnp.logical_or, mine) & (row_start + row < num_tokens)
+                    )
+                    def _() -> None:
+                        for (first, size), piece in zip(cut, out_smem):
+                            plgpu.copy_smem_to_gmem(
+                                piece.at[pl.ds(row, 1), pl.ds(0, size)],
+                                target.at[
+                                    pl.ds(row_start + row, 1), pl.ds(rank_start + first, size)
+                                ],
+                            )
+
+                lax.fori_loop(0, own, store, None)
+                plgpu.wait_smem_to_gmem(0)
+
+            rounds = lax.div(route[COUNT] + (stack - 1), jnp.int32(stack))
+            if zero_rows:
+                rounds = jnp.maximum(rounds, 1)
+            # The rounds chunk, chunk + chunks, ... are this block's.
+            mine = lax.div(rounds - chunk + (chunks[i] - 1), jnp.int32(chunks[i]))
+            lax.fori_loop(0, mine, lambda n, _: round_(chunk + n * chunks[i]), None)
+
+        pl.run_scoped(
+            with_route,
+            plgpu.SMEM((route_ref.shape[1],), jnp.int32),
+            [
+                # TMA wants its rows 128 bytes apart.
+                plgpu.SMEM(
+                    (TILE, 128 // dtype.itemsize),
+                    dtype,
+                    transforms=plain_layout(128) if size * dtype.itemsize == 128 else (),
+                )
+                for _, size in cut
+            ],
+        )
+
+    layout = operand_layout(x.dtype, math.gcd(features, 64))
+    grid, names = (tiles, sum(c * b for c, b in zip(chunks, rank_blocks))), ("tile", "block")
+    place: dict[str, Any] = dict(grid=grid, grid_names=names)
+    if twin:
+        place = dict(grid=(*grid, split), grid_names=(*names, "split"))
+    else:
+        place.update(cluster=(split,), cluster_names=("split",))
+    ranks = "_".join(f"r{part.lora_a.shape[1]}" for part in parts)
+    return plgpu.kernel(
+        body,
+        out_type=outs,
+        scratch_types=[
+            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            plgpu.Barrier(),
+        ],
+        kernel_name=f"lora_shrink_{ranks}",
+        **place,
+    )(x, *(array for part in parts for array in part[:3]))

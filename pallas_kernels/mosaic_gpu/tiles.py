@@ -1,0 +1,104 @@
+"""Pieces that both kernels share: the route of a tile, and layouts in shared memory."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax._src import config as jax_config  # the interpret mode in force; JAX has no public getter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, DTypeLike, Int
+
+from pallas_kernels.mosaic_gpu.config import TILE
+from pallas_kernels.segments import Segments
+
+# Where a route holds the number of adapters; the adapters follow.
+COUNT = TILE
+ADAPTERS = TILE + 1
+# -1s behind a route's adapters, so that kernels may look ahead.
+_LOOK_AHEAD = 96
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+# JAX leaves a method of these abstract, which mypy minds.
+_Tiling: Any = plgpu.TilingTransform
+_Swizzle: Any = plgpu.SwizzleTransform
+
+
+def interpreted() -> bool:
+    return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def routes(segments: Segments) -> Int[Array, "tiles W"]:
+    """Per tile of 64 consecutive tokens: their adapters, how many distinct ones, which, then -1."""
+    ids = pad_to(segments.indices, 0, TILE, -1).reshape(-1, TILE)
+    if segments.num_tokens <= TILE:
+        distinct = segments.group_adapters[None]
+    else:
+        earlier = jnp.tril(jnp.ones((TILE, TILE), bool), -1)
+        first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & earlier, axis=2)
+        place = jnp.where(first, jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, TILE)
+        slot = jnp.arange(min(TILE, segments.num_adapters), dtype=jnp.int32)
+        here = place[:, None, :] == slot[None, :, None]
+        distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
+    count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
+    pad = _LOOK_AHEAD + -(ADAPTERS + distinct.shape[1] + _LOOK_AHEAD) % 32  # TMA: whole 128 bytes
+    tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
+    return jnp.concatenate([ids, count, distinct, tail], axis=1)
+
+
+def row_mask(ids: Int[Array, "64"], adapter: Array, columns: int) -> Bool[Array, "64 columns"]:
+    """True in the rows of `adapter`; nowhere if that is -1."""
+    adapter = jnp.where(adapter < 0, jnp.int32(-2), adapter)
+    return lax.broadcast_in_dim(ids == adapter, (TILE, columns), (0,))
+
+
+def pad_to(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
+    pad = -x.shape[axis] % multiple
+    if pad == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, pad)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def operand_rows(num_tokens: int) -> int:
+    """Rows of a wgmma operand in device memory: TMA cuts them into eights if there are more."""
+    return num_tokens if num_tokens <= 8 else -(-num_tokens // 8) * 8
+
+
+def pad_rows(x: Array, axis: int = 0) -> Array:
+    return x if operand_rows(x.shape[axis]) == x.shape[axis] else pad_to(x, axis, 8)
+
+
+def operand_layout(dtype: DTypeLike, columns: int) -> tuple[plgpu.Transform, ...]:
+    """wgmma's operands in shared memory: tiles of 8 rows with the widest swizzle that fits."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0)
+    return _Tiling((8, swizzle // size)), _Swizzle(swizzle)
+
+
+def pieces(width: int, itemsize: int) -> list[tuple[int, int]]:
+    """`width` columns as (first, size) pieces of 128 bytes, then one each of 64, 32 and 16."""
+    cut, first = [], 0
+    for row_bytes in (128, 64, 32, 16):
+        size = row_bytes // itemsize
+        while width - first >= size:
+            cut.append((first, size))
+            first += size
+    return cut
+
+
+def plain_layout(row_bytes: int) -> tuple[plgpu.Transform, ...]:
+    """Rows of `row_bytes` in shared memory, swizzled but not tiled: TMA then takes any T."""
+    return () if row_bytes == 16 else (_Swizzle(row_bytes),)
+
+
+def store_rows(ref: Any, value: Array) -> None:
+    """ref[...] = value, also where rows are narrower than 128 bytes and banks conflict."""
+    if hasattr(plgpu, "store"):  # from JAX 0.12 on, a plain store refuses bank conflicts
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def accumulator(columns: int) -> Any:
+    """wgmma's accumulator: `[64, columns]` of float32 in registers."""
+    return plgpu.WGMMAAccumulatorRef((TILE, columns), jnp.float32)

@@ -1,0 +1,11 @@
+#!/bin/sh
+# compute-sanitizer over a short run of each kernel: PYTHONPATH=. sh tests/gpu/sanitize.sh [tool...]
+# The platform allocator gives each buffer its own cudaMalloc, so that memcheck sees its bounds.
+export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_PYTHON_CLIENT_PREALLOCATE=false
+status=0
+for tool in ${*:-memcheck synccheck racecheck}; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --kernel-name-exclude kernel_substring=cutlass \
+        --print-limit 20 --error-exitcode 1 python3 tests/gpu/short_run.py || status=1
+done
+exit $status

@@ -1,0 +1,33 @@
+"""Each kernel once, on small shapes, checked: what compute-sanitizer runs (see sanitize.sh)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from mosaic_cases import Case, as_jax, products, relative_error
+
+from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
+
+
+@jax.jit
+def run(y, x, a, b, scales, ids):
+    segments = make_segments(ids, a.shape[0])
+    v = mosaic_gpu.shrink(x, a, segments, scales, kernel="bgmv")
+    part = LoRAPart(a, b, segments, scales, 0)
+    return v, mosaic_gpu.add_lora_multi(y, x, (part,), kernels=("bgmv",))
+
+
+for case in (Case(5, 1024, 200, 8, 3), Case(64, 512, 128, 16, 9), Case(150, 1024, 192, 64, 5)):
+    arrays = case.arrays()
+    device = as_jax(arrays)
+    v, y = run(*(device[k] for k in ("y", "x", "a", "b", "scales", "ids")))
+    want = products(arrays.x, arrays.a, arrays.ids)
+    want *= arrays.scales[np.maximum(arrays.ids, 0)][:, None]
+    assert relative_error(np.asarray(v), want) < 1e-5
+    delta = products(want, arrays.b, arrays.ids)
+    assert relative_error(np.asarray(y.astype(jnp.float32)), arrays.y + delta) < 4e-3
+    print("ok", case)

@@ -1,0 +1,67 @@
+"""The arrows between the packages: interop -> jax_lora -> pallas_kernels -> jax."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("pallas_kernels", "jax_lora", "interop")
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Top-level modules that the source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("pallas_kernels", {"flax", "torch", "jax_lora", "interop"}),
+        ("jax_lora", {"torch", "interop"}),
+    ],
+)
+def test_importing_a_package_stays_below_it(package, forbidden):
+    loaded = modules_after(f"import {package}")
+    assert package in loaded
+    assert not loaded & forbidden
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [("pallas_kernels", {"jax", "numpy", "jaxtyping", "pallas_kernels"})],
+)
+def test_sources_import_nothing_else(package, allowed):
+    sources = sorted((ROOT / package).rglob("*.py"))
+    assert sources
+    for path in sources:
+        assert imports(path) - sys.stdlib_module_names <= allowed, path
+
+
+def test_no_source_imports_what_stands_above_it():
+    for below, above in [("pallas_kernels", PACKAGES[1:]), ("jax_lora", ("interop", "torch"))]:
+        for path in (ROOT / below).rglob("*.py"):
+            assert not imports(path) & set(above), path
+
+
+def test_there_is_no_utils():
+    folders = [*PACKAGES, "tests", "notebooks"]
+    named = [p for folder in folders for p in (ROOT / folder).rglob("utils*")]
+    assert not named

@@ -1,0 +1,144 @@
+"""Which implementation runs where, seen in jaxprs and in modules lowered for CUDA without a GPU."""
+
+import re
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_lora
+import pallas_kernels as pk
+from pallas_kernels import ops
+
+T, H, N, L = 8, 64, 128, 3
+SHAPES = {"y": (T, N), "x": (T, H), "a": (L, 16, H), "b": (L, N, 16)}
+
+
+def arrays(dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {k: jnp.asarray(rng.standard_normal(s), dtype) for k, s in SHAPES.items()}
+
+
+def for_cuda(fn: Any, *args: Any) -> str:
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(module: str) -> set[str]:
+    return set(re.findall(r"lora_(?:shrink|expand)(?:_r\d+)+", module))
+
+
+def add_lora(implementation: str | None = None, **options: Any) -> Any:
+    ids = np.array([0, -1, 2, 1, 0, 7, 2, 2])
+    return lambda y, x, a, b: pk.add_lora(y, x, a, b, ids, implementation=implementation, **options)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
+def test_the_kernels_run_on_cuda_and_nothing_multiplies_beside_them(
+    phase: str, implementation: str | None
+) -> None:
+    module = for_cuda(add_lora(implementation, phase=phase), *arrays().values())
+    assert kernels(module) == {"lora_shrink_r16", "lora_expand_r16"}
+    assert "dot_general" not in module
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "loop"])
+def test_xla_runs_on_the_cpu(implementation: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LoRA runs as one dense product")
+        module = jax.jit(add_lora(implementation)).lower(*arrays().values()).as_text()
+    assert kernels(module) == set()
+    assert "dot_general" in module
+
+
+def test_none_falls_back_to_xla_where_the_kernels_lack_something() -> None:
+    module = for_cuda(add_lora(), *arrays(jnp.float32).values())
+    assert kernels(module) == set()
+    assert "dot_general" in module
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "width", "rank", "lacks"),
+    [
+        (jnp.float32, 64, 64, 16, "lacks float32 weights"),
+        (jnp.bfloat16, 100, 64, 16, "lacks H=100"),
+        (jnp.bfloat16, 64, 60, 16, "lacks N=60"),
+        (jnp.bfloat16, 64, 64, 24, "lacks rank 24"),
+    ],
+)
+def test_the_named_kernels_say_what_they_lack(
+    dtype: Any, features: int, width: int, rank: int, lacks: str
+) -> None:
+    y, x = jnp.zeros((4, width), dtype), jnp.zeros((4, features), dtype)
+    a, b = jnp.zeros((2, rank, features), dtype), jnp.zeros((2, width, rank), dtype)
+    ids = np.array([0, 1, -1, 1])
+    with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' {lacks}"):
+        pk.add_lora(y, x, a, b, ids, implementation="mosaic_gpu")
+    assert pk.add_lora(y, x, a, b, ids).shape == (4, width)
+
+
+def test_a_slice_that_tma_cannot_address_runs_as_xla() -> None:
+    args = jnp.zeros((T, 16), jnp.float32), arrays()["b"], np.zeros(T, np.int32)
+    y = jnp.zeros((T, 2 * N), jnp.bfloat16)
+    for y_offset, expected in ((16, {"lora_expand_r16"}), (3, set())):
+
+        def expand(y: Any, offset: int = y_offset) -> Any:
+            return pk.bgmv_expand_slice(*args, y, offset, N)
+
+        assert kernels(for_cuda(expand, y)) == expected
+    with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' lacks y_offset=3"):
+        pk.bgmv_expand_slice(*args, y, 3, N, implementation="mosaic_gpu")
+
+
+def test_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_gpu_capability", lambda: "8.0")
+    ops._warn_no_hopper.cache_clear()
+    with pytest.warns(UserWarning, match=r"compute capability 8\.0"):
+        module = for_cuda(add_lora(), *arrays().values())
+    assert kernels(module) == set()
+    for_cuda(add_lora(), *arrays().values())  # warns once: warnings are errors here
+    with pytest.raises(NotImplementedError, match=r"needs compute capability 9\.0 .* has 8\.0"):
+        add_lora("mosaic_gpu")(*arrays().values())
+
+
+def test_a_layer_runs_the_kernel_of_each_bucket() -> None:
+    model = nnx.Linear(H, N, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    jax_lora.apply_lora(model, slots=2, buckets=(16, 64))
+    bank = jax_lora.AdapterBank(model)
+    batch = bank.batch([None] * T)
+    graphdef, state = nnx.split(model)
+
+    def step(state: Any, x: Any, batch: Any) -> Any:
+        return nnx.merge(graphdef, state)(x, batch)
+
+    module = for_cuda(step, state, jnp.zeros((T, H), jnp.bfloat16), batch)
+    assert "r16" in "".join(kernels(module))
+    assert "r64" in "".join(kernels(module))
+    assert module.count("dot_general") == 1  # the base layer's own
+
+
+def test_mosaic_gradients_are_the_xla_path_s() -> None:
+    def loss(implementation: str) -> Any:
+        return lambda *args: jnp.sum(add_lora(implementation)(*args).astype(jnp.float32))
+
+    args = arrays().values()
+    backward = {
+        name: jax.make_jaxpr(jax.grad(loss(name), argnums=(0, 1, 2, 3)))(*args).out_avals
+        for name in ("xla", "mosaic_gpu")
+    }
+    assert backward["xla"] == backward["mosaic_gpu"]
+
+
+def test_config_is_for_the_named_kernels_alone() -> None:
+    from pallas_kernels.mosaic_gpu import Config
+
+    with pytest.raises(ValueError, match="config needs implementation='mosaic_gpu'"):
+        add_lora("xla", config=Config())(*arrays().values())
+    with pytest.raises(TypeError, match=r"config must be a mosaic_gpu\.Config, got 3"):
+        add_lora("mosaic_gpu", config=3)(*arrays().values())
+    module = for_cuda(add_lora("mosaic_gpu", config=Config(split=1)), *arrays().values())
+    assert kernels(module) == {"lora_shrink_r16", "lora_expand_r16"}

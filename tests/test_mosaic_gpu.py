@@ -1,0 +1,342 @@
+"""The Mosaic kernels without a GPU: interpreted with race detection, and lowered for CUDA.
+
+tests/gpu holds the same cases on a device, where clusters exchange sums; here, where peers' shared
+memory does not exist, partial sums go through device memory and XLA adds them.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_cases import (
+    POPULARITIES,
+    Arrays,
+    Case,
+    as_jax,
+    bits,
+    indices,
+    products,
+    relative_error,
+    v_tolerance,
+    y_tolerance,
+)
+
+import pallas_kernels as pk
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.mosaic_gpu import tiles
+
+# The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        assert not gpu_callbacks.get_races().races_found
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def shrink(z: dict[str, Any], config: Any = None) -> np.ndarray:
+    segments = pk.make_segments(z["ids"], z["a"].shape[0])
+    return np.asarray(
+        jax.jit(functools.partial(mosaic_gpu.shrink, kernel="bgmv", config=config))(
+            z["x"], z["a"], segments, z["scales"]
+        )
+    )
+
+
+def expand(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.ndarray:
+    return np.asarray(
+        pk.bgmv_expand_slice(
+            z["v"], z["b"], z["ids"], z["y"], y_offset, z["b"].shape[1],
+            implementation="mosaic_gpu", config=config,
+        )
+    )  # fmt: skip
+
+
+def add_lora(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.ndarray:
+    part = pk.LoRAPart(z["a"], z["b"], z["ids"], z["scales"], y_offset)
+    return np.asarray(
+        pk.add_lora_multi(z["y"], z["x"], (part,), implementation="mosaic_gpu", config=config)
+    )
+
+
+TINY = [
+    Case(9, 72, 80, 8, 3, "uniform"),
+    Case(5, 256, 64, 16, 4, "distinct"),
+    Case(70, 128, 96, 16, 3, "zipf"),
+    Case(130, 64, 64, 32, 2, "identical"),
+    Case(66, 64, 64, 16, 3, "none"),
+    Case(1, 128, 64, 64, 2, "identical"),
+    Case(10, 64, 64, 48, 3, "out_of_range"),
+    Case(7, 384, 72, 272, 2, "uniform"),
+    Case(3, 128, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"),
+    Case(9, 64, 64, 8, 2, "uniform", "float32", "float16", "float16"),
+    Case(4, 64, 64, 16, 2, "uniform", "float16", "bfloat16", "bfloat16"),
+    Case(4, 64, 64, 16, 2, "uniform", "bfloat16", "float16", "bfloat16"),
+    Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16),
+]
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_interpreted_against_float64(case: Case, interpreted: None) -> None:
+    arrays = case.arrays()
+    z = as_jax(arrays)
+    ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
+    used, columns = ids >= 0, slice(case.y_offset, case.y_offset + case.width)
+    want_v = products(arrays.x, arrays.a, ids) * arrays.scales[np.maximum(ids, 0)][:, None]
+
+    v = shrink(z)
+    assert relative_error(v, want_v) < v_tolerance(case.features)
+    assert not bits(v)[~used].any()
+    for y, delta in (
+        (expand(z, case.y_offset), products(arrays.v.astype(arrays.b.dtype), arrays.b, ids)),
+        (add_lora(z, case.y_offset), products(want_v, arrays.b, ids)),
+    ):
+        want = arrays.y.astype(np.float64)
+        want[:, columns] += delta
+        assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
+        np.testing.assert_array_equal(bits(y)[~used], bits(arrays.y)[~used])
+        outside = np.ones(y.shape[1], bool)
+        outside[columns] = False
+        np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
+
+
+def test_a_v_that_is_not_float32_is_cast_too(interpreted: None) -> None:
+    z = as_jax(Case(3, 64, 64, 16, 2).arrays())
+    z["v"] = z["v"].astype(jnp.float16)
+    want = products(np.asarray(z["v"]), np.asarray(z["b"]), np.asarray(z["ids"]))
+    got = expand(z)
+    assert relative_error(got, np.asarray(z["y"]).astype(np.float64) + want) < y_tolerance(
+        "bfloat16"
+    )
+
+
+def test_nothing_leaks(interpreted: None) -> None:
+    """NaN in unused slots, in a row of -1 or in another row reaches no output."""
+    clean = Case(9, 64, 64, 16, 4).arrays()
+    ids = np.array([0, -1, 3, 0, 2, -1, 2, 0, 3], np.int32)
+    x, y, v, a, b = (np.array(z) for z in (clean.x, clean.y, clean.v, clean.a, clean.b))
+    a[1], b[1], x[1], v[1], x[2], v[2] = np.nan, np.nan, np.nan, np.inf, np.nan, np.nan
+    y[1], y[5] = np.nan, -0.0
+    before = as_jax(Arrays(clean.x, clean.a, clean.b, clean.y, clean.v, clean.scales, ids))
+    after = as_jax(Arrays(x, a, b, y, v, clean.scales, ids))
+    rest = [0, 3, 4, 6, 7, 8]
+    for run in (shrink, expand, add_lora):
+        out = run(after)
+        np.testing.assert_array_equal(bits(out)[rest], bits(run(before))[rest])
+        if run is not shrink:
+            np.testing.assert_array_equal(bits(out)[[1, 5]], bits(y)[[1, 5]])
+        assert np.isnan(out[2].astype(np.float32)).all()
+
+
+def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
+    """In one config, other rows, their order and their number change no bit."""
+    arrays = Case(70, 128, 64, 16, 3).arrays()
+    config = mosaic_gpu.Config(split=2, stack=2, chunks=2, stages=2, block_n=32, expand_stack=2)
+    order = np.random.default_rng(5).permutation(70)[:9]
+    picked = Arrays(
+        arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
+        arrays.ids[order],
+    )  # fmt: skip
+    for run in (shrink, expand, add_lora):
+        whole = run(as_jax(arrays), config=config)
+        np.testing.assert_array_equal(bits(whole)[order], bits(run(as_jax(picked), config=config)))
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
+def test_parts_share_two_launches_and_one_rounding(
+    offsets: tuple[int, int], interpreted: None
+) -> None:
+    arrays = [Case(5, 64, 64, rank, 2, seed=rank).arrays() for rank in (8, 16)]
+    x, y = arrays[0].x, Case(5, 64, 136, 8, 1).arrays().y
+    parts = [pk.LoRAPart(z.a, z.b, z.ids, z.scales, offset) for z, offset in zip(arrays, offsets)]
+    out = np.asarray(pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu"))
+    want, used = y.astype(np.float64), np.zeros(y.shape, bool)
+    for z, offset in zip(arrays, offsets):
+        v = products(x, z.a, z.ids) * z.scales[np.maximum(z.ids, 0)][:, None]
+        want[:, offset : offset + 64] += products(v, z.b, z.ids)
+        used[:, offset : offset + 64] |= (z.ids >= 0)[:, None]
+    assert relative_error(out, want) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(out)[~used], bits(y)[~used])
+
+
+# ----------------------------------------------------------------------------------------- lowering
+
+
+def lowered(
+    num_tokens: int, features: int, width: int, rank: int, num_adapters: int = 64,
+    dtypes: tuple[str, str, str] = ("bfloat16",) * 3, columns: int = 0, y_offset: int = 0,
+    config: Any = None, phase: str = "decode",
+) -> str:  # fmt: skip
+    """add_lora's module for Hopper: layout inference and the shared-memory check have run."""
+    x, w, y = dtypes
+    shape = functools.partial(jax.ShapeDtypeStruct)
+
+    def run(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
+        part = pk.LoRAPart(a, b, ids, y_offset=y_offset)
+        return pk.add_lora_multi(
+            y, x, (part,), phase=phase, implementation="mosaic_gpu", config=config
+        )
+
+    traced = jax.jit(run).trace(
+        shape((num_tokens, columns or width), y),
+        shape((num_tokens, features), x),
+        shape((num_adapters, rank, features), w),
+        shape((num_adapters, width, rank), w),
+        shape((num_tokens,), "int32"),
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_kernels(module: str, *ranks: int) -> None:
+    names = "_".join(f"r{rank}" for rank in ranks)
+    found = set(re.findall(r"lora_(?:shrink|expand)(?:_r\d+)+", module))
+    assert found == {f"lora_shrink_{names}", f"lora_expand_{names}"}
+    assert module.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+    assert "dot_general" not in module
+
+
+BUCKETS = (8, 16, 32, 64, 128)
+EVERY_RANK = (8, *range(16, 513, 16))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 300, 8192])
+@pytest.mark.parametrize("rank", [*BUCKETS, 496])
+def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
+    phase = "decode" if num_tokens <= 64 else "prefill"
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 64), (72, 88), (4096, 11008), (3424, 29568), (128256, 64), (64, 131072), (131072, 64)],
+    ids=str,
+)
+def test_every_size_lowers(shape: tuple[int, int]) -> None:
+    assert_kernels(lowered(9, *shape, 16, 3), 16)
+
+
+@pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+@pytest.mark.parametrize("x", ["bfloat16", "float16", "float32"])
+def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
+    assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y)), 64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mosaic_gpu.Config(split=1),
+        mosaic_gpu.Config(split=8, stack=4, chunks=2, stages=8),
+        mosaic_gpu.Config(rank_block=32, block_n=256, expand_stack=2, expand_stages=4),
+        mosaic_gpu.Config(block_n=8, expand_stack=32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_tokens", [17, 130])
+def test_every_config_lowers(config: mosaic_gpu.Config, num_tokens: int) -> None:
+    assert_kernels(lowered(num_tokens, 2048, 512, 64, config=config), 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 63, 64, 65, 128, 1000, 4096, 8192])
+@pytest.mark.parametrize("rank", EVERY_RANK)
+def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None:
+    for x in ("bfloat16", "float32"):
+        assert_kernels(lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x)), rank)
+
+
+def test_mixed_ranks_lower_to_two_launches() -> None:
+    ranks = BUCKETS
+    shape = jax.ShapeDtypeStruct
+
+    def run(y: Any, x: Any, stacks: Any, ids: Any) -> Any:
+        parts = [pk.LoRAPart(a, b, ids) for a, b in stacks]
+        return pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu")
+
+    half = jnp.bfloat16
+    stacks = [(shape((8, r, 512), half), shape((8, 256, r), half)) for r in ranks]
+    args = (shape((64, 256), half), shape((64, 512), half), stacks, shape((64,), jnp.int32))
+    module = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert_kernels(module, *ranks)
+
+
+# ------------------------------------------------------------------------------ limits and choices
+
+
+def test_missing_names_what_a_case_lacks() -> None:
+    missing = functools.partial(mosaic_gpu.missing, jnp.bfloat16)
+    assert missing(jnp.bfloat16, 16, 4096, 4096, jnp.bfloat16, 4096) is None
+    assert "float32 weights" in str(missing(jnp.float32, 16, 4096))
+    assert "rank 24" in str(missing(jnp.bfloat16, 24, 4096))
+    assert "rank 528" in str(missing(jnp.bfloat16, 528, 4096))
+    assert "H=100" in str(missing(jnp.bfloat16, 16, 100))
+    assert "N=56" in str(missing(jnp.bfloat16, 16, None, 56))
+    assert "H=131080" in str(missing(jnp.bfloat16, 16, 131080))
+    assert "264 bytes" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 132))
+    assert "y_offset=4" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 128, 4))
+
+
+@pytest.mark.parametrize("rank", EVERY_RANK)
+def test_the_order_of_sums_does_not_depend_on_tokens(rank: int) -> None:
+    for features in (64, 1000, 4096, 131072):
+        splits = {
+            mosaic_gpu.default_config(t, features, n, rank, slots).split
+            for t in (1, 64, 65, 4096) for n in (64, 14336) for slots in (1, 64)
+        }  # fmt: skip
+        assert len(splits) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(split=3), dict(block_n=12), dict(stack=0), dict(stages=65)], ids=str
+)
+def test_config_checks_its_values(bad: dict[str, int]) -> None:
+    [(name, value)] = bad.items()
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        mosaic_gpu.Config(**bad)
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 200])
+def test_routes_list_the_adapters_of_each_tile(num_tokens: int, popularity: str) -> None:
+    ids = indices(popularity, num_tokens, 7)
+    segments = pk.make_segments(ids, 7)
+    table = np.asarray(tiles.routes(segments))
+    checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % 64), constant_values=-1)
+    np.testing.assert_array_equal(table[:, : tiles.COUNT], checked.reshape(-1, 64))
+    for row in table:
+        count, adapters = row[tiles.COUNT], row[tiles.ADAPTERS :]
+        assert sorted(adapters[:count]) == sorted(set(row[:64].tolist()) - {-1})
+        assert (adapters[count:] == -1).all()
+        assert len(adapters) - count >= 63  # kernels look ahead
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "float32"])
+def test_planes_add_up_to_x(x_dtype: str, weights: str) -> None:
+    rng = np.random.default_rng(0)
+    magnitudes = np.exp2(rng.uniform(-12, 12, (16, 64)))
+    if x_dtype != "float16":
+        magnitudes *= np.exp2(rng.uniform(-80, 80, (16, 1)))
+    x = (rng.standard_normal((16, 64)) * magnitudes).astype(
+        ml_dtypes.bfloat16 if x_dtype == "bfloat16" else x_dtype
+    )
+    planes, factor = jax.jit(mosaic_gpu._planes, static_argnums=1)(x, jnp.dtype(weights))
+    total = np.asarray(planes).astype(np.float64).sum(0)
+    if factor is not None:
+        total *= np.asarray(factor).astype(np.float64)[:, None]
+    error = np.abs(total - x.astype(np.float64))
+    assert (error <= 2.0**-23 * np.abs(x.astype(np.float64)).max(axis=1, keepdims=True)).all()

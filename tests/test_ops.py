@@ -1,0 +1,690 @@
+"""Every op against float64, on every implementation that runs anywhere; and what the ops promise.
+
+The inputs are hostile throughout: slots that no token uses hold NaN and infinities, tokens without
+adapter too, and bytes that an op must not touch hold signalling NaNs with payloads.
+"""
+
+import functools
+import itertools
+import re
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import ops, reference
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA runs as one dense product"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # numpy, of the poison
+]
+
+F32, BF16, F16 = np.dtype("float32"), jnp.dtype("bfloat16"), np.dtype("float16")
+
+# Relative error of a row (2-norm), by the narrowest type that a result was rounded to.
+TOLERANCE = {F32: 1e-5, F16: 1e-3, BF16: 4e-3}
+
+IMPLEMENTATIONS = ["xla", "loop"]
+SHRINKS = [f"{kernel}_shrink" for kernel in ("bgmv", "sgmv")]
+EXPANDS = [
+    f"{kernel}_{what}"
+    for kernel in ("bgmv", "sgmv")
+    for what in ("expand", "expand_add", "expand_slice", "expand_slice_over")
+]
+ADDS = ["decode_add_lora", "prefill_add_lora", "decode_add_lora_multi", "prefill_add_lora_multi"]
+OPS = [*SHRINKS, *EXPANDS, *ADDS]
+# The loop knows no kernels: one of the two is enough.
+WAYS = [
+    *((op, "xla") for op in OPS),
+    *((op, "loop") for op in OPS if op.startswith(("bgmv", "decode"))),
+]
+OFFSET, MARGIN = 3, 8  # columns of y before, and before and after, those that an op touches
+
+
+class Case(NamedTuple):
+    tokens: int
+    adapters: int
+    rank: int
+    features: int
+    width: int
+    x: np.dtype
+    weights: np.dtype
+    y: np.dtype
+    stacks: int = 3  # axes; 4 is LoRAX's [L, 1, ., .]
+
+    @property
+    def id(self) -> str:
+        types = "-".join(d.name for d in (self.x, self.weights, self.y))
+        return f"T{self.tokens}-L{self.adapters}-r{self.rank}-{types}"
+
+
+CASES = [
+    Case(0, 3, 8, 24, 40, F32, F32, F32),
+    Case(1, 4, 16, 136, 72, BF16, BF16, BF16),
+    Case(2, 1, 8, 33, 17, F16, F16, F16, stacks=4),
+    Case(7, 3, 16, 40, 24, F32, BF16, F32),
+    Case(7, 3, 16, 40, 24, F16, F32, BF16),
+    Case(65, 6, 16, 1000, 130, F32, F32, F32),
+    Case(65, 6, 16, 1000, 130, BF16, BF16, BF16),
+    Case(65, 90, 8, 64, 48, BF16, F16, F32),
+    Case(65, 4, 136, 72, 56, F32, F32, F32),  # beyond BGMV_MAX_RANK
+]
+
+
+def popularity(name: str, tokens: int, adapters: int) -> np.ndarray:
+    rng = np.random.default_rng(tokens + adapters)
+    last = adapters - 1
+    return {
+        "distinct": lambda: last - rng.permutation(tokens) % adapters,
+        "uniform": lambda: rng.integers(-1, adapters, tokens),
+        "zipf": lambda: np.minimum(rng.zipf(1.5, tokens) - 1, last),
+        "identical": lambda: np.full(tokens, last),
+        "none": lambda: np.full(tokens, -1),
+        "out_of_range": lambda: np.resize([last, -2, adapters, 2**31 - 1, -(2**31), 0], tokens),
+    }[name]().astype(np.int32)
+
+
+POPULARITIES = ["distinct", "uniform", "zipf", "identical", "none", "out_of_range"]
+
+
+def poison(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """NaNs with payloads, quiet and signalling, infinities and -0.0."""
+    bits, values = {
+        F32: (np.uint32, [0x7F800001, 0xFFC12345, 0x7F800000, 0x80000000, 0x7FC00000]),
+        BF16: (np.uint16, [0x7F81, 0xFFC5, 0x7F80, 0x8000, 0x7FC0]),
+        F16: (np.uint16, [0x7C01, 0xFE05, 0x7C00, 0x8000, 0x7E00]),
+    }[dtype]
+    return rng.choice(np.array(values, bits), shape).view(dtype)
+
+
+def bits_of(array: jax.Array | np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    return array.view(np.uint32 if array.dtype.itemsize == 4 else np.uint16)
+
+
+def inputs(case: Case, indices: np.ndarray, seed: int = 0, *, poisoned: bool = True) -> dict:
+    """Signed random arrays; what no adapter of a token touches is poisoned."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, dtype: np.dtype) -> np.ndarray:
+        return rng.normal(size=shape).astype(dtype)
+
+    tokens, adapters, rank, features, width = case[:5]
+    used = np.isin(np.arange(adapters), indices)
+    live = np.isin(indices, np.arange(adapters))
+    arrays = {
+        "y": normal(tokens, MARGIN + width, dtype=case.y),
+        "x": normal(tokens, features, dtype=case.x),
+        "v": normal(tokens, rank, dtype=F32 if case.x == case.weights else case.x),
+        "a": normal(adapters, rank, features, dtype=case.weights),
+        "b": normal(adapters, width, rank, dtype=case.weights),
+        "scales": normal(adapters, dtype=F32),
+    }
+    if poisoned:
+        for name, clean in (("x", live), ("v", live), ("a", used), ("b", used), ("scales", used)):
+            array = arrays[name]
+            array[~clean] = poison(rng, array[~clean].shape, array.dtype)
+        foul = np.ones(arrays["y"].shape, bool)
+        foul[live, OFFSET : OFFSET + width] = False
+        arrays["y"] = np.where(foul, poison(rng, foul.shape, case.y), arrays["y"])
+    if case.stacks == 4:
+        arrays |= {name: arrays[name][:, None] for name in "ab"}
+    return arrays
+
+
+def run(op: str, arrays: dict, indices, implementation: str | None) -> jax.Array:
+    """`op` on the arrays that it takes."""
+    x, v, a, b, y, scales = (arrays[name] for name in ("x", "v", "a", "b", "y", "scales"))
+    how = {"implementation": implementation}
+    width = b.shape[-2]
+    group, _, what = op.partition("_")
+    if group == "sgmv":
+        indices = pk.make_segments(indices, a.shape[0])
+    match what:
+        case "shrink":
+            return getattr(pk, op)(x, a, indices, scale=scales[-1], **how)
+        case "expand":
+            return getattr(pk, op)(v, b, indices, **how)
+        case "expand_add":
+            y = y[:, OFFSET : OFFSET + width]
+            return getattr(pk, f"{group}_expand")(v, b, indices, y, **how)
+        case "expand_slice" | "expand_slice_over":
+            add = {"add_inputs": what == "expand_slice"}
+            expand_slice = getattr(pk, f"{group}_expand_slice")
+            return expand_slice(v, b, indices, y, OFFSET, width, **add, **how)
+        case "add_lora":
+            y = y[:, OFFSET : OFFSET + width]
+            return pk.add_lora(y, x, a, b, indices, scales=scales, phase=group, **how)
+        case "add_lora_multi":  # two overlapping parts of unequal widths
+            segments = pk.make_segments(indices, a.shape[0])
+            parts = [
+                pk.LoRAPart(a, b, segments, scales, OFFSET),
+                pk.LoRAPart(a, b[..., : width // 2, :], indices, 0.5, OFFSET + width // 4),
+            ]
+            return pk.add_lora_multi(y, x, parts, phase=group, **how)
+    raise AssertionError(op)
+
+
+@functools.cache
+def compiled(op: str, implementation: str):
+    return jax.jit(functools.partial(run, op, implementation=implementation))
+
+
+def rounded(v: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32 `v` as the expand multiplies it with a B of `dtype`."""
+    return v.astype(F32).astype(dtype) if dtype != F32 else v
+
+
+def expected(op: str, arrays: dict, indices: np.ndarray) -> np.ndarray:
+    """What `op` means, in float64 (but for the cast of v to B's type)."""
+    x, v, y, scales = (arrays[name] for name in ("x", "v", "y", "scales"))
+    a, b = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in "ab")
+    width = b.shape[1]
+    if v.dtype == F32:
+        v = rounded(v, b.dtype)
+
+    def expand(v, y, offset=0, b=b, **options):
+        return reference.expand(v, b, indices, y, offset, **options)
+
+    def shrink(scales):
+        return reference.shrink(x, a, indices, scales)
+
+    inner = y[:, OFFSET : OFFSET + width]
+    match op.partition("_")[2]:
+        case "shrink":
+            return shrink(scales[-1])
+        case "expand":
+            return expand(v, np.zeros((len(v), width)))
+        case "expand_add":
+            return expand(v, inner)
+        case "expand_slice":
+            return expand(v, y, OFFSET)
+        case "expand_slice_over":
+            return expand(v, y, OFFSET, add_inputs=False)
+        case "add_lora":
+            return expand(rounded(shrink(scales), b.dtype), inner)
+        case "add_lora_multi":
+            out = expand(rounded(shrink(scales), b.dtype), y, OFFSET)
+            half = rounded(shrink(0.5), b.dtype)
+            return expand(half, out, OFFSET + width // 4, b[:, : width // 2])
+    raise AssertionError(op)
+
+
+def untouched(op: str, arrays: dict, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bits that the result of `op` must hold, and where."""
+    y, width = arrays["y"], arrays["b"].shape[-2]
+    live = np.isin(indices, np.arange(len(arrays["a"])))
+    match op.partition("_")[2]:
+        case "shrink":
+            y, columns = np.zeros((len(y), arrays["a"].shape[-2]), F32), slice(None)
+        case "expand":
+            y, columns = np.zeros((len(y), width), arrays["b"].dtype), slice(None)
+        case "expand_add" | "add_lora":
+            y, columns = y[:, OFFSET : OFFSET + width], slice(None)
+        case _:
+            columns = slice(OFFSET, OFFSET + width)
+    kept = np.ones(y.shape, bool)
+    kept[live, columns] = False
+    return bits_of(np.ascontiguousarray(y)), kept
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    """Row by row in 2-norm."""
+    got = np.asarray(got).astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    got, want = np.nan_to_num(got), np.nan_to_num(want)
+    error, size = (np.linalg.norm(m, axis=-1) for m in (got - want, want))
+    assert np.all(error <= tolerance * size), f"{np.max(error / np.maximum(size, 1e-30)):.2e}"
+
+
+def check(op: str, case: Case, out: jax.Array, arrays: dict, indices: np.ndarray) -> None:
+    want = expected(op, arrays, indices)
+    y_type = {"shrink": F32, "expand": case.weights}.get(op.partition("_")[2], case.y)
+    assert out.shape == want.shape and out.dtype == y_type
+    bits, kept = untouched(op, arrays, indices)
+    np.testing.assert_array_equal(bits_of(out)[kept], bits[kept])
+    # Where both halves run, v is rounded too, and may round the other way than the oracle's.
+    types = [y_type, case.weights] if op in ADDS else [y_type]
+    clean = ~kept.all(-1)
+    got, want = (np.where(kept, 0, np.asarray(m, np.float64))[clean] for m in (out, want))
+    assert_close(got, want, max(TOLERANCE[t] for t in types))
+
+
+@pytest.mark.parametrize("which", POPULARITIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("op", "implementation"), WAYS)
+def test_against_float64(op, implementation, case, which):
+    indices = popularity(which, case.tokens, case.adapters)
+    arrays = inputs(case, indices)
+    arrays["scales"][-1] = 0.75  # the shrinks' one scale
+    live = np.flatnonzero(np.isin(indices, np.arange(case.adapters)))
+    if len(live) > 1:  # a row's NaN stays in that row
+        arrays["x"][live[0], 1] = np.nan
+        arrays["v"][live[0], 1] = np.nan
+    check(op, case, compiled(op, implementation)(arrays, indices), arrays, indices)
+
+
+PLAIN = Case(19, 5, 16, 40, 24, F32, F32, F32)
+
+
+def plain(seed: int = 0, case: Case = PLAIN) -> tuple[dict, np.ndarray]:
+    indices = popularity("uniform", case.tokens, case.adapters)
+    return inputs(case, indices, seed, poisoned=False), indices
+
+
+def names(fn, *args) -> set[str]:
+    """The named programs of this package in a jaxpr."""
+    found = re.findall(r"name=(\w+)", str(jax.make_jaxpr(fn)(*args)))
+    return {name for name in found if re.search("(shrink|expand|parts)_(xla|loop|mosaic)", name)}
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("op", OPS)
+def test_the_named_implementation_runs_and_no_other(op, implementation):
+    group, _, what = op.partition("_")
+    kernel = {"decode": "bgmv", "prefill": "sgmv"}.get(group, group)
+    what = "add_lora_parts" if op in ADDS else what.split("_")[0]
+    wanted = f"{what}_loop" if implementation == "loop" else f"{kernel}_{what}_xla"
+    arrays, indices = plain()
+    assert names(lambda a: run(op, a, indices, implementation), arrays) == {wanted}
+
+
+@pytest.mark.parametrize(("op", "implementation"), WAYS)
+def test_float32_never_multiplies_in_tf32(op, implementation):
+    """A GPU's default, which a CPU would not show."""
+    arrays, indices = plain()
+    fn = jax.grad(loss(functools.partial(run, op, implementation=implementation)))
+    text = str(jax.make_jaxpr(fn)(arrays, indices))
+    exact = re.findall(r"precision=\(?(?:Precision\.)?HIGHEST", text)
+    assert len(exact) == text.count("dot_general[") > 0
+
+
+def test_decode_takes_bgmv_up_to_its_rank_and_sgmv_beyond():
+    def add(phase):
+        low, high = (inputs(PLAIN._replace(rank=r), indices) for r in (128, 136))
+        parts = [pk.LoRAPart(m["a"], m["b"], indices) for m in (low, high)]
+        return names(lambda y: pk.add_lora_multi(y, low["x"], parts, phase=phase), low["y"])
+
+    _, indices = plain()
+    assert add("decode") == {"bgmv_sgmv_add_lora_parts_xla"}
+    assert add("prefill") == {"sgmv_add_lora_parts_xla"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_environment_switches_to_the_loop_at_each_trace(op, monkeypatch):
+    arrays, indices = plain()
+
+    def suffix(implementation):
+        (name,) = names(lambda a: run(op, a, indices, implementation), arrays)
+        return name.rpartition("_")[2]
+
+    assert suffix(None) == "xla"
+    monkeypatch.setenv("JAX_LORA_DISABLE_KERNELS", "1")
+    assert suffix(None) == "loop"
+    assert suffix("xla") == "xla"
+
+
+def test_the_loop_warns_once_and_blames_the_caller():
+    arrays, indices = plain()
+    ops._warn_loop.cache_clear()
+    with pytest.warns(UserWarning, match="one dense product per adapter slot") as caught:
+        run("bgmv_shrink", arrays, indices, "loop")
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("decode_add_lora", arrays, indices, "loop")
+
+
+@pytest.mark.parametrize("op", ["bgmv_shrink", "sgmv_expand_slice", *ADDS[:2]])
+def test_host_lists_wide_ids_and_eager_calls_mean_the_same(op):
+    arrays, indices = plain()
+    want = np.asarray(compiled(op, "xla")(arrays, indices))
+    wide = np.where(indices < 0, 2**32 + 1, indices.astype(np.int64))
+    for ids in (indices.tolist(), wide, jnp.asarray(indices, jnp.int8)):
+        np.testing.assert_array_equal(run(op, arrays, ids, "xla"), want)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_narrow_ids_reach_every_slot_they_can_name(dtype):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(300, 8, 16)).astype(F32)
+    x = rng.normal(size=(4, 16)).astype(F32)
+    ids = np.array([0, 100, np.iinfo(dtype).max, 7], dtype)
+    for form in (ids, jnp.asarray(ids)):
+        got = jax.jit(pk.bgmv_shrink)(x, a, form)
+        assert_close(got, reference.shrink(x, a, ids), TOLERANCE[F32])
+
+
+def test_under_x64_ids_beyond_int32_are_no_adapter():
+    arrays, indices = plain()
+    wide = np.where(indices < 0, 2**32 + 1, indices.astype(np.int64))
+    want = {op: np.asarray(compiled(op, "xla")(arrays, indices)) for op in ADDS[:2]}
+    with jax.enable_x64():
+        for op in want:
+            got = jax.jit(lambda a, i, op=op: run(op, a, i, "xla"))(arrays, jnp.asarray(wide))
+            np.testing.assert_array_equal(got, want[op])
+
+
+# ------------------------------------------------------------------------ determinism, invariance
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("op", [*SHRINKS, "bgmv_expand_add", "sgmv_expand_add", *ADDS])
+def test_a_row_depends_on_no_other_row_bit_for_bit(op, dtypes):
+    case = Case(67, 5, 16, 264, 136, *dtypes)
+    rng = np.random.default_rng(0)
+    arrays, indices = plain(case=case)
+    fn = compiled(op, "xla")
+    want = np.asarray(fn(arrays, indices))
+    np.testing.assert_array_equal(fn(arrays, indices), want)
+    for _ in range(4):
+        order = rng.permutation(case.tokens)
+        rows = {name: arrays[name][order] for name in "yxv"}
+        np.testing.assert_array_equal(fn(arrays | rows, indices[order]), want[order])
+
+        keep = rng.random(case.tokens) < 0.3  # the others: other adapters, other data
+        other = np.where(keep, indices, rng.integers(-1, case.adapters, case.tokens))
+        rows = {
+            name: np.where(keep[:, None], rows, poison(rng, rows.shape, rows.dtype))
+            for name, rows in ((name, arrays[name]) for name in "yxv")
+        }
+        got = np.asarray(fn(arrays | rows, other.astype(np.int32)))
+        np.testing.assert_array_equal(got[keep], want[keep])
+
+        slots = rng.permutation(case.adapters)  # the same adapters, in other slots
+        place = np.append(np.argsort(slots), -1).astype(np.int32)
+        stacks = {name: arrays[name][slots] for name in ("a", "b", "scales")}
+        if op in SHRINKS:
+            stacks["scales"] = arrays["scales"]
+        np.testing.assert_array_equal(fn(arrays | stacks, place[indices]), want)
+
+
+# -------------------------------------------------------------------------------- transformations
+
+
+def dense(op: str, arrays: dict, indices: np.ndarray) -> jax.Array:
+    """The ops as plain jnp: one weight per token, gathered."""
+    x, v, a, b, y, scales = (arrays[name] for name in ("x", "v", "a", "b", "y", "scales"))
+    width, live = b.shape[1], (indices >= 0)[:, None]
+    high = {"precision": "highest"}
+
+    def shrink(scale):
+        out = jnp.einsum("th,trh->tr", x, a[indices], **high)
+        return jnp.where(live, out * scale, 0)
+
+    def expand(v, y, offset=0, b=b, add=True):
+        columns = slice(offset, offset + b.shape[1])
+        delta = jnp.einsum("tr,tnr->tn", v, b[indices], **high)
+        new = y[:, columns] + delta if add else delta
+        return y.at[:, columns].set(jnp.where(live, new, y[:, columns]))
+
+    inner = y[:, OFFSET : OFFSET + width]
+    per_row = scales[indices][:, None]
+    match op.partition("_")[2]:
+        case "shrink":
+            return shrink(scales[-1])
+        case "expand":
+            return expand(v, jnp.zeros_like(inner))
+        case "expand_add":
+            return expand(v, inner)
+        case "expand_slice":
+            return expand(v, y, OFFSET)
+        case "expand_slice_over":
+            return expand(v, y, OFFSET, add=False)
+        case "add_lora":
+            return expand(shrink(per_row), inner)
+        case "add_lora_multi":
+            out = expand(shrink(per_row), y, OFFSET)
+            return expand(shrink(0.5), out, OFFSET + width // 4, b[:, : width // 2])
+    raise AssertionError(op)
+
+
+def loss(fn):
+    """A scalar whose gradient weighs every element of fn's result differently."""
+
+    def scalar(arrays, indices):
+        out = fn(arrays, indices).astype(jnp.float32)
+        return jnp.sum(jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape) * out)
+
+    return scalar
+
+
+@pytest.mark.parametrize(
+    ("op", "implementation", "dtype"),
+    [
+        # All implementations and kernels share their gradients, so each op is here once or twice.
+        ("bgmv_shrink", "xla", F32),
+        ("sgmv_shrink", "loop", F32),
+        ("sgmv_expand", "xla", F32),
+        ("bgmv_expand_add", "xla", F32),
+        ("sgmv_expand_slice", "xla", F32),
+        ("bgmv_expand_slice", "xla", BF16),
+        ("bgmv_expand_slice_over", "xla", F32),
+        ("sgmv_expand_slice_over", "loop", F32),
+        ("decode_add_lora", "xla", F32),
+        ("decode_add_lora", "xla", BF16),
+        ("prefill_add_lora", "loop", F32),
+        ("prefill_add_lora_multi", "xla", F32),
+        ("decode_add_lora_multi", "xla", BF16),
+    ],
+)
+def test_gradients_equal_those_of_the_dense_form(op, implementation, dtype):
+    case = PLAIN._replace(x=dtype, weights=dtype, y=dtype)
+    arrays = inputs(case, np.array([]), poisoned=False)
+    indices = np.where(popularity("uniform", 19, 5) == 2, -1, popularity("uniform", 19, 5))
+    got = jax.jit(jax.grad(loss(functools.partial(run, op, implementation=implementation))))(
+        arrays, indices
+    )
+    exact = {name: array.astype(F32) for name, array in arrays.items()}
+    want = jax.jit(jax.grad(loss(functools.partial(dense, op))))(exact, indices)
+    for name, grad in got.items():
+        assert grad.dtype == arrays[name].dtype, name
+        error = np.linalg.norm(grad.astype(F32) - want[name])
+        assert error <= (1e-5 if dtype == F32 else 1e-2) * np.linalg.norm(want[name]), name
+    absent = np.setdiff1d(np.arange(case.adapters), indices)
+    assert 2 in absent
+    for name in ("a", "b", *(["scales"] if op in ADDS else [])):
+        assert not bits_of(got[name][absent]).any(), name
+
+
+def test_gradients_of_unused_slots_are_zero_though_they_hold_nan():
+    indices = np.array([0, -1, 3, 3, -1, 0], np.int32)
+    case = PLAIN._replace(tokens=6)
+    arrays = inputs(case, indices)
+    arrays["y"] = np.zeros_like(arrays["y"])
+    for op in ADDS[1:3]:
+        got = jax.jit(jax.grad(loss(functools.partial(run, op, implementation="xla"))))(
+            arrays, indices
+        )
+        assert all(np.isfinite(grad).all() for grad in got.values()), op
+        for name, unused in {
+            "a": [1, 2, 4],
+            "b": [1, 2, 4],
+            "scales": [1, 2, 4],
+            "x": [1, 4],
+        }.items():
+            assert not bits_of(got[name])[unused].any(), (op, name)
+
+
+@pytest.mark.parametrize(
+    "op", ["bgmv_shrink", "sgmv_shrink", "bgmv_expand_slice", "sgmv_expand_slice_over", *ADDS]
+)
+def test_vmap_over_tokens_and_indices(op):
+    many = [plain(seed) for seed in range(3)]
+    stacks = {name: many[0][0][name] for name in ("a", "b", "scales")}
+    rows = {name: np.stack([arrays[name] for arrays, _ in many]) for name in "yxv"}
+    indices = np.stack([np.roll(ids, n) for n, (_, ids) in enumerate(many)])
+    fn = functools.partial(run, op, implementation="xla")
+    got = jax.jit(jax.vmap(lambda rows, ids: fn(rows | stacks, ids)))(rows, indices)
+    for n in range(3):
+        one = {name: array[n] for name, array in rows.items()}
+        want = compiled(op, "xla")(one | stacks, indices[n])
+        np.testing.assert_allclose(got[n], want, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_over_adapter_stacks_and_gradients():
+    """Ensembles, as in a search over ranks or seeds: stacks are batched, tokens are not."""
+    arrays, indices = plain()
+    stacks = {name: np.stack([arrays[name], -arrays[name]]) for name in "ab"}
+    fn = functools.partial(run, "prefill_add_lora", implementation="xla")
+    grad = jax.grad(loss(fn))
+    got = jax.jit(jax.vmap(lambda s: grad(arrays | s, indices)))(stacks)
+    for n in range(2):
+        want = jax.jit(grad)(arrays | {name: s[n] for name, s in stacks.items()}, indices)
+        for name in want:
+            np.testing.assert_allclose(got[name][n], want[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori_loop"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_inside_a_loop_over_layers(phase, loop):
+    case = PLAIN._replace(width=40)
+    layers = [plain(seed, case)[0] for seed in range(3)]
+    _, indices = plain(case=case)
+    stacks = {name: np.stack([layer[name] for layer in layers]) for name in "ab"}
+
+    def layer(y, n, segments):
+        return pk.add_lora(y, y, stacks["a"][n] * 0.1, stacks["b"][n], segments, phase=phase)
+
+    @jax.jit
+    def looped(y, indices):
+        segments = pk.make_segments(indices, case.adapters)
+        a, b = (jnp.asarray(stacks[name]) for name in "ab")
+
+        def step(y, a, b):
+            return pk.add_lora(y, y, a * 0.1, b, segments, phase=phase)
+
+        if loop == "scan":
+            return jax.lax.scan(lambda y, ab: (step(y, *ab), None), y, (a, b))[0]
+        return jax.lax.fori_loop(0, 3, lambda n, y: step(y, a[n], b[n]), y)
+
+    want = y = layers[0]["x"]
+    for n in range(3):
+        want = layer(want, n, indices)
+    np.testing.assert_allclose(looped(y, indices), want, rtol=1e-5, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------- add_lora_multi
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_parts_of_every_rank_width_and_place(implementation, phase, dtype):
+    """Rank buckets and slices together: parts differ in rank, width, slots and tokens."""
+    rng = np.random.default_rng(0)
+    tokens, features = 23, 48
+    x = rng.normal(size=(tokens, features)).astype(dtype)
+    y = poison(rng, (tokens, 100), dtype)
+    y[:, :90] = rng.normal(size=(tokens, 90)).astype(dtype)
+    parts, want = [], y.astype(np.float64)
+    touched = np.zeros(y.shape, bool)
+    for rank, width, slots, offset in [
+        (8, 32, 2, 0), (16, 32, 4, 0), (144, 32, 1, 0), (16, 24, 3, 32), (64, 50, 2, 40)
+    ]:  # fmt: skip
+        a = rng.normal(size=(slots, rank, features)).astype(dtype)
+        b = rng.normal(size=(slots, width, rank)).astype(dtype)
+        scales = rng.normal(size=slots).astype(F32)
+        indices = np.where(rng.random(tokens) < 0.4, -1, rng.integers(0, slots, tokens))
+        route = pk.make_segments(indices, slots) if width == 32 else indices
+        parts.append(pk.LoRAPart(a, b, route, scales, offset))
+        v = rounded(reference.shrink(x, a, indices, scales), dtype)
+        want = reference.expand(v, b, indices, want, offset)
+        touched[indices >= 0, offset : offset + width] = True
+    add = functools.partial(pk.add_lora_multi, phase=phase, implementation=implementation)
+    out = np.asarray(jax.jit(lambda y, x: add(y, x, parts))(y, x))
+    np.testing.assert_array_equal(bits_of(out)[~touched], bits_of(y)[~touched])
+    assert_close(np.where(touched, out, 0), np.where(touched, want, 0), TOLERANCE[dtype])
+
+
+def test_overlapping_parts_are_rounded_once():
+    """1 + 2^-9 + 2^-9 in bfloat16: two roundings lose both halves, one keeps their sum."""
+    y = jnp.ones((1, 8), BF16)
+    x = jnp.ones((1, 8), BF16)
+    a = jnp.zeros((1, 8, 8), BF16).at[:, 0, 0].set(1)
+    b = jnp.zeros((1, 8, 8), BF16).at[:, :, 0].set(2**-8)
+    part = pk.LoRAPart(a, b, [0])
+    for phase, implementation in itertools.product(["decode", "prefill"], IMPLEMENTATIONS):
+        out = pk.add_lora_multi(y, x, [part, part], phase=phase, implementation=implementation)
+        assert (out == 1 + 2**-7).all()
+
+
+def test_no_parts_leave_y():
+    arrays, _ = plain()
+    np.testing.assert_array_equal(pk.add_lora_multi(arrays["y"], arrays["x"], []), arrays["y"])
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+X, A, B, Y = (np.ones(s, F32) for s in ((4, 8), (3, 16, 8), (3, 6, 16), (4, 6)))
+V, WIDE, IDS = np.ones((4, 16), F32), np.ones((4, 10), F32), np.zeros(4, np.int32)
+SEGMENTS = functools.cache(lambda: pk.make_segments(IDS, 3))
+
+
+def add(y=Y, x=X, a=A, b=B, ids=IDS, **options):
+    return pk.add_lora(y, x, a, b, ids, **options)
+
+
+def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, **options):
+    return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids, scales, y_offset)], **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        # implementation, config, phase
+        (lambda: add(implementation="triton"), ValueError, "xla, mosaic_gpu, loop, got 'triton'"),
+        (lambda: pk.bgmv_shrink(X, A, IDS, implementation=1), ValueError, "loop, got 1"),
+        (lambda: add(implementation="xla", config=3), ValueError, "config .* got 3"),
+        (lambda: add(implementation="loop", config=3), ValueError, "config .* got 3"),
+        (lambda: add(phase="train"), ValueError, "'decode' or 'prefill', got 'train'"),
+        # types
+        (lambda: pk.bgmv_shrink(X.astype(int), A, IDS), TypeError, "x must be .* got int64"),
+        (lambda: pk.bgmv_shrink(X, A.astype(float), IDS), TypeError, "lora_a .* got float64"),
+        (lambda: add(a=A[:, None].astype(float)), TypeError, "lora_a must be .* got float64"),
+        (lambda: add(b=B.astype(np.complex64)), TypeError, "lora_b must be .* got complex64"),
+        (lambda: add(y=Y.astype(bool)), TypeError, "y must be .* got bool"),
+        (lambda: pk.bgmv_shrink(X.tolist(), A, IDS), TypeError, "x must be an array, got list"),
+        (lambda: pk.bgmv_shrink(X, None, IDS), TypeError, "lora_a must be an array, got NoneType"),
+        (lambda: add(ids=IDS.astype(F32)), TypeError, "indices must be integers, got float32"),
+        (lambda: add(scales="1"), TypeError, "1"),
+        (lambda: add(scales=True), TypeError, "scales must be real numbers, got bool"),
+        (lambda: pk.sgmv_shrink(X, A, IDS), TypeError, "sgmv takes Segments.* got ndarray"),
+        (lambda: pk.sgmv_expand(V, B, IDS), TypeError, "sgmv takes Segments.* got ndarray"),
+        (lambda: pk.add_lora_multi(Y, X, [(A, B, IDS)]), TypeError, r"parts\[0\] .* got tuple"),
+        (lambda: pk.add_lora_multi(Y, X, pk.LoRAPart(A, B, IDS)), TypeError, "got ndarray"),
+        (lambda: multi(y_offset=1.0), TypeError, "y_offset must be a static int, got 1.0"),
+        (lambda: jax.jit(lambda n: multi(y_offset=n))(0), TypeError, "y_offset must be a static"),
+        # shapes
+        (lambda: pk.bgmv_shrink(X[0], A, IDS), ValueError, r"x must have shape .* got \[8\]"),
+        (lambda: pk.bgmv_shrink(X, A[0], IDS), ValueError, r"\[L, R, H\], got \[16, 8\]"),
+        (lambda: pk.bgmv_shrink(X, A[None], IDS), ValueError, r"got \[1, 3, 16, 8\]"),
+        (lambda: pk.bgmv_shrink(X, A[:0], IDS), ValueError, r"empty axis, got \[0, 16, 8\]"),
+        (lambda: pk.bgmv_shrink(X[:, :5], A, IDS), ValueError, "features H: 5 and 8"),
+        (lambda: pk.bgmv_shrink(X, A, IDS[:3]), ValueError, "tokens: 3 and 4"),
+        (lambda: pk.bgmv_shrink(X, A, IDS[None]), ValueError, r"\[T\], got \[1, 4\]"),
+        (lambda: pk.bgmv_shrink(X, A, IDS, scale=[1.0, 2.0, 3.0]), ValueError, r"\[\], got \[3\]"),
+        (lambda: pk.bgmv_expand(V[:, :9], B, IDS), ValueError, "rank R: 9 and 16"),
+        (lambda: pk.bgmv_expand(V, B, IDS, Y[:3]), ValueError, "tokens T: 4 and 3"),
+        (lambda: pk.bgmv_expand(V, B, IDS, WIDE), ValueError, "features N: 10 and 6"),
+        (lambda: pk.bgmv_expand_slice(V, B, IDS, WIDE, 0, 5), ValueError, "features N: 5 and 6"),
+        (lambda: pk.bgmv_expand_slice(V, B, IDS, WIDE, 5, 6), ValueError, r"\[5, 11\) .*\[4, 10\]"),
+        (lambda: pk.sgmv_expand_slice(V, B, SEGMENTS(), WIDE, -1, 6), ValueError, r"\[-1, 5\)"),
+        (lambda: pk.sgmv_shrink(X[:2], A, SEGMENTS()), ValueError, "tokens: 4 and 2"),
+        (lambda: pk.sgmv_shrink(X, A[:2], SEGMENTS()), ValueError, "adapters: 3 and 2"),
+        (lambda: add(y=WIDE), ValueError, "features N: 10 and 6"),
+        (lambda: add(y=Y[:3]), ValueError, "tokens T: 4 and 3"),
+        (lambda: add(b=B[:2]), ValueError, "adapters L: 3 and 2"),
+        (lambda: add(b=B[:, :, :8]), ValueError, "rank R: 16 and 8"),
+        (lambda: add(scales=np.ones(2, F32)), ValueError, r"\[\] or \[3\], got \[2\]"),
+        (lambda: multi(y_offset=5), ValueError, r"columns \[5, 11\) leave y of shape \[4, 10\]"),
+        (lambda: multi(ids=SEGMENTS(), a=A[:2], b=B[:2]), ValueError, "adapters: 3 and 2"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_values(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
