@@ -89,9 +89,10 @@ class AdapterBank:
     of its stacks donated, which JAX reports as deleted arrays.
 
     Attributes:
-      state: the live `nnx.State` of all stacks and scales, equal in structure to the state that
-        `nnx.split` makes of them. A `jax.jit` loop over pure arrays takes it as an argument at each
-        step and so sees every load; arrays taken out of it earlier are donated by the next load.
+      state: the live `nnx.State` of all stacks and scales, equal in structure to the first state of
+        `nnx.split(model, (nnx.LoRAParam, jax_lora.LoRAScale), ...)`. A `jax.jit` loop over pure
+        arrays takes it as an argument at each step and so sees every load; arrays taken out of it
+        earlier are donated by the next load.
 
     Raises:
       ValueError: the model has no LoRA layers, its layers differ in buckets or slots, or
@@ -178,6 +179,10 @@ class AdapterBank:
         """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
 
         A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
+        lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
+        so give them a mask, or train the adapters of one optimizer together. `nnx.update` writes
+        all slots: load nothing between `nnx.split` and the `nnx.update` that ends a training run.
 
         Args:
           name: as in `load`.
@@ -254,9 +259,9 @@ class AdapterBank:
             for name in distinct:
                 entry = self._entry(name)
                 places[name] = entry.bucket, entry.slot
-            for row, name in enumerate(names_per_row):
-                if name is not None:
-                    bucket, slot = places[name]
+            for row, row_name in enumerate(names_per_row):
+                if row_name is not None:
+                    bucket, slot = places[row_name]
                     indices[order[bucket], row] = slot
             lease = Lease(frozenset(places.values()))
             # Not jnp.asarray, which would compile a program per shape. Decode steps share one copy

@@ -1,4 +1,4 @@
-"""The command line: `jax-lora demo`, `generate`, `inspect`."""
+"""The command line: `jax-lora demo`, `generate`, `inspect`, `bench`."""
 
 import contextlib
 import dataclasses
@@ -229,3 +229,65 @@ def inspect(
             for line in lines:
                 _stdout.print(f"  {label}: {_escape(line)}", highlight=False, soft_wrap=True)
         _stdout.print()
+
+
+@app.command()
+def bench(
+    peers: Annotated[
+        Path | None,
+        typer.Option(help="Folder that tests/peers/fetch.sh made: time vLLM and SGLang too."),
+    ] = None,
+    cases: Annotated[
+        Path | None,
+        typer.Option(help='JSON list of cases, e.g. [{"T": 64, "D": 8, "r": 16}]; default: 35.'),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels against their floor, against XLA and against vLLM and SGLang.
+
+    Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
+    together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
+    byte once, or multiplying, takes at least. Each result is checked before it is timed.
+    """
+    with _input_errors(), _progress() as progress:
+        progress("starting JAX")
+        from jax_lora import bench as benchmark
+
+        chosen = benchmark.CASES if cases is None else benchmark.read_cases(cases)
+        report = benchmark.run(chosen, peers, progress)
+        if plot is not None:
+            benchmark.plot(report, plot)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    names = ["case", "floor", "ours", "x floor", "XLA", *benchmark.PEERS, "speed-up"]
+    table = Table(*names, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in report.results:
+        ours, best = result.ours, result.best_peer
+        times = [result.floor, ours, None if ours is None else ours / result.floor, result.xla]
+        times += [result.peers.get(peer) for peer in benchmark.PEERS]
+        times += [None if ours is None or best is None else best / ours]
+        table.add_row(result.case.label, *("-" if t is None else f"{t:.2f}" for t in times))
+    _stdout.print(table)
+    for result in report.results:
+        for note in result.notes:
+            _stdout.print(f"{result.case.label}: {_escape(note)}", highlight=False)
+    _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
+    if report.copy_rate is None or report.matmul_rate is None:
+        _stdout.print(
+            "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
+            "floor is an H100's.",
+            highlight=False,
+        )
+    else:
+        _stdout.print(
+            f"This run copied at {report.copy_rate / 1e12:.2f} TB/s (floors take "
+            f"{benchmark.COPY_RATE / 1e12:.2f}) and multiplied at "
+            f"{report.matmul_rate / 1e12:.0f} TFLOP/s.",
+            highlight=False,
+        )

@@ -1,0 +1,834 @@
+"""The LoRA layers and apply_lora: what is covered, what is refused, how a batch reaches them."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import Mlp, expected, forward, make_adapter, make_bank, tokens
+
+from jax_lora import (
+    AdapterBank,
+    AdapterBatch,
+    LoRADense,
+    LoRADenseGeneral,
+    LoRAEinsum,
+    apply_lora,
+    use,
+)
+
+HALF_ULP = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def fill(layer, seed=0):
+    """Random stacks and scales; returns them as float64, per stack."""
+    rng = np.random.default_rng(seed)
+    filled = []
+    for stack in layer.stacks:
+        a, b = (
+            rng.normal(size=v.shape) / np.sqrt(v.shape[-1]) for v in (stack.lora_a, stack.lora_b)
+        )
+        scales = rng.normal(size=stack.slots)
+        values = (stack.lora_a, a), (stack.lora_b, b), (stack.scales, scales)
+        for variable, value in values:
+            variable.set_value(jax.device_put(value.astype(variable.dtype)))
+        filled.append(tuple(np.float64(variable.get_value()) for variable, _ in values))
+    return filled
+
+
+def delta_of(layer, filled, x, indices):
+    """float64 LoRA delta `[T, N]` of `x` `[T, H]`; indices `[K, T]` by bucket."""
+    delta = np.zeros((len(x), sum(layer.slices)))
+    for stack, (a, b, scales) in zip(layer.stacks, filled):
+        bucket = sorted({s.bucket for s in layer.stacks}).index(stack.bucket)
+        for t, slot in enumerate(indices[bucket]):
+            if slot >= 0:
+                columns = slice(stack.y_offset, stack.y_offset + b.shape[1])
+                delta[t, columns] += scales[slot] * b[slot] @ (a[slot] @ np.float64(x[t]))
+    return delta
+
+
+@jax.jit
+def _both(split, x, batch):
+    layer = nnx.merge(*split)
+    return layer(x), layer(x, batch)
+
+
+def both(layer, x, batch):
+    """Without and with the batch."""
+    return _both(nnx.split(layer), x, batch)
+
+
+def added(layer, x, batch):
+    base, got = both(layer, x, batch)
+    return got - base
+
+
+def batch_of(indices, lengths=None, *, buckets=(8, 16), phase="decode"):
+    lengths = None if lengths is None else np.asarray(lengths)
+    return AdapterBatch(indices, lengths, buckets=buckets, phase=phase)
+
+
+ROWS = np.array([[0, -1, 2, -1, -1], [-1, -1, -1, 1, 0]], np.int32)  # of buckets 8 and 16
+
+
+# -------------------------------------------------------------------------------------- LoRADense
+
+
+def test_without_a_batch_it_is_nnx_linear():
+    plain = nnx.Linear(5, 7, rngs=nnx.Rngs(3))
+    layer = LoRADense(5, 7, slots=3, rngs=nnx.Rngs(3))
+    fill(layer)
+    x = tokens(4, features=5)
+    np.testing.assert_array_equal(layer(x), plain(x))
+    base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(layer, base), nnx.state(plain))
+    assert isinstance(layer, nnx.Linear)
+    assert [stack.bucket for stack in layer.stacks] == [8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype", "param_dtype", "lora_dtype"),
+    [
+        ("float32", None, "float32", None),
+        ("bfloat16", None, "bfloat16", None),
+        ("float32", "bfloat16", "float32", None),
+        ("bfloat16", "float32", "bfloat16", None),
+        ("float32", "float16", "float32", "float16"),
+        ("float32", None, "float32", "bfloat16"),
+    ],
+)
+def test_delta_equals_float64(phase, x_dtype, dtype, param_dtype, lora_dtype):
+    layer = LoRADense(
+        33,
+        20,
+        slots=3,
+        buckets=(8, 16),
+        use_bias=phase == "decode",
+        dtype=dtype and jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        lora_dtype=lora_dtype and jnp.dtype(lora_dtype),
+        rngs=nnx.Rngs(0),
+    )
+    assert layer.stacks[0].lora_a.dtype == (lora_dtype or param_dtype)
+    filled = fill(layer)
+    x = tokens(5, features=33).astype(jnp.dtype(x_dtype))
+    base, got = both(layer, x, batch_of(ROWS, phase=phase))
+    assert got.dtype == base.dtype == (dtype or x_dtype)
+    delta = delta_of(layer, filled, x.astype(got.dtype), ROWS)
+    limit = max(HALF_ULP[str(d)] for d in (got.dtype, lora_dtype or param_dtype))
+    np.testing.assert_allclose(
+        np.float64(got) - np.float64(base), delta, atol=limit * np.abs(np.float64(got)).max()
+    )
+    assert np.abs(delta).max() > 0.3
+    np.testing.assert_array_equal(got[1], base[1])  # the row without an adapter
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_packed_slices_of_unequal_widths(phase):
+    layer = LoRADense(9, 12, slots=3, buckets=(8, 16), slices=(7, 1, 4), rngs=nnx.Rngs(0))
+    assert [(s.bucket, s.y_offset, s.lora_b.shape[1]) for s in layer.stacks] == [
+        (8, 0, 7),
+        (8, 7, 1),
+        (8, 8, 4),
+        (16, 0, 7),
+        (16, 7, 1),
+        (16, 8, 4),
+    ]
+    filled = fill(layer)
+    x = tokens(5, features=9)
+    got = added(layer, x, batch_of(ROWS, phase=phase))
+    np.testing.assert_allclose(got, delta_of(layer, filled, x, ROWS), atol=1e-5)
+
+
+def test_out_sharding_is_a_keyword_of_the_base_layer():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    layer = LoRADense(4, 6, slots=1, buckets=(8,), rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+        y = layer(jnp.asarray(tokens(2)), out_sharding=sharding)
+    assert y.sharding == sharding
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"slices": (3, 4)}, ValueError, r"slices \(3, 4\) must be positive and sum to 6"),
+        ({"slices": (6, 0)}, ValueError, "must be positive"),
+        ({"slices": ()}, ValueError, "must be positive and sum to 6"),
+        ({"buckets": ()}, ValueError, "buckets must be"),
+        ({"buckets": (12,)}, ValueError, "multiples of 8"),
+        ({"buckets": (16, 8)}, ValueError, "ascending"),
+        ({"slots": 0}, ValueError, "bucket 8 must have at least 1 slot, got 0"),
+        ({"slots": -1}, ValueError, "at least 1 slot, got -1"),
+        ({"slots": 1.5}, TypeError, "slots must be an int"),
+        ({"slots": True}, TypeError, "slots must be an int"),
+        ({"slots": {8: 1}}, ValueError, r"slots name buckets \[8\], buckets are \(8, 16\)"),
+        ({"slots": {8: 1, 16: "2"}}, TypeError, "got '2'"),
+        ({"lora_dtype": jnp.int8}, ValueError, "stacks are float32, bfloat16 or float16"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        LoRADense(4, 6, **{"buckets": (8, 16), **arguments}, rngs=nnx.Rngs(0))
+
+
+# ------------------------------------------------------------------------- how rows spread over x
+
+
+@pytest.fixture(scope="module")
+def layer():
+    layer = LoRADense(5, 6, slots=3, buckets=(8, 16), rngs=nnx.Rngs(0))
+    return layer, fill(layer)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("between", [(), (3,), (2, 3)])
+def test_rows_of_x(layer, phase, between):
+    layer, filled = layer
+    x = np.random.default_rng(0).normal(size=(5, *between, 5)).astype(np.float32)
+    got = added(layer, x, batch_of(ROWS, phase=phase))
+    each = int(np.prod(between))
+    delta = delta_of(layer, filled, x.reshape(-1, 5), ROWS.repeat(each, axis=1))
+    np.testing.assert_allclose(got, delta.reshape(*x.shape[:-1], 6), atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 3, 1, 2], [0, 0, 0, 0, 1], [3, 3, 3, 1, 1]])
+def test_flat_tokens_with_lengths(layer, lengths):
+    layer, filled = layer
+    x = tokens(11, features=5)
+    rows = np.full((2, 11), -1, np.int32)
+    spread = ROWS.repeat(lengths, axis=1)
+    rows[:, : spread.shape[1]] = spread  # tokens behind the last row have no adapter
+    got = added(layer, x, batch_of(ROWS, lengths, phase="prefill"))
+    np.testing.assert_allclose(got, delta_of(layer, filled, x, rows), atol=1e-5)
+
+
+def test_one_row_and_no_rows(layer):
+    layer, filled = layer
+    x = tokens(1, features=5)
+    one = batch_of(ROWS[:, :1])
+    got = layer(x[0], one) - layer(x[0])
+    np.testing.assert_allclose(got, delta_of(layer, filled, x, ROWS[:, :1])[0], atol=1e-5)
+    none = np.zeros((2, 0), np.int32)
+    assert layer(x[:0], batch_of(none)).shape == (0, 6)
+    no_lengths = batch_of(none, np.zeros(0, np.int32))
+    np.testing.assert_array_equal(layer(x, no_lengths), layer(x))
+
+
+def test_ids_outside_the_slots_are_no_adapter(layer):
+    layer, _ = layer
+    x = tokens(3, features=5)
+    wild = np.array([[3, 99, -7], [-(2**31), 2**31 - 1, 3]], np.int32)
+    np.testing.assert_array_equal(layer(x, batch_of(wild)), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        (
+            (4, 5),
+            None,
+            r"a batch of 5 rows takes x of \[5, \.\.\., features\], got \[4, features\]",
+        ),
+        ((5,), None, "a batch of 5 rows takes x of"),
+        ((3, 5, 5), None, r"got \[3, 5, features\]"),
+        ((5, 2, 5), [2] * 5, r"takes flat x of \[T, features\], got \[5, 2, features\]"),
+    ],
+)
+def test_x_that_the_rows_do_not_fit_is_refused(layer, shape, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        layer[0](np.zeros(shape, np.float32), batch_of(ROWS, lengths))
+
+
+def test_a_batch_of_another_bank_is_refused(layer):
+    with pytest.raises(ValueError, match=r"the batch has buckets \(8,\), the layer has 16"):
+        layer[0](tokens(5, features=5), batch_of(ROWS[:1], buckets=(8,)))
+    with pytest.raises(ValueError, match=r"the batch has buckets \(8, 64\), the layer has 16"):
+        layer[0](tokens(5, features=5), batch_of(ROWS, buckets=(8, 64)))
+
+
+@pytest.mark.parametrize("adapters", ["a", 0, np.zeros((2, 5), np.int32), ROWS])
+def test_other_second_arguments_are_refused_by_name(layer, adapters):
+    with pytest.raises(TypeError, match="LoRADense takes an AdapterBatch as its second argument"):
+        layer[0](tokens(5, features=5), adapters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0, 1],), TypeError, "indices must be an array of integers, got <class 'list'>"),
+        ((np.zeros((2, 3)),), TypeError, "indices must be an array of integers, got float64"),
+        ((np.zeros((2, 3), bool),), TypeError, "got bool"),
+        ((np.zeros(3, np.int32),), ValueError, r"must have shape \[2, B\] for buckets \(8, 16\)"),
+        ((np.zeros((1, 3), np.int32),), ValueError, r"got \[1, 3\]"),
+        ((ROWS, np.zeros(4, np.int32)), ValueError, r"lengths must have shape \[5\], got \[4\]"),
+        ((ROWS, np.zeros(5)), TypeError, "lengths must be an array of integers, got float64"),
+    ],
+)
+def test_malformed_batches_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AdapterBatch(*arguments, buckets=(8, 16))
+    with pytest.raises(ValueError, match="phase must be 'decode' or 'prefill', got 'train'"):
+        AdapterBatch(ROWS, buckets=(8, 16), phase="train")
+    with pytest.raises(ValueError, match="multiples of 8"):
+        AdapterBatch(ROWS, buckets=(8, 15))
+
+
+# ------------------------------------------------------------------------------------ apply_lora
+
+
+class Zoo(nnx.Module):
+    """One of each, and things that are no linear layers."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 6, rngs=rngs)
+        self.blocks = nnx.List(Block(rngs) for _ in range(2))
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+        self.head = nnx.Linear(6, 3, use_bias=False, param_dtype=jnp.bfloat16, rngs=rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.proj = nnx.Linear(6, 6, rngs=rngs)
+        self.wide = nnx.LinearGeneral(6, (2, 4), rngs=rngs)
+        self.mix = nnx.Einsum("bij,ijk->bk", (2, 4, 6), (6,), rngs=rngs)
+        self.conv = nnx.Conv(6, 6, (3,), rngs=rngs)
+
+
+def paths(model):
+    kinds = LoRADense | LoRADenseGeneral | LoRAEinsum
+    return {".".join(map(str, path)) for path, m in nnx.iter_modules(model) if isinstance(m, kinds)}
+
+
+def stack_bytes(model):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+
+
+def test_every_linear_layer_is_converted_in_place():
+    model = Zoo(nnx.Rngs(0))
+    before = nnx.to_flat_state(nnx.state(model))
+    proj, kernel = model.blocks[0].proj, model.blocks[0].proj.kernel
+    nbytes = apply_lora(model, slots=2, buckets=(8, 16))
+    assert paths(model) == {
+        "head",
+        *(f"blocks.{n}.{name}" for n in range(2) for name in ("proj", "wide", "mix")),
+    }
+    assert model.blocks[0].proj is proj and proj.kernel is kernel and type(proj) is LoRADense
+    after = dict(nnx.to_flat_state(nnx.state(model)))
+    for path, variable in before:
+        np.testing.assert_array_equal(after[path][...], variable[...])
+    new = {path for path in after if "stacks" in path}
+    assert len(after) == len(before) + len(new)
+    assert not any(np.asarray(after[path][...]).any() for path in new)
+    per_slot = 2 * (4 * (12 + 14 + 14)) + 2 * 9  # bytes per slot and rank; the head is bfloat16
+    assert nbytes == stack_bytes(model) == 2 * (8 + 16) * per_slot
+    assert model.head.stacks[0].lora_a.dtype == jnp.bfloat16
+    assert isinstance(model.norm, nnx.LayerNorm) and type(model.blocks[0].conv) is nnx.Conv
+
+
+@pytest.mark.parametrize(
+    ("target", "matched"),
+    [
+        ("proj", {"blocks.0.proj", "blocks.1.proj"}),
+        ("blocks.0.proj", {"blocks.0.proj"}),
+        ("0.proj", {"blocks.0.proj"}),
+        (["head", "mix"], {"head", "blocks.0.mix", "blocks.1.mix"}),
+        ("blocks.1.(proj|wide)", {"blocks.1.proj", "blocks.1.wide"}),
+        (r"blocks\.\d\.wide", {"blocks.0.wide", "blocks.1.wide"}),
+        (
+            ("proj|wide", "head"),
+            {f"blocks.{n}.{x}" for n in (0, 1) for x in ("proj", "wide")} | {"head"},
+        ),
+    ],
+)
+def test_target_matches_ends_of_paths(target, matched):
+    model = Zoo(nnx.Rngs(0))
+    apply_lora(model, slots=1, buckets=(8,), target=target)
+    assert paths(model) == matched
+
+
+def scanned():
+    @nnx.vmap
+    def make(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.layers = make(jax.random.split(jax.random.key(0), 3))
+
+    return Model()
+
+
+class Mixer(nnx.Module):
+    def __init__(self, layer):
+        self.ok, self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), layer
+
+
+def einsum(equation, shape):
+    return Mixer(nnx.Einsum(equation, shape, rngs=nnx.Rngs(0)))
+
+
+def integers():
+    return Mixer(nnx.Linear(4, 4, param_dtype=jnp.float16, dtype=jnp.float16, rngs=nnx.Rngs(0)))
+
+
+REFUSED = {
+    "none matches": (Zoo, {"target": "rpoj"}, ValueError, "target='rpoj'; linear layers: blocks.0"),
+    "part of a name": (Zoo, {"target": "roj"}, ValueError, "no layer matches"),
+    "no targets": (Zoo, {"target": []}, ValueError, r"no layer matches target=\[\]"),
+    "target's type": (Zoo, {"target": 5}, TypeError, "target must be a regular expression"),
+    "targets' type": (Zoo, {"target": ["proj", 5]}, TypeError, "target must be a regular"),
+    "no expression": (Zoo, {"target": "(proj"}, ValueError, "is no regular expression"),
+    "embedding": (Zoo, {"target": "embed"}, TypeError, "embed is a Embed; LoRA covers nnx.Linear"),
+    "convolution": (Zoo, {"target": ["proj", "conv"]}, TypeError, r"conv is a Conv; .* Narrow"),
+    "norm": (Zoo, {"target": "norm"}, TypeError, "norm is a LayerNorm"),
+    "slots": (Zoo, {"slots": 0}, ValueError, "at least 1 slot"),
+    "buckets": (Zoo, {"buckets": (10,)}, ValueError, "multiples of 8"),
+    "dtype": (Zoo, {"dtype": jnp.int32}, ValueError, "stacks are float32, bfloat16 or float16"),
+    "scanned": (
+        lambda _: scanned(),
+        {},
+        ValueError,
+        r"layers: kernel \[3, 4, 4\] should be \[4, 4",
+    ),
+    "batch axis": (
+        lambda rngs: Mixer(nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs)),
+        {},
+        ValueError,
+        r"layer: LoRA does not cover batch_axis, got \{0: 2\}",
+    ),
+    "batch label": (
+        lambda _: einsum("nta,nab->ntb", (8, 2, 4)),
+        {},
+        ValueError,
+        "product with a matrix, not 'nta,nab->ntb'",
+    ),
+    "summed token": (lambda _: einsum("nta,ab->nb", (2, 4)), {}, ValueError, "product with a matr"),
+    "diagonal": (lambda _: einsum("naa,ab->nb", (2, 4)), {}, ValueError, "product with a matrix"),
+    "no output": (lambda _: einsum("nta,ta->n", (3, 2)), {}, ValueError, "product with a matrix"),
+    "no model": (lambda _: nnx.LayerNorm(3, rngs=nnx.Rngs(0)), {}, ValueError, "no layer matches"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_leaves_the_model_as_it_was(case):
+    make, arguments, error, message = REFUSED[case]
+    model = make(nnx.Rngs(0))
+    before = nnx.graphdef(model)
+    with pytest.raises(error, match=message):
+        apply_lora(model, **{"slots": 1, "buckets": (8,), **arguments})
+    assert nnx.graphdef(model) == before
+    assert not paths(model)
+
+
+def test_an_equation_given_at_the_call_is_refused():
+    model = einsum("ta,ab->tb", (4, 4))
+    apply_lora(model, slots=1, buckets=(8,))
+    with pytest.raises(TypeError, match="LoRAEinsum takes an AdapterBatch as its second argument"):
+        model.layer(tokens(2), "ta,ab->tb")
+
+
+def test_layers_are_converted_once():
+    model = Zoo(nnx.Rngs(0))
+    apply_lora(model, slots=1, buckets=(8,), target="proj")
+    with pytest.raises(ValueError, match=r"blocks\.0\.proj has LoRA stacks already"):
+        apply_lora(model, slots=1, buckets=(8,), target=["proj", "wide"])
+    assert paths(model) == {"blocks.0.proj", "blocks.1.proj"}
+    apply_lora(model, slots=1, buckets=(8,))  # the others
+    assert len(paths(model)) == 7
+    with pytest.raises(ValueError, match="no layer matches"):
+        apply_lora(model, slots=1, buckets=(8,))
+
+
+def test_slots_per_bucket_and_stack_dtype():
+    model = Mlp(nnx.Rngs(0))
+    nbytes = apply_lora(model, slots={16: 3, 64: 1}, buckets=(16, 64), dtype=jnp.bfloat16)
+    assert nbytes == stack_bytes(model) == 2 * (3 * 16 + 64) * (10 + 10)
+    assert AdapterBank(model).slots == {16: 3, 64: 1}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(nnx.state(model.up.stacks, nnx.LoRAParam))}
+    assert shapes == {(3, 16, 4), (3, 6, 16), (1, 64, 4), (1, 6, 64)}
+
+
+def test_tied_layers_are_one():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(4, 4, rngs=rngs)
+            self.b = self.a
+
+        def __call__(self, x):
+            return self.b(self.a(x))
+
+    model = Tied(nnx.Rngs(0))
+    assert apply_lora(model, slots=1, buckets=(8,)) == 4 * 8 * 8
+    assert model.a is model.b
+    bank = AdapterBank(model)
+    adapter = make_adapter(1, 4, features={"a": (4, 4)})
+    bank.load("a", adapter)
+    w = adapter.modules["a"]
+    kernel = np.float64(model.a.kernel[...]) + w.scale * (np.float64(w.b) @ np.float64(w.a)).T
+    x = tokens(1)
+    got = forward(model, x, bank.batch(["a"]))
+    np.testing.assert_allclose(got, x @ kernel @ kernel, atol=1e-5)
+
+
+# ----------------------------------------------------------------- LinearGeneral, Einsum, attention
+
+
+def converted(layer):
+    model = Mixer(layer)
+    apply_lora(model, slots=3, buckets=(8, 16), target="layer")
+    return model.layer, fill(model.layer)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "axis", "shape"),
+    [
+        (4, 6, -1, (5, 4)),
+        ((2, 3), 4, (-2, -1), (5, 2, 3)),
+        (4, (2, 3), -1, (5, 7, 4)),
+        ((2, 3), (3, 2), (1, 3), (5, 2, 7, 3)),
+        ((3, 3), (4,), (-1, 1), (5, 3, 3)),  # Flax sorts the axes
+    ],
+)
+def test_linear_general(phase, in_features, out_features, axis, shape):
+    layer, filled = converted(
+        nnx.LinearGeneral(in_features, out_features, axis=axis, rngs=nnx.Rngs(0))
+    )
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    base, got = both(layer, x, batch_of(ROWS, phase=phase))
+    axes = [axis] if isinstance(axis, int) else sorted(a % x.ndim for a in axis)
+    flat = np.moveaxis(x, axes, range(-len(axes), 0))
+    flat = flat.reshape(-1, int(np.prod(in_features)))
+    delta = delta_of(layer, filled, flat, ROWS.repeat(len(flat) // 5, axis=1))
+    np.testing.assert_allclose(got - base, delta.reshape(base.shape), atol=1e-5)
+
+
+EINSUMS = {
+    "ta,ab->tb": ((4, 6), (5, 4), ("ta", "tb")),
+    "t...a,ab->t...b": ((4, 6), (5, 2, 3, 4), ("txya", "txyb")),
+    "...a,ab->...b": ((4, 6), (5, 2, 4), ("txa", "txb")),
+    "nta,hab->nthb": ((8, 2, 4), (5, 3, 2), ("nta", "nthb")),
+    "nta,hab->nhtb": ((3, 2, 4), (5, 7, 2), ("nta", "nhtb")),
+    "nthb,bhd->ntd": ((4, 3, 6), (5, 2, 3, 4), ("nthb", "ntd")),
+    "nta,hab->bhtn": ((3, 2, 4), (5, 7, 2), ("nta", "bhtn")),
+}
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsum(phase, equation):
+    kernel_shape, shape, (lhs, out) = EINSUMS[equation]
+    layer, filled = converted(nnx.Einsum(equation, kernel_shape, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    got = added(layer, x, batch_of(ROWS, phase=phase))
+    # Row by row, by an einsum with the kernel that the adapter adds.
+    kernel = equation.partition("->")[0].partition(",")[2]
+    summed = "".join(c for c in kernel if c in lhs)
+    kept = "".join(c for c in kernel if c in out)
+    size = dict(zip(kernel, kernel_shape))
+    row = out.index(lhs[0])
+    for n in range(5):
+        update = np.zeros(kernel_shape)
+        for indices, (a, b, scales) in zip(ROWS, filled):
+            if (slot := indices[n]) >= 0:
+                matrix = scales[slot] * (b[slot] @ a[slot]).T
+                tensor = matrix.reshape([size[c] for c in summed + kept])
+                update += np.einsum(f"{summed}{kept}->{kernel}", tensor)
+        delta = np.einsum(f"{lhs},{kernel}->{out}", np.float64(x[n : n + 1]), update)
+        np.testing.assert_allclose(np.take(got, [n], row), delta, atol=1e-5)
+
+
+def test_a_bias_of_an_einsum_is_kept():
+    layer, _ = converted(nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=nnx.Rngs(0)))
+    layer.bias[...] = jnp.asarray(tokens(8))
+    base = layer(tokens(5, features=2)[:, None])
+    got = layer(tokens(5, features=2)[:, None], batch_of(ROWS))
+    np.testing.assert_array_equal(got[1], base[1])
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_multi_head_attention(phase):
+    """Merged weights compute the same: rows of three adapters, one of them for two layers only."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.attn = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.attn(x)
+
+    model = Model()
+    apply_lora(model, slots=2, buckets=(8, 16))
+    assert paths(model) == {f"attn.{name}" for name in ("query", "key", "value", "out")}
+    bank = AdapterBank(model)
+    every = {f"attn.{name}": (6, 6) for name in ("query", "key", "value", "out")}
+    some = {name: every[name] for name in ("attn.query", "attn.out")}
+    bank.load("a", make_adapter(1, 3, features=every))
+    bank.load("b", make_adapter(2, 12, features=every))
+    bank.load("c", make_adapter(3, 8, features=some))
+    names = ["a", None, "b", "c", "a"]
+    x = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
+    got = forward(model, x, bank.batch(names, phase=phase))
+    for row, name in enumerate(names):
+        plain = Model()
+        if name is not None:
+            nnx.update(plain, bank.merge(name))
+        np.testing.assert_allclose(got[row], plain(x[row : row + 1])[0], atol=1e-5)
+
+
+# --------------------------------------------------------------------- ambient and transformations
+
+
+@pytest.fixture(scope="module")
+def served():
+    model, bank = make_bank()
+    adapters = {"a": make_adapter(1, 4), "b": make_adapter(2, 12)}
+    for name, adapter in adapters.items():
+        bank.load(name, adapter)
+    return model, bank, adapters
+
+
+X = tokens(3)
+NAMES = ["b", None, "a"]
+
+
+def right(served, names=NAMES, x=X):
+    model, _, adapters = served
+    return expected(model, x, [adapters.get(name) for name in names])
+
+
+def test_argument_and_ambient_agree_and_the_argument_wins(served):
+    model, bank, _ = served
+    one, other = bank.batch(["a"] * 3), bank.batch(["b"] * 3)
+    with use(one):
+        by_use = model.up(X)
+        by_argument = model.up(X, other)
+    np.testing.assert_array_equal(by_use, model.up(X, one))
+    np.testing.assert_array_equal(by_argument, model.up(X, other))
+    assert np.abs(by_use - by_argument).max() > 0.1
+
+
+def test_use_nests_and_none_switches_off(served):
+    model, bank, _ = served
+    base = model.up(X)
+    one, other = bank.batch(["a"] * 3), bank.batch(["b"] * 3)
+    with use(one):
+        outer = model.up(X)
+        with use(other):
+            np.testing.assert_array_equal(model.up(X), model.up(X, other))
+            with use(None):
+                np.testing.assert_array_equal(model.up(X), base)
+        np.testing.assert_array_equal(model.up(X), outer)
+    np.testing.assert_array_equal(model.up(X), base)
+    with pytest.raises(ZeroDivisionError), use(one):
+        raise ZeroDivisionError
+    np.testing.assert_array_equal(model.up(X), base)
+
+
+@pytest.mark.parametrize("batch", ["a", [None], 0, ROWS])
+def test_use_refuses_other_types(batch):
+    with pytest.raises(TypeError, match="use takes an AdapterBatch, got"), use(batch):
+        pass
+
+
+def test_use_is_of_one_thread(served):
+    model, bank, _ = served
+    seen = []
+    with use(bank.batch(["a"] * 3)):
+        thread = threading.Thread(target=lambda: seen.append(model.up(X)))
+        thread.start()
+        thread.join()
+    np.testing.assert_array_equal(seen[0], model.up(X))
+
+
+def with_jit_of_state(model, bank, batch):
+    """A plain jax.jit loop over pure arrays."""
+    graphdef, state, rest = nnx.split(model, lambda path, _: "stacks" in path, ...)
+    assert jax.tree.structure(state) == jax.tree.structure(bank.state)
+
+    @jax.jit
+    def step(state, rest, x, batch):
+        with use(batch):
+            return nnx.merge(graphdef, state, rest)(x)
+
+    return step(bank.state, rest, X, batch)
+
+
+def with_nnx_jit(model, bank, batch):
+    @nnx.jit
+    def step(model, x, batch):
+        with use(batch):
+            return model(x)
+
+    return step(model, X, batch)
+
+
+def with_scan(model, bank, batch):
+    """A decode loop: one token of each row per iteration, the batch outside and as a carry."""
+
+    @nnx.jit
+    def step(model, xs, batch):
+        with use(batch):
+            model(xs[0])  # sorts outside of the loop
+
+            def body(batch, x):
+                with use(batch):
+                    inner = model(x)
+                return batch, (model(x), inner)
+
+            return jax.lax.scan(body, batch, xs)[1]
+
+    ambient, carried = step(model, jnp.stack([X + 1, X]), batch)
+    np.testing.assert_array_equal(ambient, carried)
+    return ambient[1]
+
+
+def with_vmap(model, bank, batch):
+    """vmap over an axis that has nothing to do with rows."""
+
+    @nnx.jit
+    def step(model, xs, batch):
+        def one(x, batch):
+            with use(batch):
+                return model(x)
+
+        return jax.vmap(one, in_axes=(0, None))(xs, batch)
+
+    return step(model, jnp.stack([X + 1, X]), batch)[1]
+
+
+def with_remat(model, bank, batch):
+    @nnx.jit
+    def step(model, x, batch):
+        with use(batch):
+            y = nnx.remat(lambda model, x: model(x))(model, x)
+            graphdef, state = nnx.split(model)
+            again = jax.checkpoint(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
+        return y, again
+
+    y, again = step(model, X, batch)
+    np.testing.assert_array_equal(y, again)
+    return y
+
+
+def with_inner_jit(model, bank, batch):
+    inner = jax.jit(lambda split, x: nnx.merge(*split)(x))
+
+    @jax.jit
+    def step(split, x, batch):
+        with use(batch):
+            y = inner(split, x)
+        with use(None):
+            base = inner(split, x)
+        return y, base
+
+    y, base = step(nnx.split(model), X, batch)
+    np.testing.assert_array_equal(base, forward(model, X))
+    y2, _ = step(nnx.split(model), X, batch.with_phase("prefill"))  # a second trace
+    np.testing.assert_allclose(y2, y, atol=1e-5)
+    np.testing.assert_array_equal(inner(nnx.split(model), X), base)
+    return y
+
+
+def eagerly(model, bank, batch):
+    with use(batch):
+        return model(X)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        eagerly,
+        with_jit_of_state,
+        with_nnx_jit,
+        with_scan,
+        with_vmap,
+        with_remat,
+        with_inner_jit,
+    ],
+)
+def test_transformations(served, run, phase):
+    model, bank, _ = served
+    got = run(model, bank, bank.batch(NAMES, phase=phase))
+    np.testing.assert_allclose(got, right(served), atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_use_around_a_compiled_function_is_refused(served, transform):
+    """It would be compiled for this one batch, and go on to serve others with it."""
+    model, bank, _ = served
+    step = transform(functools.partial(lambda model, x: model(x), model))
+    base = step(X)  # without a batch it is the base model
+    with (
+        pytest.raises(RuntimeError, match="use was entered outside of the function"),
+        use(bank.batch(NAMES)),
+    ):
+        step(X)
+    np.testing.assert_array_equal(step(X), base)
+
+
+def test_use_around_transformations_that_do_not_compile(served):
+    model, bank, _ = served
+    batch = bank.batch(NAMES)
+    with use(batch):
+        vmapped = jax.vmap(model)(X[None])[0]
+        gradient = jax.grad(lambda x: model(x).sum())(X)
+    np.testing.assert_allclose(vmapped, right(served), atol=1e-5)
+
+    def loss(x):
+        with use(batch):
+            return model(x).sum()
+
+    np.testing.assert_array_equal(gradient, jax.grad(loss)(X))
+    assert len(batch._segments) <= 2  # not one per trace that there ever was
+
+
+def count(primitive, jaxpr):
+    """How often a jaxpr runs a primitive, in its functions and branches too."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += eqn.primitive.name == primitive
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
+        total += sum(count(primitive, getattr(v, "jaxpr", v)) for v in inner if hasattr(v, "eqns"))
+    return total
+
+
+def test_one_sort_serves_all_layers(served):
+    model, bank, _ = served
+    graphdef, state = nnx.split(model)
+
+    def step(state, x, batch):
+        with use(batch):
+            return nnx.merge(graphdef, state)(x)
+
+    jaxpr = jax.make_jaxpr(step)(state, X, bank.batch(NAMES, phase="prefill"))
+    assert count("sort", jaxpr.jaxpr) == 2  # one per bucket, in a model of two layers
+
+
+def test_grad_of_a_batch_argument(served):
+    """The batch's integers have no gradients; its place among the arguments costs nothing."""
+    model, bank, _ = served
+
+    def loss(x, batch):
+        with use(batch):
+            return (model(x) ** 2).sum()
+
+    batch = bank.batch(NAMES)
+    got = jax.jit(jax.grad(loss))(jnp.asarray(X), batch)
+    step = 1e-3
+    for index in ((0, 1), (1, 2), (2, 3)):
+        moved = np.float64(X)
+        moved[index] += step
+        up = (right(served, x=moved) ** 2).sum()
+        moved[index] -= 2 * step
+        down = (right(served, x=moved) ** 2).sum()
+        np.testing.assert_allclose(got[index], (up - down) / (2 * step), rtol=1e-3)

@@ -1,0 +1,250 @@
+"""The Linen layer against the NNX one, and the bank over a Linen model's variables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from tiny import Mlp, expected, make_adapter, tokens
+
+from jax_lora import AdapterBank, LoRAConfig, linen, load_peft, use
+from jax_lora.linen import LoRADense
+
+OPTIONS = {"slots": 2, "buckets": (8, 16)}
+
+
+class Model(nn.Module):
+    """`Mlp`, in Linen."""
+
+    @nn.compact
+    def __call__(self, x, adapters=None):
+        x = LoRADense(6, **OPTIONS, name="up")(x, adapters)
+        return LoRADense(4, **OPTIONS, name="down")(jnp.tanh(x), adapters)
+
+
+@pytest.fixture
+def pair():
+    """`(params, bank)` of a Linen model with the weights of `Mlp`."""
+    reference = Mlp(nnx.Rngs(0))
+    variables = Model().init(jax.random.key(0), tokens(1))
+    params = {
+        name: {
+            "kernel": getattr(reference, name).kernel[...],
+            "bias": getattr(reference, name).bias[...],
+        }
+        for name in ("up", "down")
+    }
+    return params, linen.AdapterBank({**variables, "params": params})
+
+
+@jax.jit
+def apply(variables, x, batch):
+    return Model().apply(variables, x, batch)
+
+
+def right(x, adapters):
+    return expected(Mlp(nnx.Rngs(0)), x, adapters)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("ambient", [False, True])
+def test_rows_use_their_adapters(pair, phase, ambient):
+    params, bank = pair
+    a, b = make_adapter(1, 3), make_adapter(2, 12)
+    bank.load("a", a)
+    bank.load("b", b)
+    x = tokens(4)
+    batch = bank.batch(["b", None, "a", "b"], phase=phase)
+
+    @jax.jit
+    def step(variables, x, batch):
+        with use(batch):
+            return Model().apply(variables, x)
+
+    got = (step if ambient else apply)({"params": params, **bank.variables}, x, batch)
+    np.testing.assert_allclose(got, right(x, [b, None, a, b]), atol=1e-5)
+
+
+def test_the_base_is_flax_dense():
+    x = tokens(3)
+    dense, layer = nn.Dense(6), LoRADense(6, **OPTIONS)
+    variables = layer.init(jax.random.key(0), x)
+    base = dense.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], base["params"])
+    np.testing.assert_array_equal(layer.apply(base, x), dense.apply(base, x))  # no stacks needed
+    np.testing.assert_array_equal(layer.apply(variables, x), dense.apply(base, x))
+    assert set(variables) == {"params", "lora", "lora_scale"}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(variables["lora"]))
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_slices_and_dtypes_equal_the_nnx_layer(phase):
+    options = {"slots": 2, "buckets": (8,), "slices": (5, 2), "param_dtype": jnp.bfloat16}
+    layer = LoRADense(7, **options, name="qkv")
+
+    class Packed(nn.Module):
+        @nn.compact
+        def __call__(self, x, adapters=None):
+            return LoRADense(7, **options, name="qkv")(x, adapters)
+
+    class Reference(nnx.Module):
+        peft_names = {"qkv": ("q", "v")}  # noqa: RUF012
+
+        def __init__(self):
+            from jax_lora import LoRADense
+
+            self.qkv = LoRADense(4, 7, **options, rngs=nnx.Rngs(0))
+
+    assert layer.slices == (5, 2)
+    x = jnp.asarray(tokens(6)).astype(jnp.bfloat16).reshape(3, 2, 4)
+    variables = Packed().init(jax.random.key(0), x)
+    reference = Reference()
+    params = variables["params"]["qkv"]
+    reference.qkv.kernel[...], reference.qkv.bias[...] = params["kernel"], params["bias"]
+    banks = linen.AdapterBank(variables, peft_names={"qkv": ("q", "v")}), AdapterBank(reference)
+    for bank in banks:
+        bank.load("a", make_adapter(1, 4, features={"q": (4, 5), "v": (4, 2)}))
+    batch = banks[0].batch(["a", None, "a"], phase=phase)
+    got = Packed().apply({"params": variables["params"], **banks[0].variables}, x, batch)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        got, reference.qkv(x, banks[1].batch(["a", None, "a"], phase=phase))
+    )
+    assert np.abs(np.float32(got - reference.qkv(x))[0]).max() > 0.1
+
+
+def test_loads_recompile_nothing_and_keep_the_structure(pair):
+    params, bank = pair
+    before = jax.tree.structure(bank.variables)
+    assert before == jax.tree.structure(
+        {k: v for k, v in Model().init(jax.random.key(0), tokens(1)).items() if k != "params"}
+    )
+    traces = 0
+
+    @jax.jit
+    def step(variables, x, batch):
+        nonlocal traces
+        traces += 1
+        return Model().apply(variables, x, batch)
+
+    x = tokens(1)
+    for n, rank in enumerate((1, 8, 9, 16, 3)):
+        adapter = make_adapter(n, rank)
+        bank.load("a", adapter, replace=True)
+        got = step({"params": params, **bank.variables}, x, bank.batch(["a"]))
+        np.testing.assert_allclose(got, right(x, [adapter]), atol=1e-5)
+    assert traces == 1 and jax.tree.structure(bank.variables) == before
+
+
+def test_training_saving_and_merging(pair, tmp_path):
+    params, bank = pair
+    bank.create("a", LoRAConfig(3, 6), rngs=nnx.Rngs(0))
+    bank.create("b", LoRAConfig(12, 12), rngs=nnx.Rngs(1))
+    bank.load("absent", make_adapter(1, 4))
+    absent = bank._adapter("absent")
+    names = ["a", "b", None, "a"]
+    x, targets = tokens(4), tokens(4, seed=1)
+    batch = bank.batch(names)
+    tx = optax.sgd(0.01)
+
+    @jax.jit
+    def step(lora, scales):
+        def loss(lora):
+            variables = {"params": params, "lora": lora, "lora_scale": scales}
+            return ((Model().apply(variables, x, batch) - targets) ** 2).sum()
+
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, _ = tx.update(grads, tx.init(lora), lora)
+        return value, optax.apply_updates(lora, updates)
+
+    lora, scales = bank.variables["lora"], bank.variables["lora_scale"]
+    values = []
+    for _ in range(20):
+        value, lora = step(lora, scales)
+        values.append(float(value))
+    assert values[-1] < 0.9 * values[0]
+    bank.update(lora)
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(
+            bank._adapter("absent").modules[name].a, absent.modules[name].a
+        )
+    x = tokens(2)
+    for name in ("a", "b"):
+        bank.save(name, tmp_path / name)
+        adapter = load_peft(tmp_path / name)
+        rows = apply({"params": params, **bank.variables}, x, bank.batch([name, name]))
+        np.testing.assert_allclose(rows, right(x, [adapter] * 2), atol=1e-5)
+        merged = bank.merged_params(name, params)
+        assert jax.tree.structure(merged) == jax.tree.structure(params)
+        np.testing.assert_allclose(Model().apply({"params": merged}, x), rows, atol=1e-5)
+
+
+def test_update_refuses_what_does_not_fit(pair):
+    _, bank = pair
+    lora = bank.variables["lora"]
+    for bad in (
+        {"up": lora["up"]},
+        jax.tree.map(lambda leaf: leaf[:1], lora),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lora),
+    ):
+        with pytest.raises(ValueError, match="paths, shapes and dtypes of the bank's stacks"):
+            bank.update(bad)
+
+
+def test_what_the_bank_cannot_serve_is_refused():
+    x = tokens(2)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        linen.AdapterBank(nn.Dense(4).init(jax.random.key(0), x))
+    with pytest.raises(ValueError, match="a LoRADense alone has no path"):
+        linen.AdapterBank(LoRADense(4, **OPTIONS).init(jax.random.key(0), x))
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            class Step(nn.Module):
+                @nn.compact
+                def __call__(self, x, _):
+                    return LoRADense(4, **OPTIONS, name="proj")(x), None
+
+            split = {"params": True}
+            axes = {"params": 0, "lora": 0, "lora_scale": 0}
+            scanned = nn.scan(Step, variable_axes=axes, split_rngs=split, length=3)
+            return scanned(name="layers")(x, None)[0]
+
+    with pytest.raises(ValueError, match=r"layers\.proj: kernel \[3, 4, 4\] should have 2 axes"):
+        linen.AdapterBank(Scanned().init(jax.random.key(0), x))
+
+
+def test_layers_that_cannot_be_are_refused():
+    x = tokens(2)
+    with pytest.raises(ValueError, match=r"slices \(3, 2\) must be positive and sum to 6"):
+        LoRADense(6, slices=(3, 2)).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="LoRADense takes an AdapterBatch as its second argument"):
+        LoRADense(6).init(jax.random.key(0), x, 5)
+    with pytest.raises(ValueError, match="at least 1 slot, got 0"):
+        LoRADense(6, slots=0).init(jax.random.key(0), x)
+
+
+def test_nested_modules_have_dotted_names():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, adapters=None):
+            return Model(name="mlp")(x, adapters)
+
+    x = tokens(1)
+    variables = Outer().init(jax.random.key(0), x)
+    bank = linen.AdapterBank(variables)
+    adapter = make_adapter(1, 4, features={"mlp.up": (4, 6)})
+    bank.load("a", adapter)
+    got = Outer().apply({"params": variables["params"], **bank.variables}, x, bank.batch(["a"]))
+    merged = bank.merged_params("a", variables["params"])
+    np.testing.assert_allclose(got, Outer().apply({"params": merged}, x), atol=1e-5)
+    changed = {
+        path
+        for path, leaf in flatten_dict(merged).items()
+        if (leaf != flatten_dict(variables["params"])[path]).any()
+    }
+    assert changed == {("mlp", "up", "kernel")}

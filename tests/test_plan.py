@@ -1,0 +1,126 @@
+"""plan_slots: what it proposes is what apply_lora takes and the bank can load."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import FEATURES, Mlp, make_adapter
+
+from jax_lora import AdapterBank, apply_lora, plan_slots, save_peft
+
+PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
+
+
+def adapters_of(*ranks):
+    return [make_adapter(n, rank) for n, rank in enumerate(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slots"),
+    [
+        ((4,), {8: 1}),
+        ((4, 8, 1), {8: 3}),
+        ((4, 12, 16, 60), {8: 1, 16: 2, 64: 1}),
+        ((130, 8), {8: 1, 144: 1}),
+    ],
+)
+def test_everything_fits(ranks, slots):
+    needed = PER_RANK * sum(bucket * n for bucket, n in slots.items())
+    for memory in (needed, 100 * needed):  # what isn't needed isn't taken
+        plan = plan_slots(adapters_of(*ranks), memory)
+        assert plan["slots"] == slots and plan["buckets"] == tuple(slots)
+    if len(ranks) > 1:
+        assert plan_slots(adapters_of(*ranks), needed - 1)["slots"] != slots
+
+
+def test_a_tight_budget_is_shared():
+    ranks = (8,) * 8 + (16,) * 4 + (64,) * 2
+    everything = PER_RANK * (8 * 8 + 4 * 16 + 2 * 64)
+    for memory in range(PER_RANK * 64, everything, PER_RANK * 4):
+        plan = plan_slots(adapters_of(*ranks), memory)
+        used = PER_RANK * sum(bucket * n for bucket, n in plan["slots"].items())
+        left = memory - used
+        assert left >= 0
+        assert plan["buckets"][-1] == 64 and min(plan["slots"].values()) >= 1
+        if plan["buckets"] == (8, 16, 64):
+            wanted = {8: 8, 16: 4, 64: 2}
+            assert all(plan["slots"][b] == n or b * PER_RANK > left for b, n in wanted.items())
+    assert plan_slots(adapters_of(*ranks), everything // 2)["slots"] == {8: 4, 16: 2, 64: 1}
+
+
+def test_small_buckets_are_given_up_first():
+    ranks = (4, 12, 60)
+    plans = {
+        n: plan_slots(adapters_of(*ranks), n * PER_RANK)["slots"] for n in (88, 87, 80, 79, 64)
+    }
+    assert plans[88] == {8: 1, 16: 1, 64: 1}
+    assert plans[87] == plans[80] == {16: 1, 64: 1}
+    assert plans[79] == plans[64] == {64: 1}
+
+
+def test_a_budget_that_is_too_small_says_the_numbers():
+    message = (
+        rf"memory=1000 bytes hold no slot: one of bucket 64 takes {64 * PER_RANK}, float32 in 2 "
+        "modules.* rank 60"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_slots(adapters_of(4, 60), 1000)
+
+
+@pytest.mark.parametrize("how", ["folder", "one adapter", "list"])
+def test_the_plan_is_applied_and_loads_them_all(tmp_path, how):
+    features = {"down": FEATURES["down"]}
+    adapters = {f"{n}": make_adapter(n, 4 + 6 * n, features=features) for n in range(3)}
+    for name, adapter in adapters.items():
+        save_peft(adapter, tmp_path / name)
+    (tmp_path / "no adapter").mkdir()
+    sources = {
+        "folder": tmp_path,
+        "one adapter": str(tmp_path / "1"),
+        "list": [tmp_path / "0", adapters["1"], str(tmp_path / "2")],
+    }
+    plan = plan_slots(sources[how], memory=1 << 20)
+    model = Mlp(nnx.Rngs(0))
+    nbytes = apply_lora(model, **plan)
+    per_rank = 4 * sum(FEATURES["down"])
+    assert nbytes == per_rank * sum(bucket * n for bucket, n in plan["slots"].items())
+    assert type(model.up) is nnx.Linear  # no adapter names it
+    bank = AdapterBank(model)
+    wanted = ["1"] if how == "one adapter" else list(adapters)
+    for name in wanted:
+        bank.load(name, tmp_path / name)
+        bank.pin(name)
+    assert bank.names == tuple(wanted)
+
+
+def test_dtype():
+    half = [make_adapter(n, 8, dtype=np.float16) for n in range(2)]
+    assert plan_slots(half, 1 << 20)["dtype"] == jnp.float16
+    assert plan_slots([*half, make_adapter(3, 8)], 1 << 20)["dtype"] == jnp.float32
+    plan = plan_slots(adapters_of(8, 8), PER_RANK * 8, dtype=jnp.bfloat16)
+    assert plan["dtype"] == jnp.bfloat16 and plan["slots"] == {8: 2}
+    with pytest.raises(ValueError, match="stacks are float32, bfloat16 or float16"):
+        plan_slots(half, 1 << 20, dtype=jnp.int8)
+
+
+def test_bad_arguments(tmp_path):
+    one = make_adapter(0, 4)
+    for memory in ("2GB", 1e9, True, None):
+        with pytest.raises(TypeError, match="memory must be an int, in bytes"):
+            plan_slots([one], memory)
+    for memory in (0, -5):
+        with pytest.raises(ValueError, match="hold no slot"):
+            plan_slots([one], memory)
+    with pytest.raises(ValueError, match="no adapters"):
+        plan_slots([], 1000)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        plan_slots(tmp_path, 1000)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        plan_slots(tmp_path / "nowhere", 1000)
+    for adapters in (one, 5, None):
+        with pytest.raises(TypeError, match="adapters must be a folder, or a list"):
+            plan_slots(adapters, 1000)
+    other = make_adapter(1, 4, features={"up": (4, 7)})
+    message = r"adapters disagree about up: \(4, 6\) and \(4, 7\) features"
+    with pytest.raises(ValueError, match=message):
+        plan_slots([one, other], 1 << 20)
