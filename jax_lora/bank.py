@@ -241,6 +241,9 @@ class AdapterBank:
     ) -> AdapterBatch:
         """The adapters of a batch, and a lease on them.
 
+        Its arrays are NumPy's; `jax.device_put(batch)` places them, for a loop that wants to save
+        each step the copy.
+
         Args:
           names_per_row: adapter of each row; None for the base model.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
@@ -264,14 +267,10 @@ class AdapterBank:
                     bucket, slot = places[row_name]
                     indices[order[bucket], row] = slot
             lease = Lease(frozenset(places.values()))
-            # Not jnp.asarray, which would compile a program per shape. Decode steps share one copy
-            # of the indices; lengths are used once, so the step itself may as well copy them.
+            # NumPy leaves: a kilobyte that each step's launch takes along costs less than placing
+            # it here, which would also tie the batch to one device.
             batch = AdapterBatch(
-                jax.device_put(indices),
-                row_lengths,
-                buckets=tuple(order),
-                phase=phase,
-                lease=lease,
+                indices, row_lengths, buckets=tuple(order), phase=phase, lease=lease
             )
             for name in distinct:
                 self._entries.move_to_end(name)

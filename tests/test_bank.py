@@ -875,11 +875,7 @@ def test_a_batch_of_64_rows_takes_at_most_100_us(lengths):
     for n in range(16):
         bank.load(f"{n}", make_adapter(n, (4, 64)[n % 2]))
     names = [None if n % 5 == 0 else f"{n % 16}" for n in range(64)]
-    # One array is put on the device, which alone takes 20 us on a quiet core: where others keep
-    # the machine busy it tells how much slower everything is.
-    array = np.zeros((5, 64), np.int32)
-    limit = max(100, 4 * fastest(lambda: median_us(lambda: jax.device_put(array)), 25, tries=10))
-    assert fastest(lambda: median_us(lambda: bank.batch(names, lengths)), limit) <= limit
+    assert fastest(lambda: median_us(lambda: bank.batch(names, lengths)), 100) <= 100
 
 
 LLAMA_8B = {
