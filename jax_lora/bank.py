@@ -267,8 +267,8 @@ class AdapterBank:
                     bucket, slot = places[row_name]
                     indices[order[bucket], row] = slot
             lease = Lease(frozenset(places.values()))
-            # NumPy leaves: a kilobyte that each step's launch takes along costs less than placing
-            # it here, which would also tie the batch to one device.
+            # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
+            # of the time that a batch takes.
             batch = AdapterBatch(
                 indices, row_lengths, buckets=tuple(order), phase=phase, lease=lease
             )

@@ -199,9 +199,7 @@ def shrink(spec: _Spec, x: Array, lora_a: Array, segments: Segments, scale: Arra
     if spec.implementation == "loop":
         return loop.shrink(x, lora_a, segments, scale)
     if spec.implementation == "mosaic_gpu":
-        return mosaic_gpu.shrink(
-            x, lora_a, segments, scale, kernel=spec.kernels[0], config=spec.config
-        )
+        return mosaic_gpu.shrink(x, lora_a, segments, scale, config=spec.config)
     return xla.shrink(x, lora_a, segments, scale, kernel=spec.kernels[0])
 
 
@@ -226,11 +224,11 @@ def expand(spec: _Spec, v: Array, lora_b: Array, segments: Segments, y: Array) -
     (kernel,), (y_offset,), add_inputs = spec.kernels, spec.y_offsets, spec.add_inputs
     if spec.implementation == "loop":
         return loop.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs)
-    options: dict[str, Any] = {"add_inputs": add_inputs, "kernel": kernel}
     if spec.implementation == "mosaic_gpu":
-        options["config"] = spec.config
-        return mosaic_gpu.expand(v, lora_b, segments, y, y_offset, **options)
-    return xla.expand(v, lora_b, segments, y, y_offset, **options)
+        return mosaic_gpu.expand(
+            v, lora_b, segments, y, y_offset, add_inputs=add_inputs, config=spec.config
+        )
+    return xla.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs, kernel=kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -258,7 +256,7 @@ def add_lora_parts(spec: _Spec, y: Array, x: Array, stacks: Any) -> Array:
     if spec.implementation == "loop":
         return loop.add_lora_multi(y, x, parts)
     if spec.implementation == "mosaic_gpu":
-        return mosaic_gpu.add_lora_multi(y, x, parts, kernels=spec.kernels, config=spec.config)
+        return mosaic_gpu.add_lora_multi(y, x, parts, config=spec.config)
     return xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
 
 
@@ -300,7 +298,7 @@ def _shrink_op(
     route = _route(route, x.shape[0], lora_a.shape[0])
     scale = _scales("scale", scale, per_adapter=None)
     _, rank, features = lora_a.shape
-    missing = mosaic_gpu.missing(x.dtype, lora_a.dtype, rank, features)
+    missing = mosaic_gpu.missing(lora_a.dtype, rank, features)
     implementation, config = how
     spec = _Spec(_choose(implementation, config, missing), (kernel,), config=config)
     if x.shape[0] == 0:
@@ -332,7 +330,7 @@ def _expand_op(
     y_offset = _columns(y, y_offset, width)
     route = _route(route, v.shape[0], lora_b.shape[0])
     missing = mosaic_gpu.missing(
-        v.dtype, lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
+        lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
     )
     implementation, config = how
     spec = _Spec(
@@ -576,9 +574,7 @@ def add_lora_multi(
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
         kernels.append(_kernel(a.shape[1], phase))
     lacks = [
-        mosaic_gpu.missing(
-            x.dtype, dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset
-        )
+        mosaic_gpu.missing(dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset)
         for (a, b, *_), y_offset in zip(stacks, y_offsets)
         for dtype in (a.dtype, b.dtype)
     ]

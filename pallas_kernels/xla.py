@@ -19,8 +19,7 @@ from pallas_kernels.ranks import SGMV_BLOCK_SIZE
 from pallas_kernels.segments import Segments
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
-# and wants them in its cache: T=64, r=16, H=N=4096 takes 4 ms so, and 18 ms in one piece. On a GPU
-# each step costs launches.
+# and wants them in its cache: docs/performance.md has the times. On a GPU each step costs launches.
 _GATHER_BYTES_CPU = 2**20
 _GATHER_BYTES = 32 * 2**20
 

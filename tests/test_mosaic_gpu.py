@@ -50,7 +50,7 @@ def interpreted() -> Iterator[None]:
 def shrink(z: dict[str, Any], config: Any = None) -> np.ndarray:
     segments = pk.make_segments(z["ids"], z["a"].shape[0])
     return np.asarray(
-        jax.jit(functools.partial(mosaic_gpu.shrink, kernel="bgmv", config=config))(
+        jax.jit(functools.partial(mosaic_gpu.shrink, config=config))(
             z["x"], z["a"], segments, z["scales"]
         )
     )
@@ -278,7 +278,7 @@ def test_mixed_ranks_lower_to_two_launches() -> None:
 
 
 def test_missing_names_what_a_case_lacks() -> None:
-    missing = functools.partial(mosaic_gpu.missing, jnp.bfloat16)
+    missing = mosaic_gpu.missing
     assert missing(jnp.bfloat16, 16, 4096, 4096, jnp.bfloat16, 4096) is None
     assert "float32 weights" in str(missing(jnp.float32, 16, 4096))
     assert "rank 24" in str(missing(jnp.bfloat16, 24, 4096))

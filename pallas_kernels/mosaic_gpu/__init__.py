@@ -30,11 +30,9 @@ def shrink(
     segments: Segments,
     scale: Float[Array, "*L"],
     *,
-    kernel: str,
     config: Config | None = None,
 ) -> Float[Array, "T R"]:
     """v[t] = scale * x[t] @ lora_a[indices[t]].T in float32; zero in rows of -1."""
-    del kernel  # one kernel serves both phases
     config = config or _config(x, lora_a, lora_a.shape[2])
     [v] = _shrink_parts(x, [(lora_a, segments, scale, config)], operands=False)
     return v
@@ -48,11 +46,9 @@ def expand(
     y_offset: int,
     *,
     add_inputs: bool,
-    kernel: str,
     config: Config | None = None,
 ) -> Float[Array, "T Ny"]:
     """y[t, y_offset:][:N] (+)= v[t] @ lora_b[indices[t]].T, rounded once; rows of -1 keep y."""
-    del kernel
     num_adapters, width, rank = lora_b.shape
     config = config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
     operand = _operand(v, lora_b.dtype)
@@ -65,11 +61,9 @@ def add_lora_multi(
     x: Float[Array, "T H"],
     parts: tuple[LoRAPart, ...],
     *,
-    kernels: tuple[str, ...],
     config: Config | None = None,
 ) -> Float[Array, "T Ny"]:
     """Both halves of every part in two launches; where parts overlap their sum is rounded once."""
-    del kernels
     configs = [config or _config(x, p.lora_a, p.lora_b.shape[1]) for p in parts]
     vs = _shrink_parts(
         x, [(p.lora_a, p.indices, p.scales, c) for p, c in zip(parts, configs)], operands=True
@@ -141,9 +135,7 @@ def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Any]:
         count, mask = (3 if x.dtype == jnp.float32 else 1), 0xFFFFE000
         largest = jnp.max(jnp.abs(rest), axis=1)
         _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
-        exponent = jnp.clip(
-            exponent - 15, -126, 126
-        )  # so that the power and its inverse are normal
+        exponent = jnp.clip(exponent - 15, -126, 126)  # the power and its inverse are normal
         factor = jnp.ldexp(jnp.float32(1.0), exponent)
         rest = rest * jnp.ldexp(jnp.float32(1.0), -exponent)[:, None]
     planes = []

@@ -98,7 +98,6 @@ def default_config(
 
 
 def missing(
-    x_dtype: DTypeLike,
     weight_dtype: DTypeLike,
     rank: int,
     features: int | None = None,
@@ -110,9 +109,8 @@ def missing(
     """What the kernels lack for a case, as the object of "lacks"; None if they take it.
 
     `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
-    x may be float32, bfloat16 or float16.
+    x may have any dtype of the ops.
     """
-    del x_dtype
     if weight_dtype not in (jnp.bfloat16, jnp.float16):
         return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
     if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):

@@ -16,9 +16,9 @@ from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
 @jax.jit
 def run(y, x, a, b, scales, ids):
     segments = make_segments(ids, a.shape[0])
-    v = mosaic_gpu.shrink(x, a, segments, scales, kernel="bgmv")
+    v = mosaic_gpu.shrink(x, a, segments, scales)
     part = LoRAPart(a, b, segments, scales, 0)
-    return v, mosaic_gpu.add_lora_multi(y, x, (part,), kernels=("bgmv",))
+    return v, mosaic_gpu.add_lora_multi(y, x, (part,))
 
 
 for case in (Case(5, 1024, 200, 8, 3), Case(64, 512, 128, 16, 9), Case(150, 1024, 192, 64, 5)):

@@ -51,9 +51,7 @@ def poison() -> None:
 def shrink(arrays: dict[str, Any], config: Any = None) -> np.ndarray:
     @jax.jit
     def run(x: Any, a: Any, scales: Any, ids: Any) -> Any:
-        return mosaic_gpu.shrink(
-            x, a, make_segments(ids, a.shape[0]), scales, kernel="bgmv", config=config
-        )
+        return mosaic_gpu.shrink(x, a, make_segments(ids, a.shape[0]), scales, config=config)
 
     poison()
     return np.asarray(run(arrays["x"], arrays["a"], arrays["scales"], arrays["ids"]))
@@ -66,7 +64,7 @@ def expand(
     def run(v: Any, b: Any, y: Any, ids: Any) -> Any:
         return mosaic_gpu.expand(
             v, b, make_segments(ids, b.shape[0]), y, y_offset,
-            add_inputs=add_inputs, kernel="bgmv", config=config,
+            add_inputs=add_inputs, config=config,
         )  # fmt: skip
 
     poison()
@@ -77,7 +75,7 @@ def add_lora(arrays: dict[str, Any], y_offset: int, config: Any = None) -> np.nd
     @jax.jit
     def run(y: Any, x: Any, a: Any, b: Any, scales: Any, ids: Any) -> Any:
         part = LoRAPart(a, b, make_segments(ids, a.shape[0]), scales, y_offset)
-        return mosaic_gpu.add_lora_multi(y, x, (part,), kernels=("bgmv",), config=config)
+        return mosaic_gpu.add_lora_multi(y, x, (part,), config=config)
 
     poison()
     order = ("y", "x", "a", "b", "scales", "ids")
@@ -229,7 +227,7 @@ def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
             LoRAPart(a, b, make_segments(ids, 4), scales, part[4])
             for (a, b, ids, scales), part in zip(stacks, parts)
         )
-        return mosaic_gpu.add_lora_multi(y, x, built, kernels=("bgmv",) * len(built))
+        return mosaic_gpu.add_lora_multi(y, x, built)
 
     stacks = [tuple(jnp.asarray(z) for z in part[:4]) for part in parts]
     poison()
