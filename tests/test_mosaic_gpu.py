@@ -4,6 +4,7 @@ tests/gpu holds the same cases on a device, where clusters exchange sums; here, 
 memory does not exist, partial sums go through device memory and XLA adds them.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from mosaic_cases import (
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import tiles
+from pallas_kernels.mosaic_gpu import fused, tiles
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -155,14 +156,97 @@ def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
         np.testing.assert_array_equal(bits(whole)[order], bits(run(as_jax(picked), config=config)))
 
 
+FUSED = mosaic_gpu.Config(split=2, stages=2, block_n=128, expand_stages=3, tokens=8)
+FUSED_TINY = [
+    (Case(9, 576, 128, 8, 9, "uniform"), dict(tokens=3)),
+    (Case(5, 256, 64, 16, 4, "distinct"), dict(tokens=1, column_clusters=2)),
+    (Case(34, 128, 192, 32, 3, "zipf"), dict(tokens=16)),
+    (Case(24, 128, 192, 16, 2, "identical"), {}),  # runs of 8 rows, which TMA copies at once
+    (Case(66, 64, 64, 16, 3, "none"), {}),
+    (Case(10, 64, 64, 48, 3, "out_of_range"), {}),
+    (Case(3, 192, 64, 80, 2, "uniform"), dict(tokens=2)),
+    (Case(2, 256, 64, 272, 2, "uniform"), dict(tokens=1, split=1, expand_stages=2)),
+    (Case(6, 4352, 64, 16, 2, "uniform"), dict(block_k=256)),
+    (Case(3, 128, 352, 64, 2, "uniform", y_dtype="float32"), dict(tokens=4, block_n=64)),
+    (Case(12, 64, 128, 16, 3, "uniform", y_offset=64, y_extra=16), dict(column_clusters=2)),
+    (Case(4, 64, 64, 16, 2, "uniform", "float16", "float16", "float16"), {}),
+]
+
+
+@pytest.mark.parametrize(("case", "change"), FUSED_TINY, ids=str)
+def test_fused_interpreted_against_float64(
+    case: Case, change: dict[str, int], interpreted: None
+) -> None:
+    arrays = case.arrays()
+    ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
+    columns = slice(case.y_offset, case.y_offset + case.width)
+    config = dataclasses.replace(FUSED, **change)
+    shape = case.rank, case.width, case.y_offset
+    assert fused.plan(case.features, arrays.y.dtype.itemsize, (shape,), config) is not None
+
+    y = add_lora(as_jax(arrays), case.y_offset, config)
+
+    v = products(arrays.x, arrays.a, ids) * arrays.scales[np.maximum(ids, 0)][:, None]
+    want = arrays.y.astype(np.float64)
+    want[:, columns] += products(v, arrays.b, ids)
+    assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
+    np.testing.assert_array_equal(bits(y)[ids < 0], bits(arrays.y)[ids < 0])
+    outside = np.ones(y.shape[1], bool)
+    outside[columns] = False
+    np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
+
+
+def test_fused_rows_depend_on_themselves_alone(interpreted: None) -> None:
+    arrays = Case(40, 256, 64, 16, 3).arrays()
+    order = np.random.default_rng(5).permutation(40)[:9]
+    picked = Arrays(
+        arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
+        arrays.ids[order],
+    )  # fmt: skip
+    whole = add_lora(as_jax(arrays), config=FUSED)
+    few = add_lora(as_jax(picked), config=FUSED)
+    np.testing.assert_array_equal(bits(whole)[order], bits(few))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 63, 64, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16])
+@pytest.mark.parametrize("whole", [False, True])
+def test_fused_routes_hold_every_token_once(num_tokens: int, tokens: int, whole: bool) -> None:
+    ids = [indices(p, num_tokens, 5, seed=3) for p in ("uniform", "zipf", "none")]
+    order = mosaic_gpu._order(tuple(jnp.asarray(i) for i in ids))
+    used = (np.stack(ids) >= 0).any(axis=0)
+    assert sorted(np.asarray(order).tolist()) == list(range(num_tokens))
+    assert not used[np.asarray(order)[used.sum() :]].any()  # those without an adapter come last
+    table = fused.chunk_routes(order, tuple(jnp.asarray(i) for i in ids), tokens, whole)
+    spot, seen = fused.Route(tokens, len(ids)), []
+    for row in np.asarray(table):
+        tokens_of = row[: spot.columns]
+        seen += tokens_of[tokens_of >= 0].tolist()
+        if (base := row[spot.run]) >= 0:  # a run: column c is row base + c
+            assert base % 8 == 0
+            columns = np.flatnonzero(tokens_of >= 0)
+            np.testing.assert_array_equal(tokens_of[columns], base + columns)
+            assert columns[0] == row[spot.shift] and len(columns) == tokens
+        for p, part_ids in enumerate(ids):
+            places = row[spot.place(p) : spot.place(p) + spot.columns]
+            listed = row[spot.adapters(p) : spot.adapters(p) + row[spot.count(p)]]
+            for token, place in zip(tokens_of, places):
+                expected = part_ids[token] if token >= 0 else -1
+                assert (listed[place] if place >= 0 else -1) == expected
+            assert len(set(listed.tolist())) == len(listed)
+            assert row[spot.full(p)] == (len(tokens_of[places >= 0]) == tokens)
+    assert sorted(seen) == list(range(num_tokens))
+
+
+@pytest.mark.parametrize("config", [None, FUSED], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
-def test_parts_share_two_launches_and_one_rounding(
-    offsets: tuple[int, int], interpreted: None
+def test_parts_share_launches_and_one_rounding(
+    offsets: tuple[int, int], config: Any, interpreted: None
 ) -> None:
     arrays = [Case(5, 64, 64, rank, 2, seed=rank).arrays() for rank in (8, 16)]
     x, y = arrays[0].x, Case(5, 64, 136, 8, 1).arrays().y
     parts = [pk.LoRAPart(z.a, z.b, z.ids, z.scales, offset) for z, offset in zip(arrays, offsets)]
-    out = np.asarray(pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu"))
+    out = np.asarray(pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", config=config))
     want, used = y.astype(np.float64), np.zeros(y.shape, bool)
     for z, offset in zip(arrays, offsets):
         v = products(x, z.a, z.ids) * z.scales[np.maximum(z.ids, 0)][:, None]
@@ -200,11 +284,12 @@ def lowered(
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def assert_kernels(module: str, *ranks: int) -> None:
+def assert_kernels(module: str, *ranks: int, fused: bool = False) -> None:
     names = "_".join(f"r{rank}" for rank in ranks)
-    found = set(re.findall(r"lora_(?:shrink|expand)(?:_r\d+)+", module))
-    assert found == {f"lora_shrink_{names}", f"lora_expand_{names}"}
-    assert module.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+    found = set(re.findall(r"lora(?:_shrink|_expand)?(?:_r\d+)+", module))
+    two = {f"lora_shrink_{names}", f"lora_expand_{names}"}
+    assert found == ({f"lora_{names}"} if fused else two)
+    assert module.count("stablehlo.custom_call @mosaic_gpu_v2") == len(found)
     assert "dot_general" not in module
 
 
@@ -216,7 +301,28 @@ EVERY_RANK = (8, *range(16, 513, 16))
 @pytest.mark.parametrize("rank", [*BUCKETS, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 64 else "prefill"
-    assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank)
+    fused = num_tokens == 64 and rank <= 32
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, fused=fused)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 63, 64, 256])
+@pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208])
+def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
+    config = dataclasses.replace(FUSED, split=8, tokens=-(-num_tokens // 16), stages=4)
+    module = lowered(num_tokens, 4096, 4096, rank, config=config)
+    assert_kernels(module, rank, fused=rank < 208 or num_tokens < 256)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 64), (128, 192), (4096, 28672), (28672, 4096), (11008, 128256), (131072, 64)],
+    ids=str,
+)
+@pytest.mark.parametrize("y", ["bfloat16", "float32"])
+def test_every_size_lowers_to_one_launch(shape: tuple[int, int], y: str) -> None:
+    config = dataclasses.replace(FUSED, split=8, tokens=4)
+    module = lowered(64, *shape, 16, 3, ("bfloat16", "bfloat16", y), config=config)
+    assert_kernels(module, 16, fused=True)
 
 
 @pytest.mark.parametrize(
@@ -259,19 +365,37 @@ def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None
         assert_kernels(lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x)), rank)
 
 
-def test_mixed_ranks_lower_to_two_launches() -> None:
+@pytest.mark.parametrize(("num_tokens", "config"), [(64, None), (64, FUSED), (4096, None)])
+def test_mixed_ranks_share_launches(num_tokens: int, config: Any) -> None:
     ranks = BUCKETS
     shape = jax.ShapeDtypeStruct
 
     def run(y: Any, x: Any, stacks: Any, ids: Any) -> Any:
         parts = [pk.LoRAPart(a, b, ids) for a, b in stacks]
-        return pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu")
+        return pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", config=config)
 
     half = jnp.bfloat16
     stacks = [(shape((8, r, 512), half), shape((8, 256, r), half)) for r in ranks]
-    args = (shape((64, 256), half), shape((64, 512), half), stacks, shape((64,), jnp.int32))
+    args = (
+        shape((num_tokens, 256), half), shape((num_tokens, 512), half), stacks,
+        shape((num_tokens,), jnp.int32),
+    )  # fmt: skip
     module = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert_kernels(module, *ranks)
+    assert_kernels(module, *ranks, fused=config is not None)
+
+
+def test_many_parts_are_dealt_to_launches_by_their_columns() -> None:
+    def part(rank: int, offset: int, width: int) -> pk.LoRAPart:
+        stacks = jnp.zeros((2, rank, 64)), jnp.zeros((2, width, rank))
+        return pk.LoRAPart(*stacks, jnp.zeros(4, jnp.int32), 1.0, offset)
+
+    slices = ((0, 128), (128, 64), (192, 64))
+    parts = tuple(part(rank, *columns) for columns in slices for rank in BUCKETS)
+    launches = mosaic_gpu._launches(parts)
+    assert [[p.y_offset for p in launch] for launch in launches] == [[0] * 5, [128] * 5, [192] * 5]
+    assert mosaic_gpu._launches(parts[::5]) == [parts[::5]]
+    chain = (part(8, 0, 64), part(8, 128, 64), part(8, 32, 128))  # the last touches both others
+    assert mosaic_gpu._launches(chain) == [chain]
 
 
 # ------------------------------------------------------------------------------ limits and choices
@@ -301,7 +425,17 @@ def test_the_order_of_sums_does_not_depend_on_tokens(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(split=3), dict(block_n=12), dict(stack=0), dict(stages=65)], ids=str
+    "bad",
+    [
+        dict(split=3),
+        dict(block_n=12),
+        dict(stack=0),
+        dict(stages=65),
+        dict(tokens=65),
+        dict(block_k=64),
+        dict(column_clusters=0),
+    ],
+    ids=str,
 )
 def test_config_checks_its_values(bad: dict[str, int]) -> None:
     [(name, value)] = bad.items()

@@ -1,10 +1,13 @@
-"""The ops as Pallas:Mosaic GPU kernels for Hopper (sm_90): two launches, in both phases.
+"""The ops as Pallas:Mosaic GPU kernels for Hopper (sm_90).
 
 `docs/kernels.md` draws them. In short: tokens are cut into tiles of 64 consecutive rows, which are
 wgmma's M. All tokens of a tile are multiplied with every adapter that occurs in it, and each row
 selects its own product afterwards. So tokens may come in any order, no row is ever gathered, each
 tile reads each of its adapters once, and what a row gets depends on that row alone. What is wasted
 is tensor-core work, which these kernels, bound by memory, have to spare.
+
+`add_lora` of a few hundred tokens or less is one launch instead (`fused.py`), whose clusters own
+tokens rather than tiles.
 """
 
 import functools
@@ -12,12 +15,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
-from pallas_kernels.mosaic_gpu.config import MAX_FEATURES, Config, default_config, missing
+from pallas_kernels.mosaic_gpu.config import (
+    MAX_FEATURES,
+    Config,
+    default_config,
+    fused_config,
+    missing,
+)
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
+from pallas_kernels.mosaic_gpu.fused import FusedPart, chunk_routes, fused_kernel, plan, whole_tiles
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
-from pallas_kernels.mosaic_gpu.tiles import interpreted, pad_rows, pad_to, routes
+from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
 from pallas_kernels.parts import LoRAPart
 from pallas_kernels.segments import Segments
 
@@ -63,7 +73,39 @@ def add_lora_multi(
     *,
     config: Config | None = None,
 ) -> Float[Array, "T Ny"]:
-    """Both halves of every part in two launches; where parts overlap their sum is rounded once."""
+    """Both halves of every part; where parts overlap their sum is rounded once.
+
+    One launch where the fused kernel takes the parts, else two; more for more than `_MOST_PARTS`.
+    """
+    for group in _launches(parts):
+        fused = _fused(y, x, group, config)
+        y = _two_launches(y, x, group, config) if fused is None else fused
+    return y
+
+
+# The kernels' code has a piece for each part, and lowering takes more than in proportion: 15 parts
+# (five rank buckets of three slices) 79 s in one launch, 38 s in three (2 CPU cores).
+_MOST_PARTS = 6
+
+
+def _launches(parts: tuple[LoRAPart, ...]) -> list[tuple[LoRAPart, ...]]:
+    """The parts, those of the same columns together, up to `_MOST_PARTS` per launch if they fit."""
+    spans = tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts)
+    apart: list[set[int]] = []
+    for cut in cuts(spans):
+        touching = [group for group in apart if group & set(cut.parts)]
+        apart = [group for group in apart if group not in touching]
+        apart.append(set(cut.parts).union(*touching))
+    launches: list[list[int]] = []
+    for group in apart:
+        if launches and len(launches[-1]) + len(group) <= _MOST_PARTS:
+            launches[-1] += sorted(group)
+        else:
+            launches.append(sorted(group))
+    return [tuple(parts[i] for i in launch) for launch in launches]
+
+
+def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Array:
     configs = [config or _config(x, p.lora_a, p.lora_b.shape[1]) for p in parts]
     vs = _shrink_parts(
         x, [(p.lora_a, p.indices, p.scales, c) for p, c in zip(parts, configs)], operands=True
@@ -73,6 +115,38 @@ def add_lora_multi(
         for v, p, c in zip(vs, parts, configs)
     )
     return expand_kernel(y, expands, add_inputs=True)
+
+
+def _fused(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Array | None:
+    """y' in one launch, or None where that kernel does not take the case, or is the slower one."""
+    shapes = tuple((p.lora_a.shape[1], p.lora_b.shape[1], p.y_offset) for p in parts)
+    config = config or fused_config(x.shape[0], tuple(rank for rank, *_ in shapes))
+    one_dtype = all(w.dtype == x.dtype for p in parts for w in (p.lora_a, p.lora_b))
+    if not one_dtype or plan(x.shape[1], y.dtype.itemsize, shapes, config) is None:
+        return None
+    assert config.tokens is not None
+    ids = tuple(part.indices.indices for part in parts)
+    tiles = whole_tiles(y, config.tokens)
+    chunks = chunk_routes(_order(ids), ids, config.tokens, tiles)
+    fused_parts = tuple(
+        FusedPart(p.lora_a, p.lora_b, p.scales.reshape(-1), p.y_offset) for p in parts
+    )
+    return fused_kernel(y, x, fused_parts, chunks, config)
+
+
+def _order(ids: tuple[Int[Array, " T"], ...]) -> Int[Array, " T"]:
+    """The tokens, those with the same adapters side by side, else as they come; last those without.
+
+    By comparing all with all, which for a few hundred tokens is less work than sorting them.
+    """
+    same = functools.reduce(jnp.logical_and, [i[:, None] == i for i in ids])
+    token = jnp.arange(ids[0].shape[0], dtype=jnp.int32)
+    used = functools.reduce(jnp.logical_or, [i >= 0 for i in ids])
+    first = jnp.min(jnp.where(same, token, token.size), axis=1)
+    first = jnp.where(used, first, token.size)
+    before = (first < first[:, None]) | ((first == first[:, None]) & (token < token[:, None]))
+    place = jnp.sum(before, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(place == token[:, None], token, 0), axis=1, dtype=jnp.int32)
 
 
 def _config(x: Array, lora_a: Array, width: int) -> Config:

@@ -1,10 +1,8 @@
 """y[t, offset:][:N] (+)= v[t] @ B[i].T: each block owns 64 tokens times a few columns of y."""
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,7 +14,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
     ADAPTERS,
     COUNT,
     ROWS,
+    Cut,
     accumulator,
+    cuts,
+    in_place,
     operand_layout,
     pieces,
     plain_layout,
@@ -34,25 +35,6 @@ class ExpandPart(NamedTuple):
     config: Config
 
 
-class _Cut(NamedTuple):
-    """Columns [start, stop) of y and the parts that add to all of them."""
-
-    start: int
-    stop: int
-    parts: tuple[int, ...]
-
-
-def _cuts(parts: tuple[ExpandPart, ...]) -> list[_Cut]:
-    spans = [(part.y_offset, part.y_offset + part.lora_b.shape[1]) for part in parts]
-    edges = sorted({edge for span in spans for edge in span})
-    cuts = []
-    for start, stop in itertools.pairwise(edges):
-        covering = tuple(i for i, (a, b) in enumerate(spans) if a <= start and stop <= b)
-        if covering:
-            cuts.append(_Cut(start, stop, covering))
-    return cuts
-
-
 def expand_kernel(
     y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], *, add_inputs: bool
 ) -> Float[Array, "T Ny"]:
@@ -61,11 +43,11 @@ def expand_kernel(
     block_n = min(part.config.block_n for part in parts)
     stages = max(part.config.expand_stages for part in parts)
     arrivals = max(part.config.expand_stack for part in parts)
-    cuts = _cuts(parts)
-    blocks = [-(-(cut.stop - cut.start) // block_n) for cut in cuts]
+    spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
+    blocks = [-(-(cut.stop - cut.start) // block_n) for cut in spans]
     tile_arrivals = max(
         len(pieces(width, itemsize)) + 2 * len(cut.parts)
-        for cut in cuts
+        for cut in spans
         for width in (min(block_n, cut.stop - cut.start), (cut.stop - cut.start) % block_n)
     )
 
@@ -75,7 +57,7 @@ def expand_kernel(
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
         row_start = tile * TILE
 
-        def columns_body(cut: _Cut, width: int, nth: Array) -> None:
+        def columns_body(cut: Cut, width: int, nth: Array) -> None:
             column = cut.start + nth * block_n
             y_cut = pieces(width, itemsize)
 
@@ -150,7 +132,7 @@ def expand_kernel(
             )
 
         first = 0
-        for cut, count in zip(cuts, blocks):
+        for cut, count in zip(spans, blocks):
             whole, rest = divmod(cut.stop - cut.start, block_n)
             if whole:
                 run = functools.partial(columns_body, cut, block_n, block - first)
@@ -161,8 +143,7 @@ def expand_kernel(
             first += count
 
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
-    y_ref = jax.new_ref(y)
-    plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         scratch_types=[
             plgpu.Barrier(num_arrivals=tile_arrivals),
@@ -171,8 +152,8 @@ def expand_kernel(
         grid=(tiles, sum(blocks)),
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
-    )(y_ref, *(array for part in parts for array in part[:3]))
-    return jax.freeze(y_ref)
+    )
+    return in_place(kernel, y, *(array for part in parts for array in part[:3]))
 
 
 def _delta(

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -18,6 +17,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     COUNT,
     ROWS,
     accumulator,
+    cluster_barrier,
     interpreted,
     operand_layout,
     operand_rows,
@@ -42,15 +42,6 @@ class ShrinkPart(NamedTuple):
     routes: Int[Array, "tiles W"]
     dtype: DTypeLike
     config: Config
-
-
-@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-def _cluster_barrier(_: Any) -> None:
-    # A ClusterBarrier orders at the scope of a block: seen on an H100, peers then read stale sums.
-    mgpu.utils.inline_ptx(
-        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
-        convergent=True,
-    )
 
 
 def shrink_kernel(
@@ -192,11 +183,11 @@ def shrink_kernel(
             def exchange(v: Array, part_smem: Any) -> None:
                 """Sums what the cluster's blocks have, in their order; every block sums all."""
                 part_smem[...] = v
-                _cluster_barrier()
+                cluster_barrier()
                 peers = [plgpu.cluster_ref(part_smem, {"split": s}) for s in range(split)]
                 loads = [plgpu.load(peer, layout=plgpu.Layout.WGMMA) for peer in peers]
                 stage_out(functools.reduce(jnp.add, loads))
-                _cluster_barrier()  # peers read part_smem until here
+                cluster_barrier()  # peers read part_smem until here
 
             def round_(n: Array) -> None:
                 adapters = [route[ADAPTERS + n * stack + j] for j in range(stack)]

@@ -1,10 +1,14 @@
 """Pieces that both kernels share: the route of a tile, and layouts in shared memory."""
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import config as jax_config  # the interpret mode in force; JAX has no public getter
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, DTypeLike, Int
 
@@ -20,6 +24,19 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 # JAX leaves a method of these abstract, which mypy minds.
 _Tiling: Any = plgpu.TilingTransform
 _Swizzle: Any = plgpu.SwizzleTransform
+
+
+def in_place(kernel: Callable[..., None], y: Array, *operands: Array) -> Array:
+    """y as `kernel(y_ref, *operands)` leaves it, in its own memory where XLA can donate that.
+
+    XLA fuses slices of operands and updates of slices into a custom call, and forgets there that
+    this one changes its operand: under `jax.vmap`, or where `lax.scan` slices or stacks something,
+    the result was zeros (jax 0.11.2, H200). Barriers keep the slices out.
+    """
+    y, operands = lax.optimization_barrier((y, operands))
+    y_ref = jax.new_ref(y)
+    kernel(y_ref, *operands)
+    return lax.optimization_barrier(jax.freeze(y_ref))
 
 
 def interpreted() -> bool:
@@ -42,6 +59,25 @@ def routes(segments: Segments) -> Int[Array, "tiles W"]:
     pad = _LOOK_AHEAD + -(ADAPTERS + distinct.shape[1] + _LOOK_AHEAD) % 32  # TMA: whole 128 bytes
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, count, distinct, tail], axis=1)
+
+
+class Cut(NamedTuple):
+    """Columns [start, stop) of y and the parts that add to all of them."""
+
+    start: int
+    stop: int
+    parts: tuple[int, ...]
+
+
+def cuts(spans: tuple[tuple[int, int], ...]) -> list[Cut]:
+    """The columns that the parts' spans cover, cut at each other's edges."""
+    edges = sorted({edge for span in spans for edge in span})
+    found = []
+    for start, stop in itertools.pairwise(edges):
+        covering = tuple(i for i, (a, b) in enumerate(spans) if a <= start and stop <= b)
+        if covering:
+            found.append(Cut(start, stop, covering))
+    return found
 
 
 def row_mask(ids: Int[Array, "64"], adapter: Array, columns: int) -> Bool[Array, "64 columns"]:
@@ -102,3 +138,12 @@ def store_rows(ref: Any, value: Array) -> None:
 def accumulator(columns: int) -> Any:
     """wgmma's accumulator: `[64, columns]` of float32 in registers."""
     return plgpu.WGMMAAccumulatorRef((TILE, columns), jnp.float32)
+
+
+@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+def cluster_barrier(_: Any) -> None:
+    # A ClusterBarrier orders at the scope of a block: seen on an H100, peers then read stale sums.
+    mgpu.utils.inline_ptx(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
+        convergent=True,
+    )

@@ -3,6 +3,7 @@
 PYTHONPATH=. python3 -m pytest tests/gpu -m gpu -n 8
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from mosaic_cases import (
     POPULARITIES,
     Arrays,
@@ -24,6 +26,8 @@ from mosaic_cases import (
     y_tolerance,
 )
 
+import pallas_kernels as pk
+from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
 from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
 
 pytestmark = pytest.mark.gpu
@@ -48,79 +52,73 @@ def poison() -> None:
     jax.block_until_ready([jnp.full(2**k, jnp.nan) for k in (8, 12, 16, 20, 22)])
 
 
-def shrink(arrays: dict[str, Any], config: Any = None) -> np.ndarray:
-    @jax.jit
-    def run(x: Any, a: Any, scales: Any, ids: Any) -> Any:
-        return mosaic_gpu.shrink(x, a, make_segments(ids, a.shape[0]), scales, config=config)
+@functools.partial(jax.jit, static_argnames=("y_offset", "config", "ops"))
+def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, ...]) -> list[Any]:
+    """One program per shape, as compiling is what these tests wait for."""
+    z = arrays
+    segments = make_segments(z["ids"], z["a"].shape[0])
+    outs = []
+    for op in ops:
+        if op == "shrink":
+            outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], config=config))
+        elif op == "add_lora":
+            part = LoRAPart(z["a"], z["b"], segments, z["scales"], y_offset)
+            outs.append(mosaic_gpu.add_lora_multi(z["y"], z["x"], (part,), config=config))
+        else:
+            outs.append(
+                mosaic_gpu.expand(
+                    z["v"], z["b"], segments, z["y"], y_offset, add_inputs=op == "expand",
+                    config=config,
+                )
+            )  # fmt: skip
+    return outs
 
+
+OPS = ("shrink", "expand", "expand=", "add_lora")
+IN_PLACE = ("shrink", "expand", "add_lora")
+
+
+def run(
+    arrays: Arrays, y_offset: int = 0, config: Any = None, ops: tuple[str, ...] = IN_PLACE
+) -> list[np.ndarray]:
     poison()
-    return np.asarray(run(arrays["x"], arrays["a"], arrays["scales"], arrays["ids"]))
+    return [np.asarray(out) for out in run_ops(as_jax(arrays), y_offset, config, ops)]
 
 
-def expand(
-    arrays: dict[str, Any], y_offset: int, add_inputs: bool = True, config: Any = None
-) -> np.ndarray:
-    @jax.jit
-    def run(v: Any, b: Any, y: Any, ids: Any) -> Any:
-        return mosaic_gpu.expand(
-            v, b, make_segments(ids, b.shape[0]), y, y_offset,
-            add_inputs=add_inputs, config=config,
-        )  # fmt: skip
-
-    poison()
-    return np.asarray(run(arrays["v"], arrays["b"], arrays["y"], arrays["ids"]))
-
-
-def add_lora(arrays: dict[str, Any], y_offset: int, config: Any = None) -> np.ndarray:
-    @jax.jit
-    def run(y: Any, x: Any, a: Any, b: Any, scales: Any, ids: Any) -> Any:
-        part = LoRAPart(a, b, make_segments(ids, a.shape[0]), scales, y_offset)
-        return mosaic_gpu.add_lora_multi(y, x, (part,), config=config)
-
-    poison()
-    order = ("y", "x", "a", "b", "scales", "ids")
-    return np.asarray(run(*(arrays[name] for name in order)))
-
-
-def check(case: Case, record: Any) -> None:
+def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OPS) -> None:
     arrays = case.arrays()
-    device = as_jax(arrays)
     ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
     columns = slice(case.y_offset, case.y_offset + case.width)
     scale = arrays.scales[np.maximum(ids, 0)][:, None].astype(np.float64)
-
-    v = shrink(device)
     want_v = products(arrays.x, arrays.a, ids) * scale
-    assert v.dtype == np.float32
-    record("shrink", case, error := relative_error(v, want_v))
-    assert error < v_tolerance(case.features)
-    assert not bits(v)[ids < 0].any()  # exact zeros
-
+    half_v = arrays.v.astype(arrays.b.dtype)
+    deltas = {
+        "expand": products(half_v, arrays.b, ids),
+        "add_lora": products(want_v, arrays.b, ids),
+    }
     tolerance = y_tolerance(case.y_dtype, case.weight_dtype)
     if case.weight_dtype == "float16" and case.y_dtype == "float32":
         tolerance = y_tolerance("float16")
-
-    def check_y(op: str, y: np.ndarray, delta: np.ndarray, add_inputs: bool = True) -> None:
+    used = ids >= 0
+    for op, out in zip(ops, run(arrays, case.y_offset, config, ops)):
+        if op == "shrink":
+            assert out.dtype == np.float32
+            record(op, case, error := relative_error(out, want_v))
+            assert error < v_tolerance(case.features)
+            assert not bits(out)[~used].any()  # exact zeros
+            continue
         want = arrays.y.astype(np.float64)
-        want[:, columns] = want[:, columns] * add_inputs + delta
-        used = ids >= 0
-        assert y.dtype == arrays.y.dtype
-        np.testing.assert_array_equal(bits(y)[~used], bits(arrays.y)[~used])
-        outside = np.ones(y.shape[1], bool)
+        want[:, columns] = want[:, columns] * (op != "expand=") + deltas[op.strip("=")]
+        assert out.dtype == arrays.y.dtype
+        np.testing.assert_array_equal(bits(out)[~used], bits(arrays.y)[~used])
+        outside = np.ones(out.shape[1], bool)
         outside[columns] = False
-        np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
+        np.testing.assert_array_equal(bits(out)[:, outside], bits(arrays.y)[:, outside])
         if used.any():
-            record(op, case, error := relative_error(y[used][:, columns], want[used][:, columns]))
+            got, want = out[used][:, columns], want[used][:, columns]
+            record(op, case, error := relative_error(got, want))
             assert error < tolerance
-            size = np.abs(want[used][:, columns]).max()
-            assert np.abs(y[used].astype(np.float64) - want[used]).max() < 16 * tolerance * size
-
-    half_v = arrays.v.astype(arrays.b.dtype)
-    want_delta = products(half_v, arrays.b, ids)
-    check_y("expand", expand(device, case.y_offset), want_delta)
-    check_y("expand=", expand(device, case.y_offset, add_inputs=False), want_delta, False)
-    want_delta = np.zeros_like(want_delta) + products(want_v, arrays.b, ids)
-    check_y("add_lora", add_lora(device, case.y_offset), want_delta)
+            assert np.abs(got.astype(np.float64) - want).max() < 16 * tolerance * np.abs(want).max()
 
 
 TOKENS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 256, 1000, 4096, 8192)
@@ -158,6 +156,37 @@ def test_against_float64(case: Case, record: Any) -> None:
     check(case, record)
 
 
+FUSED = mosaic_gpu.Config(
+    split=8, stages=4, block_n=256, expand_stages=8, tokens=8, column_clusters=2
+)
+FUSED_CASES = [
+    (Case(t, 1024, 1152, r, 5, POPULARITIES[(i + j) % 3], seed=i), dict(tokens=-(-t // 16)))
+    for i, t in enumerate((1, 2, 7, 8, 9, 63, 64, 65, 129, 256))
+    for j, r in enumerate((8, 16, 64, 128))
+]
+FUSED_CASES += [(Case(64, 512, 256, r, 4, seed=r), {}) for r in (32, 48, 80, 112, 160)]
+FUSED_CASES += [(Case(64, 4096, 320, r, 64, p), {}) for p in POPULARITIES for r in (8, 16, 64)]
+FUSED_CASES += [
+    (Case(40, h, n, 16, 3), {})
+    for h, n in ((64, 64), (128, 192), (11008, 4096), (64, 128256), (131072, 64), (4096, 28672))
+]
+FUSED_CASES += [
+    (Case(64, 320, 192, r, 4, "uniform", w, w, y), {})
+    for w, y in (("bfloat16", "float32"), ("float16", "float16"), ("float16", "float32"))
+    for r in (8, 16, 64)
+]
+FUSED_CASES += [
+    (Case(t, 128, 128, 16, 3, y_offset=offset, y_extra=extra), {})
+    for t in (24, 37)
+    for offset, extra in ((0, 64), (64, 0), (64, 8), (128, 40))
+]
+
+
+@pytest.mark.parametrize(("case", "change"), FUSED_CASES, ids=str)
+def test_one_launch_against_float64(case: Case, change: dict[str, int], record: Any) -> None:
+    check(case, record, dataclasses.replace(FUSED, **change), ("add_lora",))
+
+
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
 @pytest.mark.parametrize("num_tokens", [64, 200])
 def test_nothing_leaks(rank: int, num_tokens: int) -> None:
@@ -173,16 +202,11 @@ def test_nothing_leaks(rank: int, num_tokens: int) -> None:
     x[bad], v[bad] = np.nan, np.nan
     y[unused[0]], y[unused[1]] = np.nan, -0.0
     rest = (ids >= 0) & (np.arange(num_tokens) != bad)
-    before = as_jax(Arrays(clean.x, clean.a, clean.b, clean.y, clean.v, clean.scales, ids))
-    after = as_jax(Arrays(x, a, b, y, v, clean.scales, ids))
-    for run in (
-        shrink,
-        functools.partial(expand, y_offset=0),
-        functools.partial(add_lora, y_offset=0),
-    ):
-        clean_out, out = run(before), run(after)
+    before = Arrays(clean.x, clean.a, clean.b, clean.y, clean.v, clean.scales, ids)
+    after = Arrays(x, a, b, y, v, clean.scales, ids)
+    for op, clean_out, out in zip(IN_PLACE, run(before), run(after)):
         np.testing.assert_array_equal(bits(out)[rest], bits(clean_out)[rest])
-        if run is not shrink:
+        if op != "shrink":
             np.testing.assert_array_equal(bits(out)[unused], bits(y)[unused])
         assert np.isnan(out[bad].astype(np.float32)).all()
 
@@ -194,20 +218,20 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
     many, few = sizes
     case = Case(many, 1024, 192, rank, 6)
     arrays = case.arrays()
-    config = mosaic_gpu.default_config(many, 1024, 192, rank, 6)
+    configs = [mosaic_gpu.default_config(many, 1024, 192, rank, 6)]
+    if rank <= 128:
+        configs.append(FUSED)
     order = np.random.default_rng(5).permutation(many)[:few]
     picked = Arrays(
         arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
         arrays.ids[order],
     )  # fmt: skip
-    for run in (
-        shrink,
-        functools.partial(expand, y_offset=0),
-        functools.partial(add_lora, y_offset=0),
-    ):
-        whole = run(as_jax(arrays), config=config)
-        np.testing.assert_array_equal(bits(whole), bits(run(as_jax(arrays), config=config)))
-        np.testing.assert_array_equal(bits(whole)[order], bits(run(as_jax(picked), config=config)))
+    for config in configs:
+        ops = IN_PLACE if config.tokens is None else ("add_lora",)
+        whole, again = run(arrays, config=config, ops=ops), run(arrays, config=config, ops=ops)
+        for one, two, few_rows in zip(whole, again, run(picked, config=config, ops=ops)):
+            np.testing.assert_array_equal(bits(one), bits(two))
+            np.testing.assert_array_equal(bits(one)[order], bits(few_rows))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 300])
@@ -222,7 +246,7 @@ def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
     parts = [(z.a, z.b, z.ids, z.scales, o) for o in dict.fromkeys(offsets) for z in arrays]
 
     @jax.jit
-    def run(y: Any, x: Any, stacks: Any) -> Any:
+    def call(y: Any, x: Any, stacks: Any) -> Any:
         built = tuple(
             LoRAPart(a, b, make_segments(ids, 4), scales, part[4])
             for (a, b, ids, scales), part in zip(stacks, parts)
@@ -231,7 +255,7 @@ def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
 
     stacks = [tuple(jnp.asarray(z) for z in part[:4]) for part in parts]
     poison()
-    out = np.asarray(run(jnp.asarray(y), jnp.asarray(x), stacks))
+    out = np.asarray(call(jnp.asarray(y), jnp.asarray(x), stacks))
     want, used = y.astype(np.float64), np.zeros(y.shape, bool)
     for a, b, ids, scales, offset in parts:
         columns = slice(offset, offset + width)
@@ -240,3 +264,102 @@ def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
         used[:, columns] |= (ids >= 0)[:, None]
     np.testing.assert_array_equal(bits(out)[~used], bits(y)[~used])
     assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
+
+
+# ------------------------------------------------------- transformations, through the public ops
+
+
+def ops_of(z: dict[str, Any], implementation: str) -> dict[str, Any]:
+    """Each op as a function of the arrays it is differentiated in."""
+    segments = make_segments(z["ids"], z["a"].shape[0])
+    how = dict(implementation=implementation)
+    return {
+        "bgmv_shrink": lambda w: pk.bgmv_shrink(w["x"], w["a"], z["ids"], scale=0.5, **how),
+        "sgmv_shrink": lambda w: pk.sgmv_shrink(w["x"], w["a"], segments, scale=0.5, **how),
+        "bgmv_expand": lambda w: pk.bgmv_expand(w["v"], w["b"], z["ids"], w["y"], **how),
+        "sgmv_expand": lambda w: pk.sgmv_expand(w["v"], w["b"], segments, w["y"], **how),
+        "add_lora": lambda w: pk.add_lora(
+            w["y"], w["x"], w["a"], w["b"], z["ids"], scales=w["scales"], **how
+        ),
+    }
+
+
+@pytest.mark.parametrize("num_tokens", [9, 64, 300])
+def test_gradients_are_those_of_xla(num_tokens: int) -> None:
+    arrays = Case(num_tokens, 256, 192, 16, 5).arrays()
+    ids = np.where(arrays.ids == 2, 1, arrays.ids).astype(np.int32)
+    z = as_jax(dataclasses.replace(arrays, ids=ids))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(z: dict[str, Any], implementation: str) -> Any:
+        weights = {name: z[name] for name in ("x", "a", "b", "y", "v", "scales")}
+
+        def loss(op: Any) -> Any:
+            return lambda w: jnp.sum(jnp.sin(op(w).astype(jnp.float32)))
+
+        return {name: jax.grad(loss(op))(weights) for name, op in ops_of(z, implementation).items()}
+
+    ours, xla = gradients(z, "mosaic_gpu"), gradients(z, "xla")
+    for op, of_op in ours.items():
+        for name, got in of_op.items():
+            want = np.asarray(xla[op][name]).astype(np.float64)
+            assert relative_error(np.asarray(got), want) < 8e-3, (op, name)  # bfloat16 gradients
+        for name in ("a", "b", "scales"):  # adapter 2 is in no row
+            assert not np.asarray(of_op[name][2]).astype(np.float32).any(), (op, name)
+
+
+def test_vmap_scan_and_fori_loop_change_nothing() -> None:
+    z = as_jax(Case(20, 256, 192, 16, 5).arrays())
+
+    def call(y: Any, x: Any) -> Any:
+        return pk.add_lora(
+            y, x, z["a"], z["b"], z["ids"], scales=z["scales"], implementation="mosaic_gpu"
+        )
+
+    twice = np.asarray(call(call(z["y"], z["x"]), z["x"]))
+    stacked = jnp.stack([z["x"], z["x"] * 2])
+    mapped = jax.jit(jax.vmap(call, in_axes=(None, 0)))(z["y"], stacked)
+    scanned = jax.jit(
+        lambda y, x: jax.lax.scan(lambda y, x: (call(y, x), None), y, jnp.stack([x, x]))[0]
+    )(z["y"], z["x"])
+    looped = jax.jit(
+        lambda y, x: jax.lax.fori_loop(0, 2, lambda _, y: call(y, x), y)
+    )(z["y"], z["x"])  # fmt: skip
+    np.testing.assert_array_equal(bits(mapped[0]), bits(call(z["y"], z["x"])))
+    np.testing.assert_array_equal(bits(mapped[1]), bits(call(z["y"], z["x"] * 2)))
+    np.testing.assert_array_equal(bits(scanned), bits(twice))
+    np.testing.assert_array_equal(bits(looped), bits(twice))
+
+
+def test_gradients_of_a_layer_are_those_of_xla() -> None:
+    """The same program on the CPU runs XLA's form."""
+    model = nnx.Sequential(
+        nnx.Linear(256, 192, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    )
+    apply_lora(model, slots=3, buckets=(16,), dtype=jnp.bfloat16)
+    bank = AdapterBank(model)
+    for name in ("used", "absent"):
+        bank.create(name, LoRAConfig(rank=16, alpha=8), rngs=nnx.Rngs(1))
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    keys = iter(jax.random.split(jax.random.key(2), 8))
+    lora = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype) * 0.1, lora)
+    x = jax.random.normal(jax.random.key(3), (20, 256), jnp.bfloat16)
+    batch = bank.batch(["used", None] * 10)
+
+    def loss(lora: Any, rest: Any, x: Any, batch: Any) -> Any:
+        with use(batch):
+            y = nnx.merge(graphdef, lora, rest)(x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    step = jax.jit(jax.grad(loss))
+    args = lora, rest, x
+    module = step.lower(*args, batch).as_text()
+    assert "lora_r16" in module
+    got = jax.tree.leaves(step(*args, batch))
+    on_cpu = jax.device_put(args, jax.devices("cpu")[0])
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = jax.tree.leaves(step(*on_cpu, batch))
+    for a, b in zip(got, want):
+        wide = np.asarray(b).astype(np.float64)
+        assert relative_error(np.asarray(a), wide) < 8e-3
+        assert not np.asarray(a[bank._entries["absent"].slot]).astype(np.float32).any()
