@@ -15,4 +15,5 @@ from jax_lora.layers import LoRADenseGeneral as LoRADenseGeneral
 from jax_lora.layers import LoRAEinsum as LoRAEinsum
 from jax_lora.layers import LoRAScale as LoRAScale
 from jax_lora.layers import apply_lora as apply_lora
+from jax_lora.layers import call_packed as call_packed
 from jax_lora.plan import plan_slots as plan_slots

@@ -231,8 +231,13 @@ def inspect(
         _stdout.print()
 
 
-@app.command()
+_bench = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.add_typer(_bench, name="bench")
+
+
+@_bench.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     peers: Annotated[
         Path | None,
         typer.Option(help="Folder that tests/peers/fetch.sh made: time vLLM and SGLang too."),
@@ -252,6 +257,10 @@ def bench(
     together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
     byte once, or multiplying, takes at least. Each result is checked before it is timed.
     """
+    if context.invoked_subcommand is not None:
+        if peers or cases or plot or as_json:
+            raise typer.BadParameter("the options of a subcommand go behind its name")
+        return
     with _input_errors(), _progress() as progress:
         progress("starting JAX")
         from jax_lora import bench as benchmark
@@ -289,5 +298,66 @@ def bench(
             f"This run copied at {report.copy_rate / 1e12:.2f} TB/s (floors take "
             f"{benchmark.COPY_RATE / 1e12:.2f}) and multiplied at "
             f"{report.matmul_rate / 1e12:.0f} TFLOP/s.",
+            highlight=False,
+        )
+
+
+@_bench.command()
+def step(
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a decode step; default: 64.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each row; default: 1024.")] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time whole decode and prefill steps of a model shaped like Llama-3-8B.
+
+    Random bfloat16 weights, LoRA on all seven projections. Each row is one compiled program in
+    steady state: without LoRA; with LoRA, but no adapter in the batch; with 8 adapters, one per row
+    and mixed ranks. Beside it stands its target, and whether that is met. Without a GPU a small
+    model runs, and no target is held against it.
+    """
+    with _input_errors(), _progress() as progress:
+        progress("starting JAX")
+        from jax_lora.bench import step as benchmark
+
+        shape = benchmark.Shape.of_this_machine(layers, batch, context, prefill)
+        report = benchmark.run(shape, progress, profile=profile)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    headings = ["step", "us", "target", "x target", "", "host us"]
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in (1, 2, 3, 5):
+        table.columns[column].justify = "right"
+    for row in report.rows:
+        cells = [row.us, row.target_us, row.ratio, row.host_us]
+        us, target, ratio, host = ("-" if cell is None else f"{cell:,.2f}" for cell in cells)
+        met = "" if row.ratio is None else "met" if row.ratio <= 1 else "missed"
+        table.add_row(row.name, us, target, ratio, met, host)
+    _stdout.print(table)
+    for launches in report.launches:
+        per_layer = launches.custom_calls / report.shape.config.num_hidden_layers
+        _stdout.print(
+            f"Decode, {launches.program}: {launches.launches} launches, {per_layer:g} of them LoRA "
+            f"kernels of each layer; {launches.graphs} CUDA graphs, {launches.outside} launches "
+            "outside of them.",
+            highlight=False,
+        )
+    for row in report.rows:
+        for kernel in row.kernels[:15]:
+            _stdout.print(
+                f"{row.name}: {kernel.us:10.1f} us, {kernel.launches:g} x {_escape(kernel.name)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+    _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
+    if any(row.target_us is None for row in report.rows if row.target):
+        _stdout.print(
+            "No GPU: a small model ran, held against no target, and neither launches nor CUDA "
+            "graphs were counted.",
             highlight=False,
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.batch import AdapterBatch, current
+from jax_lora.batch import AdapterBatch, current, use
 from pallas_kernels import LoRAPart, add_lora_multi
 from pallas_kernels.ranks import DEFAULT_BUCKETS, check_buckets
 
@@ -223,6 +223,50 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
 
     def x_matrix(self, x: Array) -> Array:
         return x
+
+
+def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
+    """`layer(x)` of each layer; in a decode step, with the adapters of all of them in one op.
+
+    For projections of one input: query, key and value, or gate and up. Takes the batch of
+    `jax_lora.use`.
+
+    Example::
+
+        q, k, v = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
+
+    Args:
+      layers: `nnx.Linear` layers, with stacks (`LoRADense`) or without, of one dtype.
+      x: as each of them takes it.
+
+    Raises:
+      TypeError: a layer is of another type.
+      ValueError: the batch does not fit a layer's buckets or the rows of x.
+    """
+    for layer in layers:
+        if not isinstance(layer, nnx.Linear):
+            raise TypeError(f"call_packed takes nnx.Linear layers, got {type(layer).__name__}")
+    batch = current()
+    # The outputs of a prefill are so large that laying them side by side costs more than a launch.
+    if (
+        batch is None
+        or batch.phase == "prefill"
+        or not any(isinstance(layer, LoRADense) for layer in layers)
+    ):
+        return tuple(layer(x) for layer in layers)
+    with use(None):
+        y = jnp.concatenate([layer(x) for layer in layers], axis=-1)
+    (x,) = layers[0].promote_dtype((x,), dtype=y.dtype)
+    ends = list(itertools.accumulate(layer.out_features for layer in layers))
+    parts = [
+        (part := stack.part(batch, x.shape[:-1]))._replace(y_offset=start + part.y_offset)
+        for layer, start in zip(layers, [0, *ends])
+        if isinstance(layer, LoRADense)
+        for stack in layer.stacks
+    ]
+    y_matrix, x_matrix = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    out = add_lora_multi(y_matrix, x_matrix, parts, phase=batch.phase)
+    return tuple(jnp.split(out.reshape(y.shape), ends[:-1], axis=-1))
 
 
 class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]

@@ -21,7 +21,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.adapters import read_json, read_safetensors
-from jax_lora.batch import AdapterBatch, use
+from jax_lora.batch import AdapterBatch, current, use
+from jax_lora.layers import call_packed
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -230,7 +231,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return self.scale[...] * x32.astype(x.dtype)
+        # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
+        return jax.lax.optimization_barrier(self.scale[...] * x32.astype(x.dtype))
 
 
 class Attention(nnx.Module):
@@ -256,24 +258,29 @@ class Attention(nnx.Module):
         """Also returns the keys and values it attended to: those of x, put into `past` if any."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.head_dim)
-        q = _rotate(self.q_proj(x).reshape(split), rope)
-        k = _rotate(self.k_proj(x).reshape(split), rope)
-        v = self.v_proj(x).reshape(split)
+        projections = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (t.reshape(split) for t in projections)
+        q, k = _rotate(q, rope), _rotate(k, rope)
+        # Heads before positions, as the products below batch over rows and heads: in another
+        # order XLA transposes the whole cache at each step.
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if past is not None:
             keys, values, lengths = past
             rows = jnp.arange(batch)
-            k = keys.at[rows, lengths].set(k[:, 0], mode="drop")
-            v = values.at[rows, lengths].set(v[:, 0], mode="drop")
+            k = keys.at[rows, :, lengths].set(k[:, :, 0], mode="drop")
+            v = values.at[rows, :, lengths].set(v[:, :, 0], mode="drop")
         # Query head n reads key-value head n // G.
-        q = q.reshape(batch, length, k.shape[2], -1, self.head_dim)
+        q = q.reshape(batch, length, k.shape[1], -1, self.head_dim)
         precision = _precision(x.dtype)
         scores = jnp.einsum(
-            "bsngd,btnd->bngst", q, k, precision=precision, preferred_element_type=jnp.float32
+            "bsngd,bntd->bngst", q, k, precision=precision, preferred_element_type=jnp.float32
         )
         scores = jnp.where(mask[:, None, None], scores * self.head_dim**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bngst,btnd->bsngd", weights, v, precision=precision)
-        return self.o_proj(out.reshape(batch, length, -1)), (k, v)
+        out = jnp.einsum("bngst,bntd->bsngd", weights, v, precision=precision)
+        # Else XLA transposes the product once for each that reads it: the projection, its adapters.
+        out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
+        return self.o_proj(out), (k, v)
 
 
 class MLP(nnx.Module):
@@ -286,7 +293,8 @@ class MLP(nnx.Module):
         self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = call_packed((self.gate_proj, self.up_proj), x)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -316,7 +324,7 @@ class KVCache:
     """Keys and values of all layers, of one static size.
 
     Attributes:
-      keys, values: per layer, `[B, T, num_key_value_heads, head_dim]`.
+      keys, values: per layer, `[B, num_key_value_heads, T, head_dim]`.
       lengths: `[B]` int32, how many of the T positions of each row are in use.
     """
 
@@ -350,7 +358,7 @@ class Decoder(nnx.Module):
             mask = positions[:, :, None] >= positions[:, None, :]
         else:
             positions = cache.lengths[:, None]
-            stored = jnp.arange(cache.keys[0].shape[1], dtype=jnp.int32)
+            stored = jnp.arange(cache.keys[0].shape[2], dtype=jnp.int32)
             mask = positions[:, :, None] >= stored
         rope = _rope(positions, self.config)
         x = self.embed_tokens(tokens)
@@ -399,7 +407,7 @@ class Llama(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens."""
         config = self.config
-        shape = (batch, max_length, config.num_key_value_heads, config.head_dim)
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
         zeros = jnp.zeros(shape, self.model.embed_tokens.embedding.dtype)
         layers = (zeros,) * config.num_hidden_layers
         return KVCache(layers, layers, jnp.zeros(batch, jnp.int32))
@@ -481,12 +489,12 @@ def prefill(
     Returns:
       The logits of each prompt's last token, and the cache.
     """
-    size = cache.keys[0].shape[1]
+    size = cache.keys[0].shape[2]
     if tokens.shape[1] > size:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed the cache's {size} positions")
     hidden, memories = model.model(tokens)
     # Zeros behind the prompts, so that what another batch left there, NaN maybe, is never read.
-    room = [(0, 0), (0, size - tokens.shape[1]), (0, 0), (0, 0)]
+    room = [(0, 0), (0, 0), (0, size - tokens.shape[1]), (0, 0)]
     keys, values = (tuple(jnp.pad(t, room) for t in layers) for layers in memories)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), KVCache(keys, values, lengths.astype(jnp.int32))
@@ -499,9 +507,23 @@ def decode(
 
     For the caller to jit, with the cache donated. A row that has used up the cache's positions
     is not extended: size the cache for prompt and completion.
+
+    Where no row of the batch of `jax_lora.use` has an adapter, the plain model runs.
     """
-    hidden, (keys, values) = model.model(tokens[:, None], cache)
-    return model.logits(hidden[:, 0]), KVCache(keys, values, cache.lengths + 1)
+
+    def step(cache: KVCache) -> tuple[Array, KVCache]:
+        hidden, (keys, values) = model.model(tokens[:, None], cache)
+        return model.logits(hidden[:, 0]), KVCache(keys, values, cache.lengths + 1)
+
+    def plain(cache: KVCache) -> tuple[Array, KVCache]:
+        with use(None):
+            return step(cache)
+
+    if (batch := current()) is None:
+        return step(cache)
+    # In one program, so that nothing recompiles; and once, for the whole step, as XLA takes the
+    # choice into the step's CUDA graph, where it costs a launch.
+    return jax.lax.cond(jnp.any(batch.indices >= 0), step, plain, cache)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

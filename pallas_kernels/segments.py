@@ -120,27 +120,62 @@ def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
     return _sort(checked_indices(indices, num_adapters), num_adapters)
 
 
+# Tokens that are compared with each other in pairs.
+_CHUNK = 256
+
+
 def _sort(indices: Int[Array, " T"], num_adapters: int) -> Segments:
+    """By counting: on a GPU, few kernels that compare take less than the many of a sort."""
     num_tokens = indices.shape[0]
     groups = min(num_tokens, num_adapters)
     key = jnp.where(indices < 0, num_adapters, indices)
-    rows = jnp.argsort(key, stable=True).astype(jnp.int32)
-    key = key[rows]
-    is_first = jnp.concatenate([jnp.ones(min(num_tokens, 1), bool), key[1:] != key[:-1]])
-    # Group number of each first row; the others, and the group of tokens without adapter when all
-    # slots are in use, land outside and are dropped.
-    group = jnp.where(is_first, jnp.cumsum(is_first, dtype=jnp.int32) - 1, groups + 1)
-    covered = jnp.sum(indices >= 0, dtype=jnp.int32)
-    starts = jnp.full(groups + 1, covered, jnp.int32)
-    starts = starts.at[group].set(jnp.arange(num_tokens, dtype=jnp.int32), mode="drop")
-    adapters = jnp.full(groups, num_adapters, jnp.int32).at[group].set(key, mode="drop")
+    # Of the slots up to L: tokens whose adapter is below, and adapters in use that are below.
+    slot = jnp.arange(num_adapters + 1, dtype=jnp.int32)
+    tokens_below = _count(key < slot[:, None])
+    is_used = tokens_below[1:] > tokens_below[:-1]
+    used_below = _count(is_used & (slot[:-1] < slot[:, None]))
+    # The adapter of group g is the last slot below which at most g are in use.
+    group = jnp.arange(groups + 1, dtype=jnp.int32)[:, None]
+    is_reached = used_below <= group
+    is_adapter = is_reached & (group < used_below[-1])
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    rows = (
+        jnp.zeros_like(token)
+        .at[_places(key, slot, tokens_below)]
+        .set(token, unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
+    )
     return Segments(
         indices=indices,
         rows=rows,
-        group_adapters=jnp.where(adapters < num_adapters, adapters, -1),
-        group_starts=jnp.minimum(starts, covered),
+        group_adapters=jnp.max(jnp.where(is_adapter, slot, -1)[:groups], axis=1),
+        group_starts=jnp.max(jnp.where(is_reached, tokens_below, 0), axis=1),
         num_adapters=num_adapters,
     )
+
+
+def _places(
+    key: Int[Array, " T"], slot: Int[Array, " L+1"], tokens_below: Int[Array, " L+1"]
+) -> Int[Array, " T"]:
+    """Where a stable sort puts each token: behind lower keys, earlier chunks, its chunk's own."""
+    num_chunks = -(-key.shape[0] // _CHUNK)
+    padding = num_chunks * _CHUNK - key.shape[0]
+    chunks = jnp.pad(key, (0, padding), constant_values=slot.shape[0] - 1)
+    chunks = chunks.reshape(num_chunks, _CHUNK)
+    nth = jnp.arange(_CHUNK, dtype=jnp.int32)
+    is_before = (chunks[:, None, :] == chunks[:, :, None]) & (nth < nth[:, None])
+    behind = tokens_below
+    if num_chunks > 1:
+        chunk = jnp.arange(num_chunks, dtype=jnp.int32)
+        counts = _count(chunks[:, None, :] == slot[:, None])
+        is_earlier = (chunk < chunk[:, None])[:, :, None]
+        behind += jnp.sum(jnp.where(is_earlier, counts, 0), axis=1, dtype=jnp.int32)
+    behind = jnp.broadcast_to(behind, (num_chunks, *slot.shape))
+    places = jnp.take_along_axis(behind, chunks, axis=1, mode="promise_in_bounds")
+    return (places + _count(is_before)).reshape(-1)[: key.shape[0]]
+
+
+def _count(found: Array) -> Array:
+    return jnp.sum(found, axis=-1, dtype=jnp.int32)
 
 
 def segments_from_lengths(

@@ -1,4 +1,4 @@
-"""`jax-lora bench` without a GPU: cases, floors, the peers' protocol, the table, the pictures."""
+"""`jax-lora bench` without a GPU: cases, floors, peers, tables, pictures; the whole step."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jax_lora import bench
+from jax_lora.bench import step
 from jax_lora.cli import app
 
 TINY = [
@@ -94,3 +95,92 @@ def test_a_folder_without_peers_and_peers_that_fail(tmp_path: Path) -> None:
     assert "tests/peers/fetch.sh" in result.stderr
     with pytest.raises(RuntimeError, match="no CUDA here"):
         bench.run(bench.CASES[:1], peers(tmp_path, "sys.exit('no CUDA here')"), lambda text: None)
+
+
+def test_an_option_before_the_subcommand_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "--plot", "bench.png", "step"])
+    assert result.exit_code == 2
+    assert "go behind its name" in result.stderr
+
+
+STEP = ["bench", "step", "--layers", "1", "--batch", "16", "--context", "8", "--prefill", "16"]
+
+
+def test_step_times_a_small_model_without_a_gpu_and_holds_it_against_nothing() -> None:
+    result = CliRunner().invoke(app, [*STEP, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [row["name"] for row in report["rows"]] == [
+        "no LoRA",
+        "prefill of 16 tokens, no LoRA",
+        "no adapter in the batch, bucket 16",
+        "8 adapters of rank 16",
+        "16 adapters of rank 16",
+        "prefill of 16 tokens, 8 adapters of rank 16",
+        "no adapter in the batch, buckets 8, 16, 32, 64, 128",
+        "8 adapters of ranks 8, 8, 16, 16, 32, 64, 64, 128",
+        "segments of 256 tokens",
+        "segments of 8192 tokens",
+    ]
+    assert all(row["us"] > 0 and row["ratio"] is None for row in report["rows"])
+    assert (report["device"], report["launches"]) == ("cpu", [])
+    hidden, inner, keys, vocabulary = 64, 128, 32, 256
+    layer = 2 * hidden * (hidden + keys) + 3 * hidden * inner + 2 * hidden
+    assert report["weight_bytes"] == 2 * (layer + hidden + hidden * vocabulary)
+    assert report["cache_bytes"] == 2 * 16 * 8 * 2 * keys
+
+
+def report() -> step.Report:
+    rows = [
+        step.Row("no LoRA", 10.0, 1.0, 20.0, "20", (step.Kernel("gemm", 7.0, 9.0),)),
+        step.Row("with", 30.0, 1.0, 20.0, "20"),
+    ]
+    launches = [step.Launches("no LoRA", 584, 64, 1, 3)]
+    return step.Report("H100", "2026-01-01", step.Shape.of_this_machine(), 1, rows, launches)
+
+
+def test_step_says_what_is_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "run", lambda shape, progress, profile: report())
+    result = CliRunner().invoke(app, ["bench", "step"])
+    assert result.exit_code == 0, result.output
+    met, missed = result.stdout.splitlines()[1:3]
+    assert met.split() == ["no", "LoRA", "10.00", "20.00", "0.50", "met", "1.00"]
+    assert missed.split() == ["with", "30.00", "20.00", "1.50", "missed", "1.00"]
+    told = " ".join(result.stdout.split())
+    assert "584 launches, 32 of them LoRA kernels of each layer; 1 CUDA graphs, 3 launches" in told
+    assert "no LoRA: 9.0 us, 7 x gemm" in told
+    assert "No GPU" not in told
+
+
+def test_steps_that_cannot_be() -> None:
+    for option in ("--batch", "--prefill"):
+        result = CliRunner().invoke(app, ["bench", "step", option, "12"])
+        assert result.exit_code == 2
+        assert f"{option[2:]} must be a positive multiple of 8, got 12" in result.stderr
+    result = CliRunner().invoke(app, ["bench", "step", "--profile"])
+    assert result.exit_code == 2
+    assert "a profile needs a GPU" in result.stderr
+
+
+def test_launches_are_those_of_the_longest_path() -> None:
+    graph = """
+000: kCommandBuffer [source | sink]
+    001: kCustomKernel [source | next=006 (1)] loop_select_fusion grid: [1, 1, 1]
+    006: kConditional [prev=001 (1) | next=007 (1)]
+      false_branch:
+        002: kCustomCall [source | next=003 (1)] kCustomCall
+        003: kCublasLtMatmul [prev=002 (1) | sink] kCublasLtMatmul
+      true_branch:
+        004: kCublasLtMatmul [source | sink] kCublasLtMatmul
+    007: kCustomKernel [prev=006 (1) | sink] loop_add_fusion grid: [1, 1, 1]
+"""
+    assert step.Launches.of_thunks("a", graph) == step.Launches("a", 4, 1, 1, 0)
+    outside = """
+001: kCustomCall [source | next=000 (1)] kCustomCall
+000: kCommandBuffer [prev=001 (1) | next=003 (1)]
+    002: kCustomKernel [source | sink] loop_select_fusion grid: [1, 1, 1]
+003: kCustomCall [prev=000 (1) | next=000 (1)] kCustomCall
+000: kCommandBuffer [prev=003 (1) | sink]
+    004: kCustomKernel [source | sink] loop_select_fusion grid: [1, 1, 1]
+"""
+    assert step.Launches.of_thunks("b", outside) == step.Launches("b", 4, 2, 2, 2)

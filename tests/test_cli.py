@@ -112,5 +112,6 @@ def test_inspect_of_no_adapter_is_an_error(tmp_path: Path) -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "inspect"):
+    for command in ("demo", "generate", "inspect", "bench"):
         assert command in result.stdout
+    assert "step" in run("bench", "--help").stdout

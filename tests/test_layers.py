@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import Mlp, expected, forward, make_adapter, make_bank, tokens
 
+import jax_lora
 from jax_lora import (
     AdapterBank,
     AdapterBatch,
@@ -18,8 +19,10 @@ from jax_lora import (
     LoRADenseGeneral,
     LoRAEinsum,
     apply_lora,
+    call_packed,
     use,
 )
+from pallas_kernels import segments
 
 HALF_ULP = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
@@ -792,26 +795,22 @@ def test_use_around_transformations_that_do_not_compile(served):
     assert len(batch._segments) <= 2  # not one per trace that there ever was
 
 
-def count(primitive, jaxpr):
-    """How often a jaxpr runs a primitive, in its functions and branches too."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        total += eqn.primitive.name == primitive
-        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
-        total += sum(count(primitive, getattr(v, "jaxpr", v)) for v in inner if hasattr(v, "eqns"))
-    return total
-
-
-def test_one_sort_serves_all_layers(served):
+def test_one_sort_serves_all_layers(served, monkeypatch):
     model, bank, _ = served
     graphdef, state = nnx.split(model)
+    sort, sorts = segments._sort, []
+
+    def counted(*args):
+        sorts.append(args)
+        return sort(*args)
 
     def step(state, x, batch):
         with use(batch):
             return nnx.merge(graphdef, state)(x)
 
-    jaxpr = jax.make_jaxpr(step)(state, X, bank.batch(NAMES, phase="prefill"))
-    assert count("sort", jaxpr.jaxpr) == 2  # one per bucket, in a model of two layers
+    monkeypatch.setattr(segments, "_sort", counted)
+    jax.make_jaxpr(step)(state, X, bank.batch(NAMES, phase="prefill"))
+    assert len(sorts) == 2  # one per bucket, in a model of two layers
 
 
 def test_grad_of_a_batch_argument(served):
@@ -832,3 +831,46 @@ def test_grad_of_a_batch_argument(served):
         moved[index] -= 2 * step
         down = (right(served, x=moved) ** 2).sum()
         np.testing.assert_allclose(got[index], (up - down) / (2 * step), rtol=1e-3)
+
+
+class TestCallPacked:
+    """Projections of one input: the same outputs as one by one, by one op in a decode step."""
+
+    widths = (6, 2, 4)
+
+    def layers(self):
+        rngs, lora = nnx.Rngs(0), {"slots": 2, "buckets": (8, 16)}
+        first = LoRADense(4, self.widths[0], **lora, rngs=rngs)
+        plain = nnx.Linear(4, self.widths[1], rngs=rngs)
+        sliced = LoRADense(4, self.widths[2], slices=(1, 3), **lora, rngs=rngs)
+        fill(first), fill(sliced, 1)
+        return first, plain, sliced
+
+    @pytest.mark.parametrize(("phase", "ops"), [("decode", 1), ("prefill", 2)])
+    def test_equals_each_layer_alone(self, phase, ops, monkeypatch):
+        layers, x = self.layers(), jnp.asarray(tokens(5)).reshape(5, 1, 4)
+        indices = np.array([[0, -1, 1, -1, -1], [-1, 0, -1, 1, -1]], np.int32)
+        with use(batch_of(indices, phase=phase)):
+            alone = [layer(x) for layer in layers]
+            op, calls = jax_lora.layers.add_lora_multi, []
+
+            def counted(*args, **options):
+                calls.append(args)
+                return op(*args, **options)
+
+            monkeypatch.setattr(jax_lora.layers, "add_lora_multi", counted)
+            packed = call_packed(layers, x)
+        assert len(calls) == ops
+        for got, wanted, width in zip(packed, alone, self.widths):
+            assert got.shape == (5, 1, width)
+            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+        assert not np.allclose(alone[0], layers[0](x))
+
+    def test_without_a_batch_each_layer_is_called(self):
+        layers, x = self.layers(), jnp.asarray(tokens(3))
+        for got, layer in zip(call_packed(layers, x), layers):
+            np.testing.assert_array_equal(got, layer(x))
+
+    def test_another_type_of_layer(self):
+        with pytest.raises(TypeError, match=r"takes nnx\.Linear layers, got Embed"):
+            call_packed([nnx.Embed(2, 2, rngs=nnx.Rngs(0))], jnp.zeros((1, 2)))

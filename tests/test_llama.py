@@ -287,6 +287,28 @@ def test_generate_with_adapters_equals_merged_models(pair):
         assert not np.array_equal(expected[row], plain[row])
 
 
+def test_a_decode_without_adapters_in_its_batch_runs_the_plain_model(pair):
+    model = nnx.clone(pair[1])
+    jax_lora.apply_lora(model, slots=1, buckets=(8,))
+    bank = jax_lora.AdapterBank(model)
+    bank.load("a", random_adapter(0, 8, "q_proj"))
+    _, cache = llama.prefill(pair[1], pair[1].init_cache(2, 8), tokens_of((2, 6)), np.array([6, 3]))
+
+    @jax.jit
+    def step(split, batch):
+        with jax_lora.use(batch):
+            return llama.decode(nnx.merge(*split), cache, jnp.array([5, 7]))
+
+    plain, after = step(nnx.split(pair[1]), None)
+    nowhere, same = step(nnx.split(model), bank.batch([None, None]))
+    with compilations() as compiled:
+        adapted, _ = step(nnx.split(model), bank.batch(["a", None]))
+    assert not compiled
+    for got, expected in zip(jax.tree.leaves((nowhere, same)), jax.tree.leaves((plain, after))):
+        np.testing.assert_array_equal(got, expected)
+    assert np.abs(adapted - plain)[0].max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("tokens", "lengths", "new", "message"),
     [

@@ -64,6 +64,14 @@ def test_make_segments(batch):
     check(jitted(jnp.array(ids, jnp.int32), num_adapters), wanted, num_adapters)
 
 
+@pytest.mark.parametrize("num_tokens", [255, 256, 257, 700])
+@pytest.mark.parametrize("num_adapters", [1, 5, 900])
+def test_segments_of_more_tokens_than_are_compared_in_pairs(num_tokens, num_adapters):
+    ids = np.random.default_rng(num_tokens).integers(-2, num_adapters + 2, num_tokens)
+    wanted = [i if 0 <= i < num_adapters else -1 for i in ids.tolist()]
+    check(jitted(jnp.asarray(ids, jnp.int32), num_adapters), wanted, num_adapters)
+
+
 @examples
 @given(batches(), st.sampled_from([1, 4, 16]))
 def test_tiles_cover_each_token_once(batch, block):

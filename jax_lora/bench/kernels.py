@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,13 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.bench.timing import COPY_RATE, ceilings, loop_us
 from pallas_kernels import add_lora, make_segments
 
 PEERS = ("vllm", "csgmv", "sgl_v2")
-
-# The copy rate that floors are computed with, so that tables of different runs compare: measured by
-# tests/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
-COPY_RATE = 2.40e12
 
 # Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.
 _ROTATED_BYTES = 200_000_000
@@ -135,7 +131,7 @@ def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], Non
         progress(f"timing {', '.join(PEERS)}")
         measured = _run_peers(cases, peers)
     on_gpu = jax.default_backend() == "gpu"
-    copy_rate, matmul_rate = _ceilings() if on_gpu else (None, None)
+    copy_rate, matmul_rate = ceilings() if on_gpu else (None, None)
     results = []
     for case, row in zip(cases, measured):
         progress(f"timing {case.label}")
@@ -162,37 +158,6 @@ def _run_peers(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
             raise RuntimeError(f"{script} failed:\n{done.stderr[-2000:]}")
         rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
         return rows
-
-
-def _ceilings() -> tuple[float, float]:
-    """Bytes per second of a large copy (read and written), operations per second of a GEMM."""
-    source = jnp.zeros(1 << 28, jnp.float32) + 1
-    copied = _loop_us(lambda c: (jax.lax.optimization_barrier(c[0]) + 1,), (source,), 1)
-    del source
-    size = 8192
-    left = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    weights = jax.random.normal(jax.random.key(1), (size, size), jnp.bfloat16)
-    product = _loop_us(lambda c: (jnp.tanh(c[0] @ c[1]), c[1]), (left, weights), 1)
-    return 2 * 2**30 / copied * 1e6, 2 * size**3 / product * 1e6
-
-
-def _loop_us(body: Callable[[Any], Any], carry: Any, calls: int, least_ms: float = 20) -> float:
-    """Median microseconds of one of the `calls` in `body`, looped inside one compiled program."""
-
-    @jax.jit
-    def loop(count: jax.Array, carry: Any) -> Any:
-        return jax.lax.fori_loop(0, count, lambda _, carry: body(carry), carry)
-
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(loop(jnp.int32(count), carry))
-        return time.perf_counter() - start
-
-    seconds(2)
-    count = max(3, min(20_000, round(3 * least_ms / 1e3 / max(seconds(3), 1e-6))))
-    # The difference of two lengths leaves out what a call costs the host.
-    times = [(seconds(2 * count) - seconds(count)) / count / calls for _ in range(7)]
-    return statistics.median(times) * 1e6
 
 
 def _make(case: Case) -> tuple[list[Any], np.ndarray]:
@@ -247,7 +212,7 @@ def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
             carry = jax.lax.optimization_barrier(carry)
             return [(call(y, x, a, b), x, a, b) for y, x, a, b in carry]
 
-        times[name] = _loop_us(body, sets, len(sets))
+        times[name] = loop_us(body, sets, len(sets))
     return times, notes
 
 

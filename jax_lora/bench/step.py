@@ -1,0 +1,482 @@
+"""Times the whole step of a Llama: without LoRA, without adapters in the batch, and with them."""
+
+import collections
+import dataclasses
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank import AdapterBank
+from jax_lora.batch import AdapterBatch, use
+from jax_lora.bench.timing import COPY_RATE, loop_us
+from jax_lora.layers import LoRALayer, apply_lora, path_name
+from jax_lora.llama import KVCache, Llama, LlamaConfig, decode, prefill
+from pallas_kernels import make_segments
+
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+)
+# What a machine without a GPU runs: every part of the benchmark, in seconds.
+SMALL = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+RANK = 16
+MIXED_RANKS = (8, 8, 16, 16, 32, 64, 64, 128)
+PROMPTS = len(MIXED_RANKS)  # of a prefill; also the adapters of the rows with several
+PROJECTIONS = (r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj")
+SEGMENTS = {256: 10.0, 8192: 25.0}  # microseconds at most, by tokens
+_SEGMENT_SLOTS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model, and what its steps read: `batch` rows with `context` cached tokens each, or
+    `prefill` tokens in all of eight prompts.
+
+    Raises:
+      ValueError: a number is below 1, or `batch` or `prefill` is no multiple of eight.
+    """
+
+    config: LlamaConfig
+    batch: int
+    context: int
+    prefill: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "prefill"):
+            value, unit = getattr(self, name), 1 if name == "context" else PROMPTS
+            if value < 1 or value % unit:
+                raise ValueError(f"{name} must be a positive multiple of {unit}, got {value}")
+
+    @classmethod
+    def of_this_machine(
+        cls,
+        layers: int | None = None,
+        batch: int | None = None,
+        context: int | None = None,
+        prefill: int | None = None,
+    ) -> "Shape":
+        """Llama-3-8B's on a GPU, else a small one; None for its own numbers."""
+        on_gpu = jax.default_backend() == "gpu"
+        config = LLAMA_3_8B if on_gpu else SMALL
+        if layers is not None:
+            config = dataclasses.replace(config, num_hidden_layers=layers)
+        numbers = (64, 1024, 4096) if on_gpu else (16, 32, 64)
+        given = (batch, context, prefill)
+        return cls(config, *(own if it is None else it for own, it in zip(numbers, given)))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values that a decode step reads."""
+        config = self.config
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return 2 * self.batch * self.context * per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Launches of one kernel in a step, and what they take together."""
+
+    name: str
+    launches: float
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One step in steady state.
+
+    Attributes:
+      name: what it is.
+      us: microseconds that it takes. host_us: that the host takes to start it, where it is one
+        program; steps follow each other without a gap while that is less.
+      target_us: microseconds at most; None where there is no target, or no GPU.
+      target: in words.
+      kernels: of a profile, the longest first; empty without.
+    """
+
+    name: str
+    us: float
+    host_us: float | None
+    target_us: float | None
+    target: str
+    kernels: tuple[Kernel, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the time to the target: 1 or less is met."""
+        return None if self.target_us is None else self.us / self.target_us
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "ratio": self.ratio}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """What one decode step of a compiled program launches; its longest path, where it chooses.
+
+    Attributes:
+      program: which one.
+      launches: in all. custom_calls: of those, Pallas kernels, which are LoRA's.
+      graphs: CUDA graphs that XLA captures. outside: launches outside of them.
+    """
+
+    program: str
+    launches: int
+    custom_calls: int
+    graphs: int
+    outside: int
+
+    @classmethod
+    def of_thunks(cls, program: str, thunks: str) -> "Launches":
+        """Counts what XLA's dump lists: a launch per line, indented by what it lies in."""
+        graphs = outside = 0
+        graph_depth: int | None = None
+        paths = {"": [0, 0]}  # launches and custom calls of each branch; "": of all paths
+        branch, branch_depth = "", 0
+        for line in thunks.splitlines():
+            depth = len(line) - len(line.lstrip())
+            if label := re.match(r" *(\w*branch\w*):", line):
+                branch, branch_depth = label[1], depth
+                continue
+            if not (thunk := re.match(r" *\d+: (k\w+)", line)):
+                continue
+            branch = branch if depth > branch_depth else ""
+            if graph_depth is not None and depth <= graph_depth:
+                graph_depth = None
+            if thunk[1] == "kCommandBuffer":
+                graphs += graph_depth is None
+                graph_depth = depth if graph_depth is None else graph_depth
+            elif thunk[1] != "kConditional":
+                counts = paths.setdefault(branch, [0, 0])
+                counts[0] += 1
+                counts[1] += thunk[1] == "kCustomCall"
+                outside += graph_depth is None
+        shared = paths.pop("")
+        longest = max(paths.values(), default=[0, 0])
+        launches, custom_calls = (n + m for n, m in zip(shared, longest))
+        return cls(program, launches, custom_calls, graphs, outside)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All rows. Bytes are those that a decode step without LoRA reads, at least."""
+
+    device: str
+    date: str
+    shape: Shape
+    weight_bytes: int
+    rows: list[Row]
+    launches: list[Launches]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [row.to_dict() for row in self.rows]
+        return {**dataclasses.asdict(self), "cache_bytes": self.shape.cache_bytes, "rows": rows}
+
+
+def run(shape: Shape, progress: Callable[[str], None], *, profile: bool = False) -> Report:
+    """Times the steps, by the library's own model and bank.
+
+    Weights, cache and adapters are random, in bfloat16. A step is one compiled program; steps are
+    called back to back, each on the cache that the one before it gave back.
+
+    Raises:
+      ValueError: `profile` without a GPU.
+    """
+    if profile and not _on_gpu():
+        raise ValueError(f"a profile needs a GPU, JAX runs on {jax.default_backend()}")
+    bench = _Bench(shape, progress, profile)
+    bench.time_without_lora()
+    bench.time_adapters_of_one_rank()
+    bench.time_mixed_ranks()
+    bench.time_segments()
+    return bench.report()
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+class _Bench:
+    """The rows so far, and the weights that all models share."""
+
+    def __init__(self, shape: Shape, progress: Callable[[str], None], profile: bool) -> None:
+        progress(f"making a model of {shape.config.num_hidden_layers} layers")
+        self.shape, self.progress, self.profile = shape, progress, profile
+        self.graphdef, self.weights = nnx.split(_random_model(shape.config))
+        unread = self.weights["model"]["embed_tokens"]["embedding"].nbytes
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights)) - unread
+        self.rows: list[Row] = []
+        self.launches: list[Launches] = []
+        self.base_us = self.base_prefill_us = 0.0
+
+    def report(self) -> Report:
+        device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
+        return Report(device, date, self.shape, self.weight_bytes, self.rows, self.launches)
+
+    def add(
+        self,
+        program: "_Program",
+        batch: AdapterBatch | None,
+        name: str,
+        target_us: Any,
+        target: str,
+    ) -> float:
+        self.progress(f"timing {name}")
+        us, host_us = program.time(batch)
+        kernels = program.profile(batch) if self.profile else ()
+        limit = target_us if _on_gpu() else None
+        self.rows.append(Row(name, us, host_us, limit, target, kernels))
+        return us
+
+    def compile(self, model: Llama, phase: str, batch: AdapterBatch | None) -> "_Program":
+        self.progress(f"compiling a {phase} step")
+        return _Program(model, self.shape, phase, batch)
+
+    def add_launches(self, program: "_Program", name: str) -> None:
+        if program.thunks:
+            self.launches.append(Launches.of_thunks(name, program.thunks))
+
+    def time_without_lora(self) -> None:
+        model = nnx.merge(self.graphdef, self.weights)
+        step = self.compile(model, "decode", None)
+        self.add_launches(step, "no LoRA")
+        floor_us = 1e6 * (self.weight_bytes + self.shape.cache_bytes) / COPY_RATE
+        target = f"1.3 x (weights + cache) / {COPY_RATE / 1e12:.2f} TB/s"
+        self.base_us = self.add(step, None, "no LoRA", 1.3 * floor_us, target)
+        del step  # and its cache
+        step = self.compile(model, "prefill", None)
+        self.base_prefill_us = self.add(step, None, f"{self.prefill}, no LoRA", None, "")
+
+    @property
+    def prefill(self) -> str:
+        return f"prefill of {self.shape.prefill} tokens"
+
+    def load(self, ranks: Sequence[int]) -> tuple[Llama, AdapterBank, list[str], int]:
+        """A model, its bank, its adapters in the order of `ranks`, and their bytes."""
+        self.progress(f"loading {len(ranks)} adapters")
+        model = nnx.merge(self.graphdef, self.weights)
+        slots = collections.Counter(ranks)
+        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
+        bank = AdapterBank(model)
+        adapters = {rank: _random_adapter(model, rank) for rank in slots}
+        names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
+        for name, rank in zip(names, ranks):
+            bank.load(name, adapters[rank])
+        return model, bank, names, sum(adapters[rank].nbytes for rank in ranks)
+
+    def time_adapters_of_one_rank(self) -> None:
+        batch = self.shape.batch
+        model, bank, names, nbytes = self.load([RANK] * batch)
+        none, some, each = (
+            jax.device_put(bank.batch(rows))
+            for rows in ([None] * batch, [names[i % PROMPTS] for i in range(batch)], names)
+        )
+        step = self.compile(model, "decode", none)
+        self.add_launches(step, f"bucket {RANK}")
+        self.add_no_adapter(step, none, f"bucket {RANK}")
+        name = f"{PROMPTS} adapters of rank {RANK}"
+        self.add(step, some, name, 1.08 * self.base_us, "1.08 x no LoRA")
+        target_us = 1.10 * (self.base_us + 1e6 * nbytes / COPY_RATE)
+        target = f"1.10 x (no LoRA + adapters / {COPY_RATE / 1e12:.2f} TB/s)"
+        self.add(step, each, f"{batch} adapters of rank {RANK}", target_us, target)
+        del step
+        some = jax.device_put(bank.batch(names[:PROMPTS], phase="prefill"))
+        step = self.compile(model, "prefill", some)
+        target_us = 1.12 * self.base_prefill_us
+        self.add(step, some, f"{self.prefill}, {name}", target_us, "1.12 x its no LoRA")
+
+    def time_mixed_ranks(self) -> None:
+        model, bank, names, _ = self.load(MIXED_RANKS)
+        rows = [names[i % PROMPTS] for i in range(self.shape.batch)]
+        none, mixed = (jax.device_put(bank.batch(r)) for r in ([None] * len(rows), rows))
+        step = self.compile(model, "decode", none)
+        buckets = f"buckets {', '.join(map(str, bank.slots))}"
+        self.add_launches(step, buckets)
+        self.add_no_adapter(step, none, buckets)
+        ranks = ", ".join(map(str, MIXED_RANKS))
+        name = f"{PROMPTS} adapters of ranks {ranks}"
+        self.add(step, mixed, name, 1.12 * self.base_us, "1.12 x no LoRA")
+
+    def add_no_adapter(self, step: "_Program", none: AdapterBatch, buckets: str) -> None:
+        name = f"no adapter in the batch, {buckets}"
+        self.add(step, none, name, 1.01 * self.base_us, "1.01 x no LoRA")
+
+    def time_segments(self) -> None:
+        for num_tokens, most in SEGMENTS.items():
+            name = f"segments of {num_tokens} tokens"
+            self.progress(f"timing {name}")
+            us = _segments_us(num_tokens)
+            target_us = most if _on_gpu() else None
+            self.rows.append(Row(name, us, None, target_us, f"{most:g} us"))
+
+
+class _Program:
+    """A compiled step: argmax of `decode`'s or `prefill`'s logits, on a cache of its own."""
+
+    def __init__(self, model: Llama, shape: Shape, phase: str, batch: AdapterBatch | None) -> None:
+        # A list of arrays, since a call looks at each node of a tree.
+        graphdef, state = nnx.split(model)
+        self._arrays, treedef = jax.tree.flatten(state)
+        read = decode if phase == "decode" else prefill
+
+        def step(arrays: Any, cache: KVCache, batch: AdapterBatch | None, *inputs: Any) -> Any:
+            model = nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
+            with use(batch):
+                logits, after = read(model, cache, *inputs)
+            # Each step decodes at the same position, so that all read the same bytes.
+            after = dataclasses.replace(after, lengths=cache.lengths)
+            return jnp.argmax(logits, axis=-1), after
+
+        self._cache, self._inputs = _inputs(shape, phase)
+        lowered = jax.jit(step, donate_argnums=1).lower(
+            self._arrays, self._cache, batch, *self._inputs
+        )
+        # XLA tells what it launches, and captures into CUDA graphs, in its dump alone.
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
+            self._compiled = lowered.compile(dump if _on_gpu() else None)
+            self.thunks = "".join(
+                file.read_text()
+                for file in Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+            )
+
+    def __call__(self, batch: AdapterBatch | None) -> jax.Array:
+        tokens, self._cache = self._compiled(self._arrays, self._cache, batch, *self._inputs)
+        return tokens
+
+    def time(self, batch: AdapterBatch | None) -> tuple[float, float]:
+        """Microseconds of a step in steady state, and those that the host takes to start one."""
+
+        def seconds(count: int) -> tuple[float, float]:
+            start = time.perf_counter()
+            for _ in range(count):
+                tokens = self(batch)
+            started = time.perf_counter()
+            tokens.block_until_ready()
+            return time.perf_counter() - start, (started - start) / count
+
+        seconds(2)
+        count = max(3, min(100, round(0.1 / seconds(1)[0])))
+        # The difference of two lengths leaves out what starting and ending take.
+        runs = [(seconds(count), seconds(2 * count)) for _ in range(5)]
+        us = statistics.median((long - short) / count for (short, _), (long, _) in runs) * 1e6
+        return us, statistics.median(host for (_, host), _ in runs) * 1e6
+
+    def profile(self, batch: AdapterBatch | None, steps: int = 3) -> tuple[Kernel, ...]:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(steps):
+                    self(batch).block_until_ready()
+            [file] = Path(folder).rglob("*.xplane.pb")
+            data = jax.profiler.ProfileData.from_file(str(file))
+        times: dict[str, list[float]] = collections.defaultdict(list)
+        for plane in data.planes:
+            for line in plane.lines:
+                if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
+                    for event in line.events:
+                        times[event.name].append(event.duration_ns / 1e3)
+        kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
+        return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+
+
+def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
+
+
+def _random_model(config: LlamaConfig) -> Llama:
+    """A model whose weights were made where they lie: initialisers would go through float32."""
+    model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    parameters = nnx.to_flat_state(nnx.state(model))
+    made = [
+        (path, value.replace(_random(value.shape, value.dtype, seed)))
+        for seed, (path, value) in enumerate(parameters)
+    ]
+    nnx.update(model, nnx.from_flat_state(made))
+    return model
+
+
+def _random_adapter(model: Llama, rank: int) -> Adapter:
+    layers = {
+        path_name(path): module.features()
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LoRALayer)
+    }
+    size = rank * max(map(max, layers.values()))
+    noise = np.random.default_rng(rank).normal(0, 0.02, size).astype(jnp.bfloat16)
+    config = LoRAConfig(rank, 2.0 * rank)
+    modules = {
+        name: LoRAWeights(
+            noise[: rank * h].reshape(rank, h), noise[: rank * n].reshape(n, rank),
+            config.scale_of(name),
+        )
+        for name, (h, n) in layers.items()
+    }  # fmt: skip
+    return Adapter(config, modules)
+
+
+def _inputs(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]:
+    """A cache, and what else `decode` or `prefill` take."""
+    config = shape.config
+    if phase == "decode":
+        rows, length, used = shape.batch, shape.context, shape.context - 1
+    else:
+        rows, length = PROMPTS, shape.prefill // PROMPTS
+        used = length
+    lengths = jnp.full(rows, used, jnp.int32)
+    size = (rows, config.num_key_value_heads, length, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    keys, values = (
+        tuple(_random(size, jnp.bfloat16, 2 * layer + part) for layer in layers)
+        for part in range(2)
+    )
+    tokens_shape = (rows,) if phase == "decode" else (rows, length)
+    tokens = jax.random.randint(jax.random.key(0), tokens_shape, 0, config.vocab_size)
+    inputs = (tokens,) if phase == "decode" else (tokens, lengths.copy())  # the cache is donated
+    return KVCache(keys, values, lengths), inputs
+
+
+def _segments_us(num_tokens: int) -> float:
+    """Microseconds of one `make_segments`, each waiting for the one before it."""
+    calls = 16
+    ids = jax.random.randint(jax.random.key(0), (num_tokens,), -1, _SEGMENT_SLOTS)
+
+    def body(ids: jax.Array) -> jax.Array:
+        for _ in range(calls):
+            segments = make_segments(ids, _SEGMENT_SLOTS)
+            leaves = segments.rows, segments.group_starts, segments.group_adapters
+            # Always 0, but XLA can't know: none is negative where all slots have tokens.
+            ids += sum(jnp.minimum(leaf[0], 0) for leaf in leaves)
+        return ids
+
+    return loop_us(body, ids, calls)

@@ -1,0 +1,44 @@
+"""How the benchmarks take time, and the rates that they hold it against."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# The copy rate that floors are computed with, so that tables of different runs compare: measured by
+# tests/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
+COPY_RATE = 2.40e12
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes per second of a large copy (read and written), operations per second of a GEMM."""
+    source = jnp.zeros(1 << 28, jnp.float32) + 1
+    copied = loop_us(lambda c: (jax.lax.optimization_barrier(c[0]) + 1,), (source,), 1)
+    del source
+    size = 8192
+    left = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    weights = jax.random.normal(jax.random.key(1), (size, size), jnp.bfloat16)
+    product = loop_us(lambda c: (jnp.tanh(c[0] @ c[1]), c[1]), (left, weights), 1)
+    return 2 * 2**30 / copied * 1e6, 2 * size**3 / product * 1e6
+
+
+def loop_us(body: Callable[[Any], Any], carry: Any, calls: int, least_ms: float = 20) -> float:
+    """Median microseconds of one of the `calls` in `body`, looped inside one compiled program."""
+
+    @jax.jit
+    def loop(count: jax.Array, carry: Any) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, carry: body(carry), carry)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(loop(jnp.int32(count), carry))
+        return time.perf_counter() - start
+
+    seconds(2)
+    count = max(3, min(20_000, round(3 * least_ms / 1e3 / max(seconds(3), 1e-6))))
+    # The difference of two lengths leaves out what a call costs the host.
+    times = [(seconds(2 * count) - seconds(count)) / count / calls for _ in range(7)]
+    return statistics.median(times) * 1e6
