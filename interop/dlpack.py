@@ -1,9 +1,17 @@
-"""Zero-copy exchange of arrays between PyTorch and JAX."""
+"""Zero-copy exchange of arrays between PyTorch and JAX, and torch tensors that JAX updates."""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.dlpack
 import torch
 import torch.utils.dlpack
+
+from interop import internals, native
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
@@ -63,3 +71,142 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         return torch.utils.dlpack.from_dlpack(array)
     except Exception as error:
         raise ValueError(f"torch cannot take this {array.dtype} array ({error})") from error
+
+
+def update(
+    function: Callable[..., Sequence[jax.Array]],
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor | jax.Array],
+) -> None:
+    """outputs[:] = function(*outputs, *inputs), in the outputs' own memory.
+
+    In order with torch's current stream on both sides and without the host waiting: JAX starts
+    after what is queued there, and what torch queues next starts after JAX. So memory that torch
+    frees when this returns is as safe as after an operation of torch itself. On a CPU, whose arrays
+    JAX does not overwrite, results are copied into the outputs.
+
+    Args:
+      function: jitted, with the outputs donated; as many results as outputs, of their shapes.
+      outputs, inputs: contiguous tensors on one device; inputs may be arrays there. On CUDA at
+        addresses that are multiples of 16.
+
+    Raises:
+      RuntimeError: a CUDA graph is being captured, of which JAX's work cannot be part.
+    """
+    device = outputs[0].device
+    jax_device, ready = on_jax(device)
+    if ready is None:
+        # XLA wants 64-byte addresses, which slices seldom have: unlike in to_jax, they are copied.
+        tensors = (*outputs, *inputs)
+        results = function(*[_array(t, jax_device, None, None) for t in tensors])
+        for result in results:
+            # Asking for its address would wait too, but with the GIL, which JAX's threads may need
+            # to drop a tensor.
+            result.block_until_ready()
+    else:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "JAX's work cannot be captured into a CUDA graph: path='native' can, for the cases "
+                "that it takes, after one call before the capture"
+            )
+        for i, tensor in enumerate((*outputs, *inputs)):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() % native.ALIGNMENT:
+                raise ValueError(native.misaligned(i, tensor.data_ptr()))
+        stream = _wait_for_torch(ready, device)
+        # A program starts when all its arguments are ready, so one that waits for torch's stream
+        # is enough, and spares an event of 11 us for each of the others (H200, 2026-11-22).
+        first, *others = outputs
+        arrays = [internals.alias(first, jax_device, ready.cuda_stream, False)]
+        arrays += [_array(t, jax_device, internals.READY, False) for t in (*others, *inputs)]
+        results = function(*arrays)
+        for result in results:
+            internals.wait(result, stream)
+    for output, result in zip(outputs, results):
+        # XLA may decline a donation, and on a CPU it does.
+        if result.unsafe_buffer_pointer() != output.data_ptr():
+            output.detach().copy_(torch.utils.dlpack.from_dlpack(result))
+
+
+def _array(tensor: torch.Tensor | jax.Array, *where: Any) -> jax.Array:
+    return tensor if isinstance(tensor, jax.Array) else internals.alias(tensor, *where)
+
+
+_kept: dict[int, tuple[weakref.ref[torch.Tensor], Any, jax.Array]] = {}
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor | jax.Array:
+    """`tensor` as `update` takes it: an array, kept for calls that pass the same CUDA tensor again.
+
+    Aliasing a tensor and dropping the array costs the host 10 us and more (H200, 2026-11-22).
+    Weights come back in every step, indices in every layer. The array lives as long as the tensor
+    object, and reads its memory as it is then. int64 `[n]`, which JAX lacks by default, becomes
+    `[n, 2]` words of int32.
+    """
+    key, what = id(tensor), (tensor.data_ptr(), tensor.shape, tensor.dtype)
+    entry = _kept.get(key)
+    if entry is not None and entry[0]() is tensor and entry[1] == what:
+        return entry[2]
+    words = tensor.dtype == torch.int64
+    alias = tensor.detach().unsqueeze(1).view(torch.int32) if words else tensor.detach()
+    if tensor.device.type == "cpu":
+        return alias
+    if what[0] % native.ALIGNMENT:  # as slices have it; indices are few
+        return alias if tensor.is_floating_point() else alias.clone()
+    # Aliasing `tensor` itself would keep that object alive, and so itself.
+    array = internals.alias(alias, on_jax(tensor.device)[0], internals.READY, False)
+    _kept[key] = weakref.ref(tensor, lambda _: _kept.pop(key, None)), what, array
+    return array
+
+
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+_events = threading.local()
+
+
+def _wait_for_torch(ready: torch.cuda.Stream, device: torch.device) -> int:
+    """Makes `ready` wait for torch's current stream, whose handle this returns.
+
+    What `ready.wait_stream(torch.cuda.current_stream())` does, without its two new objects.
+    """
+    handle = torch._C._cuda_getCurrentRawStream(device.index)
+    key = handle, device.index
+    stream = _streams.get(key)
+    if stream is None:  # an ExternalStream of handle 0 would be a stream of its own
+        stream = _streams[key] = (
+            torch.cuda.ExternalStream(handle, device)
+            if handle
+            else torch.cuda.default_stream(device)
+        )
+    try:
+        event = _events.by_device[device.index]
+    except AttributeError:
+        _events.by_device = {device.index: (event := torch.cuda.Event())}
+    except KeyError:
+        event = _events.by_device[device.index] = torch.cuda.Event()
+    # A wait is for what was recorded last, so one event per thread is enough.
+    event.record(stream)
+    ready.wait_event(event)
+    return handle
+
+
+@functools.cache
+def on_jax(device: torch.device) -> tuple[jax.Device, torch.cuda.ExternalStream | None]:
+    """JAX's device that is `device`; of a GPU, the stream by which it takes arrays to be ready.
+
+    Raises:
+      ValueError: JAX does not have it.
+    """
+    try:
+        jax_device = next(
+            d
+            for d in jax.local_devices(backend=device.type)
+            if device.type == "cpu" or d.local_hardware_id == device.index
+        )
+    except (RuntimeError, StopIteration) as error:
+        raise ValueError(
+            f"JAX has no {device}, it has {jax.local_devices()}; install jax-lora[cuda13] or "
+            "[cuda12], and see that JAX_PLATFORMS allows it"
+        ) from error
+    if device.type == "cpu":
+        return jax_device, None
+    ready = jax_device.get_stream_for_external_ready_events()
+    return jax_device, torch.cuda.ExternalStream(ready, device)

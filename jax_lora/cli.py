@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -361,3 +363,18 @@ def step(
             "graphs were counted.",
             highlight=False,
         )
+
+
+@_bench.command("torch")
+def bench_torch(as_json: Json = False) -> None:
+    """Time LoRAX's ops on PyTorch tensors: what a call costs the host and the GPU, by each path.
+
+    64 tokens use 8 adapters of rank 16. "native" launches the kernels on torch's stream, "dlpack"
+    goes through JAX's runtime, "public" is what a caller without this package would write.
+    """
+    with _input_errors():
+        if importlib.util.find_spec("torch") is None:
+            raise ValueError("bench torch needs PyTorch: pip install 'jax-lora[torch]'")
+    # A process of its own: nothing in this package imports torch.
+    command = [sys.executable, "-m", "interop.bench", *(["--json"] if as_json else [])]
+    raise typer.Exit(subprocess.run(command).returncode)

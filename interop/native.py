@@ -1,0 +1,287 @@
+"""Pallas:Mosaic GPU kernels on torch's current CUDA stream, without JAX's runtime.
+
+    program = compile(function, (x_spec, y_spec), torch.device("cuda"), donate=(1,))
+    program(x, y)           # a few microseconds of host time; torch.cuda.CUDAGraph captures it
+
+The function is lowered by JAX once per shapes. What is left of it must be Mosaic kernels and
+operations that move nothing, such as reshapes: then running it is launching those kernels in
+order, and this needs pointers and a stream, nothing else.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+from interop import internals
+
+ALIGNMENT = 16  # bytes: TMA's, and what XLA assumes of its parameters
+_BLOCK = 256  # bytes: buffers of the scratch memory start at multiples of it
+
+# What these do to dense tensors moves no byte: the result is the operand under another shape.
+_FREE = ("stablehlo.reshape", "stablehlo.optimization_barrier")
+
+
+class _Buffer:
+    """Memory that StableHLO values share, since a kernel or a reshape passes it on."""
+
+    def __init__(self, nbytes: int, argument: int | None = None, constant: Any = None) -> None:
+        self.nbytes, self.argument, self.constant = nbytes, argument, constant
+        self.writes = 0
+
+
+class _Value(NamedTuple):
+    """A StableHLO value: what its buffer holds after so many writes."""
+
+    buffer: _Buffer
+    writes: int
+
+
+class _Plan:
+    """The kernels of a lowered function in order, with the buffers that each reads and writes."""
+
+    def __init__(self, module: Any, donate: Sequence[int]) -> None:
+        self.kernels: list[tuple[bytes, list[_Buffer]]] = []
+        self.obstacles: list[str] = []
+        self._functions, self._donate = internals.functions(module), donate
+        main = internals.block(self._functions["main"])
+        values = {
+            value: _Value(_Buffer(_nbytes(value), argument=i), 0)
+            for i, value in enumerate(main.arguments)
+        }
+        self.arguments = [value.buffer for value in values.values()]
+        self.results = [self._read(value) for value in self._run(main, values)]
+        for i, buffer in enumerate(self.results):
+            if buffer.constant is not None or self.results.index(buffer) != i:
+                self._refuse(f"result {i} is a constant or another result")
+            if buffer.argument is not None and not buffer.writes:
+                self._refuse(f"result {i} is argument {buffer.argument} as it is")
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.obstacles:
+            self.obstacles.append(reason)
+
+    def _read(self, value: _Value) -> _Buffer:
+        if value.writes != value.buffer.writes:
+            self._refuse("a kernel overwrites what is read later")
+        return value.buffer
+
+    def _run(self, block: Any, values: dict[Any, _Value]) -> list[_Value]:
+        """What the block returns, given the values that it may refer to."""
+        returned: list[_Value] = []
+        for operation in block.operations:
+            operands = [values[operand] for operand in operation.operands]
+            if operation.name.endswith(".return"):
+                returned = operands
+            else:
+                results = self._operation(operation, operands, values)
+                values.update(zip(operation.results, results))
+        return returned
+
+    def _operation(
+        self, operation: Any, operands: list[_Value], values: dict[Any, _Value]
+    ) -> list[_Value]:
+        if operation.name in _FREE:
+            return operands
+        if operation.name == "func.call":
+            block = internals.block(self._functions[internals.callee(operation)])
+            return self._run(block, dict(zip(block.arguments, operands)))
+        if operation.name == "stablehlo.case":  # of platforms, of which this is one
+            which = operands[0].buffer.constant
+            if which is not None:
+                return self._run(internals.block(operation, int(which)), dict(values))
+        if (kernel := internals.mosaic_module(operation)) is not None:
+            return self._kernel(kernel, operation, operands)
+        constant = self._constant(operation, operands)
+        if constant is None:
+            self._refuse(internals.name(operation))
+        return [
+            _Value(_Buffer(_nbytes(result), constant=constant), 0) for result in operation.results
+        ]
+
+    def _constant(self, operation: Any, operands: list[_Value]) -> Any:
+        if operation.name == "stablehlo.constant":
+            return internals.constant(operation)
+        if operation.name == "stablehlo.broadcast_in_dim":
+            value, [result] = operands[0].buffer.constant, operation.results
+            if value is not None and not internals.broadcast_dimensions(operation):
+                return np.broadcast_to(value, internals.shape(result)[0])
+        return None
+
+    def _kernel(self, kernel: bytes, operation: Any, operands: list[_Value]) -> list[_Value]:
+        buffers = [self._read(operand) for operand in operands]
+        overwritten = internals.aliases(operation)
+        outputs = []
+        for i, result in enumerate(operation.results):
+            if i not in overwritten:
+                outputs.append(_Buffer(_nbytes(result)))
+                continue
+            buffer = buffers[overwritten[i]]
+            if buffer.constant is not None:
+                self._refuse("a kernel overwrites a constant")
+            elif buffer.argument is not None and buffer.argument not in self._donate:
+                self._refuse(
+                    f"a kernel overwrites argument {buffer.argument}, which is not donated"
+                )
+            buffer.writes += 1
+            outputs.append(buffer)
+        self.kernels.append((kernel, buffers + outputs))
+        return [_Value(buffer, buffer.writes) for buffer in outputs]
+
+
+def _nbytes(value: Any) -> int:
+    shape, bits = internals.shape(value)
+    return int(np.prod(shape, dtype=np.int64)) * max(bits, 8) // 8
+
+
+def misaligned(argument: int, pointer: int) -> str:
+    return (
+        f"tensor {argument} starts at address {pointer:#x}; GPU code needs a multiple of "
+        f"{ALIGNMENT}: .clone() gives it memory of its own"
+    )
+
+
+class Program:
+    """Launches the kernels of a function on torch's current stream. Call it with CUDA tensors.
+
+    They must be contiguous, of the shapes and dtypes it was compiled for, and at addresses that are
+    multiples of 16; only the last is checked. Results that overwrite an argument are that tensor,
+    others are new. Threads and streams may share a program.
+    """
+
+    def __init__(self, plan: _Plan, specs: Sequence[Any], device: torch.device) -> None:
+        self._device = device
+        constants: dict[int, torch.Tensor] = {}
+        scratch: dict[int, int] = {}
+        self._scratch_bytes = 0
+        # A kernel's pointers are picked from one list: arguments, results, constants, scratch.
+        place = {id(buffer): i for i, buffer in enumerate(plan.arguments)}
+        fresh = [(i, b) for i, b in enumerate(plan.results) if b.argument is None]
+        for _, buffer in fresh:
+            place[id(buffer)] = len(place)
+        used = {id(buffer): buffer for _, buffers in plan.kernels for buffer in buffers}
+        for key, buffer in used.items():
+            if key not in place and buffer.constant is not None:
+                place[key] = len(place)
+                constants[key] = torch.from_numpy(np.array(buffer.constant)).to(device)
+        for key, buffer in used.items():
+            if key not in place:
+                place[key] = len(place)
+                scratch[key] = self._scratch_bytes
+                self._scratch_bytes += -(-buffer.nbytes // _BLOCK) * _BLOCK
+        self._constants = list(constants.values())  # kept alive
+        self._constant_pointers = [tensor.data_ptr() for tensor in self._constants]
+        self._scratch_offsets = list(scratch.values())
+        self._results = [buffer.argument for buffer in plan.results]
+        self._fresh = [
+            dict(size=spec.shape, dtype=getattr(torch, np.dtype(spec.dtype).name), device=device)
+            for spec in (specs[i] for i, _ in fresh)
+        ]
+        self._local = threading.local()
+        with torch.cuda.device(device):
+            self._launches = [
+                (
+                    internals.compile_mosaic(kernel),
+                    ctypes.c_void_p * len(buffers),
+                    [place[id(buffer)] for buffer in buffers],
+                )
+                for kernel, buffers in plan.kernels
+            ]
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queues the kernels; returns the function's results, flat.
+
+        Raises:
+          ValueError: a tensor's address is not a multiple of 16.
+        """
+        index = self._device.index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return self(*tensors)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        for pointer in pointers:
+            if pointer % ALIGNMENT:
+                raise ValueError(misaligned(pointers.index(pointer), pointer))
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        fresh = [torch.empty(**how) for how in self._fresh]
+        pointers += [tensor.data_ptr() for tensor in fresh]
+        pointers += self._constant_pointers
+        if self._scratch_offsets:
+            scratch = self._scratch(stream)
+            start = scratch.data_ptr()
+            pointers += [start + offset for offset in self._scratch_offsets]
+        for launch, array, places in self._launches:
+            launch(stream, array(*[pointers[i] for i in places]))
+        new = iter(fresh)
+        return tuple([next(new) if i is None else tensors[i] for i in self._results])
+
+    def _scratch(self, stream: int) -> torch.Tensor:
+        """Memory between the kernels of one call, never shared with calls that may overlap it.
+
+        Those of one thread on one stream follow each other. A captured graph may be replayed on
+        any stream, so its memory is its own, from its pool.
+        """
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return self._new_scratch()
+        try:
+            kept: dict[int, torch.Tensor] = self._local.scratch
+        except AttributeError:
+            kept = self._local.scratch = {}
+        scratch = kept.get(stream)
+        if scratch is None:
+            scratch = kept[stream] = self._new_scratch()
+        return scratch
+
+    def _new_scratch(self) -> torch.Tensor:
+        return torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+
+
+def plan(function: Callable[..., Any], arguments: Sequence[Any], donate: Sequence[int]) -> _Plan:
+    """The kernels of `function`, lowered for CUDA, also on a machine without a GPU.
+
+    Raises:
+      NotImplementedError: something stands in the way; the message lists all of it.
+    """
+    module = internals.lower(function, tuple(arguments))
+    found = _Plan(module, donate)
+    if found.obstacles:
+        raise NotImplementedError(
+            "path='native' runs functions of Pallas:Mosaic GPU kernels alone; in the way: "
+            + ", ".join(found.obstacles)
+        )
+    return found
+
+
+def compile(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    device: torch.device,
+    *,
+    donate: Sequence[int] = (),
+) -> Program:
+    """`function` of JAX arrays as a `Program` of torch tensors.
+
+    Args:
+      function: positional arrays to a pytree of arrays, made of `plgpu.kernel` calls.
+      arguments: a `jax.ShapeDtypeStruct` per array.
+      device: the CUDA device that it is compiled for.
+      donate: numbers of the arguments that kernels may overwrite.
+
+    Raises:
+      NotImplementedError: JAX has no CUDA plugin or is a version this was not tried with, or the
+        function does more than launch Mosaic kernels; the message lists what.
+      RuntimeError: a CUDA graph is being captured: loading kernels cannot be part of one.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a kernel cannot be compiled while a CUDA graph is captured: call it once before with "
+            "tensors of these shapes"
+        )
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+    found = plan(function, arguments, donate)
+    return Program(found, jax.tree.leaves(jax.eval_shape(function, *arguments)), device)

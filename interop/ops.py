@@ -1,0 +1,430 @@
+"""LoRAX's ops on torch tensors, in place, computed by `pallas_kernels`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+import pallas_kernels
+from interop import checks, functions, native
+from interop.dlpack import kept, on_jax, update
+
+Path = Literal["dlpack", "native"]
+Config = Mapping[str, int] | None
+
+
+class Op(NamedTuple):
+    """An op that changes its first tensor: its checks, its JAX function and its static arguments.
+
+    `scaled` ones take a scale besides. `torch.ops.jax_lora` has it by `name`.
+    """
+
+    name: str
+    check: Callable[..., None]
+    function: Callable[..., Any]
+    scaled: bool = False
+    static: tuple[str, ...] = ()
+
+
+BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, scaled=True)
+SGMV_SHRINK = Op("sgmv_shrink", checks.sgmv_shrink, functions.sgmv_shrink, scaled=True)
+_EXPAND = ("offset", "add_inputs")
+BGMV_EXPAND = Op("bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, static=_EXPAND)
+SGMV_EXPAND = Op("sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, static=_EXPAND)
+_ADD_LORA = ("offset", "phase")
+ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, True, _ADD_LORA)
+
+Tensors = tuple[Any, ...]  # of torch.Tensor; the last of add_lora's may be None
+_Route = Callable[[tuple[torch.Tensor, ...], float | None], object]
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_routes: dict[Any, _Route] = {}
+
+
+def dispatch(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> None:
+    """Runs `op` now, or records it where torch traces: torch.compile, fake tensors, subclasses."""
+    if torch.compiler.is_compiling() or (
+        not _PLAIN.issuperset(map(type, tensors)) and all(map(_is_tensor, tensors))
+    ):
+        scales = (scale,) if op.scaled else ()
+        getattr(torch.ops.jax_lora, op.name)(*tensors, *scales, *static, path)
+    else:
+        run(op, tensors, scale, path, *static)
+
+
+def run(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> None:
+    """Runs `op` on tensors[1:], changing tensors[0]."""
+    try:
+        key = (op.name, path, static, *map(_signature, tensors))
+        route = _routes.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # no tensors, unhashable, sparse
+        route = None
+    if route is None:
+        checks.path(path)
+        op.check(*tensors, *static)
+        route = _routes[key] = _choose(op, tensors, scale, path, static)
+    given = tensors[:-1] if tensors[-1] is None else tensors
+    route(given, scale)
+    if not given[0].is_inference():
+        torch.autograd.graph.increment_version(given[0])
+
+
+def _is_tensor(value: Any) -> bool:
+    return value is None or isinstance(value, torch.Tensor)
+
+
+def _signature(t: torch.Tensor | None) -> Any:
+    """All that checks and compiled code depend on."""
+    return None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous())
+
+
+def _choose(
+    op: Op, tensors: Tensors, scale: float | None, path: Any, static: tuple[Any, ...]
+) -> _Route:
+    given = tensors[:-1] if tensors[-1] is None else tensors
+    if any(0 in t.shape for t in given):
+        return lambda tensors, scale: None
+    arguments = {name: value or 0 if name == "offset" else value
+                 for name, value in zip(op.static, static)}  # fmt: skip
+    call = functions.bound(op.function, **arguments)
+    if path != "dlpack":
+        try:
+            return _native(call, given, scale is not None)
+        except NotImplementedError:
+            if path == "native":
+                raise
+    return functools.partial(_by_dlpack, functions.jitted(call, 1))
+
+
+# ---------------------------------------------------------------------------------------- by DLPack
+
+
+def _by_dlpack(function: Any, tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
+    device = tensors[0].device
+    inputs: list[Any] = [tensors[1], *map(kept, tensors[2:])]
+    if scale is not None:
+        inputs.append(_jax_scalar(scale, device))
+    update(function, tensors[:1], inputs)
+
+
+@functools.cache
+def _jax_scalar(value: float, device: torch.device) -> jax.Array:
+    return jax.device_put(np.float32(value), on_jax(device)[0])
+
+
+# ---------------------------------------------------------------------------------------- natively
+
+
+def _native(call: Any, tensors: tuple[torch.Tensor, ...], scaled: bool) -> _Route:
+    device = tensors[0].device
+    if device.type != "cuda":
+        raise NotImplementedError(f"path='native' needs CUDA tensors, got {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        raise NotImplementedError(
+            f"path='native' needs compute capability 9.0 (Hopper), {device} has "
+            f"{'.'.join(map(str, capability))}"
+        )
+    specs = [_spec(t) for t in tensors]
+    if scaled:
+        specs.append(jax.ShapeDtypeStruct((), np.float32))
+    program = native.compile(call, specs, device, donate=(0,))
+
+    def route(tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
+        scales = () if scale is None else (_torch_scalar(scale, device),)
+        try:
+            program(*tensors, *scales)
+        except ValueError:  # an address; nothing was launched
+            program(*map(_aligned, tensors), *scales)
+
+    return route
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """Indices at addresses that GPU code cannot take, as slices have, are copied; they are few."""
+    return t if t.is_floating_point() else t.clone()
+
+
+def _spec(t: torch.Tensor) -> jax.ShapeDtypeStruct:
+    if t.dtype == torch.int64:
+        return jax.ShapeDtypeStruct((*t.shape, 2), np.int32)
+    return jax.ShapeDtypeStruct(tuple(t.shape), str(t.dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _torch_scalar(value: float, device: torch.device) -> torch.Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the scale {value} is new and cannot be brought to the GPU while a CUDA graph is "
+            "captured: call the op once before"
+        )
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+# ------------------------------------------------------------------------------------ public names
+
+
+def bgmv_shrink(
+    inputs: torch.Tensor,
+    lora_a_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    scaling: float = 1.0,
+    override_config: Config = None,
+    *,
+    path: Path | None = None,
+) -> None:
+    """output_tensor[t] += scaling * inputs[t] @ lora_a_weights[i].T, i = lora_indices_tensor[t].
+
+    In place; rows of -1, or of any other id outside `[0, L)`, keep every byte. LoRAX's split-K
+    adds into its output, so this does, for every `override_config`.
+
+    Args:
+      inputs: `[T, H]` float32, bfloat16 or float16, as the weights.
+      lora_a_weights: `[L, R, H]` or `[L, 1, R, H]`.
+      output_tensor: `[T, R]` of any of these dtypes. The sum is float32, rounded once.
+      lora_indices_tensor: `[T]` int32 or int64.
+      scaling: a number.
+      override_config: LoRAX's hints to Triton. Their names and values are checked; these kernels
+        take their tiles from the shapes, so that equal shapes give equal bits.
+      path: "native" or "dlpack", which never fall back; None for the native path where it takes
+        the case.
+
+    Raises:
+      TypeError: no tensor, a sparse or quantised one, or a dtype that is not listed above.
+      ValueError: shapes that do not fit, tensors that are not contiguous or on several devices,
+        unknown hints or path.
+      NotImplementedError: `path` is "native" and lacks what the case needs.
+      RuntimeError: a CUDA graph is being captured and the case is not native, or is new.
+
+    Source: LoRAX, server/lorax_server/utils/ops/bgmv_shrink.py.
+    """
+    checks.hints("bgmv_shrink", override_config)
+    scaling = checks.number("scaling", scaling)
+    tensors = (output_tensor, inputs, lora_a_weights, lora_indices_tensor)
+    dispatch(BGMV_SHRINK, tensors, scaling, path)
+
+
+def bgmv_expand(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    add_inputs: bool = True,
+    override_config: Config = None,
+    *,
+    path: Path | None = None,
+) -> None:
+    """output_tensor[t] += inputs[t] @ lora_b_weights[i].T, i = lora_indices_tensor[t]; in place.
+
+    Args:
+      inputs: `[T, R]`. float32 is rounded to half-precision weights' dtype first, as LoRAX does.
+      lora_b_weights: `[L, N, R]` or `[L, 1, N, R]`.
+      output_tensor: `[T, N]`. The sum is float32, rounded once. Rows of -1 keep every byte.
+      lora_indices_tensor, override_config, path: as in `bgmv_shrink`.
+      add_inputs: False overwrites rows that have an adapter instead of adding to them.
+
+    Raises: as `bgmv_shrink`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand.py.
+    """
+    checks.hints("bgmv_expand", override_config)
+    tensors = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
+    dispatch(BGMV_EXPAND, tensors, None, path, None, bool(add_inputs))
+
+
+def bgmv_expand_slice(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+    override_config: Config = None,
+    *,
+    path: Path | None = None,
+) -> None:
+    """`bgmv_expand` into columns `[slice_offset, slice_offset + slice_size)`, no other byte.
+
+    `slice_size` is `lora_b_weights`' N.
+
+    Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand_slice.py.
+    """
+    checks.hints("bgmv_expand", override_config)
+    offset = checks.columns(lora_b_weights, slice_offset, slice_size)
+    tensors = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
+    dispatch(BGMV_EXPAND, tensors, None, path, offset, bool(add_inputs))
+
+
+def sgmv_shrink(
+    inputs: torch.Tensor,
+    lora_a_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    b_seq_start_loc: torch.Tensor,
+    seq_len_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    scaling: float,
+    *,
+    path: Path | None = None,
+) -> None:
+    """`bgmv_shrink` by segments: segment s is seq_len_tensor[s] tokens from b_seq_start_loc[s] on.
+
+    Tokens that no segment covers keep every byte.
+
+    Args:
+      inputs, lora_a_weights, output_tensor, scaling, path: as in `bgmv_shrink`.
+      b_seq_start_loc: `[S]` int32 or int64, first token of each segment.
+      seq_len_tensor: `[S]`, tokens of each segment.
+      lora_indices_tensor: `[S]`, adapter of each segment; -1 for none.
+      batches: S.
+      max_seq_length: the bound of seq_len_tensor that sizes LoRAX's grid; it changes nothing here.
+
+    Raises: as `bgmv_shrink`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/sgmv_shrink.py.
+    """
+    checks.segment_counts(lora_indices_tensor, batches, max_seq_length)
+    scaling = checks.number("scaling", scaling)
+    tensors = (
+        output_tensor, inputs, lora_a_weights, b_seq_start_loc, seq_len_tensor, lora_indices_tensor,
+    )  # fmt: skip
+    dispatch(SGMV_SHRINK, tensors, scaling, path)
+
+
+def sgmv_expand(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    b_seq_start_loc: torch.Tensor,
+    seq_len_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    add_inputs: bool = False,
+    *,
+    path: Path | None = None,
+) -> None:
+    """`bgmv_expand` by the segments of `sgmv_shrink`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/sgmv_expand.py.
+    """
+    checks.segment_counts(lora_indices_tensor, batches, max_seq_length)
+    tensors = (
+        output_tensor, inputs, lora_b_weights, b_seq_start_loc, seq_len_tensor, lora_indices_tensor,
+    )  # fmt: skip
+    dispatch(SGMV_EXPAND, tensors, None, path, None, bool(add_inputs))
+
+
+def sgmv_expand_slice(
+    inputs: torch.Tensor,
+    lora_b_weights: torch.Tensor,
+    output_tensor: torch.Tensor,
+    b_seq_start_loc: torch.Tensor,
+    seq_len_tensor: torch.Tensor,
+    lora_indices_tensor: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = False,
+    *,
+    path: Path | None = None,
+) -> None:
+    """`bgmv_expand_slice` by the segments of `sgmv_shrink`.
+
+    Source: LoRAX, server/lorax_server/utils/ops/sgmv_expand_slice.py.
+    """
+    checks.segment_counts(lora_indices_tensor, batches, max_seq_length)
+    offset = checks.columns(lora_b_weights, slice_offset, slice_size)
+    tensors = (
+        output_tensor, inputs, lora_b_weights, b_seq_start_loc, seq_len_tensor, lora_indices_tensor,
+    )  # fmt: skip
+    dispatch(SGMV_EXPAND, tensors, None, path, offset, bool(add_inputs))
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scales: float | torch.Tensor | None = None,
+    phase: Literal["decode", "prefill"] = "decode",
+    y_offset: int | None = None,
+    path: Path | None = None,
+) -> torch.Tensor:
+    """y[t] += scales[i] * (x[t] @ lora_a[i].T) @ lora_b[i].T where i = indices[t]; returns y.
+
+    In place, both halves in one call; rows of -1 keep every byte. Where gradients are recorded and
+    y, x, lora_a, lora_b or scales requires them, autograd follows the change of y.
+
+    Args:
+      y: `[T, N]` float32, bfloat16 or float16.
+      x: `[T, H]`.
+      lora_a: `[L, R, H]` or `[L, 1, R, H]`.
+      lora_b: `[L, N, R]` or `[L, 1, N, R]`.
+      indices: `[T]` int32 or int64.
+      scales: a number, `[L]` floats, or None for 1.
+      phase: "decode" (few tokens per adapter) or "prefill".
+      y_offset: the first of the N columns of a wider y that change; None where y has N columns.
+      path: as in `bgmv_shrink`.
+
+    Raises: as `bgmv_shrink`; ValueError for an unknown phase.
+
+    Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
+    """
+    tensor = scales if isinstance(scales, torch.Tensor) else None
+    scale = None
+    if tensor is None:
+        scale = checks.number("scales", 1.0 if scales is None else scales)
+    offset = None if y_offset is None else checks.count("y_offset", y_offset)
+    tensors = (y, x, lora_a, lora_b, indices, tensor)
+    if torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    ):
+        new = torch.ops.jax_lora.add_lora(*tensors, scale, offset, phase, path)
+        return y.copy_(new)
+    dispatch(ADD_LORA, tensors, scale, path, offset, phase)
+    return y
+
+
+def pad_rank(t: torch.Tensor, dim: int, world_size: int = 1) -> torch.Tensor:
+    """`t` with axis `dim` zero-padded to `padded_rank(t.shape[dim], world_size)`.
+
+    Raises:
+      TypeError: `t` is not a tensor.
+      ValueError: `t` has no axis `dim`, or that axis is empty.
+
+    Source: LoRAX, server/lorax_server/utils/punica.py.
+    """
+    _need_tensor("t", t)
+    if not -t.ndim <= dim < t.ndim:
+        raise ValueError(f"dim must name an axis of shape {list(t.shape)}, got {dim}")
+    rank = t.shape[dim]
+    missing = pallas_kernels.padded_rank(rank, world_size) - rank
+    after = t.ndim - 1 - dim % t.ndim
+    return torch.nn.functional.pad(t, (0, 0) * after + (0, missing)) if missing else t
+
+
+def orient_for_rank(t: torch.Tensor, rank: int) -> torch.Tensor:
+    """`t` as LoRAX stores it for `rank`: axes 0 and 1 swapped for ranks 16 to 128, else as is.
+
+    Raises:
+      TypeError: `t` is not a tensor.
+      ValueError: `rank` is below 1.
+    """
+    _need_tensor("t", t)
+    tier = pallas_kernels.rank_tier(rank)
+    return t.transpose(0, 1) if tier is pallas_kernels.RankTier.CUSTOM else t
+
+
+def _need_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
