@@ -111,15 +111,16 @@ def default_config(
 def fused_config(num_tokens: int, ranks: tuple[int, ...]) -> Config:
     """The fused kernel's config for parts of these ranks; `tokens` is None where it is not chosen.
 
-    One launch saves about 3 us, but streams large adapters less well: T=64, H=N=4096, 64 adapters
-    of R=16 16.5 us in one launch, 19.8 in two; of R=64 37.0 and 29.8. T=1 9.2 and 7.9 (H200).
-    Several parts take it by an explicit config only: no device test of those has passed yet.
+    One launch saves about 3 us, but streams large adapters less well. H=N=4096, one launch and two:
+    T=64, 64 adapters of R=16 16.5 and 19.8 us, of R=64 37.0 and 29.8, T=1 9.2 and 7.9 (H200);
+    T=256, 64 adapters of R=16, 27.1 (pulling the sums) and 23.6 (H100). Several parts take it by an
+    explicit config only: no device test of those has passed yet.
     """
-    if len(ranks) > 1 or ranks[0] > 32 or not 16 <= num_tokens <= 256:
+    if len(ranks) > 1 or ranks[0] > 32 or not 16 <= num_tokens <= 128:
         return Config()
     # 8 consecutive tokens are a tile that TMA copies at once: T=64, 8 adapters of R=16 10.6 us,
     # with 4 tokens 11.9 (H200).
-    tokens = 8 if 32 < num_tokens <= 128 else -(-num_tokens // 16)
+    tokens = 8 if num_tokens > 32 else -(-num_tokens // 16)
     chunks = -(-num_tokens // tokens)
     return Config(
         split=8,
