@@ -32,7 +32,7 @@ from mosaic_cases import (
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import fused, tiles
+from pallas_kernels.mosaic_gpu import chunks, fused, tiles
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -213,12 +213,12 @@ def test_fused_rows_depend_on_themselves_alone(interpreted: None) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_fused_routes_hold_every_token_once(num_tokens: int, tokens: int, whole: bool) -> None:
     ids = [indices(p, num_tokens, 5, seed=3) for p in ("uniform", "zipf", "none")]
-    order = mosaic_gpu._order(tuple(jnp.asarray(i) for i in ids))
+    order = chunks.in_order(tuple(jnp.asarray(i) for i in ids))
     used = (np.stack(ids) >= 0).any(axis=0)
     assert sorted(np.asarray(order).tolist()) == list(range(num_tokens))
     assert not used[np.asarray(order)[used.sum() :]].any()  # those without an adapter come last
-    table = fused.chunk_routes(order, tuple(jnp.asarray(i) for i in ids), tokens, whole)
-    spot, seen = fused.Route(tokens, len(ids)), []
+    table = chunks.chunk_routes(order, tuple(jnp.asarray(i) for i in ids), tokens, whole)
+    spot, seen = chunks.Route(tokens, len(ids)), []
     for row in np.asarray(table):
         tokens_of = row[: spot.columns]
         seen += tokens_of[tokens_of >= 0].tolist()

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels.mosaic_gpu.chunks import chunk_routes, in_order
 from pallas_kernels.mosaic_gpu.config import (
     MAX_FEATURES,
     Config,
@@ -25,7 +26,7 @@ from pallas_kernels.mosaic_gpu.config import (
     missing,
 )
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
-from pallas_kernels.mosaic_gpu.fused import FusedPart, chunk_routes, fused_kernel, plan, whole_tiles
+from pallas_kernels.mosaic_gpu.fused import FusedPart, fused_kernel, plan, whole_tiles
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
 from pallas_kernels.parts import LoRAPart
@@ -127,26 +128,11 @@ def _fused(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | Non
     assert config.tokens is not None
     ids = tuple(part.indices.indices for part in parts)
     tiles = whole_tiles(y, config.tokens)
-    chunks = chunk_routes(_order(ids), ids, config.tokens, tiles)
+    chunks = chunk_routes(in_order(ids), ids, config.tokens, tiles)
     fused_parts = tuple(
         FusedPart(p.lora_a, p.lora_b, p.scales.reshape(-1), p.y_offset) for p in parts
     )
     return fused_kernel(y, x, fused_parts, chunks, config)
-
-
-def _order(ids: tuple[Int[Array, " T"], ...]) -> Int[Array, " T"]:
-    """The tokens, those with the same adapters side by side, else as they come; last those without.
-
-    By comparing all with all, which for a few hundred tokens is less work than sorting them.
-    """
-    same = functools.reduce(jnp.logical_and, [i[:, None] == i for i in ids])
-    token = jnp.arange(ids[0].shape[0], dtype=jnp.int32)
-    used = functools.reduce(jnp.logical_or, [i >= 0 for i in ids])
-    first = jnp.min(jnp.where(same, token, token.size), axis=1)
-    first = jnp.where(used, first, token.size)
-    before = (first < first[:, None]) | ((first == first[:, None]) & (token < token[:, None]))
-    place = jnp.sum(before, axis=1, dtype=jnp.int32)
-    return jnp.sum(jnp.where(place == token[:, None], token, 0), axis=1, dtype=jnp.int32)
 
 
 def _config(x: Array, lora_a: Array, width: int) -> Config:

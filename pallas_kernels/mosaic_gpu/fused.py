@@ -13,6 +13,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mosaic_gpu.chunks import Route, wgmma_columns
 from pallas_kernels.mosaic_gpu.config import SPLIT_UNIT, TILE, Config
 from pallas_kernels.mosaic_gpu.tiles import (
     cluster_barrier,
@@ -26,8 +27,6 @@ from pallas_kernels.mosaic_gpu.tiles import (
 
 # Columns that the tensor cores add up before a sum moves to float32, as in the shrink.
 _SPAN = 2048
-# -1s behind a chunk's adapters: a stack reads up to 8 of them.
-LOOK_AHEAD = 8
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_BYTES = 220 * 1024
 LINE = 128  # bytes
@@ -57,107 +56,6 @@ def _push(value: Array, target: Any, me: Array, split: int) -> None:
             value.store_tiled(peer, swizzle=layout[1].swizzle, optimized=False)
 
     push(value, target, me)
-
-
-def _columns(tokens: int) -> int:
-    """wgmma's N for a chunk of `tokens`."""
-    return max(8, -(-tokens // 8) * 8)
-
-
-class Route(NamedTuple):
-    """Where a chunk's route holds what, for P parts: the token row of each of wgmma's columns, then
-    per part the place of its adapter in the list of them (-1: none), the length of that list, the
-    list, and whether all `tokens` rows have an adapter. Last the first row of the tiles of 8 rows
-    that the columns are, or -1 where the rows are not consecutive, or not so aligned; and the
-    column of the first row."""
-
-    tokens: int
-    parts: int
-
-    @property
-    def columns(self) -> int:
-        return _columns(self.tokens)
-
-    def place(self, part: Any) -> Any:
-        return self.columns * (1 + part)
-
-    def count(self, part: int) -> int:
-        return self.columns * (1 + self.parts) + part
-
-    def adapters(self, part: int) -> int:
-        first = self.columns * (1 + self.parts) + self.parts
-        return first + part * (self.tokens + LOOK_AHEAD)
-
-    def full(self, part: int) -> int:
-        return self.adapters(self.parts) + part
-
-    @property
-    def run(self) -> int:
-        return self.full(self.parts)
-
-    @property
-    def shift(self) -> int:
-        return self.run + 1
-
-    @property
-    def width(self) -> int:
-        return -(-(self.shift + 1) // 32) * 32
-
-
-def chunk_routes(
-    rows: Int[Array, " T"], ids: tuple[Int[Array, " T"], ...], tokens: int, tiles: bool
-) -> Int[Array, "chunks W"]:
-    """The `Route` of each chunk of `tokens` consecutive entries of `rows`; ids per part.
-
-    `tiles` says whether tiles of 8 rows may be copied (`whole_tiles`).
-    """
-    spot = Route(tokens, len(ids))
-    chunks = -(-rows.shape[0] // tokens)
-
-    def chunked(values: Array) -> Array:
-        pad = chunks * tokens - values.shape[0]
-        return jnp.pad(values, (0, pad), constant_values=-1).reshape(chunks, tokens)
-
-    def wide(values: Array, width: int) -> Array:
-        pad = width - values.shape[1]
-        return jnp.pad(values, ((0, 0), (0, pad)), constant_values=-1)
-
-    row, nth = chunked(rows), jnp.arange(tokens, dtype=jnp.int32)
-    first = row[:, :1]
-    run = jnp.all(row == first + nth, axis=1, keepdims=True) & (first >= 0)
-    if not tiles:
-        run, shift = jnp.zeros_like(run), jnp.zeros_like(first)
-    elif tokens % 8:
-        run &= first % 8 + tokens <= 8
-        shift = jnp.where(run, first % 8, 0)
-    else:
-        run &= first % 8 == 0
-        shift = jnp.zeros_like(first)
-    base = jnp.where(run, first - first % 8, -1)
-
-    def in_columns(values: Array) -> Array:
-        source = jnp.arange(spot.columns, dtype=jnp.int32) - shift
-        values = jnp.take_along_axis(values, jnp.clip(source, 0, tokens - 1), axis=1)
-        return jnp.where((source >= 0) & (source < tokens), values, -1)
-
-    fields, counts, lists, full = [in_columns(row)], [], [], []
-    earlier = jnp.tril(jnp.ones((tokens, tokens), bool), -1)
-    upto = jnp.tril(jnp.ones((tokens, tokens), bool))
-    for part_ids in ids:
-        id_ = chunked(part_ids[rows])
-        same = id_[:, :, None] == id_[:, None, :]
-        new = (id_ >= 0) & ~jnp.any(same & earlier, axis=2)
-        # The place of a new adapter counts the new ones up to it; a later row has its first row's.
-        place = jnp.sum(new[:, None, :] & upto, axis=2, dtype=jnp.int32) - 1
-        place = jnp.max(jnp.where(same & new[:, None, :], place[:, None, :], -1), axis=2)
-        place = jnp.where(id_ >= 0, place, -1)
-        listed = jnp.max(jnp.where(place[:, None, :] == nth[:, None], id_[:, None, :], -1), axis=2)
-        fields.append(in_columns(place))
-        counts.append(jnp.sum(new, axis=1, keepdims=True, dtype=jnp.int32))
-        lists.append(wide(listed, tokens + LOOK_AHEAD))
-        full.append(jnp.all(id_ >= 0, axis=1, keepdims=True).astype(jnp.int32))
-    fields = [*fields, *counts, *lists, *full, base, shift]
-    return wide(jnp.concatenate(fields, axis=1), spot.width)
 
 
 class _Plan(NamedTuple):
@@ -198,7 +96,7 @@ def plan(
     # Rows of x and y come to shared memory in lines of 128 bytes, as TMA aligns its copies there.
     if config.tokens is None or (features * 2) % LINE or any(edge % LINE for edge in edges):
         return None
-    columns = _columns(config.tokens)
+    columns = wgmma_columns(config.tokens)
     share = -(-features // (SPLIT_UNIT * config.split)) * SPLIT_UNIT
     block_k = min(config.block_k, share)
     if share % block_k:
