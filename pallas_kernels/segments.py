@@ -120,11 +120,39 @@ def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
     return _sort(checked_indices(indices, num_adapters), num_adapters)
 
 
-# Tokens that are compared with each other in pairs.
+# Tokens that are compared with each other in pairs; slots that all of them are compared with.
 _CHUNK = 256
 
 
 def _sort(indices: Int[Array, " T"], num_adapters: int) -> Segments:
+    """Sorted where there are many slots, lest work and memory grow with them; counted where few."""
+    return (_counted if num_adapters <= _CHUNK else _sorted)(indices, num_adapters)
+
+
+def _sorted(indices: Int[Array, " T"], num_adapters: int) -> Segments:
+    num_tokens = indices.shape[0]
+    groups = min(num_tokens, num_adapters)
+    key = jnp.where(indices < 0, num_adapters, indices)
+    rows = jnp.argsort(key, stable=True).astype(jnp.int32)
+    key = key[rows]
+    is_first = jnp.concatenate([jnp.ones(min(num_tokens, 1), bool), key[1:] != key[:-1]])
+    # Group number of each first row; the others, and the group of tokens without adapter when all
+    # slots are in use, land outside and are dropped.
+    group = jnp.where(is_first, jnp.cumsum(is_first, dtype=jnp.int32) - 1, groups + 1)
+    covered = jnp.sum(indices >= 0, dtype=jnp.int32)
+    starts = jnp.full(groups + 1, covered, jnp.int32)
+    starts = starts.at[group].set(jnp.arange(num_tokens, dtype=jnp.int32), mode="drop")
+    adapters = jnp.full(groups, num_adapters, jnp.int32).at[group].set(key, mode="drop")
+    return Segments(
+        indices=indices,
+        rows=rows,
+        group_adapters=jnp.where(adapters < num_adapters, adapters, -1),
+        group_starts=jnp.minimum(starts, covered),
+        num_adapters=num_adapters,
+    )
+
+
+def _counted(indices: Int[Array, " T"], num_adapters: int) -> Segments:
     """By counting: on a GPU, few kernels that compare take less than the many of a sort."""
     num_tokens = indices.shape[0]
     groups = min(num_tokens, num_adapters)
