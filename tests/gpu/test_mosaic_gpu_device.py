@@ -236,7 +236,8 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 300])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 128), (0, 64), (0, 8)], ids=str)
-def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
+@pytest.mark.parametrize("config", [None, FUSED], ids=["default", "one launch"])
+def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any) -> None:
     """Buckets and slices in one call, disjoint, equal and overlapping; one rounding."""
     ranks, width = ((8, 16, 64, 128, 32) if offsets == (0, 0) else (8, 16, 128)), 128
     cases = [Case(num_tokens, 512, width, r, 4, seed=r) for r in ranks]
@@ -251,7 +252,7 @@ def test_parts(num_tokens: int, offsets: tuple[int, int]) -> None:
             LoRAPart(a, b, make_segments(ids, 4), scales, part[4])
             for (a, b, ids, scales), part in zip(stacks, parts)
         )
-        return mosaic_gpu.add_lora_multi(y, x, built)
+        return mosaic_gpu.add_lora_multi(y, x, built, config=config)
 
     stacks = [tuple(jnp.asarray(z) for z in part[:4]) for part in parts]
     poison()
