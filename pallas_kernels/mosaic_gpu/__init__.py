@@ -123,16 +123,15 @@ def _fused(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | Non
     shapes = tuple((p.lora_a.shape[1], p.lora_b.shape[1], p.y_offset) for p in parts)
     config = config or fused_config(x.shape[0], tuple(rank for rank, *_ in shapes))
     one_dtype = all(w.dtype == x.dtype for p in parts for w in (p.lora_a, p.lora_b))
-    if not one_dtype or plan(x.shape[1], y.dtype.itemsize, shapes, config) is None:
+    sizes = plan(x.shape[1], y.dtype.itemsize, shapes, config)
+    if not one_dtype or sizes is None:
         return None
-    assert config.tokens is not None
     ids = tuple(part.indices.indices for part in parts)
-    tiles = whole_tiles(y, config.tokens)
-    chunks = chunk_routes(in_order(ids), ids, config.tokens, tiles)
+    chunks = chunk_routes(in_order(ids), ids, sizes.tokens, whole_tiles(y, sizes.tokens))
     fused_parts = tuple(
         FusedPart(p.lora_a, p.lora_b, p.scales.reshape(-1), p.y_offset) for p in parts
     )
-    return fused_kernel(y, x, fused_parts, chunks, config)
+    return fused_kernel(y, x, fused_parts, chunks, config, sizes)
 
 
 def _config(x: Array, lora_a: Array, width: int) -> Config:

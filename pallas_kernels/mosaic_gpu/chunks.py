@@ -13,7 +13,8 @@ LOOK_AHEAD = 8
 def in_order(ids: tuple[Int[Array, " T"], ...]) -> Int[Array, " T"]:
     """The tokens, those with the same adapters side by side, else as they come; last those without.
 
-    By comparing all with all, which for a few hundred tokens is less work than sorting them.
+    Unlike `Segments.rows`, which sorts by adapter, this leaves runs of tokens where they are, which
+    TMA copies at once. All are compared with all: for so few tokens less work than sorting.
     """
     same = functools.reduce(jnp.logical_and, [i[:, None] == i for i in ids])
     token = jnp.arange(ids[0].shape[0], dtype=jnp.int32)
@@ -101,12 +102,12 @@ def chunk_routes(
         shift = jnp.zeros_like(first)
     base = jnp.where(run, first - first % 8, -1)
 
-    def inwgmma_columns(values: Array) -> Array:
+    def in_columns(values: Array) -> Array:
         source = jnp.arange(spot.columns, dtype=jnp.int32) - shift
         values = jnp.take_along_axis(values, jnp.clip(source, 0, tokens - 1), axis=1)
         return jnp.where((source >= 0) & (source < tokens), values, -1)
 
-    fields, counts, lists, full = [inwgmma_columns(row)], [], [], []
+    fields, counts, lists, full = [in_columns(row)], [], [], []
     earlier = jnp.tril(jnp.ones((tokens, tokens), bool), -1)
     upto = jnp.tril(jnp.ones((tokens, tokens), bool))
     for part_ids in ids:
@@ -118,7 +119,7 @@ def chunk_routes(
         place = jnp.max(jnp.where(same & new[:, None, :], place[:, None, :], -1), axis=2)
         place = jnp.where(id_ >= 0, place, -1)
         listed = jnp.max(jnp.where(place[:, None, :] == nth[:, None], id_[:, None, :], -1), axis=2)
-        fields.append(inwgmma_columns(place))
+        fields.append(in_columns(place))
         counts.append(jnp.sum(new, axis=1, keepdims=True, dtype=jnp.int32))
         lists.append(wide(listed, tokens + LOOK_AHEAD))
         full.append(jnp.all(id_ >= 0, axis=1, keepdims=True).astype(jnp.int32))

@@ -58,10 +58,11 @@ def _push(value: Array, target: Any, me: Array, split: int) -> None:
     push(value, target, me)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Sizes that follow from shapes and config."""
 
-    columns: int  # of wgmma: the chunk's tokens
+    tokens: int  # of a chunk
+    columns: int  # of wgmma, for those tokens
     share: int  # of H, per block
     block_k: int
     a_stages: int
@@ -89,7 +90,7 @@ def _rank_blocks(rank: int) -> int:
 
 def plan(
     features: int, y_itemsize: int, parts: tuple[tuple[int, int, int], ...], config: Config
-) -> _Plan | None:
+) -> Plan | None:
     """The sizes for parts of (R, N, y_offset); None if shared memory can't hold them."""
     spans = cuts(tuple((offset, offset + width) for _, width, offset in parts))
     edges = [edge * y_itemsize for cut in spans for edge in cut[:2]]
@@ -122,7 +123,9 @@ def plan(
             room = SHARED_BYTES - fixed - a_stages * a_stage
             b_stages = min(config.expand_stages, (room // len(spans) - y_bytes) // slot)
             if b_stages >= 2:
-                return _Plan(columns, share, block_k, a_stages, tile, b_stages, y_slots)
+                return Plan(
+                    config.tokens, columns, share, block_k, a_stages, tile, b_stages, y_slots
+                )
         if tile == TILE:
             return None
         tile = max(TILE, tile // 2 // TILE * TILE)
@@ -134,14 +137,13 @@ def fused_kernel(
     parts: tuple[FusedPart, ...],
     routes: Int[Array, "chunks W"],
     config: Config,
+    sizes: Plan,
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
     dtype, itemsize, twin = x.dtype, y.dtype.itemsize, interpreted()
     shapes = tuple((p.lora_a.shape[1], p.lora_b.shape[1], p.y_offset) for p in parts)
-    sizes = plan(x.shape[1], itemsize, shapes, config)
-    tokens, split, blocks = config.tokens, config.split, config.split * config.column_clusters
-    assert sizes is not None and tokens is not None
-    columns, tile, y_slots = sizes.columns, sizes.tile, sizes.y_slots
+    split, blocks = config.split, config.split * config.column_clusters
+    tokens, columns, tile, y_slots = sizes.tokens, sizes.columns, sizes.tile, sizes.y_slots
     a_stages, b_stages = sizes.a_stages, sizes.b_stages
     spot = Route(tokens, len(parts))
     ranks = [rank for rank, _, _ in shapes]
@@ -160,7 +162,7 @@ def fused_kernel(
         scratch = refs[3 * len(parts) :]
         route, a_smem, x_views, part_smem, all_smem, v_smem, cut_smem, *others = scratch
         route_loaded, a_loaded, x_loaded, x_rows_loaded, cut_barriers, *wide_smem = others
-        x_smem = x_views if twin else x_views[0]
+        x_smem = x_views[0]
         me, chunk = lax.axis_index("split"), lax.axis_index("chunk")
         block = lax.axis_index("columns") * split + me
 
@@ -363,14 +365,13 @@ def fused_kernel(
 
         def y_row(c: int, slot: Array, i: Array, n: int) -> Any:
             """Line n of row i of a tile of y in shared memory."""
-            whole, *rows = cut_smem[c][1] if not twin else (cut_smem[c][1],)
             if twin:
-                return whole.at[slot, pl.ds(i, 1), pl.ds(n * y_line, y_line)]
+                return y_whole(c, slot).at[pl.ds(i, 1), pl.ds(n * y_line, y_line)]
             at = (slot * (columns // 8) + lax.div(i, 8)) * y_lines + n
-            return rows[0].at[pl.ds(at * 8 + lax.rem(i, 8), 1)]
+            return cut_smem[c][1][1].at[pl.ds(at * 8 + lax.rem(i, 8), 1)]
 
         def y_whole(c: int, slot: Array) -> Any:
-            return (cut_smem[c][1] if twin else cut_smem[c][1][0]).at[slot]
+            return cut_smem[c][1][0].at[slot]
 
         def copy_run(c: int, slot: Array, column: Array, copy: Any) -> None:
             """copy(y, shared memory) of a run's rows. No other row: it is another cluster's."""
@@ -588,6 +589,10 @@ def fused_kernel(
         layout = operand_layout(jnp.float32, columns)
         return plgpu.SMEM((*leading, TILE, columns), jnp.float32, transforms=layout)
 
+    def union(*views: Any) -> Any:
+        """Views of one memory; in the interpreter, which has no such views, memory of its own."""
+        return list(views) if twin or len(views) == 1 else plgpu.RefUnion(*views)
+
     def cut_scratch(cut: Any) -> Any:
         widest = max(max(ranks), 16)
         views = [
@@ -598,11 +603,7 @@ def fused_kernel(
             )
             for p in cut.parts
         ]
-        share = not twin and len(views) > 1
-        return [
-            plgpu.RefUnion(*views) if share else views,
-            y_tiled if twin else plgpu.RefUnion(y_tiled, y_rows),
-        ]
+        return [union(*views), union(y_tiled) if twin else union(y_tiled, y_rows)]
 
     place: dict[str, Any] = dict(
         grid=(routes.shape[0], config.column_clusters), grid_names=("chunk", "columns")
@@ -616,7 +617,7 @@ def fused_kernel(
         scratch_types=[
             plgpu.SMEM((routes.shape[1],), jnp.int32),
             plgpu.SMEM((a_stages, TILE, block_k), dtype, transforms=a_layout),
-            x_tiled if twin else plgpu.RefUnion(x_tiled, x_rows),
+            union(x_tiled) if twin else union(x_tiled, x_rows),
             [[sum_smem() for _ in range(first_slot[-1])] for _ in range(split if twin else 1)],
             [] if twin or split == 1 else [sum_smem(split) for _ in range(first_slot[-1])],
             [
