@@ -31,6 +31,7 @@ class _Spec(NamedTuple):
     implementation: str
     kernels: tuple[str, ...]
     y_offsets: tuple[int, ...] = ()
+    routes: tuple[int, ...] = ()  # for each part the first one that has the same ids
     add_inputs: bool = True
     config: mosaic_gpu.Config | None = None
 
@@ -261,7 +262,10 @@ def add_lora_parts(spec: _Spec, y: Array, x: Array, stacks: Any) -> Array:
 
 
 def _parts(spec: _Spec, stacks: Any) -> tuple[LoRAPart, ...]:
-    return tuple(LoRAPart(*stack)._replace(y_offset=n) for stack, n in zip(stacks, spec.y_offsets))
+    return tuple(
+        LoRAPart(a, b, stacks[route][2], scales, y_offset)
+        for (a, b, _, scales), route, y_offset in zip(stacks, spec.routes, spec.y_offsets)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -334,7 +338,11 @@ def _expand_op(
     )
     implementation, config = how
     spec = _Spec(
-        _choose(implementation, config, missing), (kernel,), (y_offset,), bool(add_inputs), config
+        _choose(implementation, config, missing),
+        (kernel,),
+        (y_offset,),
+        add_inputs=bool(add_inputs),
+        config=config,
     )
     if v.shape[0] == 0:
         return y
@@ -560,6 +568,7 @@ def add_lora_multi(
     stacks: list[Any] = []
     kernels: list[str] = []
     y_offsets: list[int] = []
+    routes: dict[tuple[int, int], int] = {}
     for n, part in enumerate(parts):
         if not isinstance(part, LoRAPart):
             raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(part).__name__}")
@@ -572,6 +581,7 @@ def add_lora_multi(
         scales = _scales(f"parts[{n}].scales", scales, per_adapter=a.shape[0])
         y_offsets.append(_columns(y, part.y_offset, b.shape[1]))
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
+        routes.setdefault((id(part.indices), a.shape[0]), n)
         kernels.append(_kernel(a.shape[1], phase))
     lacks = [
         mosaic_gpu.missing(dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset)
@@ -579,10 +589,20 @@ def add_lora_multi(
         for dtype in (a.dtype, b.dtype)
     ]
     missing = next(filter(None, lacks), None)
+    first_with_ids = tuple(
+        routes[id(part.indices), stack[0].shape[0]] for part, stack in zip(parts, stacks)
+    )
     spec = _Spec(
-        _choose(implementation, config, missing), tuple(kernels), tuple(y_offsets), config=config
+        _choose(implementation, config, missing),
+        tuple(kernels),
+        tuple(y_offsets),
+        first_with_ids,
+        config=config,
     )
     if not stacks or y.size == 0:
         return y
-    sorted_stacks = tuple((a, b, as_segments(route, a.shape[0]), s) for a, b, route, s in stacks)
+    segments = {n: as_segments(stacks[n][2], stacks[n][0].shape[0]) for n in routes.values()}
+    sorted_stacks = tuple(
+        (a, b, segments[n], scales) for (a, b, _, scales), n in zip(stacks, first_with_ids)
+    )
     return _add_lora(spec, y, x, sorted_stacks)

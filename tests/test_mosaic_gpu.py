@@ -32,7 +32,7 @@ from mosaic_cases import (
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import chunks, fused, tiles
+from pallas_kernels.mosaic_gpu import decode, lanes, tiles
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -46,6 +46,13 @@ def interpreted() -> Iterator[None]:
         assert not gpu_callbacks.get_races().races_found
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    """For the decode kernel alone, whose emulator finds races by itself."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
 
 
 def shrink(z: dict[str, Any], config: Any = None) -> np.ndarray:
@@ -73,6 +80,7 @@ def add_lora(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.nda
     )
 
 
+TWO = mosaic_gpu.Config(split=2)  # launches
 TINY = [
     Case(9, 72, 80, 8, 3, "uniform"),
     Case(5, 256, 64, 16, 4, "distinct"),
@@ -103,7 +111,7 @@ def test_interpreted_against_float64(case: Case, interpreted: None) -> None:
     assert not bits(v)[~used].any()
     for y, delta in (
         (expand(z, case.y_offset), products(arrays.v.astype(arrays.b.dtype), arrays.b, ids)),
-        (add_lora(z, case.y_offset), products(want_v, arrays.b, ids)),
+        (add_lora(z, case.y_offset, TWO), products(want_v, arrays.b, ids)),
     ):
         want = arrays.y.astype(np.float64)
         want[:, columns] += delta
@@ -124,7 +132,8 @@ def test_a_v_that_is_not_float32_is_cast_too(interpreted: None) -> None:
     )
 
 
-def test_nothing_leaks(interpreted: None) -> None:
+@pytest.mark.parametrize("config", [None, TWO], ids=["one launch", "two launches"])
+def test_nothing_leaks(config: Any, interpreted: None) -> None:
     """NaN in unused slots, in a row of -1 or in another row reaches no output."""
     clean = Case(9, 64, 64, 16, 4).arrays()
     ids = np.array([0, -1, 3, 0, 2, -1, 2, 0, 3], np.int32)
@@ -135,8 +144,8 @@ def test_nothing_leaks(interpreted: None) -> None:
     after = as_jax(Arrays(x, a, b, y, v, clean.scales, ids))
     rest = [0, 3, 4, 6, 7, 8]
     for run in (shrink, expand, add_lora):
-        out = run(after)
-        np.testing.assert_array_equal(bits(out)[rest], bits(run(before))[rest])
+        out = run(after, config=config)
+        np.testing.assert_array_equal(bits(out)[rest], bits(run(before, config=config))[rest])
         if run is not shrink:
             np.testing.assert_array_equal(bits(out)[[1, 5]], bits(y)[[1, 5]])
         assert np.isnan(out[2].astype(np.float32)).all()
@@ -156,33 +165,35 @@ def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
         np.testing.assert_array_equal(bits(whole)[order], bits(run(as_jax(picked), config=config)))
 
 
-FUSED = mosaic_gpu.Config(split=2, stages=2, block_n=128, expand_stages=3, tokens=8)
-FUSED_TINY = [
-    (Case(9, 576, 128, 8, 9, "uniform"), dict(tokens=3)),
-    (Case(5, 256, 64, 16, 4, "distinct"), dict(tokens=1, column_clusters=2)),
-    (Case(34, 128, 192, 32, 3, "zipf"), dict(tokens=16)),
-    (Case(24, 128, 192, 16, 2, "identical"), {}),  # runs of 8 rows, which TMA copies at once
-    (Case(66, 64, 64, 16, 3, "none"), {}),
-    (Case(10, 64, 64, 48, 3, "out_of_range"), {}),
-    (Case(3, 192, 64, 80, 2, "uniform"), dict(tokens=2)),
-    (Case(2, 256, 64, 272, 2, "uniform"), dict(tokens=1, split=1, expand_stages=2)),
-    (Case(6, 4352, 64, 16, 2, "uniform"), dict(block_k=256)),
-    (Case(3, 128, 352, 64, 2, "uniform", y_dtype="float32"), dict(tokens=4, block_n=64)),
-    (Case(12, 64, 128, 16, 3, "uniform", y_offset=64, y_extra=16), dict(column_clusters=2)),
+DECODE = mosaic_gpu.Config(split=2, warps=4, stages=2, expand_stages=2)
+DECODE_TINY = [
+    (Case(9, 584, 136, 8, 9, "uniform"), {}),
+    (Case(5, 256, 64, 16, 4, "distinct"), dict(column_clusters=2)),
+    (Case(70, 128, 200, 32, 3, "zipf"), dict(warps=8)),
+    (Case(20, 128, 192, 16, 2, "identical"), dict(split=4)),
+    (Case(130, 64, 64, 16, 3, "none"), {}),
+    (Case(140, 64, 64, 16, 2, "uniform"), {}),
+    (Case(10, 64, 64, 48, 3, "out_of_range"), dict(warps=16)),
+    (Case(3, 1472, 64, 80, 2, "uniform"), dict(split=1)),  # 23 units of H: rings turn
+    (Case(2, 256, 64, 272, 2, "uniform"), dict(expand_stages=3)),
+    (Case(2, 64, 2568, 16, 2, "uniform"), dict(expand_stages=3)),  # loops over y's columns
+    (Case(2, 5000, 64, 64, 1, "uniform"), dict(split=1, stages=3)),  # and over H
+    (Case(3, 128, 352, 64, 2, "uniform", y_dtype="float32"), {}),
+    (Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(column_clusters=2)),
     (Case(4, 64, 64, 16, 2, "uniform", "float16", "float16", "float16"), {}),
 ]
 
 
-@pytest.mark.parametrize(("case", "change"), FUSED_TINY, ids=str)
-def test_fused_interpreted_against_float64(
-    case: Case, change: dict[str, int], interpreted: None
+@pytest.mark.parametrize(("case", "change"), DECODE_TINY, ids=str)
+def test_decode_emulated_against_float64(
+    case: Case, change: dict[str, int], emulated: None
 ) -> None:
     arrays = case.arrays()
     ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
     columns = slice(case.y_offset, case.y_offset + case.width)
-    config = dataclasses.replace(FUSED, **change)
-    shape = case.rank, case.width, case.y_offset
-    assert fused.plan(case.features, arrays.y.dtype.itemsize, (shape,), config) is not None
+    config = dataclasses.replace(DECODE, **change)
+    part = decode.DecodePart(arrays.a, arrays.b, arrays.scales, 0, case.y_offset)
+    assert decode.plan(arrays.y, arrays.x, (part,), config) is not None
 
     y = add_lora(as_jax(arrays), case.y_offset, config)
 
@@ -196,53 +207,38 @@ def test_fused_interpreted_against_float64(
     np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
 
 
-def test_fused_rows_depend_on_themselves_alone(interpreted: None) -> None:
+def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
     arrays = Case(40, 256, 64, 16, 3).arrays()
     order = np.random.default_rng(5).permutation(40)[:9]
     picked = Arrays(
         arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
         arrays.ids[order],
     )  # fmt: skip
-    whole = add_lora(as_jax(arrays), config=FUSED)
-    few = add_lora(as_jax(picked), config=FUSED)
+    whole = add_lora(as_jax(arrays), config=DECODE)
+    few = add_lora(as_jax(picked), config=DECODE)
     np.testing.assert_array_equal(bits(whole)[order], bits(few))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 9, 63, 64, 200])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 16])
-@pytest.mark.parametrize("whole", [False, True])
-def test_fused_routes_hold_every_token_once(num_tokens: int, tokens: int, whole: bool) -> None:
-    ids = [indices(p, num_tokens, 5, seed=3) for p in ("uniform", "zipf", "none")]
-    order = chunks.in_order(tuple(jnp.asarray(i) for i in ids))
-    used = (np.stack(ids) >= 0).any(axis=0)
-    assert sorted(np.asarray(order).tolist()) == list(range(num_tokens))
-    assert not used[np.asarray(order)[used.sum() :]].any()  # those without an adapter come last
-    table = chunks.chunk_routes(order, tuple(jnp.asarray(i) for i in ids), tokens, whole)
-    spot, seen = chunks.Route(tokens, len(ids)), []
-    for row in np.asarray(table):
-        tokens_of = row[: spot.columns]
-        seen += tokens_of[tokens_of >= 0].tolist()
-        if (base := row[spot.run]) >= 0:  # a run: column c is row base + c
-            assert base % 8 == 0
-            columns = np.flatnonzero(tokens_of >= 0)
-            np.testing.assert_array_equal(tokens_of[columns], base + columns)
-            assert columns[0] == row[spot.shift] and len(columns) == tokens
-        for p, part_ids in enumerate(ids):
-            places = row[spot.place(p) : spot.place(p) + spot.columns]
-            listed = row[spot.adapters(p) : spot.adapters(p) + row[spot.count(p)]]
-            for token, place in zip(tokens_of, places):
-                expected = part_ids[token] if token >= 0 else -1
-                assert (listed[place] if place >= 0 else -1) == expected
-            assert len(set(listed.tolist())) == len(listed)
-            assert row[spot.full(p)] == (len(tokens_of[places >= 0]) == tokens)
-    assert sorted(seen) == list(range(num_tokens))
-
-
-@pytest.mark.parametrize("config", [None, FUSED], ids=["two launches", "one launch"])
-@pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
-def test_parts_share_launches_and_one_rounding(
-    offsets: tuple[int, int], config: Any, interpreted: None
+@pytest.mark.parametrize("which", ["barrier", "warp_barrier", "cluster_barrier", "arrived"])
+def test_the_emulator_finds_a_missing_barrier(
+    which: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    z = as_jax(Case(3, 640, 1032, 16, 2).arrays())
+    want = add_lora(z, config=DECODE)
+    monkeypatch.setattr(lanes.Emulator, which, lambda *_: None)
+    if which == "arrived":  # what is on its way is NaN
+        assert not np.array_equal(bits(add_lora(z, config=DECODE)), bits(want))
+    else:
+        with pytest.raises(Exception, match="barrier"):
+            add_lora(z, config=DECODE)
+
+
+@pytest.mark.parametrize("config", [None, TWO], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
+def test_parts_share_launches(
+    offsets: tuple[int, int], config: Any, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("emulated" if config is None else "interpreted")
     arrays = [Case(5, 64, 64, rank, 2, seed=rank).arrays() for rank in (8, 16)]
     x, y = arrays[0].x, Case(5, 64, 136, 8, 1).arrays().y
     parts = [pk.LoRAPart(z.a, z.b, z.ids, z.scales, offset) for z, offset in zip(arrays, offsets)]
@@ -284,45 +280,46 @@ def lowered(
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def assert_kernels(module: str, *ranks: int, fused: bool = False) -> None:
+def assert_kernels(module: str, *ranks: int, one: bool = False) -> None:
     names = "_".join(f"r{rank}" for rank in ranks)
     found = set(re.findall(r"lora(?:_shrink|_expand)?(?:_r\d+)+", module))
     two = {f"lora_shrink_{names}", f"lora_expand_{names}"}
-    assert found == ({f"lora_{names}"} if fused else two)
+    assert found == ({f"lora_{names}"} if one else two)
     assert module.count("stablehlo.custom_call @mosaic_gpu_v2") == len(found)
     assert "dot_general" not in module
 
 
 BUCKETS = (8, 16, 32, 64, 128)
 EVERY_RANK = (8, *range(16, 513, 16))
+MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 300, 8192])
 @pytest.mark.parametrize("rank", [*BUCKETS, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 64 else "prefill"
-    fused = num_tokens == 64 and rank <= 32
-    assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, fused=fused)
+    one = num_tokens <= 256 and rank <= MOST_RANK
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 63, 64, 256])
-@pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208])
+@pytest.mark.parametrize("num_tokens", [2, 16, 63, 256])
+@pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
-    config = dataclasses.replace(FUSED, split=8, tokens=-(-num_tokens // 16), stages=4)
-    module = lowered(num_tokens, 4096, 4096, rank, config=config)
-    assert_kernels(module, rank, fused=rank < 208 or num_tokens < 256)
+    config = dataclasses.replace(DECODE, split=8)
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank, config=config), rank, one=True)
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(64, 64), (128, 192), (4096, 28672), (28672, 4096), (11008, 128256), (131072, 64)],
+    [(64, 64), (128, 200), (4096, 28672), (28672, 4096), (3424, 128256), (131072, 72)],
     ids=str,
 )
 @pytest.mark.parametrize("y", ["bfloat16", "float32"])
 def test_every_size_lowers_to_one_launch(shape: tuple[int, int], y: str) -> None:
-    config = dataclasses.replace(FUSED, split=8, tokens=4)
-    module = lowered(64, *shape, 16, 3, ("bfloat16", "bfloat16", y), config=config)
-    assert_kernels(module, 16, fused=True)
+    for warps in (4, 8):
+        config = dataclasses.replace(DECODE, split=8, warps=warps)
+        module = lowered(64, *shape, 16, 3, ("bfloat16", "bfloat16", y), config=config)
+        assert_kernels(module, 16, one=True)
 
 
 @pytest.mark.parametrize(
@@ -331,14 +328,16 @@ def test_every_size_lowers_to_one_launch(shape: tuple[int, int], y: str) -> None
     ids=str,
 )
 def test_every_size_lowers(shape: tuple[int, int]) -> None:
-    assert_kernels(lowered(9, *shape, 16, 3), 16)
+    assert_kernels(lowered(9, *shape, 16, 3), 16, one=True)
+    assert_kernels(lowered(9, *shape, 16, 3, config=TWO), 16)
 
 
 @pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("x", ["bfloat16", "float16", "float32"])
 def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
-    assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y)), 64)
+    assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y)), 64, one=x == weights)
+    assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y), config=TWO), 64)
 
 
 @pytest.mark.parametrize(
@@ -361,11 +360,15 @@ def test_every_config_lowers(config: mosaic_gpu.Config, num_tokens: int) -> None
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 63, 64, 65, 128, 1000, 4096, 8192])
 @pytest.mark.parametrize("rank", EVERY_RANK)
 def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None:
-    for x in ("bfloat16", "float32"):
-        assert_kernels(lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x)), rank)
+    for x in (weights, "float32"):
+        module = lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x))
+        one = x == weights and num_tokens <= (128 if rank >= 128 else 256)
+        if one and rank > MOST_RANK:
+            one = f"lora_r{rank}" in module
+        assert_kernels(module, rank, one=one)
 
 
-@pytest.mark.parametrize(("num_tokens", "config"), [(64, None), (64, FUSED), (4096, None)])
+@pytest.mark.parametrize(("num_tokens", "config"), [(64, None), (64, TWO), (4096, None)])
 def test_mixed_ranks_share_launches(num_tokens: int, config: Any) -> None:
     ranks = BUCKETS
     shape = jax.ShapeDtypeStruct
@@ -381,7 +384,7 @@ def test_mixed_ranks_share_launches(num_tokens: int, config: Any) -> None:
         shape((num_tokens,), jnp.int32),
     )  # fmt: skip
     module = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert_kernels(module, *ranks, fused=config is not None)
+    assert_kernels(module, *ranks, one=num_tokens == 64 and config is None)
 
 
 def test_many_parts_are_dealt_to_launches_by_their_columns() -> None:
@@ -431,8 +434,7 @@ def test_the_order_of_sums_does_not_depend_on_tokens(rank: int) -> None:
         dict(block_n=12),
         dict(stack=0),
         dict(stages=65),
-        dict(tokens=65),
-        dict(block_k=64),
+        dict(warps=5),
         dict(column_clusters=0),
     ],
     ids=str,

@@ -6,8 +6,8 @@ selects its own product afterwards. So tokens may come in any order, no row is e
 tile reads each of its adapters once, and what a row gets depends on that row alone. What is wasted
 is tensor-core work, which these kernels, bound by memory, have to spare.
 
-`add_lora` of 16 to 128 tokens and small ranks is one launch instead (`fused.py`), whose clusters
-own tokens rather than tiles.
+`add_lora` of up to 256 tokens is one launch instead (`decode.py`), written lane by lane
+(`lanes.py`): its clusters own a few tokens of one adapter rather than tiles, and gather them.
 """
 
 import functools
@@ -17,16 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
-from pallas_kernels.mosaic_gpu.chunks import chunk_routes, in_order
 from pallas_kernels.mosaic_gpu.config import (
     MAX_FEATURES,
     Config,
+    decode_config,
     default_config,
-    fused_config,
     missing,
 )
+from pallas_kernels.mosaic_gpu.decode import DecodePart, decode_kernel, plan
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
-from pallas_kernels.mosaic_gpu.fused import FusedPart, fused_kernel, plan, whole_tiles
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
 from pallas_kernels.parts import LoRAPart
@@ -74,13 +73,17 @@ def add_lora_multi(
     *,
     config: Config | None = None,
 ) -> Float[Array, "T Ny"]:
-    """Both halves of every part; where parts overlap their sum is rounded once.
+    """Both halves of every part.
 
-    One launch where the fused kernel takes the parts, else two; more for more than `_MOST_PARTS`.
+    One launch where the decode kernel takes them all, else one or two for some of them at a time.
     """
-    for group in _launches(parts):
-        fused = _fused(y, x, group, config)
-        y = _two_launches(y, x, group, config) if fused is None else fused
+    groups = [parts] if _decode_plan(y, x, parts, config) else _launches(parts)
+    for group in groups:
+        planned = _decode_plan(y, x, group, config)
+        if planned is None:
+            y = _two_launches(y, x, group, config)
+        else:
+            y = decode_kernel(y, x, *planned)
     return y
 
 
@@ -118,20 +121,22 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     return expand_kernel(y, expands, add_inputs=True)
 
 
-def _fused(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Array | None:
-    """y' in one launch, or None where that kernel does not take the case, or is the slower one."""
-    shapes = tuple((p.lora_a.shape[1], p.lora_b.shape[1], p.y_offset) for p in parts)
-    config = config or fused_config(x.shape[0], tuple(rank for rank, *_ in shapes))
-    one_dtype = all(w.dtype == x.dtype for p in parts for w in (p.lora_a, p.lora_b))
-    sizes = plan(x.shape[1], y.dtype.itemsize, shapes, config)
-    if not one_dtype or sizes is None:
-        return None
-    ids = tuple(part.indices.indices for part in parts)
-    chunks = chunk_routes(in_order(ids), ids, sizes.tokens, whole_tiles(y, sizes.tokens))
-    fused_parts = tuple(
-        FusedPart(p.lora_a, p.lora_b, p.scales.reshape(-1), p.y_offset) for p in parts
+def _decode_plan(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Any:
+    """The decode kernel's ids, parts and plan; None where it does not take the case."""
+    lists: dict[tuple[int, int], Array] = {}  # parts of one projection mostly share their ids
+    keys = [(id(part.indices), part.indices.num_adapters) for part in parts]
+    for key, part in zip(keys, parts):
+        lists.setdefault(key, part.indices.indices)
+    order = list(lists)
+    decode_parts = tuple(
+        DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(key), p.y_offset)
+        for key, p in zip(keys, parts)
     )
-    return fused_kernel(y, x, fused_parts, chunks, config, sizes)
+    if config is None:
+        rank = max(part.lora_a.shape[1] for part in parts)
+        config = decode_config(x.shape[0], rank, y.shape[1])
+    sizes = plan(y, x, decode_parts, config)
+    return sizes and (tuple(lists.values()), decode_parts, sizes)
 
 
 def _config(x: Array, lora_a: Array, width: int) -> Config:

@@ -11,6 +11,8 @@ MAX_FEATURES = 131072
 TILE = 64
 # A block's share of H is a multiple of this.
 SPLIT_UNIT = 128
+# Of the decode kernel, which looks for equal adapters among all tokens.
+MAX_DECODE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,12 @@ class Config:
       rank_block: ranks that one block of the shrink computes, at most; a divisor of R is taken.
       stack: adapters that one block of the shrink multiplies at once.
       chunks: blocks among which the shrink deals a tile's adapters.
-      stages: pipeline stages of the shrink.
+      stages: pipeline stages of the shrink, at most.
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
-      expand_stages: pipeline stages of the expand.
-      tokens: of a cluster of the fused kernel, which does both halves in one launch; None for two.
-      block_k: columns of H that one stage of the fused kernel holds.
-      column_clusters: clusters that deal the columns of a chunk of `tokens` among themselves.
+      expand_stages: pipeline stages of the expand, at most.
+      warps: of a block of the decode kernel, which does both halves in one launch; None for two.
+      column_clusters: clusters of the decode kernel that deal the columns of y among themselves.
     """
 
     split: int = 8
@@ -42,15 +43,12 @@ class Config:
     block_n: int = 64
     expand_stack: int = 1
     expand_stages: int = 2
-    tokens: int | None = None
-    block_k: int = 256
+    warps: int | None = None
     column_clusters: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and not 1 <= self.tokens <= 64:
-            raise ValueError(f"tokens must be None or between 1 and 64, got {self.tokens}")
-        if self.block_k % SPLIT_UNIT or not 128 <= self.block_k <= 512:
-            raise ValueError(f"block_k must be 128, 256, 384 or 512, got {self.block_k}")
+        if self.warps not in (None, 4, 8, 16):
+            raise ValueError(f"warps must be None, 4, 8 or 16, got {self.warps}")
         if self.split not in (1, 2, 4, 8):
             raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
         if self.block_n % 8 or not 8 <= self.block_n <= 256:
@@ -108,28 +106,20 @@ def default_config(
     )
 
 
-def fused_config(num_tokens: int, ranks: tuple[int, ...]) -> Config:
-    """The fused kernel's config for parts of these ranks; `tokens` is None where it is not chosen.
-
-    One launch saves about 3 us, but streams large adapters less well. H=N=4096, one launch and two:
-    T=64, 64 adapters of R=16 16.5 and 19.8 us, of R=64 37.0 and 29.8, T=1 9.2 and 7.9 (H200);
-    T=256, 64 adapters of R=16, 27.1 (pulling the sums) and 23.6 (H100). Several parts take it by an
-    explicit config only: no device test of those has passed yet.
-    """
-    if len(ranks) > 1 or ranks[0] > 32 or not 16 <= num_tokens <= 128:
+def decode_config(num_tokens: int, rank: int, width: int) -> Config:
+    """The decode kernel's config for ranks up to `rank` and a y of `width` columns; `warps` is None
+    where two launches are taken."""
+    if num_tokens > (128 if rank >= 128 else MAX_DECODE_TOKENS):
+        # H100, T=256, 64 adapters: R=128 69.8 us in one launch, 62.3 in two; R=64 34.8 and 37.2.
         return Config()
-    # 8 consecutive tokens are a tile that TMA copies at once: T=64, 8 adapters of R=16 10.6 us,
-    # with 4 tokens 11.9 (H200).
-    tokens = 8 if num_tokens > 32 else -(-num_tokens // 16)
-    chunks = -(-num_tokens // tokens)
-    return Config(
-        split=8,
-        stages=4,
-        block_n=256,
-        expand_stages=8,
-        tokens=tokens,
-        column_clusters=max(1, 16 // chunks),
-    )
+    # Copies in flight, some 8 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
+    # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4.
+    stages = max(1, min(4, 128 // rank))
+    # With one token few blocks have work, so more clusters deal y's columns: H100, T=1, R=16,
+    # H=N=4096, 4.5 us with 4, 5.7 with 2, 4.8 with 8. So too if columns are many: T=64, 8 adapters
+    # of R=16, two slices of 14336 columns, 14.9 us with 1, 11.1 with 2.
+    clusters = max(4 // max(1, num_tokens), 2 if width > 8192 else 1)
+    return Config(split=8, warps=4, stages=2, expand_stages=stages, column_clusters=clusters)
 
 
 def missing(

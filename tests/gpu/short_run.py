@@ -12,22 +12,33 @@ from mosaic_cases import Case, as_jax, products, relative_error
 
 from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
 
+TWO_LAUNCHES = mosaic_gpu.Config(split=4)
+
 
 @jax.jit
 def run(y, x, a, b, scales, ids):
     segments = make_segments(ids, a.shape[0])
-    v = mosaic_gpu.shrink(x, a, segments, scales)
     part = LoRAPart(a, b, segments, scales, 0)
-    return v, mosaic_gpu.add_lora_multi(y, x, (part,))
+    return (
+        mosaic_gpu.shrink(x, a, segments, scales),
+        mosaic_gpu.add_lora_multi(y, x, (part,)),
+        mosaic_gpu.add_lora_multi(y, x, (part,), config=TWO_LAUNCHES),
+    )
 
 
-for case in (Case(5, 1024, 200, 8, 3), Case(64, 512, 128, 16, 9), Case(150, 1024, 192, 64, 5)):
+for case in (
+    Case(5, 1024, 200, 8, 3),
+    Case(64, 2048, 1200, 16, 9),
+    Case(150, 1024, 192, 64, 5),
+    Case(300, 512, 192, 16, 5),
+):
     arrays = case.arrays()
     device = as_jax(arrays)
-    v, y = run(*(device[k] for k in ("y", "x", "a", "b", "scales", "ids")))
+    v, *ys = run(*(device[k] for k in ("y", "x", "a", "b", "scales", "ids")))
     want = products(arrays.x, arrays.a, arrays.ids)
     want *= arrays.scales[np.maximum(arrays.ids, 0)][:, None]
     assert relative_error(np.asarray(v), want) < 1e-5
     delta = products(want, arrays.b, arrays.ids)
-    assert relative_error(np.asarray(y.astype(jnp.float32)), arrays.y + delta) < 4e-3
+    for y in ys:
+        assert relative_error(np.asarray(y.astype(jnp.float32)), arrays.y + delta) < 4e-3
     print("ok", case)

@@ -61,7 +61,10 @@ def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, 
     for op in ops:
         if op == "shrink":
             outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], config=config))
-        elif op == "add_lora":
+        elif op.startswith("add_lora"):
+            if op.endswith("in two"):
+                t, (slots, rank, features) = z["x"].shape[0], z["a"].shape
+                config = mosaic_gpu.default_config(t, features, z["b"].shape[1], rank, slots)
             part = LoRAPart(z["a"], z["b"], segments, z["scales"], y_offset)
             outs.append(mosaic_gpu.add_lora_multi(z["y"], z["x"], (part,), config=config))
         else:
@@ -74,7 +77,7 @@ def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, 
     return outs
 
 
-OPS = ("shrink", "expand", "expand=", "add_lora")
+OPS = ("shrink", "expand", "expand=", "add_lora", "add_lora in two")
 IN_PLACE = ("shrink", "expand", "add_lora")
 
 
@@ -96,6 +99,7 @@ def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OP
         "expand": products(half_v, arrays.b, ids),
         "add_lora": products(want_v, arrays.b, ids),
     }
+    deltas["add_lora in two"] = deltas["add_lora"]
     tolerance = y_tolerance(case.y_dtype, case.weight_dtype)
     if case.weight_dtype == "float16" and case.y_dtype == "float32":
         tolerance = y_tolerance("float16")
@@ -156,35 +160,33 @@ def test_against_float64(case: Case, record: Any) -> None:
     check(case, record)
 
 
-FUSED = mosaic_gpu.Config(
-    split=8, stages=4, block_n=256, expand_stages=8, tokens=8, column_clusters=2
-)
-FUSED_CASES = [
-    (Case(t, 1024, 1152, r, 5, POPULARITIES[(i + j) % 3], seed=i), dict(tokens=-(-t // 16)))
-    for i, t in enumerate((1, 2, 7, 8, 9, 63, 64, 65, 129, 256))
+DECODE = mosaic_gpu.Config(split=8, warps=4, stages=2, expand_stages=4)
+DECODE_CASES = [
+    (Case(t, 1024, 1152, r, 5, POPULARITIES[(i + j) % 3], seed=i), change)
+    for i, (t, change) in enumerate(
+        (
+            (1, dict(column_clusters=4)), (2, dict(split=1)), (7, dict(split=2)),
+            (33, dict(split=4)), (64, dict(warps=8)), (65, dict(warps=16)),
+            (128, dict(column_clusters=2)),
+            (129, dict(warps=8, split=4)), (256, dict(stages=1, expand_stages=1)),
+        )
+    )
     for j, r in enumerate((8, 16, 64, 128))
+]  # fmt: skip
+DECODE_CASES += [(Case(64, 512, 256, r, 4, seed=r), {}) for r in (32, 48, 80, 112, 160, 368)]
+DECODE_CASES += [
+    (Case(64, 4096, 4096, r, 64, p), {}) for p in POPULARITIES for r in (8, 16, 64, 128)
 ]
-FUSED_CASES += [(Case(64, 512, 256, r, 4, seed=r), {}) for r in (32, 48, 80, 112, 160)]
-FUSED_CASES += [(Case(64, 4096, 320, r, 64, p), {}) for p in POPULARITIES for r in (8, 16, 64)]
-FUSED_CASES += [
-    (Case(40, h, n, 16, 3), {})
-    for h, n in ((64, 64), (128, 192), (11008, 4096), (64, 128256), (131072, 64), (4096, 28672))
-]
-FUSED_CASES += [
-    (Case(64, 320, 192, r, 4, "uniform", w, w, y), {})
-    for w, y in (("bfloat16", "float32"), ("float16", "float16"), ("float16", "float32"))
-    for r in (8, 16, 64)
-]
-FUSED_CASES += [
-    (Case(t, 128, 128, 16, 3, y_offset=offset, y_extra=extra), {})
-    for t in (24, 37)
-    for offset, extra in ((0, 64), (64, 0), (64, 8), (128, 40))
+DECODE_CASES += [
+    (Case(40, h, n, r, 3), dict(stages=3, expand_stages=6))
+    for h, n in ((64, 64), (104, 88), (11008, 4096), (64, 128256), (131072, 64), (4096, 28672))
+    for r in (16, 64)
 ]
 
 
-@pytest.mark.parametrize(("case", "change"), FUSED_CASES, ids=str)
-def test_one_launch_against_float64(case: Case, change: dict[str, int], record: Any) -> None:
-    check(case, record, dataclasses.replace(FUSED, **change), ("add_lora",))
+@pytest.mark.parametrize(("case", "change"), DECODE_CASES, ids=str)
+def test_decode_against_float64(case: Case, change: dict[str, int], record: Any) -> None:
+    check(case, record, dataclasses.replace(DECODE, **change), ("add_lora",))
 
 
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
@@ -219,15 +221,15 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
     case = Case(many, 1024, 192, rank, 6)
     arrays = case.arrays()
     configs = [mosaic_gpu.default_config(many, 1024, 192, rank, 6)]
-    if rank <= 128:
-        configs.append(FUSED)
+    if many <= 256:
+        configs.append(DECODE)
     order = np.random.default_rng(5).permutation(many)[:few]
     picked = Arrays(
         arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
         arrays.ids[order],
     )  # fmt: skip
     for config in configs:
-        ops = IN_PLACE if config.tokens is None else ("add_lora",)
+        ops = IN_PLACE if config.warps is None else ("add_lora",)
         whole, again = run(arrays, config=config, ops=ops), run(arrays, config=config, ops=ops)
         for one, two, few_rows in zip(whole, again, run(picked, config=config, ops=ops)):
             np.testing.assert_array_equal(bits(one), bits(two))
@@ -236,10 +238,10 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 300])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 128), (0, 64), (0, 8)], ids=str)
-@pytest.mark.parametrize("config", [None, FUSED], ids=["default", "one launch"])
+@pytest.mark.parametrize("config", [None, mosaic_gpu.Config(split=4)], ids=["default", "two"])
 def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any) -> None:
-    """Buckets and slices in one call, disjoint, equal and overlapping; one rounding."""
-    ranks, width = ((8, 16, 64, 128, 32) if offsets == (0, 0) else (8, 16, 128)), 128
+    """Buckets and slices in one call, disjoint, equal and overlapping."""
+    ranks, width = ((8, 16, 64, 128, 32) if offsets == (0, 0) else (8, 128)), 128
     cases = [Case(num_tokens, 512, width, r, 4, seed=r) for r in ranks]
     arrays = [case.arrays() for case in cases]
     x = arrays[0].x

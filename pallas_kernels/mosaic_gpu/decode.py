@@ -1,0 +1,794 @@
+"""y += scale * (x A^T) B^T in one launch, for few tokens: a cluster per 8 tokens of one adapter.
+
+Among the tokens that use the same adapters, the first, the ninth, ... lead eight each. Every
+cluster finds the leaders by itself, takes those eight tokens whose leader has its number, and
+leaves if there is none. So a batch needs no preparation, each adapter is read once per eight of its
+tokens, and the clusters that have work start first.
+
+A cluster's blocks share H, and their warps the share. A warp keeps a ring of copies in flight: of
+its columns of A and x, then of its rows of B and columns of y, which come while sums are exchanged.
+What it copies it alone reads, so no warp waits for another but to add up sums: those of warps, then
+of blocks, through shared memory in a fixed order. Operands of `mma` come from there in vectors: as
+a product adds up in any order, a lane's 8 consecutive columns serve two steps; and B's rows are
+dealt to `mma`'s columns so that each lane ends with 8 consecutive columns of y.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
+from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
+from pallas_kernels.mosaic_gpu.tiles import Cut, cuts, in_place, interpreted
+
+TOKENS = 8  # of a cluster: rows of mma's operand
+_UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
+_COLUMNS = 32  # columns of y that a warp takes in turn
+_TILES = 8  # of 8 ranks, whose sums are in registers at once
+_RANKS = 128  # ranks of B in a warp's turn, at most
+_UNROLL = 8  # turns written out: longer ones are loops
+_JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
+# Of shared memory, for four, two or one block on a multiprocessor, each with 1 KiB of its own.
+_SHARED_BYTES = (55 * 1024, 112 * 1024, 225 * 1024)
+_MULTIPROCESSORS = 132
+
+
+class DecodePart(NamedTuple):
+    """One stack: lora_a `[L, R, H]`, lora_b `[L, N, R]`, scales `[1]` or `[L]`, which of the ids
+    (an index), first column."""
+
+    lora_a: Float[Array, "L R H"]
+    lora_b: Float[Array, "L N R"]
+    scales: Float[Array, " S"]
+    ids: int
+    y_offset: int
+
+
+class _Part(NamedTuple):
+    rank: int
+    width: int
+    slots: int
+    own_scales: bool
+    ids: int
+    y_offset: int
+
+
+class _Bundle(NamedTuple):
+    """Tiles of 8 ranks, (part, tile), that are multiplied at once; their first column of v."""
+
+    tiles: tuple[tuple[int, int], ...]
+    first: int
+
+
+class _Piece(NamedTuple):
+    """Columns [start, stop) of y, to which a part adds."""
+
+    start: int
+    stop: int
+    part: int
+
+
+class _Job(NamedTuple):
+    """Parts with the same ids, whose sums are exchanged together."""
+
+    parts: tuple[int, ...]
+    bundles: list[_Bundle]
+    strips: list[list[_Piece]]  # the pieces of a strip have one rank, and different columns
+    columns: dict[int, int]  # each part's first column of v
+
+
+class Plan(NamedTuple):
+    """What follows from shapes and config."""
+
+    tokens: int
+    features: int
+    y_width: int
+    dtype: np.dtype[Any]
+    y_dtype: np.dtype[Any]
+    parts: tuple[_Part, ...]
+    jobs: tuple[_Job, ...]
+    split: int
+    warps: int
+    column_clusters: int
+    a_stages: int
+    b_stages: int
+
+    @property
+    def ranks(self) -> int:
+        """Columns of v, at most."""
+        return max(sum(self.parts[p].rank for p in job.parts) for job in self.jobs)
+
+    @property
+    def lists(self) -> dict[int, int]:
+        """Slots of the stacks, by the number of the ids."""
+        return {part.ids: part.slots for part in self.parts}
+
+    @property
+    def clusters(self) -> int:
+        """The most that can have work: each adapter may leave one with fewer than 8 tokens."""
+        if len(self.lists) > 1:
+            return self.tokens
+        [slots] = self.lists.values()
+        groups = min(self.tokens, slots)
+        return (self.tokens + (TOKENS - 1) * groups) // TOKENS
+
+    @property
+    def share_units(self) -> int:
+        """Units of H that are a block's."""
+        return pl.cdiv(pl.cdiv(self.features, _UNIT), self.split)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that deal y's columns."""
+        return self.split * self.column_clusters
+
+    # Shared memory, in words. Strides keep a warp's lanes in different banks.
+    @property
+    def masks(self) -> int:
+        return 0
+
+    @property
+    def rows(self) -> int:
+        return MAX_DECODE_TOKENS // 32
+
+    @property
+    def numbers(self) -> int:
+        return self.rows + TOKENS
+
+    @property
+    def ids_stride(self) -> int:
+        return pl.cdiv(self.tokens, 32) * 32
+
+    @property
+    def ids(self) -> int:
+        return self.numbers + self.ids_stride
+
+    @property
+    def v(self) -> int:
+        return self.ids + len(self.lists) * self.ids_stride
+
+    @property
+    def v_stride(self) -> int:
+        return self.ranks // 2 + 4
+
+    @property
+    def block_sums(self) -> int:
+        return self.v + TOKENS * self.v_stride
+
+    @property
+    def sum_stride(self) -> int:
+        return self.ranks + 8
+
+    @property
+    def a_slot(self) -> int:
+        tiles = max(len(bundle.tiles) for job in self.jobs for bundle in job.bundles)
+        return (1 + tiles) * 8 * _UNIT // 2
+
+    @property
+    def b_words(self) -> int:
+        """Words of B in a slot; y's columns follow."""
+        return _COLUMNS * max(turn_ranks(part.rank) for part in self.parts) // 2
+
+    @property
+    def b_slot(self) -> int:
+        return self.b_words + TOKENS * _COLUMNS * self.y_dtype.itemsize // 4
+
+    @property
+    def warp_sums(self) -> int:
+        """The first warp's; a warp's ring follows its sums."""
+        return self.block_sums + self.split * TOKENS * self.sum_stride
+
+    @property
+    def ring(self) -> int:
+        """The first warp's: of A, then of B."""
+        return self.warp_sums + TOKENS * self.sum_stride
+
+    @property
+    def warp_words(self) -> int:
+        """From a warp's sums and ring to the next one's."""
+        copies = max(self.a_stages * self.a_slot, self.b_stages * self.b_slot)
+        return TOKENS * self.sum_stride + copies
+
+    @property
+    def words(self) -> int:
+        return self.warp_sums + self.warps * self.warp_words
+
+
+def turn_ranks(rank: int) -> int:
+    """Ranks of B that a warp takes in turn: all, or an equal part of them."""
+    return max(r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank))
+
+
+def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> Plan | None:
+    """The plan of a case; None if the kernel does not take it."""
+    if config.warps is None or not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
+        return None
+    if any(w.dtype != x.dtype for part in parts for w in (part.lora_a, part.lora_b)):
+        return None
+    spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
+    if any((cut.stop - cut.start) % 8 for cut in spans):
+        return None  # parts that overlap by other than multiples of 8 columns
+    static = tuple(
+        _Part(
+            p.lora_a.shape[1], p.lora_b.shape[1], p.lora_a.shape[0], p.scales.size > 1, p.ids,
+            p.y_offset,
+        )
+        for p in parts
+    )  # fmt: skip
+    jobs = []
+    for ids in dict.fromkeys(part.ids for part in static):
+        rest = [p for p, part in enumerate(static) if part.ids == ids]
+        while rest:
+            total = list(itertools.accumulate(static[p].rank for p in rest))
+            count = max(1, sum(ranks <= _JOB_RANKS for ranks in total))
+            jobs.append(_job(static, tuple(rest[:count]), spans))
+            rest = rest[count:]
+    found = Plan(
+        tokens=x.shape[0],
+        features=x.shape[1],
+        y_width=y.shape[1],
+        dtype=jnp.dtype(x.dtype),
+        y_dtype=jnp.dtype(y.dtype),
+        parts=static,
+        jobs=tuple(jobs),
+        split=config.split,
+        warps=config.warps,
+        column_clusters=config.column_clusters,
+        a_stages=1,
+        b_stages=1,
+    )
+    items = max(
+        _turns(found, strip) * _chunks(found, strip) for job in jobs for strip in job.strips
+    )
+    # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
+    # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
+    # A ring that held all of a warp's A would start all copies at once, and B's would wait.
+    a_most = min(config.stages, max(1, pl.cdiv(found.share_units, config.warps) - 1))
+    b_most = min(config.expand_stages, items)
+    blocks = found.clusters * found.blocks
+    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
+    for room in fits or _SHARED_BYTES[-1:]:
+        a, b = a_most, b_most
+        b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
+        while True:
+            sizes = found._replace(a_stages=a, b_stages=b)
+            if 4 * sizes.words <= room:
+                return sizes
+            if a > 1 and (a * sizes.a_slot >= b * sizes.b_slot or b <= b_least):
+                a -= 1
+            elif b > b_least and b * sizes.b_slot >= a * sizes.a_slot:
+                b -= 1
+            else:
+                break
+    return None
+
+
+def _job(parts: tuple[_Part, ...], mine: tuple[int, ...], spans: list[Cut]) -> _Job:
+    tiles = [(p, n) for p in mine for n in range(parts[p].rank // 8)]
+    bundles = [
+        _Bundle(some, n * 8 * _TILES) for n, some in enumerate(itertools.batched(tiles, _TILES))
+    ]
+    starts = itertools.accumulate((parts[p].rank for p in mine), initial=0)
+    strips: list[list[_Piece]] = []
+    for cut in spans:
+        for p in set(cut.parts) & set(mine):
+            for strip in strips:
+                covered = any(piece.start == cut.start for piece in strip)
+                if parts[strip[0].part].rank == parts[p].rank and not covered:
+                    break
+            else:
+                strips.append(strip := [])
+            strip.append(_Piece(cut.start, cut.stop, p))
+    return _Job(mine, bundles, strips, dict(zip(mine, starts)))
+
+
+def _chunks(plan: Plan, strip: list[_Piece]) -> int:
+    """In how many parts a warp takes the ranks of B."""
+    rank = plan.parts[strip[0].part].rank
+    return rank // turn_ranks(rank)
+
+
+def _piece_share(plan: Plan, piece: _Piece) -> int:
+    """How many times 32 columns are a block's, at most."""
+    return pl.cdiv(pl.cdiv(piece.stop - piece.start, _COLUMNS), plan.blocks)
+
+
+def _turns(plan: Plan, strip: list[_Piece]) -> int:
+    """How many times 32 columns are a warp's, at most."""
+    return sum(pl.cdiv(_piece_share(plan, piece), plan.warps) for piece in strip)
+
+
+def _kernel(
+    m: Any, plan: Plan, cluster: Any, column_block: Any, share: Any,
+    y: Any, x: Any, ids: list[Any], parts: list[Any],
+) -> None:  # fmt: skip
+    """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
+    lane, zero = m.tid % 32, m.integer(0)
+    g = lane // 4
+
+    # ------------------------------------------------------------------- the tokens of the cluster
+
+    def every(op: Any, values: Any) -> Any:
+        return functools.reduce(op, values)
+
+    threads = 32 * plan.warps
+    lists = {
+        i: (m.address(ids[i], zero, plan.tokens), plan.ids + n * plan.ids_stride, slots)
+        for n, (i, slots) in enumerate(plan.lists.items())
+    }
+    tokens: list[Any] = []  # of this lane: number, whether there is one, its adapters
+    for first in range(0, plan.tokens, threads):
+        t = m.tid + first
+        inside = t < plan.tokens
+        own = {}
+        for i, (source, place, slots) in lists.items():
+            [word] = m.load(source, t, 1, inside)
+            own[i] = m.select(inside & (word >= 0) & (word < slots), word, -1)
+            m.put(place + t, [own[i]], t < plan.ids_stride)
+        tokens.append((t, inside, own))
+    m.put(plan.rows + m.tid, [m.integer(-1)], m.tid < TOKENS)
+    m.barrier()
+    below = (m.integer(1) << lane) - 1
+    for n, (t, inside, own) in enumerate(tokens):
+        # How many tokens before this one use the same adapters.
+        number = m.ones(every(lambda a, b: a & b, [m.match(word) for word in own.values()]) & below)
+
+        def earlier(j: Any, carry: list[Any], own: dict[int, Any] = own) -> list[Any]:
+            theirs = [
+                [word for n in range(0, 32, 4) for word in m.get(place + j * 32 + n, 4)]
+                for _, place, _ in lists.values()
+            ]
+            total = carry[0]
+            for word in zip(*theirs):
+                same = every(lambda a, b: a & b, [a == b for a, b in zip(word, own.values())])
+                total = m.select(same, total + 1, total)
+            return [total]
+
+        # Only for words that are there: a warp may have no token.
+        words_before = m.select(t // 32 * 32 < plan.tokens, t // 32, 0)
+        if plan.tokens > 32:
+            [number] = m.loop(words_before, earlier, [number])
+        used = every(lambda a, b: a | b, [adapter >= 0 for adapter in own.values()])
+        leads = m.ballot(inside & used & (number % TOKENS == 0))
+        m.put(plan.masks + t // 32, [leads], (lane == 0) & inside)
+        m.put(plan.numbers + t, [number], inside)
+        tokens[n] = t, inside, own, number
+    m.barrier()
+    masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
+    leader, active = _nth_bit(m, masks, cluster)
+
+    def work() -> None:
+        mine = {i: m.get(place + leader, 1)[0] for i, (_, place, _) in lists.items()}
+        first = m.get(plan.numbers + leader, 1)[0]
+        for t, inside, own, number in tokens:
+            same = every(lambda a, b: a & b, [own[i] == mine[i] for i in lists])
+            nth = number - first
+            m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
+        m.barrier()
+        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
+        has = g < count
+        valid = {i: adapter >= 0 for i, adapter in mine.items()}
+        slot = {i: m.select(valid[i], adapter, 0) for i, adapter in mine.items()}
+        earlier: Any = None  # whether a job has run
+        for n, job in enumerate(plan.jobs):
+            i = plan.parts[job.parts[0]].ids
+            run = functools.partial(
+                _run_job, m, plan, n, earlier, slot[i], count, has, column_block, share, y, x, parts
+            )
+            if len(lists) == 1:  # its adapter is in use, or the token led none
+                run()
+                earlier = m.tid >= 0
+            else:
+                m.when(valid[i], run)
+                earlier = valid[i] if earlier is None else earlier | valid[i]
+
+    m.when(active, work)
+
+
+def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
+    """The place of the nth bit that is set in the masks, and whether there is one."""
+    bits, before, first, total = masks[0], n, m.integer(0), m.ones(masks[0])
+    for word, mask in enumerate(masks[1:], 1):
+        beyond = n >= total
+        bits = m.select(beyond, mask, bits)
+        before = m.select(beyond, n - total, before)
+        first = m.select(beyond, m.integer(32 * word), first)
+        total = total + m.ones(mask)
+    bit, found = m.integer(0), n < total
+    for width in (16, 8, 4, 2, 1):
+        low = m.ones((bits >> bit) & ((1 << width) - 1))
+        beyond = before >= low
+        before = m.select(beyond, before - low, before)
+        bit = m.select(beyond, bit + width, bit)
+    return m.select(found, first + bit, 0), found
+
+
+def _run_job(
+    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any, has: Any,
+    column_block: Any, share: Any, y: Any, x: Any, parts: list[Any],
+) -> None:  # fmt: skip
+    """Both halves of the parts of one job, for `count` tokens; `earlier`: another one has run."""
+    job = plan.jobs[number]
+    lane, warp = m.tid % 32, m.tid // 32
+    g, c = lane // 4, lane % 4  # row and column group of mma's operands
+    threads, always, zero = 32 * plan.warps, m.tid >= 0, m.integer(0)
+    if earlier is not None:
+        m.when(earlier, m.cluster_barrier)  # all blocks are done with the sums that they received
+
+    def stack(p: int, which: int, stride: int) -> Any:
+        return m.address(parts[p][which], slot, stride)
+
+    mine = {p: plan.parts[p] for p in job.parts}
+    a_of = {p: stack(p, 0, part.rank * plan.features) for p, part in mine.items()}
+    b_of = {p: stack(p, 1, part.rank * part.width) for p, part in mine.items()}
+    scales = {
+        p: m.as_real(m.load(stack(p, 2, 1 if part.own_scales else 0), 0, 1, always)[0])
+        for p, part in mine.items()
+    }
+    v_of = job.columns
+
+    def token_row(r: Any, ref: Any, width: int) -> Any:
+        """(the address of the r-th token's row, whether there is one)"""
+        there = r < count
+        return m.address(ref, m.select(there, m.get(plan.rows + r, 1)[0], 0), width), there
+
+    # ---------------------------------------------------------- v = x A^T, a share of it
+
+    first_unit = share * plan.share_units
+    end_unit = m.minimum(first_unit + plan.share_units, pl.cdiv(plan.features, _UNIT))
+    units = pl.cdiv(plan.share_units, plan.warps)  # of a warp
+    line, chunk = lane // 8, lane % 8  # a warp copies 4 lines of 8 times 16 bytes at once
+    x_rows = [token_row(line + 4 * n, x, plan.features) for n in range(2)]
+    ring = plan.ring + warp * plan.warp_words
+
+    def fill_a(bundle: _Bundle, n: Any, slot: Any) -> None:
+        k = (first_unit + n * plan.warps + warp) * _UNIT + chunk * 8
+        here = (k < end_unit * _UNIT) & (k < plan.features)
+        # Rows of 128 bytes lie in the same banks: the halves of odd ones change places.
+        place = ring + slot * plan.a_slot + line * 32 + (chunk ^ line % 2 * 4) * 4
+        for row, (address, there) in enumerate(x_rows):
+            m.copy(place + row * 128, address, k, here & there)
+        start = line * plan.features + k
+        first_rows = {p: m.ahead(a_of[p], start) for p in sorted({p for p, _ in bundle.tiles})}
+        for row, (p, tile) in enumerate(bundle.tiles):
+            for half in range(2):
+                to = place + (256 * (row + 1) + 128 * half)
+                m.copy(to, first_rows[p], (8 * tile + 4 * half) * plan.features, here)
+
+    def multiply_a(bundle: _Bundle, slot: Any, acc: list[Any]) -> list[Any]:
+        acc, row = list(acc), ring + slot * plan.a_slot + g * 32 + c * 4
+        for half in range(2):
+            at = row + (g + half) % 2 * 16
+            tokens = m.get(at, 4)
+            for n in range(len(bundle.tiles)):
+                ranks = m.get(at + 256 * (n + 1), 4)
+                for step in (0, 2):
+                    acc[2 * n : 2 * n + 2] = m.mma(
+                        acc[2 * n : 2 * n + 2],
+                        tokens[step : step + 2],
+                        ranks[step : step + 2],
+                        plan.dtype,
+                    )
+        return acc
+
+    def shrink(bundle: _Bundle) -> list[Any]:
+        """The warp's sums."""
+        m.arrived(0)
+        m.warp_barrier()  # the ring is free
+
+        for n in range(plan.a_stages):
+            fill_a(bundle, n, n)
+            m.commit()
+
+        def turn(n: Any, acc: list[Any]) -> list[Any]:
+            m.arrived(plan.a_stages - 1)
+            m.warp_barrier()
+            acc = multiply_a(bundle, n % plan.a_stages, acc)
+            m.warp_barrier()
+            if not isinstance(n, int) or n + plan.a_stages < units:  # a loop's last bring zeros
+                fill_a(bundle, n + plan.a_stages, n % plan.a_stages)
+            m.commit()
+            return acc
+
+        acc = [m.real(0.0)] * (2 * len(bundle.tiles))
+        if units > _UNROLL:
+            return m.loop(units, turn, acc)
+        for n in range(units):
+            acc = turn(n, acc)
+        return acc
+
+    # --------------------------------------------------------- B and y, a share of the columns
+
+    block = column_block * plan.split + share
+    y_chunks = _COLUMNS * plan.y_dtype.itemsize // 16
+    y_rows = [
+        token_row(lane // y_chunks + n * (32 // y_chunks), y, plan.y_width)
+        for n in range(y_chunks // 4)
+    ]
+
+    def place_of(strip: list[_Piece], turn: Any) -> Any:
+        """Of a warp's turn: its first column of y, the columns left from there on in its piece
+        (none: 0 or fewer), and the address of B's row for that column."""
+        found: Any = None
+        before = 0
+        for piece in strip:
+            part, each = plan.parts[piece.part], _piece_share(plan, piece)
+            turns = pl.cdiv(each, plan.warps)
+            unit = (turn - before) * plan.warps + warp
+            column = (block * each + unit) * _COLUMNS
+            left = m.select(unit < each, (piece.stop - piece.start) - column, 0)
+            base = b_of[piece.part]
+            shift = (piece.start - part.y_offset) * part.rank * plan.dtype.itemsize
+            here = column + piece.start, left, base._replace(first=base.first + shift), column
+            if isinstance(turn, int):
+                if before <= turn < before + turns:
+                    return here
+            elif found is None:
+                found = here
+            else:
+                later = turn >= before
+                y_column, left, address, column = (
+                    m.select(later, new, old)
+                    for new, old in zip(
+                        (*here[:2], here[2].first, here[3]), (*found[:2], found[2].first, found[3])
+                    )
+                )
+                found = y_column, left, base._replace(first=address), column
+            before += turns
+        return found
+
+    def fill_b(strip: list[_Piece], turn: Any, chunk: int, slot: Any) -> None:
+        rank = plan.parts[strip[0].part].rank
+        ranks = turn_ranks(rank)
+        column, left, address, b_row = place_of(strip, turn)
+        place = ring + slot * plan.b_slot
+        chunks = ranks // 8  # of a row of B, 16 bytes each
+
+        def copy(row: Any, at: Any, source: Any, static_row: int, n: int) -> None:
+            to = at ^ row % 2 * 4 if ranks % 64 == 0 else at
+            m.copy(
+                place + row * (ranks // 2) + to * 4 + n * 128, source, static_row * rank,
+                row + static_row < left,
+            )  # fmt: skip
+
+        if 32 % chunks == 0:  # a warp copies whole rows at once
+            row, at = lane // chunks, lane % chunks
+            source = m.ahead(address, (b_row + row) * rank + (at * 8 + chunk * ranks))
+            for n in range(chunks):
+                copy(row, at, source, n * 32 // chunks, n)
+        else:
+            for n in range(chunks):
+                row, at = (lane + 32 * n) // chunks, (lane + 32 * n) % chunks
+                source = m.ahead(address, (b_row + row) * rank + (at * 8 + chunk * ranks))
+                copy(row, at, source, 0, 0)
+        if chunk != 0:
+            return
+        wide = 16 // plan.y_dtype.itemsize
+        at = lane % y_chunks * wide
+        for n, (row, there) in enumerate(y_rows):
+            to = place + (plan.b_words + 128 * n) + lane * 4
+            m.copy(to, row, column + at, there & (at < left))
+
+    def multiply_b(strip: list[_Piece], turn: Any, chunk: int, slot: Any, acc: Any) -> Any:
+        rank = plan.parts[strip[0].part].rank
+        ranks, acc = turn_ranks(rank), list(acc)
+        each = 8 if ranks % 32 == 0 else 4 if ranks % 16 == 0 else 2  # of a lane, at once
+        words = each // 2
+        first = v_first(strip, turn) + chunk * ranks
+        rows = ring + slot * plan.b_slot + (g // 2 * 8 + g % 2) * (ranks // 2)
+        for n in range(ranks // (4 * each)):
+            v = m.get(plan.v + g * plan.v_stride + (first + 4 * each * n) // 2 + c * words, words)
+            for tile in range(4):
+                at = c * words + 4 * words * n
+                if ranks % 64 == 0:
+                    at = c * 4 + (n // 2 * 2 + (g + n) % 2) * 16
+                b = m.get(rows + tile * ranks + at, words)
+                for step in range(0, words, 2):
+                    pair = [[*r[step : step + 2], zero][:2] for r in (v, b)]
+                    acc[2 * tile : 2 * tile + 2] = m.mma(
+                        acc[2 * tile : 2 * tile + 2], *pair, plan.dtype
+                    )
+        return acc
+
+    def v_first(strip: list[_Piece], turn: Any) -> Any:
+        """The first column of v for the part whose turn it is."""
+        found: Any = None
+        before = 0
+        for piece in strip:
+            turns = pl.cdiv(_piece_share(plan, piece), plan.warps)
+            mine = v_of[piece.part]
+            if isinstance(turn, int):
+                if before <= turn < before + turns:
+                    return mine
+            elif found is None:
+                found = m.integer(mine)
+            else:
+                found = m.select(turn >= before, m.integer(mine), found)
+            before += turns
+        return found
+
+    y_row, _ = token_row(g, y, plan.y_width)
+
+    def y_words(slot: Any) -> list[Any]:
+        size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
+        at = ring + slot * plan.b_slot + plan.b_words + (g * 4 + c) * size
+        return [word for n in range(0, size, 4) for word in m.get(at + n, 4)]
+
+    def add(strip: list[_Piece], turn: Any, old: list[Any], acc: list[Any]) -> None:
+        column, left, *_ = place_of(strip, turn)
+        if plan.y_dtype == np.float32:
+            new = [m.as_word(m.as_real(word) + delta) for word, delta in zip(old, acc)]
+        else:
+            new = []
+            for i, word in enumerate(old):
+                low, high = m.unpack(word, plan.y_dtype)
+                new.append(m.pack(low + acc[2 * i], high + acc[2 * i + 1], plan.y_dtype))
+        m.store(y_row, column + c * 8, new, has & (c * 8 < left))
+
+    def fill_first(strip: list[_Piece]) -> None:
+        chunks = _chunks(plan, strip)
+
+        for n in range(min(plan.b_stages, _turns(plan, strip) * chunks)):
+            fill_b(strip, n // chunks, n % chunks, n)
+
+    def expand(strip: list[_Piece]) -> None:
+        chunks, total = _chunks(plan, strip), _turns(plan, strip)
+
+        def turn(n: Any, _: list[Any]) -> list[Any]:
+            acc: list[Any] = [m.real(0.0)] * 8
+            old: list[Any] = []
+            for chunk in range(chunks):
+                item = n * chunks + chunk
+                slot = item % plan.b_stages
+                m.arrived(plan.b_stages - 1)
+                m.warp_barrier()
+                old = old or y_words(slot)  # before the slot is filled again
+                acc = multiply_b(strip, n, chunk, slot, acc)
+                m.warp_barrier()
+                if not isinstance(n, int) or item + plan.b_stages < total * chunks:
+                    ahead, next_chunk = divmod(chunk + plan.b_stages, chunks)
+                    fill_b(strip, n + ahead, next_chunk, slot)
+                m.commit()
+            add(strip, n, old, acc)
+            return []
+
+        if total * chunks > _UNROLL:
+            m.loop(total, turn, [])
+        else:
+            for n in range(total):
+                turn(n, [])
+
+    # ------------------------------------------------------------------- v, the sum of all shares
+
+    for bundle in job.bundles:
+        acc = shrink(bundle)
+        place = plan.warp_sums + warp * plan.warp_words + g * plan.sum_stride + bundle.first + c * 2
+        for tile in range(len(bundle.tiles)):
+            words = [m.as_word(value) for value in acc[2 * tile : 2 * tile + 2]]
+            m.put(place + 8 * tile, words)
+    # Not earlier: A of all clusters then comes before B of any, and B while sums are exchanged.
+    m.arrived(0)
+    m.warp_barrier()
+    fill_first(job.strips[0])
+    m.barrier()
+
+    def quads(bundle: _Bundle, times: int, do: Any) -> None:
+        """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to lanes."""
+        wide = 2 * len(bundle.tiles)
+        total = TOKENS * wide * times
+        for first in range(0, total, threads):
+            i = m.tid + first
+            t = i // wide % TOKENS
+            here = t < count if total % threads == 0 else (t < count) & (i < total)
+            do(i // (wide * TOKENS), t, bundle.first + i % wide * 4, here)
+
+    def added(place: Any, times: int, stride: int) -> list[Any]:
+        total = [m.as_real(word) for word in m.get(place, 4)]
+        for n in range(1, times):
+            more = [m.as_real(word) for word in m.get(place + n * stride, 4)]
+            total = [a + b for a, b in zip(total, more)]
+        return total
+
+    plane = TOKENS * plan.sum_stride
+
+    def send(to: Any, t: Any, column: Any, here: Any) -> None:
+        at = t * plan.sum_stride + column
+        warps = added(plan.warp_sums + at, plan.warps, plan.warp_words)
+        words = [m.as_word(s) for s in warps]
+        to = m.minimum(to, plan.split - 1)
+        m.push(to, plan.block_sums + share * plane + at, words, here)
+
+    def finish(bundle: _Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
+        total = added(plan.block_sums + t * plan.sum_stride + column, plan.split, plane)
+        in_bundle = sorted({p for p, _ in bundle.tiles})
+        scale = scales[in_bundle[0]]
+        for p in in_bundle[1:]:
+            scale = m.select(column < v_of[p], scale, scales[p])
+        total = [s * scale for s in total]
+        words = [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
+        m.put(plan.v + t * plan.v_stride + column // 2, words, here)
+
+    for bundle in job.bundles:
+        quads(bundle, plan.split, send)
+    m.cluster_barrier()
+    for bundle in job.bundles:
+        quads(bundle, 1, functools.partial(finish, bundle))
+    m.barrier()
+
+    # ------------------------------------------------------------------------------- y += v B^T
+
+    for n, strip in enumerate(job.strips):
+        if n > 0:
+            m.arrived(0)
+            m.warp_barrier()  # the ring is free, and the warp's columns of y may be copied again
+            fill_first(strip)
+        m.commit()
+        m.arrived(0)
+        expand(strip)
+
+
+def decode_kernel(
+    y: Float[Array, "T Ny"],
+    x: Float[Array, "T H"],
+    ids: tuple[Int[Array, " T"], ...],
+    parts: tuple[DecodePart, ...],
+    plan: Plan,
+) -> Float[Array, "T Ny"]:
+    """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
+    arrays = [*ids, *itertools.chain(*(part[:3] for part in parts))]
+    if interpreted():
+        shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        run = functools.partial(_emulate, plan, len(ids))
+        return jax.pure_callback(run, shape, y, x, *arrays, vmap_method="sequential")
+    dtypes = [jnp.dtype(array.dtype) for array in (y, x, *arrays)]
+
+    def body(*refs: Any) -> None:
+        places = [lax.axis_index(name) for name in ("cluster", "columns", "share")]
+
+        @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
+            arg_types=(*[plgpu.RefType()] * len(refs), *[plgpu.Layout.WG_SPLAT] * 3)
+        )
+        def inline(_: Any, *args: Any) -> None:
+            m = Gpu(args[len(dtypes)], 32 * plan.warps)
+            cluster, columns, share = (m.uniform(place) for place in args[-3:])
+            y_, x_, *rest = zip(args, dtypes)
+            stacks = rest[len(ids) :]
+            triples = [tuple(stacks[i : i + 3]) for i in range(0, len(stacks), 3)]
+            _kernel(m, plan, cluster, columns, share, y_, x_, rest[: len(ids)], triples)
+
+        inline(*refs, *places)
+
+    groups = plan.warps // 4
+    threads: dict[str, Any] = dict(num_threads=groups, thread_name="group") if groups > 1 else {}
+    kernel = plgpu.kernel(
+        body,
+        scratch_types=[plgpu.SMEM((plan.words,), jnp.int32)],
+        grid=(plan.clusters, plan.column_clusters),
+        grid_names=("cluster", "columns"),
+        cluster=(plan.split,),
+        cluster_names=("share",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="lora_" + "_".join(f"r{part.rank}" for part in plan.parts),
+        **threads,
+    )
+    return in_place(kernel, y, x, *arrays)
+
+
+def _emulate(plan: Plan, lists: int, *arrays: Any) -> Any:
+    memory = Memory([np.asarray(array) for array in arrays])
+    y, x, *rest = memory.refs
+    ids, stacks = rest[:lists], rest[lists:]
+    parts = [tuple(stacks[i : i + 3]) for i in range(0, len(stacks), 3)]
+    for cluster, columns in itertools.product(range(plan.clusters), range(plan.column_clusters)):
+        m = Emulator(memory, plan.words, plan.split, 32 * plan.warps)
+        share = np.broadcast_to(np.arange(plan.split, dtype=np.int32)[:, None], m.tid.shape)
+        _kernel(m, plan, m.integer(cluster), m.integer(columns), share, y, x, ids, parts)
+    return memory.array(0)
