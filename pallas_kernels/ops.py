@@ -548,8 +548,9 @@ def add_lora_multi(
 ) -> Array:
     """`add_lora` of several parts at once: rank buckets, slices of a packed projection, or both.
 
-    Parts may differ in rank, width and adapters, and may overlap; where they do, their sum is
-    rounded once.
+    Parts may differ in rank, width and adapters, and may overlap. Where several adapters add to
+    the same columns of a token, their float32 sum is rounded to y's dtype once, or after each
+    ("mosaic_gpu", up to 256 tokens). Parts that share ids are fastest with one `indices` object.
 
     Args:
       y: `[T, Ny]`.

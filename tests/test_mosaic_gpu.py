@@ -81,6 +81,7 @@ def add_lora(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.nda
 
 
 TWO = mosaic_gpu.Config(split=2)  # launches
+DECODE = mosaic_gpu.Config(split=2, warps=4, stages=2, expand_stages=2)
 TINY = [
     Case(9, 72, 80, 8, 3, "uniform"),
     Case(5, 256, 64, 16, 4, "distinct"),
@@ -132,7 +133,7 @@ def test_a_v_that_is_not_float32_is_cast_too(interpreted: None) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [None, TWO], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])
 def test_nothing_leaks(config: Any, interpreted: None) -> None:
     """NaN in unused slots, in a row of -1 or in another row reaches no output."""
     clean = Case(9, 64, 64, 16, 4).arrays()
@@ -165,7 +166,6 @@ def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
         np.testing.assert_array_equal(bits(whole)[order], bits(run(as_jax(picked), config=config)))
 
 
-DECODE = mosaic_gpu.Config(split=2, warps=4, stages=2, expand_stages=2)
 DECODE_TINY = [
     (Case(9, 584, 136, 8, 9, "uniform"), {}),
     (Case(5, 256, 64, 16, 4, "distinct"), dict(column_clusters=2)),
@@ -233,12 +233,12 @@ def test_the_emulator_finds_a_missing_barrier(
             add_lora(z, config=DECODE)
 
 
-@pytest.mark.parametrize("config", [None, TWO], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
 def test_parts_share_launches(
     offsets: tuple[int, int], config: Any, request: pytest.FixtureRequest
 ) -> None:
-    request.getfixturevalue("emulated" if config is None else "interpreted")
+    request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     arrays = [Case(5, 64, 64, rank, 2, seed=rank).arrays() for rank in (8, 16)]
     x, y = arrays[0].x, Case(5, 64, 136, 8, 1).arrays().y
     parts = [pk.LoRAPart(z.a, z.b, z.ids, z.scales, offset) for z, offset in zip(arrays, offsets)]

@@ -249,6 +249,7 @@ class _Bench:
     ) -> float:
         self.progress(f"timing {name}")
         us, host_us = program.time(batch)
+        self.progress(f"{name} takes {us:,.0f} us")  # lest a run that is cut off has told nothing
         kernels = program.profile(batch) if self.profile else ()
         limit = target_us if _on_gpu() else None
         self.rows.append(Row(name, us, host_us, limit, target, kernels))

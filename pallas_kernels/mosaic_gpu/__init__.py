@@ -77,8 +77,10 @@ def add_lora_multi(
 
     One launch where the decode kernel takes them all, else one or two for some of them at a time.
     """
-    groups = [parts] if _decode_plan(y, x, parts, config) else _launches(parts)
-    for group in groups:
+    planned = _decode_plan(y, x, parts, config)
+    if planned is not None:
+        return decode_kernel(y, x, *planned)
+    for group in _launches(parts):
         planned = _decode_plan(y, x, group, config)
         if planned is None:
             y = _two_launches(y, x, group, config)
@@ -122,7 +124,13 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
 
 
 def _decode_plan(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Any:
-    """The decode kernel's ids, parts and plan; None where it does not take the case."""
+    """The decode kernel's ids, parts and plan; None where it does not take the case.
+
+    Pallas's interpreter, whose race detection a caller asks for, cannot run lanes: there only a
+    config that names the kernel gets it, by its own emulator.
+    """
+    if config is None and interpreted():
+        return None
     lists: dict[tuple[int, int], Array] = {}  # parts of one projection mostly share their ids
     keys = [(id(part.indices), part.indices.num_adapters) for part in parts]
     for key, part in zip(keys, parts):

@@ -248,11 +248,11 @@ def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> P
     items = max(
         _turns(found, strip) * _chunks(found, strip) for job in jobs for strip in job.strips
     )
-    # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
-    # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
-    # A ring that held all of a warp's A would start all copies at once, and B's would wait.
+    # A ring that held all of a warp's A would start all copies at once, and keep others' waiting.
     a_most = min(config.stages, max(1, pl.cdiv(found.share_units, config.warps) - 1))
     b_most = min(config.expand_stages, items)
+    # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
+    # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
     blocks = found.clusters * found.blocks
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
     for room in fits or _SHARED_BYTES[-1:]:
@@ -279,7 +279,7 @@ def _job(parts: tuple[_Part, ...], mine: tuple[int, ...], spans: list[Cut]) -> _
     starts = itertools.accumulate((parts[p].rank for p in mine), initial=0)
     strips: list[list[_Piece]] = []
     for cut in spans:
-        for p in set(cut.parts) & set(mine):
+        for p in sorted(set(cut.parts) & set(mine)):
             for strip in strips:
                 covered = any(piece.start == cut.start for piece in strip)
                 if parts[strip[0].part].rank == parts[p].rank and not covered:
@@ -312,7 +312,6 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     lane, zero = m.tid % 32, m.integer(0)
-    g = lane // 4
 
     # ------------------------------------------------------------------- the tokens of the cluster
 
@@ -373,15 +372,14 @@ def _kernel(
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
         m.barrier()
-        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
-        has = g < count
+        count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
         valid = {i: adapter >= 0 for i, adapter in mine.items()}
         slot = {i: m.select(valid[i], adapter, 0) for i, adapter in mine.items()}
         earlier: Any = None  # whether a job has run
         for n, job in enumerate(plan.jobs):
             i = plan.parts[job.parts[0]].ids
             run = functools.partial(
-                _run_job, m, plan, n, earlier, slot[i], count, has, column_block, share, y, x, parts
+                _run_job, m, plan, n, earlier, slot[i], count, column_block, share, y, x, parts
             )
             if len(lists) == 1:  # its adapter is in use, or the token led none
                 run()
@@ -412,10 +410,11 @@ def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
 
 
 def _run_job(
-    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any, has: Any,
+    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any,
     column_block: Any, share: Any, y: Any, x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
-    """Both halves of the parts of one job, for `count` tokens; `earlier`: another one has run."""
+    """Both halves of one job's parts, for `count` tokens of the adapter in `slot`; `earlier` says
+    whether another job has run, None if none can have."""
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32
     g, c = lane // 4, lane % 4  # row and column group of mma's operands
@@ -483,7 +482,6 @@ def _run_job(
         """The warp's sums."""
         m.arrived(0)
         m.warp_barrier()  # the ring is free
-
         for n in range(plan.a_stages):
             fill_a(bundle, n, n)
             m.commit()
@@ -615,7 +613,7 @@ def _run_job(
             before += turns
         return found
 
-    y_row, _ = token_row(g, y, plan.y_width)
+    y_row, has = token_row(g, y, plan.y_width)
 
     def y_words(slot: Any) -> list[Any]:
         size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
@@ -635,7 +633,6 @@ def _run_job(
 
     def fill_first(strip: list[_Piece]) -> None:
         chunks = _chunks(plan, strip)
-
         for n in range(min(plan.b_stages, _turns(plan, strip) * chunks)):
             fill_b(strip, n // chunks, n % chunks, n)
 
@@ -742,7 +739,7 @@ def decode_kernel(
     parts: tuple[DecodePart, ...],
     plan: Plan,
 ) -> Float[Array, "T Ny"]:
-    """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
+    """y' in place where XLA can. y is rounded once for each part that adds to a token's columns."""
     arrays = [*ids, *itertools.chain(*(part[:3] for part in parts))]
     if interpreted():
         shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
