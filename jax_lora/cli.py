@@ -257,7 +257,8 @@ def bench(
 
     Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
     together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
-    byte once, or multiplying, takes at least. Each result is checked before it is timed.
+    byte once, or multiplying, takes at least. Each result is checked before it is timed. Where
+    tokamax is installed, its `ragged_dot` is timed too.
     """
     if context.invoked_subcommand is not None:
         if peers or cases or plot or as_json:
@@ -274,14 +275,16 @@ def bench(
     if as_json:
         _print_json(report.to_dict())
         return
-    names = ["case", "floor", "ours", "x floor", "XLA", *benchmark.PEERS, "speed-up"]
+    others = ["tokamax"] if any(result.tokamax for result in report.results) else []
+    others += benchmark.PEERS
+    names = ["case", "floor", "ours", "x floor", "XLA", *others, "speed-up"]
     table = Table(*names, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for result in report.results:
         ours, best = result.ours, result.best_peer
         times = [result.floor, ours, None if ours is None else ours / result.floor, result.xla]
-        times += [result.peers.get(peer) for peer in benchmark.PEERS]
+        times += [{"tokamax": result.tokamax, **result.peers}.get(other) for other in others]
         times += [None if ours is None or best is None else best / ours]
         table.add_row(result.case.label, *("-" if t is None else f"{t:.2f}" for t in times))
     _stdout.print(table)

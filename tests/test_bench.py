@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from jax_lora import bench
-from jax_lora.bench import step
+from jax_lora.bench import kernels, step
 from jax_lora.cli import app
 
 TINY = [
@@ -75,6 +76,21 @@ def test_without_a_gpu_xla_is_timed_and_the_rest_is_said_to_be_missing(tmp_path:
     assert [row["ours"] for row in report["results"]] == [None, None]
     assert all(row["xla"] > 0 for row in report["results"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tokamax_is_timed_and_checked_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "ragged_dot", jax.lax.ragged_dot)
+    result = run(tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert all(row["tokamax"] > 0 for row in json.loads(result.stdout)["results"])
+    assert "tokamax" in run(tmp_path).stdout
+    monkeypatch.setattr(
+        kernels, "ragged_dot", lambda *args, **how: 2 * jax.lax.ragged_dot(*args, **how)
+    )
+    with pytest.raises(RuntimeError, match="tokamax is wrong at"):
+        bench.run([bench.Case(8, 4, 16, 64, 128, 8)], None, lambda text: None)
 
 
 def test_peers_are_asked_for_the_same_cases_and_a_failing_one_is_a_note(tmp_path: Path) -> None:

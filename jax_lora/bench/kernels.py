@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.bench.timing import COPY_RATE, ceilings, loop_us
-from pallas_kernels import add_lora, make_segments
+from pallas_kernels import Segments, add_lora, make_segments
+
+try:  # a comparison, where someone has installed it
+    from tokamax import ragged_dot  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    ragged_dot = None
 
 PEERS = ("vllm", "csgmv", "sgl_v2")
 
@@ -81,6 +86,7 @@ class Result:
     floor: float
     ours: float | None
     xla: float
+    tokamax: float | None
     peers: dict[str, float]
     notes: list[str]
 
@@ -143,7 +149,8 @@ def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], Non
         notes += [f"{peer} {row[peer]}" for peer in PEERS if isinstance(row.get(peer), str)]
         floor = case.floor_us(matmul_rate or float("inf"))
         xla = min(times[name] for name in ("bgmv", "sgmv") if name in times)
-        results.append(Result(case, floor, times.get("mosaic_gpu"), xla, by_peer, notes))
+        ours, tokamax = times.get("mosaic_gpu"), times.get("tokamax")
+        results.append(Result(case, floor, ours, xla, tokamax, by_peer, notes))
     device = jax.devices()[0].device_kind
     return Report(device, time.strftime("%Y-%m-%d"), copy_rate, matmul_rate, results)
 
@@ -186,7 +193,8 @@ def _make(case: Case) -> tuple[list[Any], np.ndarray]:
 
 
 def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
-    """Microseconds by form: "mosaic_gpu" where it runs, XLA's "bgmv" and "sgmv"."""
+    """Microseconds by form: "mosaic_gpu" where it runs, XLA's "bgmv" and "sgmv", "tokamax" where
+    that is installed."""
     sets, ids = _make(case)
     segments = make_segments(ids, case.L)
     y, x, a, b = (t.astype(jnp.float32) for t in sets[0])
@@ -196,17 +204,16 @@ def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
         del forms["bgmv"]  # it would gather the weights of each of thousands of tokens
     if on_gpu:
         forms = {"mosaic_gpu": ("mosaic_gpu", case.phase), **forms}
+    calls = {name: _add_lora(segments, *form) for name, form in forms.items()}
+    if ragged_dot is not None:
+        calls["tokamax"] = _ragged_dots(segments, ragged_dot)
     times, notes = {}, []
     rounds = -(-_CALLS // len(sets)) if on_gpu else 1
-    for name, (implementation, phase) in forms.items():
-
-        def call(y: Any, x: Any, a: Any, b: Any, how: Any = implementation, p: str = phase) -> Any:
-            return add_lora(y, x, a, b, segments, phase=p, implementation=how)
-
+    for name, call in calls.items():
         try:
             error = _relative_error(jax.jit(call)(*sets[0]), expected)
         except NotImplementedError as lacking:
-            notes.append(str(lacking))
+            notes.append(f"{name}: {lacking}" if name == "tokamax" else str(lacking))
             continue
         if not error < _MAX_ERROR:
             raise RuntimeError(f"{name} is wrong at {case}: relative error {error:.1e}")
@@ -222,6 +229,29 @@ def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
 
         times[name] = loop_us(body, sets, rounds * len(sets))
     return times, notes
+
+
+def _add_lora(segments: Segments, implementation: Any, phase: str) -> Callable[..., jax.Array]:
+    def call(y: Any, x: Any, a: Any, b: Any) -> jax.Array:
+        return add_lora(y, x, a, b, segments, phase=phase, implementation=implementation)
+
+    return call
+
+
+def _ragged_dots(segments: Segments, dot: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Both halves as grouped products of the rows sorted by adapter; every token has one."""
+    slots = jnp.arange(segments.num_adapters)
+    sizes = jnp.sum(segments.indices == slots[:, None], axis=1, dtype=jnp.int32)
+    rows = segments.rows
+
+    def call(y: Any, x: Any, a: Any, b: Any) -> jax.Array:
+        v = dot(x[rows], a.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
+        delta = dot(
+            v.astype(b.dtype), b.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32
+        )  # fmt: skip
+        return (y.astype(jnp.float32)).at[rows].add(delta).astype(y.dtype)
+
+    return call
 
 
 def _relative_error(got: jax.Array, expected: jax.Array) -> float:
@@ -246,9 +276,10 @@ def plot(report: Report, path: Path) -> None:
         "floor": [result.floor for result in report.results],
         "jax-lora": [result.ours for result in report.results],
         "XLA": [result.xla for result in report.results],
+        "tokamax": [result.tokamax for result in report.results],
         **{p: [result.peers.get(p) for result in report.results] for p in PEERS},
     }
-    for (name, values), marker in zip(series.items(), "|osv^D"):
+    for (name, values), marker in zip(series.items(), "|osPv^D"):
         points = [(v, row) for v, row in zip(values, rows) if v is not None]
         if points:
             left.plot(*zip(*points), marker, label=name, markersize=12 if name == "floor" else 5)
