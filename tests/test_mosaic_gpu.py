@@ -32,7 +32,7 @@ from mosaic_cases import (
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import decode, lanes, tiles
+from pallas_kernels.mosaic_gpu import decode_plan, lanes, tiles
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -192,8 +192,8 @@ def test_decode_emulated_against_float64(
     ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
     columns = slice(case.y_offset, case.y_offset + case.width)
     config = dataclasses.replace(DECODE, **change)
-    part = decode.DecodePart(arrays.a, arrays.b, arrays.scales, 0, case.y_offset)
-    assert decode.plan(arrays.y, arrays.x, (part,), config) is not None
+    part = decode_plan.DecodePart(arrays.a, arrays.b, arrays.scales, 0, case.y_offset)
+    assert decode_plan.plan(arrays.y, arrays.x, (part,), config) is not None
 
     y = add_lora(as_jax(arrays), case.y_offset, config)
 

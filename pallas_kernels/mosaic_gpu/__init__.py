@@ -24,7 +24,8 @@ from pallas_kernels.mosaic_gpu.config import (
     default_config,
     missing,
 )
-from pallas_kernels.mosaic_gpu.decode import DecodePart, decode_kernel, plan
+from pallas_kernels.mosaic_gpu.decode import decode_kernel
+from pallas_kernels.mosaic_gpu.decode_plan import DecodePart, plan
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes

@@ -15,7 +15,7 @@ dealt to `mma`'s columns so that each lane ends with 8 consecutive columns of y.
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,285 +25,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
+from pallas_kernels.mosaic_gpu.decode_plan import (
+    COLUMNS,
+    TOKENS,
+    UNIT,
+    Bundle,
+    DecodePart,
+    Piece,
+    Plan,
+    turn_ranks,
+)
 from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
-from pallas_kernels.mosaic_gpu.tiles import Cut, cuts, in_place, interpreted
+from pallas_kernels.mosaic_gpu.tiles import in_place, interpreted
 
-TOKENS = 8  # of a cluster: rows of mma's operand
-_UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
-_COLUMNS = 32  # columns of y that a warp takes in turn
-_TILES = 8  # of 8 ranks, whose sums are in registers at once
-_RANKS = 128  # ranks of B in a warp's turn, at most
 _UNROLL = 8  # turns written out: longer ones are loops
-_JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
-# Of shared memory, for four, two or one block on a multiprocessor, each with 1 KiB of its own.
-_SHARED_BYTES = (55 * 1024, 112 * 1024, 225 * 1024)
-_MULTIPROCESSORS = 132
-
-
-class DecodePart(NamedTuple):
-    """One stack: lora_a `[L, R, H]`, lora_b `[L, N, R]`, scales `[1]` or `[L]`, which of the ids
-    (an index), first column."""
-
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
-    scales: Float[Array, " S"]
-    ids: int
-    y_offset: int
-
-
-class _Part(NamedTuple):
-    rank: int
-    width: int
-    slots: int
-    own_scales: bool
-    ids: int
-    y_offset: int
-
-
-class _Bundle(NamedTuple):
-    """Tiles of 8 ranks, (part, tile), that are multiplied at once; their first column of v."""
-
-    tiles: tuple[tuple[int, int], ...]
-    first: int
-
-
-class _Piece(NamedTuple):
-    """Columns [start, stop) of y, to which a part adds."""
-
-    start: int
-    stop: int
-    part: int
-
-
-class _Job(NamedTuple):
-    """Parts with the same ids, whose sums are exchanged together."""
-
-    parts: tuple[int, ...]
-    bundles: list[_Bundle]
-    strips: list[list[_Piece]]  # the pieces of a strip have one rank, and different columns
-    columns: dict[int, int]  # each part's first column of v
-
-
-class Plan(NamedTuple):
-    """What follows from shapes and config."""
-
-    tokens: int
-    features: int
-    y_width: int
-    dtype: np.dtype[Any]
-    y_dtype: np.dtype[Any]
-    parts: tuple[_Part, ...]
-    jobs: tuple[_Job, ...]
-    split: int
-    warps: int
-    column_clusters: int
-    a_stages: int
-    b_stages: int
-
-    @property
-    def ranks(self) -> int:
-        """Columns of v, at most."""
-        return max(sum(self.parts[p].rank for p in job.parts) for job in self.jobs)
-
-    @property
-    def lists(self) -> dict[int, int]:
-        """Slots of the stacks, by the number of the ids."""
-        return {part.ids: part.slots for part in self.parts}
-
-    @property
-    def clusters(self) -> int:
-        """The most that can have work: each adapter may leave one with fewer than 8 tokens."""
-        if len(self.lists) > 1:
-            return self.tokens
-        [slots] = self.lists.values()
-        groups = min(self.tokens, slots)
-        return (self.tokens + (TOKENS - 1) * groups) // TOKENS
-
-    @property
-    def share_units(self) -> int:
-        """Units of H that are a block's."""
-        return pl.cdiv(pl.cdiv(self.features, _UNIT), self.split)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that deal y's columns."""
-        return self.split * self.column_clusters
-
-    # Shared memory, in words. Strides keep a warp's lanes in different banks.
-    @property
-    def masks(self) -> int:
-        return 0
-
-    @property
-    def rows(self) -> int:
-        return MAX_DECODE_TOKENS // 32
-
-    @property
-    def numbers(self) -> int:
-        return self.rows + TOKENS
-
-    @property
-    def ids_stride(self) -> int:
-        return pl.cdiv(self.tokens, 32) * 32
-
-    @property
-    def ids(self) -> int:
-        return self.numbers + self.ids_stride
-
-    @property
-    def v(self) -> int:
-        return self.ids + len(self.lists) * self.ids_stride
-
-    @property
-    def v_stride(self) -> int:
-        return self.ranks // 2 + 4
-
-    @property
-    def block_sums(self) -> int:
-        return self.v + TOKENS * self.v_stride
-
-    @property
-    def sum_stride(self) -> int:
-        return self.ranks + 8
-
-    @property
-    def a_slot(self) -> int:
-        tiles = max(len(bundle.tiles) for job in self.jobs for bundle in job.bundles)
-        return (1 + tiles) * 8 * _UNIT // 2
-
-    @property
-    def b_words(self) -> int:
-        """Words of B in a slot; y's columns follow."""
-        return _COLUMNS * max(turn_ranks(part.rank) for part in self.parts) // 2
-
-    @property
-    def b_slot(self) -> int:
-        return self.b_words + TOKENS * _COLUMNS * self.y_dtype.itemsize // 4
-
-    @property
-    def warp_sums(self) -> int:
-        """The first warp's; a warp's ring follows its sums."""
-        return self.block_sums + self.split * TOKENS * self.sum_stride
-
-    @property
-    def ring(self) -> int:
-        """The first warp's: of A, then of B."""
-        return self.warp_sums + TOKENS * self.sum_stride
-
-    @property
-    def warp_words(self) -> int:
-        """From a warp's sums and ring to the next one's."""
-        copies = max(self.a_stages * self.a_slot, self.b_stages * self.b_slot)
-        return TOKENS * self.sum_stride + copies
-
-    @property
-    def words(self) -> int:
-        return self.warp_sums + self.warps * self.warp_words
-
-
-def turn_ranks(rank: int) -> int:
-    """Ranks of B that a warp takes in turn: all, or an equal part of them."""
-    return max(r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank))
-
-
-def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> Plan | None:
-    """The plan of a case; None if the kernel does not take it."""
-    if config.warps is None or not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
-        return None
-    if any(w.dtype != x.dtype for part in parts for w in (part.lora_a, part.lora_b)):
-        return None
-    spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    if any((cut.stop - cut.start) % 8 for cut in spans):
-        return None  # parts that overlap by other than multiples of 8 columns
-    static = tuple(
-        _Part(
-            p.lora_a.shape[1], p.lora_b.shape[1], p.lora_a.shape[0], p.scales.size > 1, p.ids,
-            p.y_offset,
-        )
-        for p in parts
-    )  # fmt: skip
-    jobs = []
-    for ids in dict.fromkeys(part.ids for part in static):
-        rest = [p for p, part in enumerate(static) if part.ids == ids]
-        while rest:
-            total = list(itertools.accumulate(static[p].rank for p in rest))
-            count = max(1, sum(ranks <= _JOB_RANKS for ranks in total))
-            jobs.append(_job(static, tuple(rest[:count]), spans))
-            rest = rest[count:]
-    found = Plan(
-        tokens=x.shape[0],
-        features=x.shape[1],
-        y_width=y.shape[1],
-        dtype=jnp.dtype(x.dtype),
-        y_dtype=jnp.dtype(y.dtype),
-        parts=static,
-        jobs=tuple(jobs),
-        split=config.split,
-        warps=config.warps,
-        column_clusters=config.column_clusters,
-        a_stages=1,
-        b_stages=1,
-    )
-    items = max(
-        _turns(found, strip) * _chunks(found, strip) for job in jobs for strip in job.strips
-    )
-    # A ring that held all of a warp's A would start all copies at once, and keep others' waiting.
-    a_most = min(config.stages, max(1, pl.cdiv(found.share_units, config.warps) - 1))
-    b_most = min(config.expand_stages, items)
-    # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
-    # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
-    blocks = found.clusters * found.blocks
-    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
-    for room in fits or _SHARED_BYTES[-1:]:
-        a, b = a_most, b_most
-        b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
-        while True:
-            sizes = found._replace(a_stages=a, b_stages=b)
-            if 4 * sizes.words <= room:
-                return sizes
-            if a > 1 and (a * sizes.a_slot >= b * sizes.b_slot or b <= b_least):
-                a -= 1
-            elif b > b_least and b * sizes.b_slot >= a * sizes.a_slot:
-                b -= 1
-            else:
-                break
-    return None
-
-
-def _job(parts: tuple[_Part, ...], mine: tuple[int, ...], spans: list[Cut]) -> _Job:
-    tiles = [(p, n) for p in mine for n in range(parts[p].rank // 8)]
-    bundles = [
-        _Bundle(some, n * 8 * _TILES) for n, some in enumerate(itertools.batched(tiles, _TILES))
-    ]
-    starts = itertools.accumulate((parts[p].rank for p in mine), initial=0)
-    strips: list[list[_Piece]] = []
-    for cut in spans:
-        for p in sorted(set(cut.parts) & set(mine)):
-            for strip in strips:
-                covered = any(piece.start == cut.start for piece in strip)
-                if parts[strip[0].part].rank == parts[p].rank and not covered:
-                    break
-            else:
-                strips.append(strip := [])
-            strip.append(_Piece(cut.start, cut.stop, p))
-    return _Job(mine, bundles, strips, dict(zip(mine, starts)))
-
-
-def _chunks(plan: Plan, strip: list[_Piece]) -> int:
-    """In how many parts a warp takes the ranks of B."""
-    rank = plan.parts[strip[0].part].rank
-    return rank // turn_ranks(rank)
-
-
-def _piece_share(plan: Plan, piece: _Piece) -> int:
-    """How many times 32 columns are a block's, at most."""
-    return pl.cdiv(pl.cdiv(piece.stop - piece.start, _COLUMNS), plan.blocks)
-
-
-def _turns(plan: Plan, strip: list[_Piece]) -> int:
-    """How many times 32 columns are a warp's, at most."""
-    return sum(pl.cdiv(_piece_share(plan, piece), plan.warps) for piece in strip)
 
 
 def _kernel(
@@ -442,15 +177,15 @@ def _run_job(
     # ---------------------------------------------------------- v = x A^T, a share of it
 
     first_unit = share * plan.share_units
-    end_unit = m.minimum(first_unit + plan.share_units, pl.cdiv(plan.features, _UNIT))
+    end_unit = m.minimum(first_unit + plan.share_units, pl.cdiv(plan.features, UNIT))
     units = pl.cdiv(plan.share_units, plan.warps)  # of a warp
     line, chunk = lane // 8, lane % 8  # a warp copies 4 lines of 8 times 16 bytes at once
     x_rows = [token_row(line + 4 * n, x, plan.features) for n in range(2)]
     ring = plan.ring + warp * plan.warp_words
 
-    def fill_a(bundle: _Bundle, n: Any, slot: Any) -> None:
-        k = (first_unit + n * plan.warps + warp) * _UNIT + chunk * 8
-        here = (k < end_unit * _UNIT) & (k < plan.features)
+    def fill_a(bundle: Bundle, n: Any, slot: Any) -> None:
+        k = (first_unit + n * plan.warps + warp) * UNIT + chunk * 8
+        here = (k < end_unit * UNIT) & (k < plan.features)
         # Rows of 128 bytes lie in the same banks: the halves of odd ones change places.
         place = ring + slot * plan.a_slot + line * 32 + (chunk ^ line % 2 * 4) * 4
         for row, (address, there) in enumerate(x_rows):
@@ -462,7 +197,7 @@ def _run_job(
                 to = place + (256 * (row + 1) + 128 * half)
                 m.copy(to, first_rows[p], (8 * tile + 4 * half) * plan.features, here)
 
-    def multiply_a(bundle: _Bundle, slot: Any, acc: list[Any]) -> list[Any]:
+    def multiply_a(bundle: Bundle, slot: Any, acc: list[Any]) -> list[Any]:
         acc, row = list(acc), ring + slot * plan.a_slot + g * 32 + c * 4
         for half in range(2):
             at = row + (g + half) % 2 * 16
@@ -478,7 +213,7 @@ def _run_job(
                     )
         return acc
 
-    def shrink(bundle: _Bundle) -> list[Any]:
+    def shrink(bundle: Bundle) -> list[Any]:
         """The warp's sums."""
         m.arrived(0)
         m.warp_barrier()  # the ring is free
@@ -506,22 +241,22 @@ def _run_job(
     # --------------------------------------------------------- B and y, a share of the columns
 
     block = column_block * plan.split + share
-    y_chunks = _COLUMNS * plan.y_dtype.itemsize // 16
+    y_chunks = COLUMNS * plan.y_dtype.itemsize // 16
     y_rows = [
         token_row(lane // y_chunks + n * (32 // y_chunks), y, plan.y_width)
         for n in range(y_chunks // 4)
     ]
 
-    def place_of(strip: list[_Piece], turn: Any) -> Any:
+    def place_of(strip: list[Piece], turn: Any) -> Any:
         """Of a warp's turn: its first column of y, the columns left from there on in its piece
         (none: 0 or fewer), and the address of B's row for that column."""
         found: Any = None
         before = 0
         for piece in strip:
-            part, each = plan.parts[piece.part], _piece_share(plan, piece)
+            part, each = plan.parts[piece.part], plan.share(piece)
             turns = pl.cdiv(each, plan.warps)
             unit = (turn - before) * plan.warps + warp
-            column = (block * each + unit) * _COLUMNS
+            column = (block * each + unit) * COLUMNS
             left = m.select(unit < each, (piece.stop - piece.start) - column, 0)
             base = b_of[piece.part]
             shift = (piece.start - part.y_offset) * part.rank * plan.dtype.itemsize
@@ -543,7 +278,7 @@ def _run_job(
             before += turns
         return found
 
-    def fill_b(strip: list[_Piece], turn: Any, chunk: int, slot: Any) -> None:
+    def fill_b(strip: list[Piece], turn: Any, chunk: int, slot: Any) -> None:
         rank = plan.parts[strip[0].part].rank
         ranks = turn_ranks(rank)
         column, left, address, b_row = place_of(strip, turn)
@@ -575,7 +310,7 @@ def _run_job(
             to = place + (plan.b_words + 128 * n) + lane * 4
             m.copy(to, row, column + at, there & (at < left))
 
-    def multiply_b(strip: list[_Piece], turn: Any, chunk: int, slot: Any, acc: Any) -> Any:
+    def multiply_b(strip: list[Piece], turn: Any, chunk: int, slot: Any, acc: Any) -> Any:
         rank = plan.parts[strip[0].part].rank
         ranks, acc = turn_ranks(rank), list(acc)
         each = 8 if ranks % 32 == 0 else 4 if ranks % 16 == 0 else 2  # of a lane, at once
@@ -596,12 +331,12 @@ def _run_job(
                     )
         return acc
 
-    def v_first(strip: list[_Piece], turn: Any) -> Any:
+    def v_first(strip: list[Piece], turn: Any) -> Any:
         """The first column of v for the part whose turn it is."""
         found: Any = None
         before = 0
         for piece in strip:
-            turns = pl.cdiv(_piece_share(plan, piece), plan.warps)
+            turns = pl.cdiv(plan.share(piece), plan.warps)
             mine = v_of[piece.part]
             if isinstance(turn, int):
                 if before <= turn < before + turns:
@@ -620,7 +355,7 @@ def _run_job(
         at = ring + slot * plan.b_slot + plan.b_words + (g * 4 + c) * size
         return [word for n in range(0, size, 4) for word in m.get(at + n, 4)]
 
-    def add(strip: list[_Piece], turn: Any, old: list[Any], acc: list[Any]) -> None:
+    def add(strip: list[Piece], turn: Any, old: list[Any], acc: list[Any]) -> None:
         column, left, *_ = place_of(strip, turn)
         if plan.y_dtype == np.float32:
             new = [m.as_word(m.as_real(word) + delta) for word, delta in zip(old, acc)]
@@ -631,13 +366,13 @@ def _run_job(
                 new.append(m.pack(low + acc[2 * i], high + acc[2 * i + 1], plan.y_dtype))
         m.store(y_row, column + c * 8, new, has & (c * 8 < left))
 
-    def fill_first(strip: list[_Piece]) -> None:
-        chunks = _chunks(plan, strip)
-        for n in range(min(plan.b_stages, _turns(plan, strip) * chunks)):
+    def fill_first(strip: list[Piece]) -> None:
+        chunks = plan.chunks(strip)
+        for n in range(min(plan.b_stages, plan.turns(strip) * chunks)):
             fill_b(strip, n // chunks, n % chunks, n)
 
-    def expand(strip: list[_Piece]) -> None:
-        chunks, total = _chunks(plan, strip), _turns(plan, strip)
+    def expand(strip: list[Piece]) -> None:
+        chunks, total = plan.chunks(strip), plan.turns(strip)
 
         def turn(n: Any, _: list[Any]) -> list[Any]:
             acc: list[Any] = [m.real(0.0)] * 8
@@ -677,7 +412,7 @@ def _run_job(
     fill_first(job.strips[0])
     m.barrier()
 
-    def quads(bundle: _Bundle, times: int, do: Any) -> None:
+    def quads(bundle: Bundle, times: int, do: Any) -> None:
         """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to lanes."""
         wide = 2 * len(bundle.tiles)
         total = TOKENS * wide * times
@@ -703,7 +438,7 @@ def _run_job(
         to = m.minimum(to, plan.split - 1)
         m.push(to, plan.block_sums + share * plane + at, words, here)
 
-    def finish(bundle: _Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
+    def finish(bundle: Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
         total = added(plan.block_sums + t * plan.sum_stride + column, plan.split, plane)
         in_bundle = sorted({p for p, _ in bundle.tiles})
         scale = scales[in_bundle[0]]
