@@ -47,6 +47,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     lane, zero = m.tid % 32, m.integer(0)
+    g = lane // 4
 
     # ------------------------------------------------------------------- the tokens of the cluster
 
@@ -107,14 +108,15 @@ def _kernel(
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
         m.barrier()
-        count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
+        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
+        has = g < count
         valid = {i: adapter >= 0 for i, adapter in mine.items()}
         slot = {i: m.select(valid[i], adapter, 0) for i, adapter in mine.items()}
         earlier: Any = None  # whether a job has run
         for n, job in enumerate(plan.jobs):
             i = plan.parts[job.parts[0]].ids
             run = functools.partial(
-                _run_job, m, plan, n, earlier, slot[i], count, column_block, share, y, x, parts
+                _run_job, m, plan, n, earlier, slot[i], count, has, column_block, share, y, x, parts
             )
             if len(lists) == 1:  # its adapter is in use, or the token led none
                 run()
@@ -145,11 +147,14 @@ def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
 
 
 def _run_job(
-    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any,
+    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any, has: Any,
     column_block: Any, share: Any, y: Any, x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
-    """Both halves of one job's parts, for `count` tokens of the adapter in `slot`; `earlier` says
-    whether another job has run, None if none can have."""
+    """Both halves of one job's parts, for `count` tokens of the adapter in `slot`.
+
+    `has`: whether this lane's row of a product is one of them; `earlier`: whether another job has
+    run, None if none can have.
+    """
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32
     g, c = lane // 4, lane % 4  # row and column group of mma's operands
@@ -348,7 +353,7 @@ def _run_job(
             before += turns
         return found
 
-    y_row, has = token_row(g, y, plan.y_width)
+    y_row, _ = token_row(g, y, plan.y_width)
 
     def y_words(slot: Any) -> list[Any]:
         size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
