@@ -569,7 +569,8 @@ def add_lora_multi(
     stacks: list[Any] = []
     kernels: list[str] = []
     y_offsets: list[int] = []
-    routes: dict[tuple[int, int], int] = {}
+    first_with_ids: list[int] = []
+    seen: dict[tuple[int, int], int] = {}
     for n, part in enumerate(parts):
         if not isinstance(part, LoRAPart):
             raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(part).__name__}")
@@ -582,7 +583,7 @@ def add_lora_multi(
         scales = _scales(f"parts[{n}].scales", scales, per_adapter=a.shape[0])
         y_offsets.append(_columns(y, part.y_offset, b.shape[1]))
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
-        routes.setdefault((id(part.indices), a.shape[0]), n)
+        first_with_ids.append(seen.setdefault((id(part.indices), a.shape[0]), n))
         kernels.append(_kernel(a.shape[1], phase))
     lacks = [
         mosaic_gpu.missing(dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset)
@@ -590,19 +591,16 @@ def add_lora_multi(
         for dtype in (a.dtype, b.dtype)
     ]
     missing = next(filter(None, lacks), None)
-    first_with_ids = tuple(
-        routes[id(part.indices), stack[0].shape[0]] for part, stack in zip(parts, stacks)
-    )
     spec = _Spec(
         _choose(implementation, config, missing),
         tuple(kernels),
         tuple(y_offsets),
-        first_with_ids,
+        tuple(first_with_ids),
         config=config,
     )
     if not stacks or y.size == 0:
         return y
-    segments = {n: as_segments(stacks[n][2], stacks[n][0].shape[0]) for n in routes.values()}
+    segments = {n: as_segments(stacks[n][2], stacks[n][0].shape[0]) for n in seen.values()}
     sorted_stacks = tuple(
         (a, b, segments[n], scales) for (a, b, _, scales), n in zip(stacks, first_with_ids)
     )

@@ -65,7 +65,7 @@ def _kernel(
         inside = t < plan.tokens
         own = {}
         for i, (source, place, slots) in lists.items():
-            [word] = m.load(source, t, 1, inside)
+            word = m.load(source, t, inside)
             own[i] = m.select(inside & (word >= 0) & (word < slots), word, -1)
             m.put(place + t, [own[i]], t < plan.ids_stride)
         tokens.append((t, inside, own))
@@ -169,7 +169,7 @@ def _run_job(
     a_of = {p: stack(p, 0, part.rank * plan.features) for p, part in mine.items()}
     b_of = {p: stack(p, 1, part.rank * part.width) for p, part in mine.items()}
     scales = {
-        p: m.as_real(m.load(stack(p, 2, 1 if part.own_scales else 0), 0, 1, always)[0])
+        p: m.as_real(m.load(stack(p, 2, 1 if part.own_scales else 0), 0, always))
         for p, part in mine.items()
     }
     v_of = job.columns
@@ -494,7 +494,7 @@ def decode_kernel(
             arg_types=(*[plgpu.RefType()] * len(refs), *[plgpu.Layout.WG_SPLAT] * 3)
         )
         def inline(_: Any, *args: Any) -> None:
-            m = Gpu(args[len(dtypes)], 32 * plan.warps)
+            m = Gpu(args[len(dtypes)])
             cluster, columns, share = (m.uniform(place) for place in args[-3:])
             y_, x_, *rest = zip(args, dtypes)
             stacks = rest[len(ids) :]

@@ -247,7 +247,7 @@ def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> P
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
     blocks = found.clusters * found.blocks
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
-    for room in fits or _SHARED_BYTES[-1:]:
+    for room in fits:
         a, b = a_most, b_most
         b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
         while True:

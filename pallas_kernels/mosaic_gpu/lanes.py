@@ -25,7 +25,6 @@ from jaxtyping import DTypeLike
 
 _ptx = mgpu.utils.inline_ptx
 scf: Any = scf_dialect  # its builders are typed as MLIR's generic ones
-BARRIER = "bar.sync 0;"
 _PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -111,8 +110,7 @@ class Address(NamedTuple):
 class Gpu:
     """Emits instructions where Pallas inlines Mosaic GPU code."""
 
-    def __init__(self, shared: ir.Value, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, shared: ir.Value) -> None:
         self._i32 = ir.IntegerType.get_signless(32)
         self._i64 = ir.IntegerType.get_signless(64)
         self._f32 = ir.F32Type.get()
@@ -129,6 +127,16 @@ class Gpu:
             text, *operands, result_types=result, has_side_effects=effects, convergent=effects
         )
         return [_Value(o) for o in out] if isinstance(out, tuple) else _Value(out)
+
+    def _flag(self, where: _Value) -> _Value:
+        """A predicate as an operand of PTX."""
+        return _Value(arith.extui(self._i32, where.ir))
+
+    @staticmethod
+    def _vector(first: int, words: int) -> tuple[str, str]:
+        """PTX's type of so many words, and their operands."""
+        names = ", ".join(f"${first + n}" for n in range(words))
+        return ("b32", names) if words == 1 else (f"v{words}.b32", f"{{{names}}}")
 
     # -------------------------------------------------------------------------------- arithmetic
 
@@ -181,9 +189,8 @@ class Gpu:
         return self._asm(text, (self._f32, self._f32), *a, *b, *acc)
 
     def ballot(self, where: _Value) -> _Value:
-        word = _Value(arith.extui(self._i32, where.ir))
         text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-        return self._asm(text, self._i32, word, effects=True)
+        return self._asm(text, self._i32, self._flag(where), effects=True)
 
     def match(self, word: _Value) -> _Value:
         """The lanes of the warp, as bits, that have the same word."""
@@ -209,36 +216,17 @@ class Gpu:
         wide = _Value(arith.extui(self._i64, offset.ir))
         return address.first + wide * address.dtype.itemsize
 
-    def load(
-        self, address: Address, offset: Any, count: int, where: _Value, *, constant: bool = True
-    ) -> list[_Value]:
-        """The words of `count` elements; zeros where not `where`. `constant`: nobody writes."""
-        words = count * address.dtype.itemsize // 4
-        if words > 4:
-            half = count // 2
-            return [
-                word
-                for first in (0, half)
-                for word in self.load(address, offset + first, half, where, constant=constant)
-            ]
-        out = [f"${n}" for n in range(words)]
-        vector = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
-        names = out[0] if words == 1 else "{" + ", ".join(out) + "}"
-        zero = " ".join(f"mov.b32 {name}, 0;" for name in out)
-        text = (
-            f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zero} "
-            f"@p ld.global{'.nc' if constant else ''}.{vector} {names}, [${words}]; }}"
-        )
-        flag = arith.extui(self._i32, where.ir)
-        constraints = ",".join(["=&r"] * words + ["l", "r"])
-        kind = self._i32 if words == 1 else llvm.StructType.get_literal([self._i32] * words)
-        # Volatile, lest a load be moved to where its value is used.
+    def load(self, address: Address, offset: Any, where: _Value) -> _Value:
+        """The word there, which nobody writes; zero where not `where`."""
+        # Volatile, lest it be moved to where its value is used.
         loaded = llvm.inline_asm(
-            kind, [self._at(address, offset).ir, flag], text, constraints, has_side_effects=True
+            self._i32,
+            [self._at(address, offset).ir, self._flag(where).ir],
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+            "=&r,l,r",
+            has_side_effects=True,
         )
-        if words == 1:
-            return [_Value(loaded)]
-        return [_Value(llvm.extractvalue(self._i32, loaded, [n])) for n in range(words)]
+        return _Value(loaded)
 
     def store(self, address: Address, offset: Any, words: Sequence[_Value], where: _Value) -> None:
         if len(words) > 4:
@@ -246,16 +234,7 @@ class Gpu:
                 element = first * 4 // address.dtype.itemsize
                 self.store(address, offset + element, words[first : first + 4], where)
             return
-        vector = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[len(words)]
-        names = ", ".join(f"${n}" for n in range(1, len(words) + 1))
-        flag = _Value(arith.extui(self._i32, where.ir))
-        text = (
-            f"{{ .reg .pred p; setp.ne.b32 p, ${len(words) + 1}, 0; "
-            f"@p st.global.{vector} [$0], {{{names}}}; }}"
-        )
-        if len(words) == 1:
-            text = text.replace("{$1}", "$1")
-        self._asm(text, None, self._at(address, offset), *words, flag)
+        self._put("global", self._at(address, offset), words, where)
 
     # ----------------------------------------------------------------------------- shared memory
 
@@ -264,7 +243,7 @@ class Gpu:
 
     def copy(self, word: Any, address: Address, offset: Any, where: _Value) -> None:
         """Has 16 bytes brought to shared memory, or zeros where not `where`, some time later."""
-        size = _Value(arith.extui(self._i32, where.ir)) * 16
+        size = self._flag(where) * 16
         text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
         self._asm(text, None, self._word(word), self._at(address, offset), size)
 
@@ -277,10 +256,8 @@ class Gpu:
         self._asm(f"cp.async.wait_group {pending};", None)
 
     def get(self, word: Any, count: int) -> list[_Value]:
-        vector = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[count]
-        names = ", ".join(f"${n}" for n in range(count))
-        names = names if count == 1 else f"{{{names}}}"
-        text = f"ld.shared.{vector} {names}, [${count}];"
+        kind, names = self._vector(0, count)
+        text = f"ld.shared.{kind} {names}, [${count}];"
         out = self._asm(text, (self._i32,) * count, self._word(word), effects=True)
         return list(out)
 
@@ -297,20 +274,18 @@ class Gpu:
         self._put("shared::cluster", there, words, where)
 
     def _put(self, space: str, place: _Value, words: Sequence[_Value], where: Any) -> None:
-        vector = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[len(words)]
-        names = ", ".join(f"${n}" for n in range(1, len(words) + 1))
-        names = names if len(words) == 1 else f"{{{names}}}"
-        store, args = f"st.{space}.{vector} [$0], {names};", [place, *words]
+        kind, names = self._vector(1, len(words))
+        store, args = f"st.{space}.{kind} [$0], {names};", [place, *words]
         if where is not None:
             store = f"{{ .reg .pred p; setp.ne.b32 p, ${len(args)}, 0; @p {store} }}"
-            args.append(_Value(arith.extui(self._i32, where.ir)))
+            args.append(self._flag(where))
         self._asm(store, None, *args)
 
     # ------------------------------------------------------------------------------------- order
 
     def barrier(self) -> None:
         """All lanes of the block are here, and see what each has put."""
-        self._asm(BARRIER, None)
+        self._asm("bar.sync 0;", None)
 
     def warp_barrier(self) -> None:
         """All lanes of the warp are here, and see what each has put or had copied."""
@@ -466,14 +441,11 @@ class Emulator:
         assert np.all(index >= 0) and np.all(self._memory.inside[index]), "outside of all arrays"
         return use, index
 
-    def load(
-        self, address: Address, offset: Any, count: int, where: Any, *, constant: bool = True
-    ) -> list[Any]:
-        words = count * address.dtype.itemsize // 4
-        use, index = self._words(address, offset, words, where)
-        found = np.zeros((*self._shape, words), np.int32)
-        found[use] = self._memory.words[index]
-        return [found[..., n] for n in range(words)]
+    def load(self, address: Address, offset: Any, where: Any) -> Any:
+        use, index = self._words(address, offset, 1, where)
+        found = np.zeros(self._shape, np.int32)
+        found[use] = self._memory.words[index[:, 0]]
+        return found
 
     def store(self, address: Address, offset: Any, words: Sequence[Any], where: Any) -> None:
         use, index = self._words(address, offset, len(words), where)
