@@ -252,36 +252,36 @@ def _run_job(
         for n in range(y_chunks // 4)
     ]
 
-    def place_of(strip: list[Piece], turn: Any) -> Any:
-        """Of a warp's turn: its first column of y, the columns left from there on in its piece
-        (none: 0 or fewer), and the address of B's row for that column."""
+    def of_turn(strip: list[Piece], turn: Any, values: Any) -> Any:
+        """values(piece, nth of its turns) of the piece whose turn it is."""
         found: Any = None
         before = 0
         for piece in strip:
-            part, each = plan.parts[piece.part], plan.share(piece)
-            turns = pl.cdiv(each, plan.warps)
-            unit = (turn - before) * plan.warps + warp
-            column = (block * each + unit) * COLUMNS
-            left = m.select(unit < each, (piece.stop - piece.start) - column, 0)
-            base = b_of[piece.part]
-            shift = (piece.start - part.y_offset) * part.rank * plan.dtype.itemsize
-            here = column + piece.start, left, base._replace(first=base.first + shift), column
-            if isinstance(turn, int):
-                if before <= turn < before + turns:
-                    return here
-            elif found is None:
+            turns = pl.cdiv(plan.share(piece), plan.warps)
+            if not isinstance(turn, int):
+                here = values(piece, turn - before)
+                if found is not None:
+                    here = [m.select(turn >= before, new, old) for new, old in zip(here, found)]
                 found = here
-            else:
-                later = turn >= before
-                y_column, left, address, column = (
-                    m.select(later, new, old)
-                    for new, old in zip(
-                        (*here[:2], here[2].first, here[3]), (*found[:2], found[2].first, found[3])
-                    )
-                )
-                found = y_column, left, base._replace(first=address), column
+            elif before <= turn < before + turns:
+                return values(piece, turn - before)
             before += turns
         return found
+
+    def place_of(strip: list[Piece], turn: Any) -> Any:
+        """Of a warp's turn: its first column of y, the columns left from there on in its piece
+        (none: 0 or fewer), and where the piece's rows of B are, of which the turn's is the nth."""
+
+        def values(piece: Piece, nth: Any) -> Any:
+            part, each = plan.parts[piece.part], plan.share(piece)
+            unit = nth * plan.warps + warp
+            column = (block * each + unit) * COLUMNS
+            left = m.select(unit < each, (piece.stop - piece.start) - column, 0)
+            shift = (piece.start - part.y_offset) * part.rank * plan.dtype.itemsize
+            return column + piece.start, left, b_of[piece.part].first + shift, column
+
+        column, left, first, nth_row = of_turn(strip, turn, values)
+        return column, left, b_of[strip[0].part]._replace(first=first), nth_row
 
     def fill_b(strip: list[Piece], turn: Any, chunk: int, slot: Any) -> None:
         rank = plan.parts[strip[0].part].rank
@@ -320,7 +320,8 @@ def _run_job(
         ranks, acc = turn_ranks(rank), list(acc)
         each = 8 if ranks % 32 == 0 else 4 if ranks % 16 == 0 else 2  # of a lane, at once
         words = each // 2
-        first = v_first(strip, turn) + chunk * ranks
+        [first] = of_turn(strip, turn, lambda piece, _: [m.integer(v_of[piece.part])])
+        first = first + chunk * ranks
         rows = ring + slot * plan.b_slot + (g // 2 * 8 + g % 2) * (ranks // 2)
         for n in range(ranks // (4 * each)):
             v = m.get(plan.v + g * plan.v_stride + (first + 4 * each * n) // 2 + c * words, words)
@@ -335,23 +336,6 @@ def _run_job(
                         acc[2 * tile : 2 * tile + 2], *pair, plan.dtype
                     )
         return acc
-
-    def v_first(strip: list[Piece], turn: Any) -> Any:
-        """The first column of v for the part whose turn it is."""
-        found: Any = None
-        before = 0
-        for piece in strip:
-            turns = pl.cdiv(plan.share(piece), plan.warps)
-            mine = v_of[piece.part]
-            if isinstance(turn, int):
-                if before <= turn < before + turns:
-                    return mine
-            elif found is None:
-                found = m.integer(mine)
-            else:
-                found = m.select(turn >= before, m.integer(mine), found)
-            before += turns
-        return found
 
     y_row, _ = token_row(g, y, plan.y_width)
 

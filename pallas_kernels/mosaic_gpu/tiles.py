@@ -1,4 +1,4 @@
-"""Pieces that both kernels share: the route of a tile, and layouts in shared memory."""
+"""Pieces that the kernels share: the route of a tile, cuts of columns, layouts in shared memory."""
 
 import itertools
 from collections.abc import Callable
