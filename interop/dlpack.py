@@ -104,7 +104,7 @@ def update(
             # to drop a tensor.
             result.block_until_ready()
     else:
-        if torch.cuda.is_current_stream_capturing():
+        if torch._C._cuda_isCurrentStreamCapturing():
             raise RuntimeError(
                 "JAX's work cannot be captured into a CUDA graph: path='native' can, for the cases "
                 "that it takes, after one call before the capture"
@@ -138,9 +138,9 @@ def kept(tensor: torch.Tensor) -> torch.Tensor | jax.Array:
     """`tensor` as `update` takes it: an array, kept for calls that pass the same CUDA tensor again.
 
     Aliasing a tensor and dropping the array costs the host 10 us and more (H200, 2026-11-22).
-    Weights come back in every step, indices in every layer. The array lives as long as the tensor
-    object, and reads its memory as it is then. int64 `[n]`, which JAX lacks by default, becomes
-    `[n, 2]` words of int32.
+    Weights come back in every step, indices in every layer, activations in every projection of a
+    layer. The array lives as long as the tensor object, and reads its memory as it is then. int64
+    `[n]`, which JAX lacks by default, becomes `[n, 2]` words of int32.
     """
     key, what = id(tensor), (tensor.data_ptr(), tensor.shape, tensor.dtype)
     entry = _kept.get(key)

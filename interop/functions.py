@@ -3,9 +3,9 @@
 Each takes the tensor that it changes first and returns its new value. Integers arrive as int32
 `[n]`, or `[n, 2]`: the words of int64, which JAX lacks by default.
 
-The native path runs those whose lowering for CUDA consists of Pallas kernels alone. What stands in
-its way is here (`_accumulate`, `_ids` of int64) and in `pallas_kernels.mosaic_gpu` (routes, casts);
-`native.compile` names it.
+The native path runs those whose lowering for CUDA is Pallas kernels alone. That is so where the
+decode kernel takes a case of the bgmv ops or of `add_lora`: it finds each adapter's tokens itself.
+Segments, more tokens and other dtypes need XLA's operations too; `native.plan` names them.
 """
 
 import functools
@@ -17,34 +17,28 @@ import jax.numpy as jnp
 from jax import Array
 
 import pallas_kernels as kernels
+from pallas_kernels.ops import add_shrink
+from pallas_kernels.segments import WideIndices
+from pallas_kernels.xla import add_rows
 
 
-def _ids(words: Array) -> Array:
-    """int32 ids; those of int64 that do not fit become -1."""
-    if words.ndim == 1:
-        return words
-    low, high = words[:, 0], words[:, 1]
-    return jnp.where(high == low >> 31, low, jnp.int32(-1))
+def _ids(words: Array) -> Any:
+    return words if words.ndim == 1 else WideIndices(words)
 
 
-def _accumulate(output: Array, v: Array, ids: Array) -> Array:
-    """output + v, rounded once; other rows keep every byte."""
-    total = (output.astype(jnp.float32) + v).astype(output.dtype)
-    return jnp.where((ids >= 0)[:, None], total, output)
+def _narrow(words: Array) -> Array:
+    return words if words.ndim == 1 else WideIndices(words).narrow()
 
 
-def _in_range(ids: Array, num_adapters: int) -> Array:
-    return jnp.where((ids >= 0) & (ids < num_adapters), ids, jnp.int32(-1))
-
-
-def _segments(weights: Array, num_tokens: int, starts: Array, lengths: Array, ids: Array) -> Any:
-    ids, starts, lengths = _ids(ids), _ids(starts), _ids(lengths)
+def _segments(
+    weights: Array, num_tokens: int, starts: Array, lengths: Array, ids: Array
+) -> kernels.Segments:
+    starts, lengths, ids = map(_narrow, (starts, lengths, ids))
     return kernels.segments_from_lengths(starts, lengths, ids, num_tokens, weights.shape[0])
 
 
 def bgmv_shrink(output: Array, x: Array, lora_a: Array, ids: Array, scale: Array) -> Array:
-    ids = _in_range(_ids(ids), lora_a.shape[0])
-    return _accumulate(output, kernels.bgmv_shrink(x, lora_a, ids, scale=scale), ids)
+    return add_shrink(output, x, lora_a, _ids(ids), scale=scale)
 
 
 def bgmv_expand(
@@ -60,8 +54,7 @@ def sgmv_shrink(
     output: Array, x: Array, lora_a: Array, starts: Array, lengths: Array, ids: Array, scale: Array
 ) -> Array:
     segments = _segments(lora_a, x.shape[0], starts, lengths, ids)
-    v = kernels.sgmv_shrink(x, lora_a, segments, scale=scale)
-    return _accumulate(output, v, segments.indices)
+    return add_rows(output, kernels.sgmv_shrink(x, lora_a, segments, scale=scale), segments)
 
 
 def sgmv_expand(

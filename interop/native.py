@@ -8,7 +8,7 @@ operations that move nothing, such as reshapes: then running it is launching tho
 order, and this needs pointers and a stream, nothing else.
 """
 
-import ctypes
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -174,9 +174,8 @@ class Program:
                 scratch[key] = self._scratch_bytes
                 self._scratch_bytes += -(-buffer.nbytes // _BLOCK) * _BLOCK
         self._constants = list(constants.values())  # kept alive
-        self._constant_pointers = [tensor.data_ptr() for tensor in self._constants]
         self._scratch_offsets = list(scratch.values())
-        self._results = [buffer.argument for buffer in plan.results]
+        self._results = [place[id(buffer)] for buffer in plan.results]
         self._fresh = [
             dict(size=spec.shape, dtype=getattr(torch, np.dtype(spec.dtype).name), device=device)
             for spec in (specs[i] for i, _ in fresh)
@@ -186,7 +185,7 @@ class Program:
             self._launches = [
                 (
                     internals.compile_mosaic(kernel),
-                    ctypes.c_void_p * len(buffers),
+                    struct.Struct(f"{len(buffers)}P").pack,
                     [place[id(buffer)] for buffer in buffers],
                 )
                 for kernel, buffers in plan.kernels
@@ -202,22 +201,22 @@ class Program:
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
                 return self(*tensors)
+        if self._fresh:
+            tensors += tuple(torch.empty(**how) for how in self._fresh)
         pointers = [tensor.data_ptr() for tensor in tensors]
         for pointer in pointers:
             if pointer % ALIGNMENT:
                 raise ValueError(misaligned(pointers.index(pointer), pointer))
         stream = torch._C._cuda_getCurrentRawStream(index)
-        fresh = [torch.empty(**how) for how in self._fresh]
-        pointers += [tensor.data_ptr() for tensor in fresh]
-        pointers += self._constant_pointers
+        if self._constants:
+            pointers += [tensor.data_ptr() for tensor in self._constants]
         if self._scratch_offsets:
             scratch = self._scratch(stream)
             start = scratch.data_ptr()
             pointers += [start + offset for offset in self._scratch_offsets]
-        for launch, array, places in self._launches:
-            launch(stream, array(*[pointers[i] for i in places]))
-        new = iter(fresh)
-        return tuple([next(new) if i is None else tensors[i] for i in self._results])
+        for launch, pack, places in self._launches:
+            launch(stream, pack(*[pointers[i] for i in places]))
+        return tuple([tensors[i] for i in self._results])
 
     def _scratch(self, stream: int) -> torch.Tensor:
         """Memory between the kernels of one call, never shared with calls that may overlap it.

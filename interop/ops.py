@@ -1,6 +1,7 @@
 """LoRAX's ops on torch tensors, in place, computed by `pallas_kernels`."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 import pallas_kernels
-from interop import checks, functions, native
+from interop import checks, functions, internals, native
 from interop.dlpack import kept, on_jax, update
 
 Path = Literal["dlpack", "native"]
@@ -19,7 +20,8 @@ Config = Mapping[str, int] | None
 class Op(NamedTuple):
     """An op that changes its first tensor: its checks, its JAX function and its static arguments.
 
-    `scaled` ones take a scale besides. `torch.ops.jax_lora` has it by `name`.
+    `scaled` ones take a scale besides. `torch.ops.jax_lora` has it by `name`, and beside the
+    differentiable one `add_lora`, which autograd follows.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Op(NamedTuple):
     function: Callable[..., Any]
     scaled: bool = False
     static: tuple[str, ...] = ()
+    differentiable: bool = False
 
 
 BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, scaled=True)
@@ -35,64 +38,90 @@ _EXPAND = ("offset", "add_inputs")
 BGMV_EXPAND = Op("bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, static=_EXPAND)
 SGMV_EXPAND = Op("sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, static=_EXPAND)
 _ADD_LORA = ("offset", "phase")
-ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, True, _ADD_LORA)
+ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, True, _ADD_LORA, True)
 
 Tensors = tuple[Any, ...]  # of torch.Tensor; the last of add_lora's may be None
 _Route = Callable[[tuple[torch.Tensor, ...], float | None], object]
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What checks and compiled code depend on, with `is_contiguous`.
+_metadata = operator.attrgetter("shape", "dtype", "device")
+_is_contiguous = torch.Tensor.is_contiguous
 _routes: dict[Any, _Route] = {}
+
+# What each stack of weights was last called with, and where that went.
+_last: dict[Any, tuple[Callable[..., bool], _Route]] = {}
+_MOST_KEPT = 4096
 
 
 def dispatch(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> None:
-    """Runs `op` now, or records it where torch traces: torch.compile, fake tensors, subclasses."""
-    if torch.compiler.is_compiling() or (
-        not _PLAIN.issuperset(map(type, tensors)) and all(map(_is_tensor, tensors))
-    ):
-        scales = (scale,) if op.scaled else ()
+    """Runs `op` now, or records it where torch traces: torch.compile, fake tensors, subclasses.
+
+    Where gradients are recorded, a differentiable one becomes part of the graph.
+    """
+    compiling = torch.compiler.is_compiling()
+    grad = torch.is_grad_enabled()
+    given = tensors if tensors[-1] is not None else tensors[:-1]
+    if not compiling:
+        # An id may pass to another tensor; what decides is that the tensors are alike.
+        key = op.name, path, static, grad, len(given), id(given[2])
+        try:
+            is_like, route = _last[key]
+        except (KeyError, TypeError):  # new, or unhashable
+            pass
+        else:
+            if is_like(*given):
+                return _execute(route, given, scale)
+    scales = (scale,) if op.scaled else ()
+    if op.differentiable and grad and any(getattr(t, "requires_grad", False) for t in given):
+        new = torch.ops.jax_lora.add_lora(*tensors, *scales, *static, path)
+        tensors[0].copy_(new)
+    elif compiling or _is_traced(given):
         getattr(torch.ops.jax_lora, op.name)(*tensors, *scales, *static, path)
     else:
-        run(op, tensors, scale, path, *static)
+        route = run(op, tensors, scale, path, *static)
+        if len(_last) == _MOST_KEPT:
+            _last.clear()
+        _last[key] = internals.likeness(given), route
 
 
-def run(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> None:
-    """Runs `op` on tensors[1:], changing tensors[0]."""
+def run(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> _Route:
+    """Runs `op` on tensors[1:], changing tensors[0]; returns the way it went."""
+    given = tensors if tensors[-1] is not None else tensors[:-1]
     try:
-        key = (op.name, path, static, *map(_signature, tensors))
+        key = op.name, path, static, *map(_metadata, given), *map(_is_contiguous, given)
         route = _routes.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, unhashable, sparse
         route = None
     if route is None:
         checks.path(path)
         op.check(*tensors, *static)
-        route = _routes[key] = _choose(op, tensors, scale, path, static)
-    given = tensors[:-1] if tensors[-1] is None else tensors
-    route(given, scale)
-    if not given[0].is_inference():
-        torch.autograd.graph.increment_version(given[0])
+        route = _routes[key] = _choose(op, given, scale, path, static)
+    _execute(route, given, scale)
+    return route
 
 
-def _is_tensor(value: Any) -> bool:
-    return value is None or isinstance(value, torch.Tensor)
+def _execute(route: _Route, tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
+    route(tensors, scale)
+    torch.autograd.graph.increment_version(tensors[0])  # except of inference mode's tensors
 
 
-def _signature(t: torch.Tensor | None) -> Any:
-    """All that checks and compiled code depend on."""
-    return None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous())
+def _is_traced(tensors: Tensors) -> bool:
+    is_plain = all(type(t) in _PLAIN for t in tensors)
+    return not is_plain and all(isinstance(t, torch.Tensor) for t in tensors)
 
 
 def _choose(
     op: Op, tensors: Tensors, scale: float | None, path: Any, static: tuple[Any, ...]
 ) -> _Route:
-    given = tensors[:-1] if tensors[-1] is None else tensors
-    if any(0 in t.shape for t in given):
+    if any(0 in t.shape for t in tensors):
         return lambda tensors, scale: None
     arguments = {name: value or 0 if name == "offset" else value
                  for name, value in zip(op.static, static)}  # fmt: skip
     call = functions.bound(op.function, **arguments)
     if path != "dlpack":
         try:
-            return _native(call, given, scale is not None)
+            return _native(call, tensors, scale is not None)
         except NotImplementedError:
             if path == "native":
                 raise
@@ -103,10 +132,9 @@ def _choose(
 
 
 def _by_dlpack(function: Any, tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
-    device = tensors[0].device
-    inputs: list[Any] = [tensors[1], *map(kept, tensors[2:])]
+    inputs: list[Any] = [*map(kept, tensors[1:])]
     if scale is not None:
-        inputs.append(_jax_scalar(scale, device))
+        inputs.append(_jax_scalar(scale, tensors[0].device))
     update(function, tensors[:1], inputs)
 
 
@@ -131,7 +159,7 @@ def _native(call: Any, tensors: tuple[torch.Tensor, ...], scaled: bool) -> _Rout
     specs = [_spec(t) for t in tensors]
     if scaled:
         specs.append(jax.ShapeDtypeStruct((), np.float32))
-    program = native.compile(call, specs, device, donate=(0,))
+    program = _program(call, tuple(specs), device).__call__  # bound once
 
     def route(tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
         scales = () if scale is None else (_torch_scalar(scale, device),)
@@ -141,6 +169,11 @@ def _native(call: Any, tensors: tuple[torch.Tensor, ...], scaled: bool) -> _Rout
             program(*map(_aligned, tensors), *scales)
 
     return route
+
+
+@functools.cache  # for path=None and "native"
+def _program(call: Any, specs: tuple[Any, ...], device: torch.device) -> native.Program:
+    return native.compile(call, specs, device, donate=(0,))
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
@@ -386,11 +419,6 @@ def add_lora(
         scale = checks.number("scales", 1.0 if scales is None else scales)
     offset = None if y_offset is None else checks.count("y_offset", y_offset)
     tensors = (y, x, lora_a, lora_b, indices, tensor)
-    if torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
-    ):
-        new = torch.ops.jax_lora.add_lora(*tensors, scale, offset, phase, path)
-        return y.copy_(new)
     dispatch(ADD_LORA, tensors, scale, path, offset, phase)
     return y
 

@@ -247,7 +247,7 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         if not isinstance(layer, nnx.Linear):
             raise TypeError(f"call_packed takes nnx.Linear layers, got {type(layer).__name__}")
     batch = current()
-    # The outputs of a prefill are so large that laying them side by side costs more than a launch.
+    # The launches of a prefill take their parts one by one, from outputs laid side by side.
     if (
         batch is None
         or batch.phase == "prefill"
@@ -255,8 +255,8 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
     ):
         return tuple(layer(x) for layer in layers)
     with use(None):
-        y = jnp.concatenate([layer(x) for layer in layers], axis=-1)
-    (x,) = layers[0].promote_dtype((x,), dtype=y.dtype)
+        ys = [layer(x) for layer in layers]
+    (x,) = layers[0].promote_dtype((x,), dtype=ys[0].dtype)
     ends = list(itertools.accumulate(layer.out_features for layer in layers))
     parts = [
         (part := stack.part(batch, x.shape[:-1]))._replace(y_offset=start + part.y_offset)
@@ -264,9 +264,9 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         if isinstance(layer, LoRADense)
         for stack in layer.stacks
     ]
-    y_matrix, x_matrix = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    out = add_lora_multi(y_matrix, x_matrix, parts, phase=batch.phase)
-    return tuple(jnp.split(out.reshape(y.shape), ends[:-1], axis=-1))
+    matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
+    out = add_lora_multi(matrices, x.reshape(-1, x.shape[-1]), parts, phase=batch.phase)
+    return tuple(new.reshape(y.shape) for new, y in zip(out, ys))
 
 
 class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]

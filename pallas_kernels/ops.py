@@ -1,11 +1,12 @@
 """The public ops: checks, the choice of an implementation, and one gradient for all of them."""
 
 import functools
+import itertools
 import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, ArrayLike
 from pallas_kernels import loop, mosaic_gpu, xla
 from pallas_kernels.parts import LoRAPart
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
-from pallas_kernels.segments import Segments, checked_indices, make_segments
+from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, checked_indices
 
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "loop")
@@ -68,12 +69,18 @@ def _same(what: str, expected: int, got: int) -> None:
         raise ValueError(f"{what}: {expected} and {got}")
 
 
-def _route(indices: ArrayLike | Segments, num_tokens: int, num_adapters: int) -> Any:
+def _route(indices: Any, num_tokens: int, num_adapters: int) -> Any:
     if isinstance(indices, Segments):
         _same("segments and stack differ in adapters", indices.num_adapters, num_adapters)
         _same("segments and tensor differ in tokens", indices.num_tokens, num_tokens)
         return indices
-    indices = checked_indices(indices, num_adapters)
+    if isinstance(indices, WideIndices):
+        _same("indices and tensor differ in tokens", indices.words.shape[0], num_tokens)
+        return indices
+    # What sorts ids checks them, and so does the kernel that doesn't: nothing runs before it.
+    is_plain = isinstance(indices, jax.Array) and indices.dtype == jnp.int32 and indices.ndim == 1
+    if not is_plain:
+        indices = checked_indices(indices, num_adapters)
     _same("indices and tensor differ in tokens", indices.shape[0], num_tokens)
     return indices
 
@@ -91,15 +98,13 @@ def _scales(name: str, value: ArrayLike, *, per_adapter: int | None) -> Array:
     return scales.astype(jnp.float32)
 
 
-def _columns(y: Array, y_offset: int, size: int) -> int:
+def _columns(shape: Sequence[int], y_offset: int, size: int) -> int:
     try:
         y_offset = operator.index(y_offset)
     except TypeError:
         raise TypeError(f"y_offset must be a static int, got {y_offset!r}") from None
-    if not 0 <= y_offset <= y.shape[1] - size:
-        raise ValueError(
-            f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(y.shape)}"
-        )
+    if not 0 <= y_offset <= shape[1] - size:
+        raise ValueError(f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(shape)}")
     return y_offset
 
 
@@ -176,14 +181,14 @@ def _kernel(rank: int, phase: str) -> str:
 
 
 @functools.cache
-def _named(run: Callable[..., Array], spec: _Spec) -> Callable[..., Array]:
+def _named(run: Callable[..., Any], spec: _Spec) -> Callable[..., Any]:
     """run(spec, ...) under jit, by a name that tells in a jaxpr or a profile what ran."""
     if spec.implementation == "auto":
         on_gpu = _named(run, spec._replace(implementation="mosaic_gpu"))
         elsewhere = _named(run, spec._replace(implementation="xla"))
         return lambda *args: jax.lax.platform_dependent(*args, cuda=on_gpu, default=elsewhere)
 
-    def call(*args: Any) -> Array:
+    def call(*args: Any) -> Any:
         return run(spec, *args)
 
     kernels = () if spec.implementation == "loop" else tuple(dict.fromkeys(spec.kernels))
@@ -196,17 +201,23 @@ def _named(run: Callable[..., Array], spec: _Spec) -> Callable[..., Array]:
 # --------------------------------------------------------------------------- the three operations
 
 
-def shrink(spec: _Spec, x: Array, lora_a: Array, segments: Segments, scale: Array) -> Array:
-    if spec.implementation == "loop":
-        return loop.shrink(x, lora_a, segments, scale)
+def shrink(
+    spec: _Spec, v: Array | None, x: Array, lora_a: Array, route: Route, scale: Array
+) -> Array:
     if spec.implementation == "mosaic_gpu":
-        return mosaic_gpu.shrink(x, lora_a, segments, scale, config=spec.config)
-    return xla.shrink(x, lora_a, segments, scale, kernel=spec.kernels[0])
+        return mosaic_gpu.shrink(x, lora_a, route, scale, v, config=spec.config)
+    segments = as_segments(route, lora_a.shape[0])
+    if spec.implementation == "loop":
+        new = loop.shrink(x, lora_a, segments, scale)
+    else:
+        new = xla.shrink(x, lora_a, segments, scale, kernel=spec.kernels[0])
+    return new if v is None else xla.add_rows(v, new, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _shrink(spec: _Spec, *args: Any) -> Array:
-    return _named(shrink, spec)(*args)
+    v: Array = _named(shrink, spec)(*args)
+    return v
 
 
 def _shrink_fwd(spec: _Spec, *args: Any) -> Any:
@@ -214,27 +225,31 @@ def _shrink_fwd(spec: _Spec, *args: Any) -> Any:
 
 
 def _shrink_bwd(spec: _Spec, residuals: Any, dv: Array) -> Any:
-    dx, da, ds = xla.shrink_grad(dv, *residuals)
-    return dx, da, None, ds
+    v, x, lora_a, route, scale = residuals
+    segments = as_segments(route, lora_a.shape[0])
+    dx, da, ds = xla.shrink_grad(dv.astype(jnp.float32), x, lora_a, segments, scale)
+    return None if v is None else dv, dx, da, None, ds
 
 
 _shrink.defvjp(_shrink_fwd, _shrink_bwd)
 
 
-def expand(spec: _Spec, v: Array, lora_b: Array, segments: Segments, y: Array) -> Array:
+def expand(spec: _Spec, v: Array, lora_b: Array, route: Route, y: Array) -> Array:
     (kernel,), (y_offset,), add_inputs = spec.kernels, spec.y_offsets, spec.add_inputs
-    if spec.implementation == "loop":
-        return loop.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs)
     if spec.implementation == "mosaic_gpu":
         return mosaic_gpu.expand(
-            v, lora_b, segments, y, y_offset, add_inputs=add_inputs, config=spec.config
+            v, lora_b, route, y, y_offset, add_inputs=add_inputs, config=spec.config
         )
+    segments = as_segments(route, lora_b.shape[0])
+    if spec.implementation == "loop":
+        return loop.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs)
     return xla.expand(v, lora_b, segments, y, y_offset, add_inputs=add_inputs, kernel=kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expand(spec: _Spec, *args: Any) -> Array:
-    return _named(expand, spec)(*args)
+    y: Array = _named(expand, spec)(*args)
+    return y
 
 
 def _expand_fwd(spec: _Spec, *args: Any) -> Any:
@@ -242,7 +257,8 @@ def _expand_fwd(spec: _Spec, *args: Any) -> Any:
 
 
 def _expand_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
-    v, lora_b, segments = residuals
+    v, lora_b, route = residuals
+    segments = as_segments(route, lora_b.shape[0])
     dv, db, dy = xla.expand_grad(
         dy, v, lora_b, segments, spec.y_offsets[0], add_inputs=spec.add_inputs
     )
@@ -252,39 +268,53 @@ def _expand_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
 _expand.defvjp(_expand_fwd, _expand_bwd)
 
 
-def add_lora_parts(spec: _Spec, y: Array, x: Array, stacks: Any) -> Array:
-    parts = _parts(spec, stacks)
-    if spec.implementation == "loop":
-        return loop.add_lora_multi(y, x, parts)
+def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) -> tuple[Array, ...]:
     if spec.implementation == "mosaic_gpu":
-        return mosaic_gpu.add_lora_multi(y, x, parts, config=spec.config)
-    return xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
+        return mosaic_gpu.add_lora_multi(ys, x, _parts(spec, stacks), config=spec.config)
+    y = _side_by_side(ys)
+    parts = _parts(spec, stacks, ordered=True)
+    if spec.implementation == "loop":
+        y = loop.add_lora_multi(y, x, parts)
+    else:
+        y = xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
+    edges = list(itertools.accumulate(one.shape[1] for one in ys))
+    return tuple(jnp.split(y, edges[:-1], axis=1))
 
 
-def _parts(spec: _Spec, stacks: Any) -> tuple[LoRAPart, ...]:
+def _side_by_side(ys: tuple[Array, ...]) -> Array:
+    return jnp.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
+
+
+def _parts(spec: _Spec, stacks: Any, *, ordered: bool = False) -> tuple[LoRAPart, ...]:
+    """The parts; those with the same ids share one object, `Segments` if `ordered`."""
+    routes = {
+        n: as_segments(stacks[n][2], stacks[n][0].shape[0]) if ordered else stacks[n][2]
+        for n in set(spec.routes)
+    }
     return tuple(
-        LoRAPart(a, b, stacks[route][2], scales, y_offset)
+        LoRAPart(a, b, routes[route], scales, y_offset)
         for (a, b, _, scales), route, y_offset in zip(stacks, spec.routes, spec.y_offsets)
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_lora(spec: _Spec, *args: Any) -> Array:
-    return _named(add_lora_parts, spec)(*args)
+def _add_lora(spec: _Spec, *args: Any) -> tuple[Array, ...]:
+    ys: tuple[Array, ...] = _named(add_lora_parts, spec)(*args)
+    return ys
 
 
 def _add_lora_fwd(spec: _Spec, *args: Any) -> Any:
     return _add_lora(spec, *args), args[1:]
 
 
-def _add_lora_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
+def _add_lora_bwd(spec: _Spec, residuals: Any, dys: tuple[Array, ...]) -> Any:
     x, stacks = residuals
-    dx, dstacks = jnp.zeros(x.shape, jnp.float32), []
-    for part in _parts(spec, stacks):
+    dx, dstacks, dy = jnp.zeros(x.shape, jnp.float32), [], _side_by_side(dys)
+    for part in _parts(spec, stacks, ordered=True):
         dx_part, da, db, ds = xla.add_lora_grad(dy, x, part)
         dx += dx_part
         dstacks.append((da, db, None, ds))
-    return dy, dx.astype(x.dtype), tuple(dstacks)
+    return dys, dx.astype(x.dtype), tuple(dstacks)
 
 
 _add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
@@ -294,7 +324,7 @@ _add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
 
 
 def _shrink_op(
-    kernel: str, x: ArrayLike, lora_a: ArrayLike, route: Any, scale: Any, how: Any
+    kernel: str, x: ArrayLike, lora_a: ArrayLike, route: Any, scale: Any, how: Any, v: Any = None
 ) -> Array:
     lora_a = _stack("lora_a", lora_a, "L R H")
     x = _floats("x", x, "T H")
@@ -305,9 +335,13 @@ def _shrink_op(
     missing = mosaic_gpu.missing(lora_a.dtype, rank, features)
     implementation, config = how
     spec = _Spec(_choose(implementation, config, missing), (kernel,), config=config)
+    if v is not None:
+        v = _floats("v", v, "T R")
+        _same("v and x differ in tokens T", v.shape[0], x.shape[0])
+        _same("v and lora_a differ in rank R", v.shape[1], rank)
     if x.shape[0] == 0:
-        return jnp.zeros((0, lora_a.shape[1]), jnp.float32)
-    return _shrink(spec, x, lora_a, as_segments(route, lora_a.shape[0]), scale)
+        return jnp.zeros((0, rank), jnp.float32) if v is None else v
+    return _shrink(spec, v, x, lora_a, route, scale)
 
 
 def _expand_op(
@@ -331,7 +365,7 @@ def _expand_op(
         columns = 0, width
     y_offset, y_slice_size = columns
     _same("y_slice_size and lora_b differ in features N", y_slice_size, width)
-    y_offset = _columns(y, y_offset, width)
+    y_offset = _columns(y.shape, y_offset, width)
     route = _route(route, v.shape[0], lora_b.shape[0])
     missing = mosaic_gpu.missing(
         lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
@@ -346,15 +380,7 @@ def _expand_op(
     )
     if v.shape[0] == 0:
         return y
-    return _expand(spec, v, lora_b, as_segments(route, lora_b.shape[0]), y)
-
-
-def as_segments(route: Any, num_adapters: int) -> Segments:
-    """The Segments of checked `[T]` ids, unless they are Segments already."""
-    return route if isinstance(route, Segments) else _sorted(route, num_adapters)
-
-
-_sorted = jax.jit(make_segments, static_argnums=1)
+    return _expand(spec, v, lora_b, route, y)
 
 
 def _need_segments(segments: Any) -> Segments:
@@ -396,6 +422,23 @@ def bgmv_shrink(
     Source: Punica (arXiv 2310.18547); LoRAX, server/lorax_server/utils/ops/bgmv_shrink.py.
     """
     return _shrink_op("bgmv", x, lora_a, indices, scale, (implementation, config))
+
+
+def add_shrink(
+    v: ArrayLike,
+    x: ArrayLike,
+    lora_a: ArrayLike,
+    indices: ArrayLike | Segments | WideIndices,
+    *,
+    scale: ArrayLike = 1.0,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array:
+    """v'[t] = v[t] + scale * x[t] @ lora_a[indices[t]].T; rows of -1 keep v. LoRAX's shrink.
+
+    `v` is `[T, R]`, in whose dtype the float32 sum is rounded once. Otherwise as `bgmv_shrink`.
+    """
+    return _shrink_op("bgmv", x, lora_a, indices, scale, (implementation, config), v)
 
 
 def bgmv_expand(
@@ -537,6 +580,7 @@ def add_lora(
     return add_lora_multi(y, x, (part,), phase=phase, implementation=implementation, config=config)
 
 
+@overload
 def add_lora_multi(
     y: ArrayLike,
     x: ArrayLike,
@@ -545,7 +589,30 @@ def add_lora_multi(
     phase: str = "decode",
     implementation: Implementation | None = None,
     config: Any = None,
-) -> Array:
+) -> Array: ...
+
+
+@overload
+def add_lora_multi(
+    y: tuple[ArrayLike, ...],
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    *,
+    phase: str = "decode",
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> tuple[Array, ...]: ...
+
+
+def add_lora_multi(
+    y: ArrayLike | tuple[ArrayLike, ...],
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    *,
+    phase: str = "decode",
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Array | tuple[Array, ...]:
     """`add_lora` of several parts at once: rank buckets, slices of a packed projection, or both.
 
     Parts may differ in rank, width and adapters, and may overlap. Where several adapters add to
@@ -553,18 +620,31 @@ def add_lora_multi(
     ("mosaic_gpu", up to 256 tokens). Parts that share ids are fastest with one `indices` object.
 
     Args:
-      y: `[T, Ny]`.
+      y: `[T, Ny]`, or a tuple of such arrays of one dtype, whose columns are counted as if they
+        stood side by side: the outputs of several projections of one x.
       x: `[T, H]`, shared by all parts.
       parts: see `LoRAPart`.
       phase, implementation, config: as in `add_lora`.
 
     Returns:
-      `[T, Ny]` in y's dtype.
+      `[T, Ny]` in y's dtype; a tuple of them where y is one.
 
-    Raises: as `add_lora`; ValueError where a part's columns leave y.
+    Raises: as `add_lora`; ValueError where a part's columns leave y; TypeError where the arrays of
+      a tuple differ in dtype.
     """
-    y, x = _floats("y", y, "T Ny"), _floats("x", x, "T H")
-    _same("x and y differ in tokens T", x.shape[0], y.shape[0])
+    if isinstance(y, tuple):
+        ys = tuple(_floats(f"y[{n}]", one, "T Ny") for n, one in enumerate(y))
+        if not ys:
+            raise ValueError("y must hold at least one array, got ()")
+    else:
+        ys = (_floats("y", y, "T Ny"),)
+    if len(dtypes := {one.dtype for one in ys}) > 1:
+        raise TypeError(f"the arrays of y must have one dtype, got {[str(d) for d in dtypes]}")
+    x = _floats("x", x, "T H")
+    for one in ys:
+        _same("x and y differ in tokens T", x.shape[0], one.shape[0])
+    widths = [one.shape[1] for one in ys]
+    shape, dtype = [x.shape[0], sum(widths)], ys[0].dtype
     check_phase(phase)
     stacks: list[Any] = []
     kernels: list[str] = []
@@ -581,14 +661,17 @@ def add_lora_multi(
         _same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
         scales = 1.0 if part.scales is None else part.scales
         scales = _scales(f"parts[{n}].scales", scales, per_adapter=a.shape[0])
-        y_offsets.append(_columns(y, part.y_offset, b.shape[1]))
+        y_offsets.append(_columns(shape, part.y_offset, b.shape[1]))
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
         first_with_ids.append(seen.setdefault((id(part.indices), a.shape[0]), n))
         kernels.append(_kernel(a.shape[1], phase))
     lacks = [
-        mosaic_gpu.missing(dtype, a.shape[1], a.shape[2], b.shape[1], y.dtype, y.shape[1], y_offset)
+        mosaic_gpu.missing(
+            weights.dtype, a.shape[1], a.shape[2], b.shape[1], dtype, width, y_offset
+        )
         for (a, b, *_), y_offset in zip(stacks, y_offsets)
-        for dtype in (a.dtype, b.dtype)
+        for weights in (a, b)
+        for width in (*widths, shape[1])
     ]
     missing = next(filter(None, lacks), None)
     spec = _Spec(
@@ -598,10 +681,6 @@ def add_lora_multi(
         tuple(first_with_ids),
         config=config,
     )
-    if not stacks or y.size == 0:
-        return y
-    segments = {n: as_segments(stacks[n][2], stacks[n][0].shape[0]) for n in seen.values()}
-    sorted_stacks = tuple(
-        (a, b, segments[n], scales) for (a, b, _, scales), n in zip(stacks, first_with_ids)
-    )
-    return _add_lora(spec, y, x, sorted_stacks)
+    if stacks and shape[0] * shape[1]:
+        ys = _add_lora(spec, ys, x, tuple(stacks))
+    return ys if isinstance(y, tuple) else ys[0]

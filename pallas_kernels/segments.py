@@ -77,6 +77,37 @@ class Segments:
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WideIndices:
+    """64-bit ids, which JAX lacks by default, as `[T, 2]` words of int32, the low one first."""
+
+    words: Int[Array, "T 2"]
+
+    def narrow(self) -> Int[Array, " T"]:
+        """int32 ids; those that do not fit become -1."""
+        low, high = self.words[:, 0], self.words[:, 1]
+        return jnp.where(high == low >> 31, low, jnp.int32(-1))
+
+
+# The adapters of tokens, as ops pass them on: sorted, or ids of which any outside [0, L) is none.
+Route = Segments | Int[Array, " T"] | WideIndices
+
+
+def as_segments(route: Route, num_adapters: int) -> Segments:
+    """The tokens of `route` sorted by adapter."""
+    if isinstance(route, Segments):
+        return route
+    return _make(route.narrow() if isinstance(route, WideIndices) else route, num_adapters)
+
+
+def raw_ids(route: Route) -> Int[Array, " T"] | Int[Array, "T 2"]:
+    """`[T]` ids, or `[T, 2]` words of them: as they are, unsorted and unchecked."""
+    if isinstance(route, WideIndices):
+        return route.words
+    return route.indices if isinstance(route, Segments) else route
+
+
 def checked_indices(indices: ArrayLike, num_adapters: int) -> Int[Array, " T"]:
     """`indices` as int32 with everything outside `[0, num_adapters)` turned into -1.
 
@@ -119,6 +150,8 @@ def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
         raise ValueError(f"num_adapters must be at least 1, got {num_adapters}")
     return _sort(checked_indices(indices, num_adapters), num_adapters)
 
+
+_make = jax.jit(make_segments, static_argnums=1)
 
 # Tokens that are compared with each other in pairs; slots that all of them are compared with.
 _CHUNK = 256

@@ -49,6 +49,12 @@ def take(stack: Array, ids: Array) -> Array:
     return stack.at[ids].get(mode="fill", fill_value=0)
 
 
+def add_rows(v: Array, new: Array, segments: Segments) -> Array:
+    """v + new, rounded once; rows of -1 keep v."""
+    total = (v.astype(jnp.float32) + new).astype(v.dtype)
+    return jnp.where((segments.indices >= 0)[:, None], total, v)
+
+
 def touches(part: LoRAPart, width: int) -> Array:
     """`[T, width]`: whether a part adds to that element of y."""
     column = jnp.arange(width)

@@ -24,6 +24,9 @@ def y_tolerance(*dtypes: str) -> float:
 def indices(popularity: str, num_tokens: int, num_adapters: int, seed: int = 0) -> np.ndarray:
     """Adapters of the tokens, in no order; the last slot is among them unless none is."""
     rng = np.random.default_rng(seed)
+    if popularity == "lengths":  # of segments
+        lengths = (0, 1, 15, 16, 17)
+        return np.resize(np.repeat(np.arange(5), lengths), num_tokens).astype(np.int32)
     if popularity == "distinct":
         ids = rng.permutation(max(num_tokens, num_adapters))[:num_tokens] % num_adapters
     elif popularity == "uniform":
@@ -114,6 +117,14 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     got = np.asarray(got).astype(np.float64)
     norm = np.linalg.norm(want)
     return float(np.linalg.norm(got - want) / norm) if norm else float(np.abs(got).max(initial=0))
+
+
+def typical(rows: np.ndarray, stack: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """How large each of `products(rows, stack, ids)` is if its n terms have random signs: sqrt(n)
+    times the root mean squares of both factors. Errors of a sum are held against it."""
+    norms = np.linalg.norm(stack.astype(np.float64), axis=2)[np.maximum(ids, 0)]
+    of_rows = np.linalg.norm(rows.astype(np.float64), axis=1)
+    return of_rows[:, None] * norms / np.sqrt(rows.shape[1])
 
 
 def bits(values: np.ndarray) -> np.ndarray:

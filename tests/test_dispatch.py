@@ -28,7 +28,7 @@ def for_cuda(fn: Any, *args: Any) -> str:
 
 
 def kernels(module: str) -> set[str]:
-    return set(re.findall(r"lora(?:_shrink|_expand)?(?:_r\d+)+", module))
+    return set(re.findall(r"lora(?:_decode)?(?:_shrink|_expand)?(?:_r\d+)+", module))
 
 
 def add_lora(implementation: str | None = None, **options: Any) -> Any:
@@ -84,7 +84,7 @@ def test_the_named_kernels_say_what_they_lack(
 def test_a_slice_that_tma_cannot_address_runs_as_xla() -> None:
     args = jnp.zeros((T, 16), jnp.float32), arrays()["b"], np.zeros(T, np.int32)
     y = jnp.zeros((T, 2 * N), jnp.bfloat16)
-    for y_offset, expected in ((16, {"lora_expand_r16"}), (3, set())):
+    for y_offset, expected in ((16, {"lora_decode_expand_r16"}), (3, set())):
 
         def expand(y: Any, offset: int = y_offset) -> Any:
             return pk.bgmv_expand_slice(*args, y, offset, N)

@@ -4,8 +4,10 @@ tests/gpu holds the same cases on a device, where clusters exchange sums; here, 
 memory does not exist, partial sums go through device memory and XLA adds them.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -31,8 +33,9 @@ from mosaic_cases import (
 )
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, ops
 from pallas_kernels.mosaic_gpu import decode_plan, lanes, tiles
+from pallas_kernels.segments import WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -134,8 +137,9 @@ def test_a_v_that_is_not_float32_is_cast_too(interpreted: None) -> None:
 
 
 @pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])
-def test_nothing_leaks(config: Any, interpreted: None) -> None:
+def test_nothing_leaks(config: Any, request: pytest.FixtureRequest) -> None:
     """NaN in unused slots, in a row of -1 or in another row reaches no output."""
+    request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     clean = Case(9, 64, 64, 16, 4).arrays()
     ids = np.array([0, -1, 3, 0, 2, -1, 2, 0, 3], np.int32)
     x, y, v, a, b = (np.array(z) for z in (clean.x, clean.y, clean.v, clean.a, clean.b))
@@ -193,18 +197,67 @@ def test_decode_emulated_against_float64(
     columns = slice(case.y_offset, case.y_offset + case.width)
     config = dataclasses.replace(DECODE, **change)
     part = decode_plan.DecodePart(arrays.a, arrays.b, arrays.scales, 0, case.y_offset)
-    assert decode_plan.plan(arrays.y, arrays.x, (part,), config) is not None
+    assert decode_plan.plan((arrays.y,), arrays.x, (part,), config) is not None
 
-    y = add_lora(as_jax(arrays), case.y_offset, config)
+    z = as_jax(arrays)
 
-    v = products(arrays.x, arrays.a, ids) * arrays.scales[np.maximum(ids, 0)][:, None]
-    want = arrays.y.astype(np.float64)
-    want[:, columns] += products(v, arrays.b, ids)
-    assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
-    np.testing.assert_array_equal(bits(y)[ids < 0], bits(arrays.y)[ids < 0])
-    outside = np.ones(y.shape[1], bool)
-    outside[columns] = False
-    np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
+    want_v = products(arrays.x, arrays.a, ids) * arrays.scales[np.maximum(ids, 0)][:, None]
+    v = shrink(z, config)
+    assert relative_error(v, want_v) < v_tolerance(case.features)
+    assert not bits(v)[ids < 0].any()
+    for y, delta in (
+        (
+            expand(z, case.y_offset, config),
+            products(arrays.v.astype(arrays.b.dtype), arrays.b, ids),
+        ),
+        (add_lora(z, case.y_offset, config), products(want_v, arrays.b, ids)),
+    ):
+        want = arrays.y.astype(np.float64)
+        want[:, columns] += delta
+        assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
+        np.testing.assert_array_equal(bits(y)[ids < 0], bits(arrays.y)[ids < 0])
+        outside = np.ones(y.shape[1], bool)
+        outside[columns] = False
+        np.testing.assert_array_equal(bits(y)[:, outside], bits(arrays.y)[:, outside])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+def test_decode_shrink_adds_to_v(dtype: str, wide: bool, emulated: None) -> None:
+    """And takes ids as they come: outside of the slots they are none, 64 bits are two words."""
+    arrays = Case(11, 128, 64, 16, 3, "out_of_range").arrays()
+    ids = arrays.ids.astype(np.int64)
+    if wide:
+        ids[1::3] += 2**32  # whose low word is a slot
+    used = (ids >= 0) & (ids < 3)
+    v = arrays.v.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given: Any = jnp.asarray(arrays.ids)
+    if wide:
+        given = WideIndices(jnp.asarray(ids[:, None].view(np.int32)))
+    out = ops.add_shrink(
+        v, arrays.x, arrays.a, given, scale=0.5, implementation="mosaic_gpu", config=DECODE
+    )
+    want = v.astype(np.float64) + 0.5 * products(arrays.x, arrays.a, np.where(used, ids, -1))
+    tolerance = v_tolerance(128) if dtype == "float32" else y_tolerance(dtype)
+    assert out.dtype == v.dtype
+    assert relative_error(out, want) < tolerance
+    np.testing.assert_array_equal(bits(out)[~used], bits(v)[~used])
+    by_xla = ops.add_shrink(v, arrays.x, arrays.a, given, scale=0.5, implementation="xla")
+    np.testing.assert_array_equal(bits(by_xla)[~used], bits(v)[~used])
+
+
+@pytest.mark.parametrize("v_dtype", ["float32", "bfloat16"])
+def test_decode_expand_overwrites(v_dtype: str, emulated: None) -> None:
+    arrays = Case(9, 64, 136, 16, 3).arrays()
+    v = arrays.v.astype(ml_dtypes.bfloat16 if v_dtype == "bfloat16" else v_dtype)
+    out = pk.bgmv_expand(
+        v, arrays.b, arrays.ids, arrays.y, add_inputs=False, implementation="mosaic_gpu",
+        config=DECODE,
+    )  # fmt: skip
+    used = arrays.ids >= 0
+    want = products(v.astype(arrays.b.dtype), arrays.b, arrays.ids)
+    assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(out)[~used], bits(arrays.y)[~used])
 
 
 def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
@@ -231,6 +284,72 @@ def test_the_emulator_finds_a_missing_barrier(
     else:
         with pytest.raises(Exception, match="barrier"):
             add_lora(z, config=DECODE)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
+@pytest.mark.parametrize("column_clusters", [1, 2, 3, 7])
+@pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
+def test_parts_of_several_ys(implementation: str, column_clusters: int, emulated: None) -> None:
+    """Two buckets of three projections, a part from one into the next, and tokens with several
+    adapters: every column is some one cluster's, whatever their number."""
+    widths, ranks = (72, 64, 200), (16, 64)
+    arrays = [Case(13, 128, sum(widths), rank, 3, seed=rank).arrays() for rank in ranks]
+    x, whole = arrays[0].x, arrays[0].y
+    edges = [0, *np.cumsum(widths).tolist()]
+    spans = [*itertools.pairwise(edges), (40, 160)]
+    parts = [
+        pk.LoRAPart(z.a, z.b[:, start:stop], ids, z.scales, start)
+        for z, ids in zip(arrays, [jnp.asarray(z.ids) for z in arrays])
+        for start, stop in spans
+    ]
+    config = dataclasses.replace(DECODE, column_clusters=column_clusters)
+    out = pk.add_lora_multi(
+        tuple(np.split(whole, edges[1:-1], axis=1)), x, parts, implementation=implementation,
+        config=config if implementation == "mosaic_gpu" else None,
+    )  # fmt: skip
+    assert [y.shape for y in out] == [(13, width) for width in widths]
+    want, used = whole.astype(np.float64), np.zeros(whole.shape, bool)
+    for part in parts:
+        ids, columns = (
+            np.asarray(part.indices),
+            slice(part.y_offset, part.y_offset + len(part[1][0])),
+        )
+        v = products(x, part.lora_a, ids) * part.scales[np.maximum(ids, 0)][:, None]
+        want[:, columns] += products(v, part.lora_b, ids)
+        used[:, columns] |= (ids >= 0)[:, None]
+    side_by_side = np.concatenate(out, axis=1)
+    assert relative_error(side_by_side, want) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(side_by_side)[~used], bits(whole)[~used])
+
+
+@pytest.mark.parametrize("column_clusters", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [(16,), (8, 16), (64, 128), (8, 128)], ids=str)
+def test_columns_of_y_have_the_same_clusters_in_every_job(
+    ranks: tuple[int, ...], column_clusters: int
+) -> None:
+    """Else two clusters might update the columns of a token that has several adapters."""
+    y, x = jnp.zeros((9, 400), jnp.bfloat16), jnp.zeros((9, 128), jnp.bfloat16)
+    parts = tuple(
+        decode_plan.DecodePart(
+            jnp.zeros((2, rank, 128), x.dtype), jnp.zeros((2, width, rank), x.dtype), jnp.ones(1),
+            ids, offset,
+        )
+        for ids, rank in enumerate(ranks)
+        for offset, width in ((0, 200), (200, 72), (272, 128), (96, 208))
+    )  # fmt: skip
+    config = dataclasses.replace(DECODE, column_clusters=column_clusters)
+    plan = decode_plan.plan((y,), x, parts, config)
+    assert plan is not None
+    owners: dict[int, set[tuple[int, int]]] = {}
+    seen = collections.Counter()
+    for job in plan.jobs:
+        assert job.cluster >= 0 and job.cluster + job.clusters <= column_clusters
+        for strip in job.strips:
+            for piece in strip:
+                owners.setdefault(piece.start, set()).add((job.cluster, job.clusters))
+                seen[piece.part] += piece.stop - piece.start
+    assert all(len(of_column) == 1 for of_column in owners.values())
+    assert seen == {n: part.width for n, part in enumerate(parts)}
 
 
 @pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])

@@ -145,3 +145,11 @@ def test_gradients_through_a_constant_scale_and_a_slice():
     assert relative_error(x.grad, other.grad.double().numpy()) < 1e-5
     assert not wide[:, :8].any()
     assert not wide[:, 88:].any()
+
+
+def test_the_mode_decides_on_gradients_not_the_last_call():
+    t = Case(x_dtype=torch.float32, weight_dtype=torch.float32, y_dtype=torch.float32).tensors()
+    a = t.a.requires_grad_()
+    for grad in (False, True, False, True):
+        with torch.set_grad_enabled(grad):
+            assert interop.add_lora(t.y.clone(), t.x, a, t.b, t.ids).requires_grad is grad

@@ -1,5 +1,9 @@
 """The native path's reading of StableHLO, which needs no GPU: what it launches, what it refuses."""
 
+import contextlib
+import ctypes
+import itertools
+import struct
 import subprocess
 import sys
 
@@ -70,22 +74,139 @@ def test_what_stands_in_the_way_is_named(function, donate, message):
     assert "Pallas:Mosaic GPU kernels alone; in the way: " in str(caught.value)
 
 
-def test_ops_of_today_need_glue_or_are_native():
-    """Either way the answer is exact: all kernels, or the operations between them by name."""
-    specs = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in [
-            ((8, 256), jnp.bfloat16), ((8, 256), jnp.bfloat16), ((4, 16, 256), jnp.bfloat16),
-            ((4, 256, 16), jnp.bfloat16), ((8,), jnp.int32), ((), F32),
-        ]
-    ]  # fmt: skip
-    call = functions.bound(functions.add_lora, offset=0, phase="decode")
-    module = internals.lower(call, tuple(specs))
-    plan = native._Plan(module, (0,))
-    assert plan.kernels
-    assert all("." in reason for reason in plan.obstacles), plan.obstacles
-    if not plan.obstacles:
-        assert [buffer.argument for buffer in plan.results] == [0]
+# ------------------------------------------------------------------------ the ops that are native
+
+
+def spec(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ids_of(words: int, num_tokens: int = 20):
+    """int32, or the words of int64."""
+    return spec(jnp.int32, num_tokens, *[2] * (words - 1))
+
+
+def stack(dtype, *shape, four_dim: bool):
+    return spec(dtype, shape[0], *[1] * four_dim, *shape[1:])
+
+
+def is_one_kernel(function, arguments, name: str, **static) -> None:
+    """Lowering is one kernel on the arguments alone, which leaves its result in the first."""
+    plan = native.plan(functions.bound(function, **static), arguments, (0,))
+    [(kernel, buffers)] = plan.kernels
+    assert f"{name}_mosaic_gpu".encode() in kernel
+    order = [buffer.argument for buffer in buffers]
+    assert sorted(order[:-1]) == list(range(len(arguments)))
+    assert order[0] == order[-1] == 0
+    assert [buffer.argument for buffer in plan.results] == [0]
+
+
+HALVES, FLOATS = (jnp.bfloat16, jnp.float16), (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("v_dtype", FLOATS)
+def test_shrinks_are_one_kernel(v_dtype, dtype, words):
+    for rank, four_dim in [(8, False), (16, True), (128, False)]:
+        a = stack(dtype, 6, rank, 512, four_dim=four_dim)
+        given = spec(v_dtype, 20, rank), spec(dtype, 20, 512), a, ids_of(words), spec(F32)
+        is_one_kernel(functions.bgmv_shrink, given, f"lora_decode_shrink_r{rank}")
+
+
+@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("v_dtype", FLOATS)
+@pytest.mark.parametrize("y_dtype", FLOATS)
+def test_expands_are_one_kernel(y_dtype, v_dtype, words):
+    for dtype, add, slice_ in itertools.product(HALVES, (True, False), (True, False)):
+        b = stack(dtype, 6, 320, 16, four_dim=words == 2)
+        y = spec(y_dtype, 20, 400 if slice_ else 320)
+        static = dict(offset=48 if slice_ else 0, add_inputs=add)
+        given = y, spec(v_dtype, 20, 16), b, ids_of(words)
+        is_one_kernel(functions.bgmv_expand, given, "lora_decode_expand_r16", **static)
+
+
+@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("y_dtype", FLOATS)
+def test_both_halves_are_one_kernel(y_dtype, dtype, words):
+    for scales, slice_ in itertools.product([(), (6,)], (True, False)):
+        a = stack(dtype, 6, 16, 512, four_dim=slice_)
+        b = stack(dtype, 6, 320, 16, four_dim=slice_)
+        y = spec(y_dtype, 20, 400 if slice_ else 320)
+        given = y, spec(dtype, 20, 512), a, b, ids_of(words), spec(F32, *scales)
+        static = dict(offset=48 if slice_ else 0, phase="decode")
+        is_one_kernel(functions.add_lora, given, "lora_r16", **static)
+
+
+def expand_case(num_tokens: int, dtype, *index):
+    y, v = spec(dtype, num_tokens, 320), spec(F32, num_tokens, 16)
+    return y, v, stack(dtype, 6, 320, 16, four_dim=False), *index
+
+
+SEGMENTS = [spec(jnp.int32, 4)] * 3
+
+
+@pytest.mark.parametrize(("function", "arguments", "lacks"), [
+    (functions.sgmv_expand, expand_case(20, jnp.bfloat16, *SEGMENTS), "stablehlo.sort"),
+    (functions.bgmv_expand, expand_case(300, jnp.bfloat16, ids_of(1, 300)), "stablehlo.gather"),
+    (functions.bgmv_expand, expand_case(20, F32, ids_of(2)), "stablehlo.dot_general"),
+])  # fmt: skip
+def test_what_xla_has_a_part_in_is_refused(function, arguments, lacks):
+    with pytest.raises(NotImplementedError, match=f"in the way: .*{lacks}"):
+        native.plan(functions.bound(function, offset=0, add_inputs=True), arguments, (0,))
+
+
+def test_a_launch_gets_the_addresses_in_the_kernels_order(monkeypatch):
+    launches = []
+    monkeypatch.setattr(internals, "compile_mosaic", lambda kernel: lambda *a: launches.append(a))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+
+    def function(y, x):
+        return add_in_place(y, shift(x, jnp.int32(3)))
+
+    program = native.compile(function, (X, X), torch.device("cpu", 0), donate=(0,))
+    y, x = torch.ones(128), torch.ones(128)
+    assert program(y, x) == (y,)
+    (first_stream, shifted), (second_stream, added) = launches
+    assert first_stream == second_stream == 7
+    of_x, constant, between = struct.unpack("3P", shifted)
+    assert of_x == x.data_ptr()
+    assert ctypes.c_int32.from_address(constant).value == 3
+    assert struct.unpack("3P", added) == (y.data_ptr(), between, y.data_ptr())
+    with pytest.raises(ValueError, match=r"tensor 1 starts at .*needs a multiple of 16"):
+        program(y, torch.ones(129)[1:])
+
+
+@pytest.mark.parametrize("change", [
+    lambda y, v, b, ids: (y[:1], v, b, ids),
+    lambda y, v, b, ids: (y.half(), v, b, ids),
+    lambda y, v, b, ids: (y, v.view(torch.int32), b, ids),
+    lambda y, v, b, ids: (y.T.contiguous().T, v, b, ids),
+    lambda y, v, b, ids: (y, v.to("meta"), b, ids),
+    lambda y, v, b, ids: (y, v, torch.nn.Parameter(b), ids),
+    lambda y, v, b, ids: (y, v, b.to_sparse(), ids),
+    lambda y, v, b, ids: (y, v, b, ids.tolist()),
+    lambda y, v, b, ids: (y, v, b, ids.int()),
+    lambda y, v, b, ids: (y, v.requires_grad_(), b, ids),
+])  # fmt: skip
+def test_likeness_is_of_all_that_checks_and_programs_depend_on(change):
+    def tensors():
+        return torch.ones(4, 80), torch.ones(4, 16), torch.ones(3, 80, 16), torch.arange(4)
+
+    is_like = internals.likeness(tensors())
+    assert is_like(*tensors())
+    assert is_like(*(t * 2 for t in tensors()))
+    assert not is_like(*change(*tensors()))
+
+
+def test_an_untried_torch_likens_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.12.0")
+    assert not internals.likeness((torch.ones(2),))(torch.ones(2))
 
 
 def test_an_untried_jax_has_no_native_path_but_dlpack(monkeypatch):

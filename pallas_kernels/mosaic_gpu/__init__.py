@@ -6,17 +6,19 @@ selects its own product afterwards. So tokens may come in any order, no row is e
 tile reads each of its adapters once, and what a row gets depends on that row alone. What is wasted
 is tensor-core work, which these kernels, bound by memory, have to spare.
 
-`add_lora` of up to 256 tokens is one launch instead (`decode.py`), written lane by lane
-(`lanes.py`): its clusters own a few tokens of one adapter rather than tiles, and gather them.
+Up to 256 tokens take one launch instead (`decode.py`), for either half or both, written lane by
+lane (`lanes.py`): its clusters own a few tokens of one adapter rather than tiles, and gather them.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels import xla
 from pallas_kernels.mosaic_gpu.config import (
     MAX_FEATURES,
     Config,
@@ -30,7 +32,7 @@ from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
 from pallas_kernels.parts import LoRAPart
-from pallas_kernels.segments import Segments
+from pallas_kernels.segments import Route, Segments, as_segments, raw_ids
 
 __all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "shrink"]
 
@@ -38,21 +40,33 @@ __all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "s
 def shrink(
     x: Float[Array, "T H"],
     lora_a: Float[Array, "L R H"],
-    segments: Segments,
+    route: Route,
     scale: Float[Array, "*L"],
+    v: Float[Array, "T R"] | None = None,
     *,
     config: Config | None = None,
 ) -> Float[Array, "T R"]:
-    """v[t] = scale * x[t] @ lora_a[indices[t]].T in float32; zero in rows of -1."""
-    config = config or _config(x, lora_a, lora_a.shape[2])
-    [v] = _shrink_parts(x, [(lora_a, segments, scale, config)], operands=False)
-    return v
+    """v[t] += scale * x[t] @ lora_a[indices[t]].T, rounded once; rows of -1 keep v.
+
+    Without v float32 zeros.
+    """
+    num_adapters, rank, features = lora_a.shape
+    part = DecodePart(lora_a, None, scale.reshape(-1), 0, 0)
+    old = jnp.zeros((x.shape[0], rank), jnp.float32) if v is None else v
+    planned = _decode_plan((old,), x, (part,), [route], config)
+    if planned is not None:
+        [v] = decode_kernel((old,), x, *planned)
+        return v
+    segments = as_segments(route, num_adapters)
+    config = config or _config(x, lora_a, features)
+    [new] = _shrink_parts(x, [(lora_a, segments, scale, config)], operands=False)
+    return new if v is None else xla.add_rows(v, new, segments)
 
 
 def expand(
     v: Float[Array, "T R"],
     lora_b: Float[Array, "L N R"],
-    segments: Segments,
+    route: Route,
     y: Float[Array, "T Ny"],
     y_offset: int,
     *,
@@ -61,33 +75,48 @@ def expand(
 ) -> Float[Array, "T Ny"]:
     """y[t, y_offset:][:N] (+)= v[t] @ lora_b[indices[t]].T, rounded once; rows of -1 keep y."""
     num_adapters, width, rank = lora_b.shape
+    part = DecodePart(None, lora_b, None, 0, y_offset)
+    planned = _decode_plan((y,), v, (part,), [route], config, add_inputs=add_inputs)
+    if planned is not None:
+        [y] = decode_kernel((y,), v, *planned)
+        return y
     config = config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
     operand = _operand(v, lora_b.dtype)
-    part = ExpandPart(operand, lora_b, routes(segments), y_offset, config)
-    return expand_kernel(y, (part,), add_inputs=add_inputs)
+    segments = as_segments(route, num_adapters)
+    two = ExpandPart(operand, lora_b, routes(segments), y_offset, config)
+    return expand_kernel(y, (two,), add_inputs=add_inputs)
 
 
 def add_lora_multi(
-    y: Float[Array, "T Ny"],
+    ys: tuple[Float[Array, "T _"], ...],
     x: Float[Array, "T H"],
     parts: tuple[LoRAPart, ...],
     *,
     config: Config | None = None,
-) -> Float[Array, "T Ny"]:
-    """Both halves of every part.
+) -> tuple[Float[Array, "T _"], ...]:
+    """Both halves of every part, over the columns of the ys side by side.
 
     One launch where the decode kernel takes them all, else one or two for some of them at a time.
     """
-    planned = _decode_plan(y, x, parts, config)
+    planned = _add_lora_plan(ys, x, parts, config)
     if planned is not None:
-        return decode_kernel(y, x, *planned)
+        return decode_kernel(ys, x, *planned)
+    edges = list(itertools.accumulate(y.shape[1] for y in ys))
+    y = jnp.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
+    sorted_ids = {
+        (id(part.indices), part.lora_a.shape[0]): as_segments(part.indices, part.lora_a.shape[0])
+        for part in parts
+    }
+    parts = tuple(
+        part._replace(indices=sorted_ids[id(part.indices), part.lora_a.shape[0]]) for part in parts
+    )
     for group in _launches(parts):
-        planned = _decode_plan(y, x, group, config)
+        planned = _add_lora_plan((y,), x, group, config)
         if planned is None:
             y = _two_launches(y, x, group, config)
         else:
-            y = decode_kernel(y, x, *planned)
-    return y
+            [y] = decode_kernel((y,), x, *planned)
+    return tuple(jnp.split(y, edges[:-1], axis=1))
 
 
 # The kernels' code has a piece for each part, and lowering takes more than in proportion: 15 parts
@@ -124,7 +153,30 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     return expand_kernel(y, expands, add_inputs=True)
 
 
-def _decode_plan(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Any:
+def _add_lora_plan(
+    ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], config: Config | None
+) -> Any:
+    lists: dict[tuple[int, int], Any] = {}  # parts of one projection mostly share their ids
+    keys = [(id(part.indices), part.lora_a.shape[0]) for part in parts]
+    for key, part in zip(keys, parts):
+        lists.setdefault(key, part.indices)
+    order = list(lists)
+    decode_parts = tuple(
+        DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(key), p.y_offset)
+        for key, p in zip(keys, parts)
+    )
+    return _decode_plan(ys, x, decode_parts, list(lists.values()), config)
+
+
+def _decode_plan(
+    ys: tuple[Array, ...],
+    x: Array,
+    parts: tuple[DecodePart, ...],
+    lists: list[Route],
+    config: Config | None,
+    *,
+    add_inputs: bool = True,
+) -> Any:
     """The decode kernel's ids, parts and plan; None where it does not take the case.
 
     Pallas's interpreter, whose race detection a caller asks for, cannot run lanes: there only a
@@ -132,20 +184,13 @@ def _decode_plan(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config
     """
     if config is None and interpreted():
         return None
-    lists: dict[tuple[int, int], Array] = {}  # parts of one projection mostly share their ids
-    keys = [(id(part.indices), part.indices.num_adapters) for part in parts]
-    for key, part in zip(keys, parts):
-        lists.setdefault(key, part.indices.indices)
-    order = list(lists)
-    decode_parts = tuple(
-        DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(key), p.y_offset)
-        for key, p in zip(keys, parts)
-    )
     if config is None:
-        rank = max(part.lora_a.shape[1] for part in parts)
-        config = decode_config(x.shape[0], rank, y.shape[1])
-    sizes = plan(y, x, decode_parts, config)
-    return sizes and (tuple(lists.values()), decode_parts, sizes)
+        rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
+        config = decode_config(x.shape[0], x.shape[1], width, rank, buckets=len(lists))
+    ids = tuple(raw_ids(route) for route in lists)
+    id_words = tuple(words.ndim for words in ids)
+    sizes = plan(ys, x, parts, config, add_inputs=add_inputs, id_words=id_words)
+    return sizes and (ids, parts, sizes)
 
 
 def _config(x: Array, lora_a: Array, width: int) -> Config:

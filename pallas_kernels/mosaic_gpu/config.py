@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from pallas_kernels.mosaic_gpu.tuning import ShapeClass, tuned_fields
+
 MAX_RANK = 512
 MAX_FEATURES = 131072
 # Tokens of a tile: wgmma has no other M.
@@ -19,8 +21,8 @@ MAX_DECODE_TOKENS = 256
 class Config:
     """How the kernels cut their work. One `Config` gives a row the same bits in every batch.
 
-    `split` fixes the order in which H is summed: another value changes bits. The rest changes speed
-    alone.
+    `split` and `warps` fix the order in which H is summed: other values change bits. The rest
+    changes speed alone.
 
     Attributes:
       split: blocks of a cluster over which the shrink splits H: 1, 2, 4 or 8.
@@ -70,11 +72,12 @@ def rank_width(rank: int, at_most: int) -> int:
 
 
 def default_config(
-    num_tokens: int, features: int, width: int, rank: int, num_adapters: int
+    num_tokens: int, features: int, width: int, rank: int, num_adapters: int, *, tuned: bool = True
 ) -> Config:
     """The config of a case, from static shapes alone; `split` from H and R, so T changes no bit.
 
-    `features` is H, `width` N, `num_adapters` L.
+    `features` is H, `width` N, `num_adapters` L. With more tokens than the decode kernel takes, the
+    GPU's tuning table has the last word, if `tuned`.
     """
     tiles = -(-num_tokens // TILE)
     per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
@@ -94,7 +97,7 @@ def default_config(
     slot = block_n * rank * 2
     expand_stack = max(1, min(per_tile, 256 // block_n, 32 * 1024 // slot)) if few else 1
     pipeline = 96 * 1024 // (expand_stack * slot) if few else 8 * 1024 // slot
-    return Config(
+    config = Config(
         split=split,
         rank_block=rank_block,
         stack=stack,
@@ -104,12 +107,35 @@ def default_config(
         expand_stack=expand_stack,
         expand_stages=max(1, min(6 if few else 2, pipeline)),
     )
+    if not tuned or num_tokens <= MAX_DECODE_TOKENS:
+        return config
+    return _tuned(config, ShapeClass.of(num_tokens, features, width, rank))
 
 
-def decode_config(num_tokens: int, rank: int, width: int) -> Config:
+def decode_config(
+    num_tokens: int, features: int, width: int, rank: int, *, buckets: int = 1, tuned: bool = True
+) -> Config:
     """The decode kernel's config for ranks up to `rank` and a y of `width` columns; `warps` is None
-    where two launches are taken."""
-    if num_tokens > (128 if rank >= 128 else MAX_DECODE_TOKENS):
+    where two launches are taken. `buckets` counts lists of ids: with one, the GPU's tuning table
+    has the last word, if `tuned`."""
+    if num_tokens > MAX_DECODE_TOKENS:
+        return Config()
+    config = _decode_config(num_tokens, width, rank)
+    if buckets > 1 and rank >= 64:
+        # Few tokens have the highest rank, and one cluster would be busy with it when all others
+        # are done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer:
+        # 124 us with 1, 96 with 2, 86 with 3, 88 with 4.
+        return dataclasses.replace(config, column_clusters=max(3, config.column_clusters))
+    tuned = tuned and buckets == 1
+    return _tuned(config, ShapeClass.of(num_tokens, features, width, rank)) if tuned else config
+
+
+def _tuned(config: Config, shape: ShapeClass) -> Config:
+    return dataclasses.replace(config, **tuned_fields(shape, Config))
+
+
+def _decode_config(num_tokens: int, width: int, rank: int) -> Config:
+    if num_tokens > 128 and rank >= 128:
         # H100, T=256, 64 adapters: R=128 69.8 us in one launch, 62.3 in two; R=64 34.8 and 37.2.
         return Config()
     # Copies in flight, some 8 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64

@@ -1,4 +1,5 @@
 """y += scale * (x A^T) B^T in one launch, for few tokens: a cluster per 8 tokens of one adapter.
+Or one half of it: v += scale * x A^T, y += v B^T.
 
 Among the tokens that use the same adapters, the first, the ninth, ... lead eight each. Every
 cluster finds the leaders by itself, takes those eight tokens whose leader has its number, and
@@ -38,12 +39,15 @@ from pallas_kernels.mosaic_gpu.decode_plan import (
 from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
 from pallas_kernels.mosaic_gpu.tiles import in_place, interpreted
 
-_UNROLL = 8  # turns written out: longer ones are loops
+# Turns written out, of a kernel with one job: longer ones are loops. With more jobs all are: code
+# comes cold from device memory. H100, Llama-3-8B's projections with five buckets, one layer in a
+# step: 186 us written out, 123 in loops.
+_UNROLL = 8
 
 
 def _kernel(
     m: Any, plan: Plan, cluster: Any, column_block: Any, share: Any,
-    y: Any, x: Any, ids: list[Any], parts: list[Any],
+    ys: list[Any], x: Any, ids: list[Any], parts: list[Any],
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     lane, zero = m.tid % 32, m.integer(0)
@@ -56,7 +60,7 @@ def _kernel(
 
     threads = 32 * plan.warps
     lists = {
-        i: (m.address(ids[i], zero, plan.tokens), plan.ids + n * plan.ids_stride, slots)
+        i: (m.address(ids[i], zero, 0), plan.ids + n * plan.ids_stride, slots)
         for n, (i, slots) in enumerate(plan.lists.items())
     }
     tokens: list[Any] = []  # of this lane: number, whether there is one, its adapters
@@ -65,8 +69,12 @@ def _kernel(
         inside = t < plan.tokens
         own = {}
         for i, (source, place, slots) in lists.items():
-            word = m.load(source, t, inside)
-            own[i] = m.select(inside & (word >= 0) & (word < slots), word, -1)
+            words = plan.id_words[i]
+            word = m.load(source, t * words, inside)
+            valid = inside & (word >= 0) & (word < slots)
+            if words == 2:
+                valid = valid & (m.load(source, t * 2 + 1, inside) == 0)
+            own[i] = m.select(valid, word, -1)
             m.put(place + t, [own[i]], t < plan.ids_stride)
         tokens.append((t, inside, own))
     m.put(plan.rows + m.tid, [m.integer(-1)], m.tid < TOKENS)
@@ -115,15 +123,17 @@ def _kernel(
         earlier: Any = None  # whether a job has run
         for n, job in enumerate(plan.jobs):
             i = plan.parts[job.parts[0]].ids
+            nth = column_block - job.cluster
             run = functools.partial(
-                _run_job, m, plan, n, earlier, slot[i], count, has, column_block, share, y, x, parts
+                _run_job, m, plan, n, earlier, slot[i], count, has, nth, share, ys, x, parts
             )
-            if len(lists) == 1:  # its adapter is in use, or the token led none
-                run()
-                earlier = m.tid >= 0
-            else:
-                m.when(valid[i], run)
-                earlier = valid[i] if earlier is None else earlier | valid[i]
+            here = m.tid >= 0
+            if len(lists) > 1:  # else its adapter is in use, or the token led none
+                here = valid[i]
+            if job.clusters < plan.column_clusters:
+                here = here & (nth >= 0) & (nth < job.clusters)
+            m.when(here, run)
+            earlier = here if earlier is None else earlier | here
 
     m.when(active, work)
 
@@ -148,30 +158,32 @@ def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
 
 def _run_job(
     m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any, has: Any,
-    column_block: Any, share: Any, y: Any, x: Any, parts: list[Any],
+    column_block: Any, share: Any, ys: list[Any], x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
-    """Both halves of one job's parts, for `count` tokens of the adapter in `slot`.
+    """One job's parts, for `count` tokens of the adapter in `slot`.
 
-    `has`: whether this lane's row of a product is one of them; `earlier`: whether another job has
-    run, None if none can have.
+    `column_block` is the number of this cluster among those of the job; `has`: whether this lane's
+    row of a product is a token; `earlier`: whether another job has run, None if none can have.
     """
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32
     g, c = lane // 4, lane % 4  # row and column group of mma's operands
     threads, always, zero = 32 * plan.warps, m.tid >= 0, m.integer(0)
-    if earlier is not None:
+    if earlier is not None and plan.shrinks:
         m.when(earlier, m.cluster_barrier)  # all blocks are done with the sums that they received
 
     def stack(p: int, which: int, stride: int) -> Any:
         return m.address(parts[p][which], slot, stride)
 
     mine = {p: plan.parts[p] for p in job.parts}
-    a_of = {p: stack(p, 0, part.rank * plan.features) for p, part in mine.items()}
-    b_of = {p: stack(p, 1, part.rank * part.width) for p, part in mine.items()}
-    scales = {
-        p: m.as_real(m.load(stack(p, 2, 1 if part.own_scales else 0), 0, always))
-        for p, part in mine.items()
-    }
+    a_of, b_of, scales = {}, {}, {}
+    for p, part in mine.items():
+        if plan.shrinks:
+            a_of[p] = stack(p, 0, part.rank * plan.features)
+            one = stack(p, -1, 1 if part.own_scales else 0)
+            scales[p] = m.as_real(m.load(one, 0, always))
+        if plan.expands:
+            b_of[p] = stack(p, 1 if plan.shrinks else 0, part.rank * part.width)
     v_of = job.columns
 
     def token_row(r: Any, ref: Any, width: int) -> Any:
@@ -237,7 +249,7 @@ def _run_job(
             return acc
 
         acc = [m.real(0.0)] * (2 * len(bundle.tiles))
-        if units > _UNROLL:
+        if units > unroll:
             return m.loop(units, turn, acc)
         for n in range(units):
             acc = turn(n, acc)
@@ -246,18 +258,26 @@ def _run_job(
     # --------------------------------------------------------- B and y, a share of the columns
 
     block = column_block * plan.split + share
+    unroll = _UNROLL if len(plan.jobs) == 1 else 1
     y_chunks = COLUMNS * plan.y_dtype.itemsize // 16
-    y_rows = [
-        token_row(lane // y_chunks + n * (32 // y_chunks), y, plan.y_width)
-        for n in range(y_chunks // 4)
-    ]
+    used_ys = sorted({piece.y for strip in job.strips for piece in strip})
+
+    def y_row(r: Any) -> tuple[dict[int, Any], Any]:
+        """(the address of the r-th token's row in each y, whether there is one)"""
+        rows = {n: token_row(r, ys[n], plan.y_widths[n]) for n in used_ys}
+        return {n: address for n, (address, _) in rows.items()}, rows[used_ys[0]][1]
+
+    y_rows: list[Any] = []
+    if plan.expands:
+        y_rows = [y_row(lane // y_chunks + n * (32 // y_chunks)) for n in range(y_chunks // 4)]
+        own_rows, _ = y_row(g)
 
     def of_turn(strip: list[Piece], turn: Any, values: Any) -> Any:
         """values(piece, nth of its turns) of the piece whose turn it is."""
         found: Any = None
         before = 0
         for piece in strip:
-            turns = pl.cdiv(plan.share(piece), plan.warps)
+            turns = pl.cdiv(plan.share(job, piece), plan.warps)
             if not isinstance(turn, int):
                 here = values(piece, turn - before)
                 if found is not None:
@@ -273,15 +293,22 @@ def _run_job(
         (none: 0 or fewer), and where the piece's rows of B are, of which the turn's is the nth."""
 
         def values(piece: Piece, nth: Any) -> Any:
-            part, each = plan.parts[piece.part], plan.share(piece)
+            part, each = plan.parts[piece.part], plan.share(job, piece)
             unit = nth * plan.warps + warp
             column = (block * each + unit) * COLUMNS
             left = m.select(unit < each, (piece.stop - piece.start) - column, 0)
-            shift = (piece.start - part.y_offset) * part.rank * plan.dtype.itemsize
+            shift = piece.first * part.rank * plan.dtype.itemsize
             return column + piece.start, left, b_of[piece.part].first + shift, column
 
         column, left, first, nth_row = of_turn(strip, turn, values)
         return column, left, b_of[strip[0].part]._replace(first=first), nth_row
+
+    def in_y(strip: list[Piece], turn: Any, rows: dict[int, Any]) -> Any:
+        """The row of that y to which the turn's piece belongs."""
+        if len(rows) == 1:
+            return rows[used_ys[0]]
+        [first] = of_turn(strip, turn, lambda piece, _: [rows[piece.y].first])
+        return rows[used_ys[0]]._replace(first=first)
 
     def fill_b(strip: list[Piece], turn: Any, chunk: int, slot: Any) -> None:
         rank = plan.parts[strip[0].part].rank
@@ -307,13 +334,13 @@ def _run_job(
                 row, at = (lane + 32 * n) // chunks, (lane + 32 * n) % chunks
                 source = m.ahead(address, (b_row + row) * rank + (at * 8 + chunk * ranks))
                 copy(row, at, source, 0, 0)
-        if chunk != 0:
+        if chunk != 0 or not plan.add_inputs:
             return
         wide = 16 // plan.y_dtype.itemsize
         at = lane % y_chunks * wide
-        for n, (row, there) in enumerate(y_rows):
+        for n, (rows, there) in enumerate(y_rows):
             to = place + (plan.b_words + 128 * n) + lane * 4
-            m.copy(to, row, column + at, there & (at < left))
+            m.copy(to, in_y(strip, turn, rows), column + at, there & (at < left))
 
     def multiply_b(strip: list[Piece], turn: Any, chunk: int, slot: Any, acc: Any) -> Any:
         rank = plan.parts[strip[0].part].rank
@@ -337,10 +364,10 @@ def _run_job(
                     )
         return acc
 
-    y_row, _ = token_row(g, y, plan.y_width)
-
     def y_words(slot: Any) -> list[Any]:
         size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
+        if not plan.add_inputs:
+            return [zero] * size
         at = ring + slot * plan.b_slot + plan.b_words + (g * 4 + c) * size
         return [word for n in range(0, size, 4) for word in m.get(at + n, 4)]
 
@@ -353,15 +380,15 @@ def _run_job(
             for i, word in enumerate(old):
                 low, high = m.unpack(word, plan.y_dtype)
                 new.append(m.pack(low + acc[2 * i], high + acc[2 * i + 1], plan.y_dtype))
-        m.store(y_row, column + c * 8, new, has & (c * 8 < left))
+        m.store(in_y(strip, turn, own_rows), column + c * 8, new, has & (c * 8 < left))
 
     def fill_first(strip: list[Piece]) -> None:
         chunks = plan.chunks(strip)
-        for n in range(min(plan.b_stages, plan.turns(strip) * chunks)):
+        for n in range(min(plan.b_stages, plan.turns(job, strip) * chunks)):
             fill_b(strip, n // chunks, n % chunks, n)
 
     def expand(strip: list[Piece]) -> None:
-        chunks, total = plan.chunks(strip), plan.turns(strip)
+        chunks, total = plan.chunks(strip), plan.turns(job, strip)
 
         def turn(n: Any, _: list[Any]) -> list[Any]:
             acc: list[Any] = [m.real(0.0)] * 8
@@ -381,25 +408,13 @@ def _run_job(
             add(strip, n, old, acc)
             return []
 
-        if total * chunks > _UNROLL:
+        if total * chunks > unroll:
             m.loop(total, turn, [])
         else:
             for n in range(total):
                 turn(n, [])
 
     # ------------------------------------------------------------------- v, the sum of all shares
-
-    for bundle in job.bundles:
-        acc = shrink(bundle)
-        place = plan.warp_sums + warp * plan.warp_words + g * plan.sum_stride + bundle.first + c * 2
-        for tile in range(len(bundle.tiles)):
-            words = [m.as_word(value) for value in acc[2 * tile : 2 * tile + 2]]
-            m.put(place + 8 * tile, words)
-    # Not earlier: A of all clusters then comes before B of any, and B while sums are exchanged.
-    m.arrived(0)
-    m.warp_barrier()
-    fill_first(job.strips[0])
-    m.barrier()
 
     def quads(bundle: Bundle, times: int, do: Any) -> None:
         """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to lanes."""
@@ -419,13 +434,25 @@ def _run_job(
         return total
 
     plane = TOKENS * plan.sum_stride
+    receivers = plan.split if plan.expands else 1
 
-    def send(to: Any, t: Any, column: Any, here: Any) -> None:
+    def senders(bundle: Bundle) -> int:
+        """How many lanes send the same sums, each to its own blocks: as many as there are."""
+        most = min(receivers, threads // (TOKENS * 2 * len(bundle.tiles)))
+        return 1 << max(0, most.bit_length() - 1)
+
+    def send(to_each: int, nth: Any, t: Any, column: Any, here: Any) -> None:
         at = t * plan.sum_stride + column
         warps = added(plan.warp_sums + at, plan.warps, plan.warp_words)
         words = [m.as_word(s) for s in warps]
-        to = m.minimum(to, plan.split - 1)
-        m.push(to, plan.block_sums + share * plane + at, words, here)
+        for n in range(to_each):
+            to = m.minimum(nth * to_each + n, receivers - 1)
+            m.push(to, plan.block_sums + share * plane + at, words, here)
+
+    def keep(t: Any, column: Any, total: list[Any], here: Any) -> None:
+        """Makes these columns of v operands of the expand."""
+        words = [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
+        m.put(plan.v + t * plan.v_stride + column // 2, words, here)
 
     def finish(bundle: Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
         total = added(plan.block_sums + t * plan.sum_stride + column, plan.split, plane)
@@ -434,14 +461,57 @@ def _run_job(
         for p in in_bundle[1:]:
             scale = m.select(column < v_of[p], scale, scales[p])
         total = [s * scale for s in total]
-        words = [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
-        m.put(plan.v + t * plan.v_stride + column // 2, words, here)
+        if plan.expands:
+            keep(t, column, total, here)
+        else:
+            add_to_v(t, column, total, here & (share == 0))
 
+    def words_of(ref: Any, width: int, t: Any, column: Any, here: Any) -> tuple[Any, list[Any]]:
+        """A token's row, and in it the words of 4 columns."""
+        row = m.address(ref, m.get(plan.rows + t, 1)[0], width)
+        each = 4 // row.dtype.itemsize  # columns of a word
+        return row, [m.load(row, column + n, here, fixed=False) for n in range(0, 4, each)]
+
+    def floats(words: list[Any], dtype: Any) -> list[Any]:
+        if dtype == np.float32:
+            return [m.as_real(word) for word in words]
+        return [value for word in words for value in m.unpack(word, dtype)]
+
+    def add_to_v(t: Any, column: Any, total: list[Any], here: Any) -> None:
+        row, old = words_of(ys[0], plan.y_widths[0], m.select(here, t, 0), column, here)
+        new = [a + b for a, b in zip(floats(old, plan.y_dtype), total)]
+        if plan.y_dtype == np.float32:
+            words = [m.as_word(value) for value in new]
+        else:
+            words = [m.pack(new[n], new[n + 1], plan.y_dtype) for n in (0, 2)]
+        m.store(row, column, words, here)
+
+    def load_v(_: Any, t: Any, column: Any, here: Any) -> None:
+        _, words = words_of(x, plan.features, m.select(here, t, 0), column, here)
+        keep(t, column, floats(words, plan.x_dtype), here)
+
+    if plan.shrinks:
+        for bundle in job.bundles:
+            acc = shrink(bundle)
+            at = g * plan.sum_stride + bundle.first + c * 2
+            for tile in range(len(bundle.tiles)):
+                words = [m.as_word(value) for value in acc[2 * tile : 2 * tile + 2]]
+                m.put(plan.warp_sums + warp * plan.warp_words + at + 8 * tile, words)
+        # Not earlier: A of all clusters then comes before B of any, and B while sums are exchanged.
+        m.arrived(0)
+    m.warp_barrier()
+    if plan.expands:
+        fill_first(job.strips[0])
+    if plan.shrinks:
+        m.barrier()
+        for bundle in job.bundles:
+            lanes = senders(bundle)
+            quads(bundle, lanes, functools.partial(send, receivers // lanes))
+        m.cluster_barrier()
     for bundle in job.bundles:
-        quads(bundle, plan.split, send)
-    m.cluster_barrier()
-    for bundle in job.bundles:
-        quads(bundle, 1, functools.partial(finish, bundle))
+        quads(bundle, 1, functools.partial(finish, bundle) if plan.shrinks else load_v)
+    if not plan.expands:
+        return
     m.barrier()
 
     # ------------------------------------------------------------------------------- y += v B^T
@@ -457,19 +527,22 @@ def _run_job(
 
 
 def decode_kernel(
-    y: Float[Array, "T Ny"],
+    ys: tuple[Float[Array, "T _"], ...],
     x: Float[Array, "T H"],
-    ids: tuple[Int[Array, " T"], ...],
+    ids: tuple[Int[Array, " T"] | Int[Array, "T 2"], ...],
     parts: tuple[DecodePart, ...],
     plan: Plan,
-) -> Float[Array, "T Ny"]:
-    """y' in place where XLA can. y is rounded once for each part that adds to a token's columns."""
-    arrays = [*ids, *itertools.chain(*(part[:3] for part in parts))]
+) -> tuple[Float[Array, "T _"], ...]:
+    """ys' in place where XLA can. Rounded once for each part that adds to a token's columns.
+
+    Ids outside of a part's slots are none. `[T, 2]` are words of 64-bit ids, the low one first.
+    """
+    arrays = [*ids, *(array for part in parts for array in part[:3] if array is not None)]
     if interpreted():
-        shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
-        run = functools.partial(_emulate, plan, len(ids))
-        return jax.pure_callback(run, shape, y, x, *arrays, vmap_method="sequential")
-    dtypes = [jnp.dtype(array.dtype) for array in (y, x, *arrays)]
+        shapes = tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys)
+        run = functools.partial(_emulate, plan, len(ys), len(ids))
+        return jax.pure_callback(run, shapes, *ys, x, *arrays, vmap_method="sequential")
+    dtypes = [jnp.dtype(array.dtype) for array in (*ys, x, *arrays)]
 
     def body(*refs: Any) -> None:
         places = [lax.axis_index(name) for name in ("cluster", "columns", "share")]
@@ -480,14 +553,12 @@ def decode_kernel(
         def inline(_: Any, *args: Any) -> None:
             m = Gpu(args[len(dtypes)])
             cluster, columns, share = (m.uniform(place) for place in args[-3:])
-            y_, x_, *rest = zip(args, dtypes)
-            stacks = rest[len(ids) :]
-            triples = [tuple(stacks[i : i + 3]) for i in range(0, len(stacks), 3)]
-            _kernel(m, plan, cluster, columns, share, y_, x_, rest[: len(ids)], triples)
+            refs_ = _sorted_out(list(zip(args, dtypes)), len(ys), len(ids), len(parts))
+            _kernel(m, plan, cluster, columns, share, *refs_)
 
         inline(*refs, *places)
 
-    groups = plan.warps // 4
+    groups, ranks = plan.warps // 4, [f"r{part.rank}" for part in plan.parts]
     threads: dict[str, Any] = dict(num_threads=groups, thread_name="group") if groups > 1 else {}
     kernel = plgpu.kernel(
         body,
@@ -497,19 +568,32 @@ def decode_kernel(
         cluster=(plan.split,),
         cluster_names=("share",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        kernel_name="lora_" + "_".join(f"r{part.rank}" for part in plan.parts),
+        kernel_name="_".join([_NAMES[plan.shrinks, plan.expands], *ranks]),
         **threads,
     )
-    return in_place(kernel, y, x, *arrays)
+    return in_place(kernel, ys, x, *arrays)
 
 
-def _emulate(plan: Plan, lists: int, *arrays: Any) -> Any:
+_NAMES = {
+    (True, True): "lora",
+    (True, False): "lora_decode_shrink",
+    (False, True): "lora_decode_expand",
+}
+
+
+def _sorted_out(refs: list[Any], num_ys: int, num_ids: int, num_parts: int) -> list[Any]:
+    """ys, x, ids, and each part's stacks and scales."""
+    ys, x, rest = refs[:num_ys], refs[num_ys], refs[num_ys + 1 :]
+    ids, stacks = rest[:num_ids], rest[num_ids:]
+    each = len(stacks) // num_parts
+    return [ys, x, ids, list(itertools.batched(stacks, each))]
+
+
+def _emulate(plan: Plan, num_ys: int, num_ids: int, *arrays: Any) -> Any:
     memory = Memory([np.asarray(array) for array in arrays])
-    y, x, *rest = memory.refs
-    ids, stacks = rest[:lists], rest[lists:]
-    parts = [tuple(stacks[i : i + 3]) for i in range(0, len(stacks), 3)]
+    refs = _sorted_out(memory.refs, num_ys, num_ids, len(plan.parts))
     for cluster, columns in itertools.product(range(plan.clusters), range(plan.column_clusters)):
         m = Emulator(memory, plan.words, plan.split, 32 * plan.warps)
         share = np.broadcast_to(np.arange(plan.split, dtype=np.int32)[:, None], m.tid.shape)
-        _kernel(m, plan, m.integer(cluster), m.integer(columns), share, y, x, ids, parts)
-    return memory.array(0)
+        _kernel(m, plan, m.integer(cluster), m.integer(columns), share, *refs)
+    return tuple(memory.array(n) for n in range(num_ys))

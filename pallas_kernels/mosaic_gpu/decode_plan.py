@@ -1,6 +1,8 @@
 """How the decode kernel cuts work and shared memory: what follows from shapes and config."""
 
+import bisect
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
-from pallas_kernels.mosaic_gpu.tiles import Cut, cuts
+from pallas_kernels.mosaic_gpu.tiles import cuts
 
 TOKENS = 8  # of a cluster: rows of mma's operand
 UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
@@ -24,13 +26,30 @@ _MULTIPROCESSORS = 132
 
 class DecodePart(NamedTuple):
     """One stack: lora_a `[L, R, H]`, lora_b `[L, N, R]`, scales `[1]` or `[L]`, which of the ids
-    (an index), first column."""
+    (an index), first column.
 
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
-    scales: Float[Array, " S"]
+    Without lora_a and scales, x is v `[T, R]`. Without lora_b, y is v, to which its sum is added.
+    """
+
+    lora_a: Float[Array, "L R H"] | None
+    lora_b: Float[Array, "L N R"] | None
+    scales: Float[Array, " S"] | None
     ids: int
     y_offset: int
+
+    @property
+    def stacks(self) -> list[Array]:
+        return [stack for stack in (self.lora_a, self.lora_b) if stack is not None]
+
+    @property
+    def rank(self) -> int:
+        if self.lora_a is not None:
+            return self.lora_a.shape[1]
+        return self.stacks[0].shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.rank if self.lora_b is None else self.lora_b.shape[1]
 
 
 class _Part(NamedTuple):
@@ -39,7 +58,6 @@ class _Part(NamedTuple):
     slots: int
     own_scales: bool
     ids: int
-    y_offset: int
 
 
 class Bundle(NamedTuple):
@@ -50,20 +68,25 @@ class Bundle(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Columns [start, stop) of y, to which a part adds."""
+    """Columns [start, stop) of one of the ys, to which a part adds its columns from `first` on."""
 
     start: int
     stop: int
     part: int
+    y: int
+    first: int
 
 
 class Job(NamedTuple):
-    """Parts with the same ids, whose sums are exchanged together."""
+    """Parts with the same ids, whose sums are exchanged together. Their columns are dealt to
+    `clusters` clusters, from number `cluster` on."""
 
     parts: tuple[int, ...]
     bundles: list[Bundle]
     strips: list[list[Piece]]  # the pieces of a strip have one rank, and different columns
     columns: dict[int, int]  # each part's first column of v
+    cluster: int
+    clusters: int
 
 
 class Plan(NamedTuple):
@@ -71,11 +94,16 @@ class Plan(NamedTuple):
 
     tokens: int
     features: int
-    y_width: int
+    y_widths: tuple[int, ...]
     dtype: np.dtype[Any]
+    x_dtype: np.dtype[Any]
     y_dtype: np.dtype[Any]
     parts: tuple[_Part, ...]
     jobs: tuple[Job, ...]
+    shrinks: bool
+    expands: bool
+    add_inputs: bool
+    id_words: tuple[int, ...]
     split: int
     warps: int
     column_clusters: int
@@ -106,18 +134,13 @@ class Plan(NamedTuple):
         """Units of H that are a block's."""
         return pl.cdiv(pl.cdiv(self.features, UNIT), self.split)
 
-    @property
-    def blocks(self) -> int:
-        """Blocks that deal y's columns."""
-        return self.split * self.column_clusters
-
-    def share(self, piece: Piece) -> int:
+    def share(self, job: Job, piece: Piece) -> int:
         """How many times 32 columns are a block's, at most."""
-        return pl.cdiv(pl.cdiv(piece.stop - piece.start, COLUMNS), self.blocks)
+        return pl.cdiv(pl.cdiv(piece.stop - piece.start, COLUMNS), self.split * job.clusters)
 
-    def turns(self, strip: list[Piece]) -> int:
+    def turns(self, job: Job, strip: list[Piece]) -> int:
         """How many times 32 columns are a warp's, at most."""
-        return sum(pl.cdiv(self.share(piece), self.warps) for piece in strip)
+        return sum(pl.cdiv(self.share(job, piece), self.warps) for piece in strip)
 
     def chunks(self, strip: list[Piece]) -> int:
         """In how many parts a warp takes the ranks of B."""
@@ -151,7 +174,7 @@ class Plan(NamedTuple):
 
     @property
     def v_stride(self) -> int:
-        return self.ranks // 2 + 4
+        return self.ranks // 2 + 4 if self.expands else 0
 
     @property
     def block_sums(self) -> int:
@@ -159,12 +182,12 @@ class Plan(NamedTuple):
 
     @property
     def sum_stride(self) -> int:
-        return self.ranks + 8
+        return self.ranks + 8 if self.shrinks else 0
 
     @property
     def a_slot(self) -> int:
         tiles = max(len(bundle.tiles) for job in self.jobs for bundle in job.bundles)
-        return (1 + tiles) * 8 * UNIT // 2
+        return (1 + tiles) * 8 * UNIT // 2 if self.shrinks else 0
 
     @property
     def b_words(self) -> int:
@@ -173,7 +196,8 @@ class Plan(NamedTuple):
 
     @property
     def b_slot(self) -> int:
-        return self.b_words + TOKENS * COLUMNS * self.y_dtype.itemsize // 4
+        y_words = TOKENS * COLUMNS * self.y_dtype.itemsize // 4
+        return self.b_words + y_words if self.expands else 0
 
     @property
     def warp_sums(self) -> int:
@@ -201,51 +225,78 @@ def turn_ranks(rank: int) -> int:
     return max(r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank))
 
 
-def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> Plan | None:
-    """The plan of a case; None if the kernel does not take it."""
+def plan(
+    ys: Sequence[Array],
+    x: Array,
+    parts: tuple[DecodePart, ...],
+    config: Config,
+    *,
+    add_inputs: bool = True,
+    id_words: tuple[int, ...] | None = None,
+) -> Plan | None:
+    """The plan of a case; None if the kernel does not take it. All parts have the same halves.
+
+    `id_words`: of each list of ids, the words of one; 1 if not given.
+    """
     if config.warps is None or not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
         return None
-    if any(w.dtype != x.dtype for part in parts for w in (part.lora_a, part.lora_b)):
+    shrinks, expands = parts[0].lora_a is not None, parts[0].lora_b is not None
+    dtype = parts[0].stacks[0].dtype
+    if any(w.dtype != dtype for part in parts for w in part.stacks):
         return None
-    spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    if any((cut.stop - cut.start) % 8 for cut in spans):
+    if len({y.dtype for y in ys}) > 1 or (shrinks and x.dtype != dtype):
+        return None
+    column_clusters = config.column_clusters if expands else 1
+    pieces = _pieces(ys, parts)
+    if any((piece.stop - piece.start) % 8 for piece in pieces):
         return None  # parts that overlap by other than multiples of 8 columns
     static = tuple(
         _Part(
-            p.lora_a.shape[1], p.lora_b.shape[1], p.lora_a.shape[0], p.scales.size > 1, p.ids,
-            p.y_offset,
+            p.rank, p.width, p.stacks[0].shape[0], p.scales is not None and p.scales.size > 1, p.ids
         )
         for p in parts
-    )  # fmt: skip
-    jobs = []
-    for ids in dict.fromkeys(part.ids for part in static):
-        rest = [p for p, part in enumerate(static) if part.ids == ids]
-        while rest:
-            total = list(itertools.accumulate(static[p].rank for p in rest))
-            count = max(1, sum(ranks <= _JOB_RANKS for ranks in total))
-            jobs.append(_job(static, tuple(rest[:count]), spans))
-            rest = rest[count:]
+    )
+    jobs: list[Job] = []
+    all_ids = dict.fromkeys(part.ids for part in static)
+    # Whole pieces where one job can't hold all parts of some ids: it would take several in turn.
+    whole = any(sum(p.rank for p in static if p.ids == ids) > _JOB_RANKS for ids in all_ids)
+    for ids in all_ids:
+        for cluster, clusters, mine in _dealt(pieces, column_clusters, whole=whole):
+            used = {piece.part for piece in mine}
+            rest = [p for p, part in enumerate(static) if part.ids == ids and p in used]
+            while rest:
+                total = list(itertools.accumulate(static[p].rank for p in rest))
+                count = max(1, sum(ranks <= _JOB_RANKS for ranks in total))
+                jobs.append(_job(static, tuple(rest[:count]), mine, cluster, clusters))
+                rest = rest[count:]
     found = Plan(
         tokens=x.shape[0],
         features=x.shape[1],
-        y_width=y.shape[1],
-        dtype=jnp.dtype(x.dtype),
-        y_dtype=jnp.dtype(y.dtype),
+        y_widths=tuple(y.shape[1] for y in ys),
+        dtype=jnp.dtype(dtype),
+        x_dtype=jnp.dtype(x.dtype),
+        y_dtype=jnp.dtype(ys[0].dtype),
         parts=static,
         jobs=tuple(jobs),
+        shrinks=shrinks,
+        expands=expands,
+        add_inputs=add_inputs,
+        id_words=id_words or (1,) * (1 + max(p.ids for p in parts)),
         split=config.split,
         warps=config.warps,
-        column_clusters=config.column_clusters,
+        column_clusters=column_clusters,
         a_stages=1,
         b_stages=1,
     )
-    items = max(found.turns(strip) * found.chunks(strip) for job in jobs for strip in job.strips)
+    items = max(
+        found.turns(job, strip) * found.chunks(strip) for job in jobs for strip in job.strips
+    )
     # A ring that held all of a warp's A would start all copies at once, and keep others' waiting.
     a_most = min(config.stages, max(1, pl.cdiv(found.share_units, config.warps) - 1))
     b_most = min(config.expand_stages, items)
     # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
-    blocks = found.clusters * found.blocks
+    blocks = found.clusters * found.split * found.column_clusters
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
     for room in fits:
         a, b = a_most, b_most
@@ -263,20 +314,60 @@ def plan(y: Array, x: Array, parts: tuple[DecodePart, ...], config: Config) -> P
     return None
 
 
-def _job(parts: tuple[_Part, ...], mine: tuple[int, ...], spans: list[Cut]) -> Job:
+def _pieces(ys: Sequence[Array], parts: tuple[DecodePart, ...]) -> list[Piece]:
+    """What each part adds to, cut where another one starts or ends."""
+    edges = list(itertools.accumulate((y.shape[1] for y in ys), initial=0))
+    spans = [(p.y_offset, p.y_offset + p.width) for p in parts]
+    # Each y is a span of its own, lest a piece go from one to the next.
+    return [
+        Piece(cut.start - edges[y], cut.stop - edges[y], p, y, cut.start - parts[p].y_offset)
+        for cut in cuts((*spans, *itertools.pairwise(edges)))
+        for y in [bisect.bisect(edges, cut.start) - 1]
+        for p in cut.parts
+        if p < len(parts)
+    ]
+
+
+def _dealt(
+    pieces: list[Piece], clusters: int, *, whole: bool
+) -> list[tuple[int, int, list[Piece]]]:
+    """(first cluster, how many, their pieces): all share each piece, or if `whole`, some have it.
+
+    A cluster needs A of those parts alone whose columns it has. Parts of the same columns have the
+    same clusters, as a token may have several of them: its columns must not be updated by two.
+    """
+    if not whole:
+        return [(0, clusters, pieces)]
+    starts = list(dict.fromkeys((piece.y, piece.start) for piece in pieces))
+    each = max(1, clusters // len(starts))
+    dealt: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        first = starts.index((piece.y, piece.start)) * each % clusters
+        dealt.setdefault(first, []).append(piece)
+    return [(first, each, mine) for first, mine in dealt.items()]
+
+
+def _job(
+    parts: tuple[_Part, ...],
+    mine: tuple[int, ...],
+    pieces: list[Piece],
+    cluster: int,
+    clusters: int,
+) -> Job:
     tiles = [(p, n) for p in mine for n in range(parts[p].rank // 8)]
     bundles = [
         Bundle(some, n * 8 * _TILES) for n, some in enumerate(itertools.batched(tiles, _TILES))
     ]
     starts = itertools.accumulate((parts[p].rank for p in mine), initial=0)
     strips: list[list[Piece]] = []
-    for cut in spans:
-        for p in sorted(set(cut.parts) & set(mine)):
-            for strip in strips:
-                covered = any(piece.start == cut.start for piece in strip)
-                if parts[strip[0].part].rank == parts[p].rank and not covered:
-                    break
-            else:
-                strips.append(strip := [])
-            strip.append(Piece(cut.start, cut.stop, p))
-    return Job(mine, bundles, strips, dict(zip(mine, starts)))
+    for piece in pieces:
+        if piece.part not in mine:
+            continue
+        for strip in strips:
+            covered = any((other.y, other.start) == (piece.y, piece.start) for other in strip)
+            if parts[strip[0].part].rank == parts[piece.part].rank and not covered:
+                break
+        else:
+            strips.append(strip := [])
+        strip.append(piece)
+    return Job(mine, bundles, strips, dict(zip(mine, starts)), cluster, clusters)

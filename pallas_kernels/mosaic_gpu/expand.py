@@ -153,7 +153,8 @@ def expand_kernel(
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
-    return in_place(kernel, y, *(array for part in parts for array in part[:3]))
+    [y] = in_place(kernel, (y,), *(array for part in parts for array in part[:3]))
+    return y
 
 
 def _delta(

@@ -216,13 +216,14 @@ class Gpu:
         wide = _Value(arith.extui(self._i64, offset.ir))
         return address.first + wide * address.dtype.itemsize
 
-    def load(self, address: Address, offset: Any, where: _Value) -> _Value:
-        """The word there, which nobody writes; zero where not `where`."""
+    def load(self, address: Address, offset: Any, where: _Value, *, fixed: bool = True) -> _Value:
+        """The word there; zero where not `where`. `fixed`: nobody writes it."""
+        kind = "global.nc" if fixed else "global"
         # Volatile, lest it be moved to where its value is used.
         loaded = llvm.inline_asm(
             self._i32,
             [self._at(address, offset).ir, self._flag(where).ir],
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+            f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.{kind}.b32 $0, [$1]; }}",
             "=&r,l,r",
             has_side_effects=True,
         )
@@ -441,7 +442,7 @@ class Emulator:
         assert np.all(index >= 0) and np.all(self._memory.inside[index]), "outside of all arrays"
         return use, index
 
-    def load(self, address: Address, offset: Any, where: Any) -> Any:
+    def load(self, address: Address, offset: Any, where: Any, *, fixed: bool = True) -> Any:
         use, index = self._words(address, offset, 1, where)
         found = np.zeros(self._shape, np.int32)
         found[use] = self._memory.words[index[:, 0]]

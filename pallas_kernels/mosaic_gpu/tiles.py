@@ -26,17 +26,19 @@ _Tiling: Any = plgpu.TilingTransform
 _Swizzle: Any = plgpu.SwizzleTransform
 
 
-def in_place(kernel: Callable[..., None], y: Array, *operands: Array) -> Array:
-    """y as `kernel(y_ref, *operands)` leaves it, in its own memory where XLA can donate that.
+def in_place(
+    kernel: Callable[..., None], ys: tuple[Array, ...], *operands: Array
+) -> tuple[Array, ...]:
+    """ys as `kernel(*y_refs, *operands)` leaves them, in their memory where XLA can donate that.
 
     XLA fuses slices of operands and updates of slices into a custom call, and forgets there that
     this one changes its operand: under `jax.vmap`, or where `lax.scan` slices or stacks something,
     the result was zeros (jax 0.11.2, H200). Barriers keep the slices out.
     """
-    y, operands = lax.optimization_barrier((y, operands))
-    y_ref = jax.new_ref(y)
-    kernel(y_ref, *operands)
-    return lax.optimization_barrier(jax.freeze(y_ref))
+    ys, operands = lax.optimization_barrier((ys, operands))
+    refs = [jax.new_ref(y) for y in ys]
+    kernel(*refs, *operands)
+    return lax.optimization_barrier(tuple(jax.freeze(ref) for ref in refs))
 
 
 def interpreted() -> bool:

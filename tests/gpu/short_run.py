@@ -19,10 +19,13 @@ TWO_LAUNCHES = mosaic_gpu.Config(split=4)
 def run(y, x, a, b, scales, ids):
     segments = make_segments(ids, a.shape[0])
     part = LoRAPart(a, b, segments, scales, 0)
+    v = mosaic_gpu.shrink(x, a, segments, scales)
     return (
-        mosaic_gpu.shrink(x, a, segments, scales),
-        mosaic_gpu.add_lora_multi(y, x, (part,)),
-        mosaic_gpu.add_lora_multi(y, x, (part,), config=TWO_LAUNCHES),
+        v,
+        mosaic_gpu.shrink(x, a, segments, scales, config=TWO_LAUNCHES),
+        *mosaic_gpu.add_lora_multi((y,), x, (part,)),
+        *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_LAUNCHES),
+        mosaic_gpu.expand(v, b, segments, y, 0, add_inputs=True),
     )
 
 
@@ -34,10 +37,11 @@ for case in (
 ):
     arrays = case.arrays()
     device = as_jax(arrays)
-    v, *ys = run(*(device[k] for k in ("y", "x", "a", "b", "scales", "ids")))
+    v, v_in_two, *ys = run(*(device[k] for k in ("y", "x", "a", "b", "scales", "ids")))
     want = products(arrays.x, arrays.a, arrays.ids)
     want *= arrays.scales[np.maximum(arrays.ids, 0)][:, None]
     assert relative_error(np.asarray(v), want) < 1e-5
+    assert relative_error(np.asarray(v_in_two), want) < 1e-5
     delta = products(want, arrays.b, arrays.ids)
     for y in ys:
         assert relative_error(np.asarray(y.astype(jnp.float32)), arrays.y + delta) < 4e-3
