@@ -9,11 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from jax_lora.bench import Report
+    from jax_lora.bench.tune import Tuned
 
 # The commands import what they need themselves: `--help` need not wait two seconds for JAX.
 
@@ -245,53 +249,109 @@ def bench(
         typer.Option(help="Folder that tests/peers/fetch.sh made: time vLLM and SGLang too."),
     ] = None,
     cases: Annotated[
-        Path | None,
-        typer.Option(help='JSON list of cases, e.g. [{"T": 64, "D": 8, "r": 16}]; default: 35.'),
+        str | None,
+        typer.Option(
+            help='JSON list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: ranks 256 and '
+            "512, and 8192 tokens. Default: 35; with --tune 25 of them."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
     ] = None,
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help="Try other configs for the cases' shapes instead, and write those that gain 3 % "
+            "into this table; JAX_LORA_TUNING names it to the kernels."
+        ),
+    ] = None,
+    tune_bits: Annotated[
+        bool,
+        typer.Option(
+            "--tune-bits",
+            help="With --tune: other orders of summation too, which change the bits of results.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the kernels against their floor, against XLA and against vLLM and SGLang.
 
     Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
     together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
-    byte once, or multiplying, takes at least. Each result is checked before it is timed. Where
-    tokamax is installed, its `ragged_dot` is timed too.
+    byte once, or multiplying, takes at least, and the aim 1.05 x floor + 3 us. Each result is
+    checked before it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
     """
     if context.invoked_subcommand is not None:
-        if peers or cases or plot or as_json:
+        if peers or cases or plot or tune or tune_bits or as_json:
             raise typer.BadParameter("the options of a subcommand go behind its name")
         return
     with _input_errors(), _progress() as progress:
+        if tune is not None and (peers or plot):
+            raise ValueError("--tune takes no --peers and no --plot")
+        if tune_bits and tune is None:
+            raise ValueError("--tune-bits goes with --tune")
         progress("starting JAX")
         from jax_lora import bench as benchmark
+        from jax_lora.bench import tune as tuning
 
-        chosen = benchmark.CASES if cases is None else benchmark.read_cases(cases)
-        report = benchmark.run(chosen, peers, progress)
-        if plot is not None:
-            benchmark.plot(report, plot)
-    if as_json:
+        if cases is None:
+            chosen = benchmark.CASES if tune is None else tuning.CASES
+        else:
+            chosen = benchmark.LARGE if cases == "large" else benchmark.read_cases(Path(cases))
+        if tune is not None:
+            tuned = tuning.run(chosen, tune, progress, change_bits=tune_bits)
+        else:
+            report = benchmark.run(chosen, peers, progress)
+            if plot is not None:
+                benchmark.plot(report, plot)
+    if tune is not None:
+        _print_tuned(tuned, tune, as_json)
+    elif as_json:
         _print_json(report.to_dict())
-        return
+    else:
+        _print_bench(report)
+
+
+def _print_bench(report: "Report") -> None:
+    from jax_lora import bench as benchmark
+
     others = ["tokamax"] if any(result.tokamax for result in report.results) else []
     others += benchmark.PEERS
-    names = ["case", "floor", "ours", "x floor", "XLA", *others, "speed-up"]
+    names = ["case", "floor", "ours", "XLA", *others, "speed-up", "aim", "", "slower than"]
     table = Table(*names, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in table.columns[1:]:
+    for column in table.columns[1:-2]:
         column.justify = "right"
     for result in report.results:
-        ours, best = result.ours, result.best_peer
-        times = [result.floor, ours, None if ours is None else ours / result.floor, result.xla]
+        times = [result.floor, result.ours, result.xla]
         times += [{"tokamax": result.tokamax, **result.peers}.get(other) for other in others]
-        times += [None if ours is None or best is None else best / ours]
-        table.add_row(result.case.label, *("-" if t is None else f"{t:.2f}" for t in times))
-    _stdout.print(table)
+        times += [result.speed_up, result.aim]
+        table.add_row(
+            result.case.label,
+            *("-" if t is None else f"{t:.2f}" for t in times),
+            "" if result.met is None else _verdict(result.met),
+            ", ".join(result.slower_than),
+        )
+    _print_wide(table)
     for result in report.results:
         for note in result.notes:
             _stdout.print(f"{result.case.label}: {_escape(note)}", highlight=False)
+    for mean in report.means:
+        _stdout.print(
+            f"{mean.phase}, over the best peer: {mean.speed_up:.2f} in the geometric mean of "
+            f"{mean.cases} cases; aim {mean.aim:g}, {_verdict(mean.met)}.",
+            highlight=False,
+        )
+    timed = [result for result in report.results if result.met is not None]
+    if timed:
+        _stdout.print(
+            f"Of {len(timed)} cases, {sum(r.met is True for r in timed)} meet the aim of 1.05 x "
+            f"floor + 3 us, {sum('XLA' in r.slower_than for r in timed)} are slower than XLA and "
+            f"{sum(bool({*r.slower_than} & {*benchmark.PEERS}) for r in timed)} than a peer.",
+            highlight=False,
+        )
     _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
+    if report.tuning is not None:
+        _stdout.print(f"Tuned by {_escape(report.tuning)}.", highlight=False, soft_wrap=True)
     if report.copy_rate is None or report.matmul_rate is None:
         _stdout.print(
             "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
@@ -305,6 +365,41 @@ def bench(
             f"{report.matmul_rate / 1e12:.0f} TFLOP/s.",
             highlight=False,
         )
+
+
+def _print_wide(table: Table) -> None:
+    """Each row on a line of its own, which a narrow terminal may wrap."""
+    Console(width=max(_stdout.width, 132)).print(table)
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _print_tuned(tuned: "list[Tuned]", path: Path, as_json: bool) -> None:
+    from jax_lora.bench.tune import described
+
+    if as_json:
+        _print_json({"table": str(path), "tuned": [each.to_dict() for each in tuned]})
+        return
+    headings = ["case", "default us", "best us", "changed", ""]
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for each in tuned:
+        changed = described(each.fields) if each.fields else "-"
+        bits = "changes bits" if each.changes_bits else ""
+        for case in each.measured:
+            table.add_row(case.case, f"{case.default_us:.2f}", f"{case.us:.2f}", changed, bits)
+    _print_wide(table)
+    for each in tuned:
+        for note in each.notes:
+            _stdout.print(_escape(note), highlight=False, soft_wrap=True)
+    _stdout.print(
+        f"JAX_LORA_TUNING={_escape(str(path))} gives the kernels this table.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @_bench.command()
@@ -341,7 +436,7 @@ def step(
     for row in report.rows:
         cells = [row.us, row.target_us, row.ratio, row.host_us]
         us, target, ratio, host = ("-" if cell is None else f"{cell:,.2f}" for cell in cells)
-        met = "" if row.ratio is None else "met" if row.ratio <= 1 else "missed"
+        met = "" if row.ratio is None else _verdict(row.ratio <= 1)
         table.add_row(row.name, us, target, ratio, met, host)
     _stdout.print(table)
     for launches in report.launches:

@@ -78,6 +78,27 @@ def test_without_a_gpu_xla_is_timed_and_the_rest_is_said_to_be_missing(tmp_path:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_xla_only_the_better_form_is_timed_with_many_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    times: list[float] = []
+
+    def time_loop(loop: object, calls: int, *operands: object) -> float:
+        asked.append(calls)
+        return times.pop(0)
+
+    monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
+    monkeypatch.setattr(kernels, "time_loop", time_loop)
+    case = bench.Case(8, 4, 16, 64, 128, 8)
+    times[:] = [900.0, 20.0, 7.0]
+    assert kernels._time_case(case, False)[0]["xla"] == 7.0
+    assert asked == [1, 1, 64]
+    times[:] = [3000.0, 4000.0]  # so long that a turn's own time is nothing
+    assert kernels._time_case(case, False)[0]["xla"] == 3000.0
+    assert asked == [1, 1, 64, 1, 1]
+
+
 def test_tokamax_is_timed_and_checked_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +132,68 @@ def test_a_folder_without_peers_and_peers_that_fail(tmp_path: Path) -> None:
     assert "tests/peers/fetch.sh" in result.stderr
     with pytest.raises(RuntimeError, match="no CUDA here"):
         bench.run(bench.CASES[:1], peers(tmp_path, "sys.exit('no CUDA here')"), lambda text: None)
+
+
+def result(case: bench.Case, ours: float | None, xla: float, **peers: float) -> bench.Result:
+    return bench.Result(case, 10.0, ours, xla, None, peers, [])
+
+
+RESULTS = [
+    result(bench.Case(64, 8, 16), 13.5, 20.0, vllm=27.0, sgl_v2=40.0),
+    result(bench.Case(256, 64, 16), 20.0, 15.0, vllm=10.0, csgmv=19.0, sgl_v2=30.0),
+    result(bench.Case(4096, 1, 16), 13.6, 900.0, sgl_v2=17.0),
+    result(bench.Case(4096, 1, 64), None, 900.0, vllm=17.0),
+    result(bench.Case(1, 1, 16), 4.0, 3.9),
+]
+
+
+def test_a_result_says_whether_the_aim_is_met_and_what_is_faster() -> None:
+    assert {r.aim for r in RESULTS} == {13.5}
+    assert [r.met for r in RESULTS] == [True, False, False, None, True]
+    assert [r.slower_than for r in RESULTS] == [[], ["XLA", "vllm", "csgmv"], [], [], ["XLA"]]
+    assert [r.speed_up for r in RESULTS] == [2.0, 0.5, 1.25, None, None]
+
+
+def test_the_report_holds_geometric_means_against_the_aims(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = bench.Report("H100", "2026-01-01", 2.4e12, 6e14, "a.json", RESULTS)
+    decode, prefill = report.means
+    assert (decode.phase, decode.cases, decode.aim, decode.met) == ("decode", 2, 1.8, False)
+    assert decode.speed_up == pytest.approx(1.0)  # of 2 and 1/2
+    assert (prefill.phase, prefill.cases, prefill.aim, prefill.met) == ("prefill", 1, 1.15, True)
+    assert prefill.speed_up == pytest.approx(1.25)
+    assert bench.Report("H100", "2026-01-01", None, None, None, RESULTS[3:]).means == []
+    as_dict = json.loads(json.dumps(report.to_dict()))
+    assert [mean["met"] for mean in as_dict["means"]] == [False, True]
+    assert as_dict["tuning"] == "a.json"
+    row = as_dict["results"][1]
+    assert (row["aim"], row["met"], row["speed_up"]) == (13.5, False, 0.5)
+    assert row["slower_than"] == ["XLA", "vllm", "csgmv"]
+
+    asked = []
+    monkeypatch.setattr(bench, "run", lambda cases, *_: asked.append(cases) or report)
+    printed = CliRunner().invoke(app, ["bench", "--cases", "large"])
+    assert printed.exit_code == 0, printed.output
+    assert asked == [bench.LARGE]
+    lines = printed.stdout.splitlines()
+    assert lines[1].split()[3:] == "10.00 13.50 20.00 27.00 - 40.00 2.00 13.50 met".split()
+    row = "10.00 20.00 15.00 10.00 19.00 30.00 0.50 13.50 missed XLA, vllm, csgmv"
+    assert lines[2].split()[3:] == row.split()
+    told = " ".join(printed.stdout.split())
+    for line in (
+        "decode, over the best peer: 1.00 in the geometric mean of 2 cases; aim 1.8, missed.",
+        "prefill, over the best peer: 1.25 in the geometric mean of 1 cases; aim 1.15, met.",
+        "Of 4 cases, 2 meet the aim of 1.05 x floor + 3 us, 2 are slower than XLA and 1 than a "
+        "peer.",
+    ):
+        assert line in told
+    assert "Tuned by a.json." in told
+
+
+def test_the_large_cases() -> None:
+    assert {(c.T, c.D, c.r) for c in bench.LARGE} == {
+        (64, 8, 256), (64, 8, 512), (4096, 8, 256), (4096, 8, 512), (8192, 32, 16), (8192, 1, 128),
+    }  # fmt: skip
+    assert not set(bench.LARGE) & set(bench.CASES)
 
 
 def test_an_option_before_the_subcommand_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What `jax-lora bench` times: the kernels, and with `bench step` the whole step of a model."""
 
 from jax_lora.bench.kernels import CASES as CASES
+from jax_lora.bench.kernels import LARGE as LARGE
 from jax_lora.bench.kernels import PEERS as PEERS
 from jax_lora.bench.kernels import Case as Case
 from jax_lora.bench.kernels import Report as Report

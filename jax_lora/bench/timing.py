@@ -25,20 +25,30 @@ def ceilings() -> tuple[float, float]:
     return 2 * 2**30 / copied * 1e6, 2 * size**3 / product * 1e6
 
 
-def loop_us(body: Callable[[Any], Any], carry: Any, calls: int, least_ms: float = 20) -> float:
-    """Median microseconds of one of the `calls` in `body`, looped inside one compiled program."""
+def looped(body: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted `loop(count, carry, *given)`: carry = body(carry, *given), `count` times."""
 
-    @jax.jit
-    def loop(count: jax.Array, carry: Any) -> Any:
-        return jax.lax.fori_loop(0, count, lambda _, carry: body(carry), carry)
+    def loop(count: jax.Array, carry: Any, *given: Any) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, carry: body(carry, *given), carry)
+
+    return jax.jit(loop)
+
+
+def loop_us(body: Callable[[Any], Any], carry: Any, calls: int) -> float:
+    """Median microseconds of one of the `calls` in `body`, looped inside one compiled program."""
+    return time_loop(looped(body), calls, carry)
+
+
+def time_loop(loop: Callable[..., Any], calls: int, *operands: Any, least_ms: float = 20) -> float:
+    """`loop_us` of what `looped` gave, called with `operands`: its carry and what else it takes."""
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(loop(jnp.int32(count), carry))
+        jax.block_until_ready(loop(jnp.int32(count), *operands))
         return time.perf_counter() - start
 
     seconds(2)
-    count = max(3, min(20_000, round(3 * least_ms / 1e3 / max(seconds(3), 1e-6))))
+    count = max(1, min(20_000, round(3 * least_ms / 1e3 / max(seconds(3), 1e-6))))
     # The difference of two lengths leaves out what a call costs the host.
     times = [(seconds(2 * count) - seconds(count)) / count / calls for _ in range(7)]
     # Where other work on a CPU hides the difference, the whole: too long rather than negative.
