@@ -417,8 +417,9 @@ def step(
 
     Random bfloat16 weights, LoRA on all seven projections. Each row is one compiled program in
     steady state: without LoRA; with LoRA, but no adapter in the batch; with 8 adapters, one per row
-    and mixed ranks. Beside it stands its target, and whether that is met. Without a GPU a small
-    model runs, and no target is held against it.
+    and mixed ranks. Then single calls: mixed ranks beside one bucket of the same bytes, buckets
+    without a token, projections of one input. Beside each stands its target, and whether that is
+    met. Without a GPU a small model runs, and no target is held against it.
     """
     with _input_errors(), _progress() as progress:
         progress("starting JAX")

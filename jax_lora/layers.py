@@ -247,7 +247,8 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         if not isinstance(layer, nnx.Linear):
             raise TypeError(f"call_packed takes nnx.Linear layers, got {type(layer).__name__}")
     batch = current()
-    # The launches of a prefill take their parts one by one, from outputs laid side by side.
+    # A prefill takes two launches, which want one y: to lay its large outputs side by side costs
+    # more than launches.
     if (
         batch is None
         or batch.phase == "prefill"

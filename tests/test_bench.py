@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from jax_lora import bench
-from jax_lora.bench import kernels, step
+from jax_lora.bench import kernels, launches, step
 from jax_lora.cli import app
 
 TINY = [
@@ -218,6 +219,18 @@ def test_step_times_a_small_model_without_a_gpu_and_holds_it_against_nothing() -
         "prefill of 16 tokens, 8 adapters of rank 16",
         "no adapter in the batch, buckets 8, 16, 32, 64, 128",
         "8 adapters of ranks 8, 8, 16, 16, 32, 64, 64, 128",
+        *[
+            f"one call of 16 tokens, {adapters}"
+            for _ in ("decode", "prefill")
+            for adapters in (
+                "7 adapters of rank 48",
+                "8 adapters of ranks 8, 8, 16, 16, 32, 64, 64, 128",
+            )
+        ],
+        "one call of 16 tokens, 8 adapters of rank 16",
+        "one call of 16 tokens, 8 adapters of rank 16, 4 buckets without a token",
+        "one call of q, k, v, 8 adapters of rank 16",
+        "one call of gate, up, 8 adapters of rank 16",
         "segments of 256 tokens",
         "segments of 8192 tokens",
     ]
@@ -229,13 +242,33 @@ def test_step_times_a_small_model_without_a_gpu_and_holds_it_against_nothing() -
     assert report["cache_bytes"] == 2 * 16 * 8 * 2 * keys
 
 
+def test_one_bucket_has_the_bytes_of_the_mixed_ones() -> None:
+    one = launches.Launch(64, 4096, (4096,), step.ONE_BUCKET)
+    assert one.floor_us == launches.Launch(64, 4096, (4096,), step.MIXED_RANKS).floor_us
+    # 336 ranks of A and B, x, and y twice, in 2 bytes each
+    assert one.floor_us == pytest.approx(2 * (336 * 8192 + 64 * 3 * 4096) / 2.40e6)
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_every_token_of_a_launch_has_one_adapter(tokens: int) -> None:
+    launch = launches.Launch(tokens, 64, (64, 32), (8, 8, 16), empty=(64,))
+    lists = launch.indices()
+    assert list(lists) == [8, 16, 64]
+    assert (lists[64] == -1).all()
+    used = np.stack([lists[8] == 0, lists[8] == 1, lists[16] == 0])
+    assert (used.sum(axis=0) == 1).all()
+    assert used.sum(axis=1).tolist() in ([6, 5, 5], [171, 171, 170])
+    runs = (np.diff(used.argmax(axis=0)) != 0).sum()
+    assert runs == (2 if tokens == 512 else 15)
+
+
 def report() -> step.Report:
     rows = [
         step.Row("no LoRA", 10.0, 1.0, 20.0, "20", (step.Kernel("gemm", 7.0, 9.0),)),
         step.Row("with", 30.0, 1.0, 20.0, "20"),
     ]
-    launches = [step.Launches("no LoRA", 584, 64, 1, 3)]
-    return step.Report("H100", "2026-01-01", step.Shape.of_this_machine(), 1, rows, launches)
+    counted = [step.Launches("no LoRA", 584, 64, 1, 3)]
+    return step.Report("H100", "2026-01-01", step.Shape.of_this_machine(), 1, rows, counted)
 
 
 def test_step_says_what_is_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:

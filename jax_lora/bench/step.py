@@ -19,6 +19,7 @@ from flax import nnx
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank import AdapterBank
 from jax_lora.batch import AdapterBatch, use
+from jax_lora.bench.launches import Launch
 from jax_lora.bench.timing import COPY_RATE, loop_us
 from jax_lora.layers import LoRALayer, apply_lora, path_name
 from jax_lora.llama import KVCache, Llama, LlamaConfig, decode, prefill
@@ -47,6 +48,7 @@ SMALL = LlamaConfig(
 
 RANK = 16
 MIXED_RANKS = (8, 8, 16, 16, 32, 64, 64, 128)
+ONE_BUCKET = (48,) * 7  # of as many bytes: the ranks add up to the same
 PROMPTS = len(MIXED_RANKS)  # of a prefill; also the adapters of the rows with several
 PROJECTIONS = (r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj")
 SEGMENTS = {256: 10.0, 8192: 25.0}  # microseconds at most, by tokens
@@ -214,6 +216,7 @@ def run(shape: Shape, progress: Callable[[str], None], *, profile: bool = False)
     bench.time_without_lora()
     bench.time_adapters_of_one_rank()
     bench.time_mixed_ranks()
+    bench.time_launches()
     bench.time_segments()
     return bench.report()
 
@@ -327,6 +330,42 @@ class _Bench:
     def add_no_adapter(self, step: "_Program", none: AdapterBatch, buckets: str) -> None:
         name = f"no adapter in the batch, {buckets}"
         self.add(step, none, name, 1.01 * self.base_us, "1.01 x no LoRA")
+
+    def time_launches(self) -> None:
+        """Single calls: several buckets beside one, projections beside their bytes."""
+        shape, config = self.shape, self.shape.config
+        size = config.hidden_size
+        attention = tuple(
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        )
+        mixed = f"{PROMPTS} adapters of ranks {', '.join(map(str, MIXED_RANKS))}"
+        for tokens in (shape.batch, shape.prefill):
+            one = Launch(tokens, size, (size,), ONE_BUCKET)
+            name = f"one call of {tokens} tokens, {len(ONE_BUCKET)} adapters of rank "
+            one_us = self.add_launch(f"{name}{ONE_BUCKET[0]}", one, None, "")
+            launch = Launch(tokens, size, (size,), MIXED_RANKS)
+            name = f"one call of {tokens} tokens, {mixed}"
+            self.add_launch(name, launch, 1.15 * one_us, "1.15 x one bucket of the same bytes")
+        ranks, empty = (RANK,) * PROMPTS, tuple(sorted({*MIXED_RANKS} - {RANK}))
+        alone = Launch(shape.batch, size, (size,), ranks)
+        name = f"one call of {shape.batch} tokens, {PROMPTS} adapters of rank {RANK}"
+        alone_us = self.add_launch(name, alone, None, "")
+        with_empty = dataclasses.replace(alone, empty=empty)
+        target = f"0.3 us per bucket more than {alone_us:.2f}"
+        name += f", {len(empty)} buckets without a token"
+        self.add_launch(name, with_empty, alone_us + 0.3 * len(empty), target)
+        for name, widths in (("q, k, v", attention), ("gate, up", (config.intermediate_size,) * 2)):
+            launch = Launch(shape.batch, size, widths, ranks)
+            name = f"one call of {name}, {PROMPTS} adapters of rank {RANK}"
+            self.add_launch(name, launch, 1.05 * launch.floor_us + 3, "1.05 x floor + 3 us")
+
+    def add_launch(self, name: str, launch: Launch, target_us: float | None, target: str) -> float:
+        self.progress(f"timing {name}")
+        us = launch.time()
+        self.progress(f"{name} takes {us:,.2f} us")
+        self.rows.append(Row(name, us, None, target_us if _on_gpu() else None, target))
+        return us
 
     def time_segments(self) -> None:
         for num_tokens, most in SEGMENTS.items():
