@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.bench.timing import COPY_RATE, ceilings, looped, time_loop
+from jax_lora.bench.timing import (
+    COPY_RATE,
+    ceilings,
+    looped,
+    rounds_of,
+    sets_to_rotate,
+    time_loop,
+    turn,
+)
 from pallas_kernels import Segments, add_lora, make_segments
 from pallas_kernels.mosaic_gpu.tuning import table_path
 
@@ -28,11 +36,7 @@ PEERS = ("vllm", "csgmv", "sgl_v2")
 # Of the geometric means over the best peer, by phase.
 AIMS = {"decode": 1.8, "prefill": 1.15}
 
-# Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.
-_ROTATED_BYTES = 200_000_000
-# Calls in one turn of the timed loop: a turn costs some 20 us itself (H100), which the graphs that
-# peers are timed in do not have. Each takes time to compile, so fewer do where they are this long.
-_CALLS = 64
+# Each call in a turn takes time to compile: one round of the sets does where it is this long.
 _LONG_TURN_US = 2000
 _MAX_ERROR = 1e-2  # of bfloat16 results, relative, as the peers are checked
 
@@ -232,11 +236,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def weight_sets(case: Case) -> list[Any]:
     """(y, x, a, b) of random data, as often as it takes to exceed the L2 cache."""
-    adapter_bytes = 2 * case.L * case.r * (case.H + case.N)
-    if jax.default_backend() == "gpu":
-        count = max(4, min(16, -(-_ROTATED_BYTES // adapter_bytes)))
-    else:
-        count = 1
+    count = sets_to_rotate(2 * case.L * case.r * (case.H + case.N))
     shapes: list[tuple[int, ...]] = [(case.T, case.N), (case.T, case.H)]
     shapes += [(case.L, case.r, case.H), (case.L, case.N, case.r)]
     scales = (1, 1, case.H**-0.5, 1)
@@ -266,25 +266,6 @@ def check(name: str, case: Case, got: jax.Array, want: jax.Array) -> None:
     error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
     if not error < _MAX_ERROR:
         raise RuntimeError(f"{name} is wrong at {case}: relative error {error:.1e}")
-
-
-def rounds_of(sets: list[Any]) -> int:
-    """How often a turn of the timed loop goes through the sets."""
-    return -(-_CALLS // len(sets)) if jax.default_backend() == "gpu" else 1
-
-
-def turn(call: Callable[..., Any], rounds: int) -> Callable[..., Any]:
-    """body(sets, *given): each set's y becomes `call(y, x, a, b, *given)`, `rounds` times."""
-    once = jax.jit(call)  # lowered once, however often it is called
-
-    def body(sets: Any, *given: Any) -> Any:
-        for _ in range(rounds):
-            # The barrier makes x depend on the loop, so that no half is hoisted out of it.
-            sets = jax.lax.optimization_barrier(sets)
-            sets = [(once(y, x, a, b, *given), x, a, b) for y, x, a, b in sets]
-        return sets
-
-    return body
 
 
 def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:

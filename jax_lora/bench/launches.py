@@ -3,17 +3,14 @@
 import collections
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.bench.timing import COPY_RATE, loop_us
+from jax_lora.bench.timing import COPY_RATE, loop_us, rounds_of, sets_to_rotate, turn
 from pallas_kernels import LoRAPart, add_lora_multi, make_segments
-
-# Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.
-_ROTATED_BYTES = 200_000_000
-_CALLS = 64  # in a turn of the timed loop, which costs some 20 us itself (H100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +66,24 @@ class Launch:
             for rank, count in slots.items()
             for width in self.widths
         ]
-        set_bytes = 2 * sum(np.prod(shape) for pair in shapes for shape in pair)
-        on_gpu = jax.default_backend() == "gpu"
-        sets = max(4, min(16, -(-_ROTATED_BYTES // int(set_bytes)))) if on_gpu else 1
+        set_bytes = 2 * sum(math.prod(shape) for pair in shapes for shape in pair)
         seeds = itertools.count()
 
         def normal(*shape: int) -> jax.Array:
             values = jax.random.normal(jax.random.key(next(seeds)), shape) * shape[-1] ** -0.5
             return values.astype(jnp.bfloat16)
 
-        carry = [
+        sets = [
             (
                 tuple(normal(self.tokens, width) for width in self.widths),
                 normal(self.tokens, self.features),
                 [(normal(*a), normal(*b)) for a, b in shapes],
             )
-            for _ in range(sets)
+            for _ in range(sets_to_rotate(set_bytes))
         ]
         offsets = np.cumsum([0, *self.widths[:-1]]).tolist()
 
-        @jax.jit  # lowered once, however often it is called
-        def once(
+        def call(
             ys: tuple[jax.Array, ...], x: jax.Array, stacks: list[tuple[jax.Array, jax.Array]]
         ) -> tuple[jax.Array, ...]:
             parts = [
@@ -99,13 +93,5 @@ class Launch:
             ]
             return add_lora_multi(ys, x, parts, phase=self.phase)
 
-        rounds = -(-_CALLS // sets) if on_gpu else 1
-
-        def body(carry: list[tuple[tuple[jax.Array, ...], jax.Array, object]]) -> object:
-            for _ in range(rounds):
-                # The barrier makes x depend on the loop, so that no half is hoisted out of it.
-                carry = jax.lax.optimization_barrier(carry)
-                carry = [(once(ys, x, stacks), x, stacks) for ys, x, stacks in carry]
-            return carry
-
-        return loop_us(body, carry, rounds * sets)
+        rounds = rounds_of(sets)
+        return loop_us(turn(call, rounds), sets, rounds * len(sets))

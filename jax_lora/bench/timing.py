@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,12 @@ import jax.numpy as jnp
 # The copy rate that floors are computed with, so that tables of different runs compare: measured by
 # tests/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
 COPY_RATE = 2.40e12
+
+# Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.
+_ROTATED_BYTES = 200_000_000
+# Calls in one turn of the timed loop: a turn costs some 20 us itself (H100), which the graphs that
+# peers are timed in do not have.
+_CALLS = 64
 
 
 def ceilings() -> tuple[float, float]:
@@ -23,6 +29,33 @@ def ceilings() -> tuple[float, float]:
     weights = jax.random.normal(jax.random.key(1), (size, size), jnp.bfloat16)
     product = loop_us(lambda c: (jnp.tanh(c[0] @ c[1]), c[1]), (left, weights), 1)
     return 2 * 2**30 / copied * 1e6, 2 * size**3 / product * 1e6
+
+
+def sets_to_rotate(set_bytes: int) -> int:
+    """How many sets of so many bytes of weights a timed loop goes through; one without a GPU."""
+    if jax.default_backend() != "gpu":
+        return 1
+    return max(4, min(16, -(-_ROTATED_BYTES // set_bytes)))
+
+
+def rounds_of(sets: Sequence[Any]) -> int:
+    """How often a turn of the timed loop goes through the sets."""
+    return -(-_CALLS // len(sets)) if jax.default_backend() == "gpu" else 1
+
+
+def turn(call: Callable[..., Any], rounds: int) -> Callable[..., Any]:
+    """body(sets, *given): of each set (y, x, ...) y becomes `call(y, x, ..., *given)`, `rounds`
+    times."""
+    once = jax.jit(call)  # lowered once, however often it is called
+
+    def body(sets: Any, *given: Any) -> Any:
+        for _ in range(rounds):
+            # The barrier makes x depend on the loop, so that no half is hoisted out of it.
+            sets = jax.lax.optimization_barrier(sets)
+            sets = [(once(*each, *given), *each[1:]) for each in sets]
+        return sets
+
+    return body
 
 
 def looped(body: Callable[..., Any]) -> Callable[..., Any]:

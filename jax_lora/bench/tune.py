@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_lora.bench import kernels
 from jax_lora.bench.kernels import Case, geometric_mean
-from jax_lora.bench.timing import looped, time_loop
+from jax_lora.bench.timing import looped, rounds_of, time_loop, turn
 from pallas_kernels import Segments, add_lora
 from pallas_kernels.mosaic_gpu.config import Config, decode_config, default_config
 from pallas_kernels.mosaic_gpu.tuning import ORDER_FIELDS, ShapeClass, read
@@ -231,9 +231,9 @@ class CheckedTimer:
         if shape != self._shape:
             self._shape, self._sets, self._loops = shape, kernels.weight_sets(case), {}
         sets, segments = self._sets, kernels.segments_of(case)
-        rounds, call = kernels.rounds_of(sets), _call(config, case.phase)
+        rounds, call = rounds_of(sets), _call(config, case.phase)
         if config not in self._loops:
-            self._loops[config] = looped(kernels.turn(call, rounds))
+            self._loops[config] = looped(turn(call, rounds))
         loop = self._loops[config]
         y = loop(jnp.int32(1), sets, segments)[0][0]
         if case not in self._first:

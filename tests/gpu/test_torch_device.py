@@ -168,25 +168,34 @@ def test_kept_weights_follow_their_tensor():
     assert torch.cuda.memory_allocated() == used
 
 
-def test_two_threads_on_two_streams():
-    wrong: list[float] = []
+def on_two_streams(work):
+    """work(seed) in two threads, each on a stream of its own."""
 
-    def work(seed: int) -> None:
+    def run(seed: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            t = case(seed=seed)
-            want = products(t.x, t.a, t.ids)
-            for n in range(100):
-                out = torch.full((20, 16), float(n), device="cuda")
-                interop.bgmv_shrink(t.x, t.a, out, t.ids, path="dlpack")
-                if not (error := relative_error(out, want + n)) < 1e-5:
-                    wrong.append(error)
+            work(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_two_threads_on_two_streams():
+    wrong: list[float] = []
+
+    def work(seed: int) -> None:
+        t = case(seed=seed)
+        want = products(t.x, t.a, t.ids)
+        for n in range(100):
+            out = torch.full((20, 16), float(n), device="cuda")
+            interop.bgmv_shrink(t.x, t.a, out, t.ids, path="dlpack")
+            if not (error := relative_error(out, want + n)) < 1e-5:
+                wrong.append(error)
+
+    on_two_streams(work)
     assert wrong == []
 
 
@@ -313,20 +322,15 @@ def test_programs_from_two_threads_and_streams(program):
     wrong: list[int] = []
 
     def work(seed: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            y, x = vectors(seed)
-            want = y + (x * 2 + 3)
-            for n in range(300):
-                got = y.clone()
-                program(got, x)
-                if not torch.allclose(got, want):
-                    wrong.append(n)
+        y, x = vectors(seed)
+        want = y + (x * 2 + 3)
+        for n in range(300):
+            got = y.clone()
+            program(got, x)
+            if not torch.allclose(got, want):
+                wrong.append(n)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    on_two_streams(work)
     assert wrong == []
 
 
@@ -504,19 +508,13 @@ def test_native_ops_from_two_threads_and_streams(op):
     torch.cuda.synchronize()
 
     def work(seed: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for n in range(50):
-                got = outputs(op, seed)
-                op.call(got, cases[seed], "native")
-                if not same_bytes(got, wants[seed]):
-                    wrong.append(n)
+        for n in range(50):
+            got = outputs(op, seed)
+            op.call(got, cases[seed], "native")
+            if not same_bytes(got, wants[seed]):
+                wrong.append(n)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    on_two_streams(work)
     assert wrong == []
 
 
