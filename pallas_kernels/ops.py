@@ -1,7 +1,6 @@
 """The public ops: checks, the choice of an implementation, and one gradient for all of them."""
 
 import functools
-import itertools
 import operator
 import os
 import warnings
@@ -14,7 +13,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, ArrayLike
 
 from pallas_kernels import loop, mosaic_gpu, xla
-from pallas_kernels.parts import LoRAPart
+from pallas_kernels.parts import LoRAPart, apart, side_by_side
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
 from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, checked_indices
 
@@ -271,18 +270,13 @@ _expand.defvjp(_expand_fwd, _expand_bwd)
 def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) -> tuple[Array, ...]:
     if spec.implementation == "mosaic_gpu":
         return mosaic_gpu.add_lora_multi(ys, x, _parts(spec, stacks), config=spec.config)
-    y = _side_by_side(ys)
+    y = side_by_side(ys)
     parts = _parts(spec, stacks, ordered=True)
     if spec.implementation == "loop":
         y = loop.add_lora_multi(y, x, parts)
     else:
         y = xla.add_lora_multi(y, x, parts, kernels=spec.kernels)
-    edges = list(itertools.accumulate(one.shape[1] for one in ys))
-    return tuple(jnp.split(y, edges[:-1], axis=1))
-
-
-def _side_by_side(ys: tuple[Array, ...]) -> Array:
-    return jnp.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
+    return apart(y, ys)
 
 
 def _parts(spec: _Spec, stacks: Any, *, ordered: bool = False) -> tuple[LoRAPart, ...]:
@@ -309,7 +303,7 @@ def _add_lora_fwd(spec: _Spec, *args: Any) -> Any:
 
 def _add_lora_bwd(spec: _Spec, residuals: Any, dys: tuple[Array, ...]) -> Any:
     x, stacks = residuals
-    dx, dstacks, dy = jnp.zeros(x.shape, jnp.float32), [], _side_by_side(dys)
+    dx, dstacks, dy = jnp.zeros(x.shape, jnp.float32), [], side_by_side(dys)
     for part in _parts(spec, stacks, ordered=True):
         dx_part, da, db, ds = xla.add_lora_grad(dy, x, part)
         dx += dx_part

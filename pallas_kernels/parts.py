@@ -1,6 +1,10 @@
 """One LoRA among several that one call adds: a rank bucket of one output slice."""
 
+import itertools
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
 
 
 class LoRAPart(NamedTuple):
@@ -19,3 +23,14 @@ class LoRAPart(NamedTuple):
     indices: Any
     scales: Any = None
     y_offset: int = 0
+
+
+def side_by_side(ys: tuple[Array, ...]) -> Array:
+    """The columns of all ys in one array."""
+    return jnp.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
+
+
+def apart(y: Array, ys: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`y` cut into arrays as wide as the ys."""
+    edges = list(itertools.accumulate(one.shape[1] for one in ys))
+    return tuple(jnp.split(y, edges[:-1], axis=1))

@@ -11,7 +11,6 @@ lane (`lanes.py`): its clusters own a few tokens of one adapter rather than tile
 """
 
 import functools
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ from pallas_kernels.mosaic_gpu.decode_plan import DecodePart, plan
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
-from pallas_kernels.parts import LoRAPart
+from pallas_kernels.parts import LoRAPart, apart, side_by_side
 from pallas_kernels.segments import Route, Segments, as_segments, raw_ids
 
 __all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "shrink"]
@@ -101,8 +100,7 @@ def add_lora_multi(
     planned = _add_lora_plan(ys, x, parts, config)
     if planned is not None:
         return decode_kernel(ys, x, *planned)
-    edges = list(itertools.accumulate(y.shape[1] for y in ys))
-    y = jnp.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
+    y = side_by_side(ys)
     sorted_ids = {
         (id(part.indices), part.lora_a.shape[0]): as_segments(part.indices, part.lora_a.shape[0])
         for part in parts
@@ -116,7 +114,7 @@ def add_lora_multi(
             y = _two_launches(y, x, group, config)
         else:
             [y] = decode_kernel((y,), x, *planned)
-    return tuple(jnp.split(y, edges[:-1], axis=1))
+    return apart(y, ys)
 
 
 # The kernels' code has a piece for each part, and lowering takes more than in proportion: 15 parts
