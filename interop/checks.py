@@ -26,10 +26,8 @@ def path(value: Any) -> None:
         raise ValueError(f"path must be None, 'dlpack' or 'native', got {value!r}")
 
 
-def hints(op: str, config: Mapping[str, int] | None) -> None:
+def hints(op: str, config: Mapping[str, int]) -> None:
     """LoRAX's `override_config`: hints, whose names and values are checked."""
-    if config is None:
-        return
     if not isinstance(config, Mapping):
         raise TypeError(f"override_config must be a dict or None, got {type(config).__name__}")
     if unknown := [key for key in config if key not in _HINTS[op]]:
@@ -52,6 +50,8 @@ def number(name: str, value: Any) -> float:
 
 
 def count(name: str, value: Any) -> int:
+    if type(value) is int and value >= 0:
+        return value
     try:
         value = operator.index(value)
     except TypeError:
@@ -225,8 +225,11 @@ def add_lora(
 def columns(weights: Any, offset: Any, size: Any) -> int:
     """A slice's offset; its size must be the weights' N."""
     size = count("slice_size", size)
-    if isinstance(weights, torch.Tensor) and weights.ndim > 1:
-        _same("slice_size and lora_b_weights differ in features N", weights.shape[-2], size)
+    try:
+        width = weights.shape[-2]
+    except (AttributeError, IndexError):  # the op's own check says so
+        width = size
+    _same("slice_size and lora_b_weights differ in features N", width, size)
     return count("slice_offset", offset)
 
 

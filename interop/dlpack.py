@@ -76,9 +76,10 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 def update(
     function: Callable[..., Sequence[jax.Array]],
     outputs: Sequence[torch.Tensor],
-    inputs: Sequence[torch.Tensor | jax.Array],
+    inputs: Sequence[torch.Tensor],
+    arrays: Sequence[jax.Array] = (),
 ) -> None:
-    """outputs[:] = function(*outputs, *inputs), in the outputs' own memory.
+    """outputs[:] = function(*outputs, *inputs, *arrays), in the outputs' own memory.
 
     In order with torch's current stream on both sides and without the host waiting: JAX starts
     after what is queued there, and what torch queues next starts after JAX. So memory that torch
@@ -87,18 +88,20 @@ def update(
 
     Args:
       function: jitted, with the outputs donated; as many results as outputs, of their shapes.
-      outputs, inputs: contiguous tensors on one device; inputs may be arrays there. On CUDA at
-        addresses that are multiples of 16.
+      outputs, inputs: contiguous tensors on one device. int64 inputs `[n]`, which JAX lacks by
+        default, become `[n, 2]` words of int32.
+      arrays: more inputs, which JAX has on that device.
 
     Raises:
       RuntimeError: a CUDA graph is being captured, of which JAX's work cannot be part.
+      ValueError: a CUDA tensor's address is not a multiple of 16; inputs of integers are copied.
     """
     device = outputs[0].device
     jax_device, ready = on_jax(device)
     if ready is None:
         # XLA wants 64-byte addresses, which slices seldom have: unlike in to_jax, they are copied.
-        tensors = (*outputs, *inputs)
-        results = function(*[_array(t, jax_device, None, None) for t in tensors])
+        tensors = map(_words, (*outputs, *inputs))
+        results = function(*[internals.alias(t, jax_device, None, None) for t in tensors], *arrays)
         for result in results:
             # Asking for its address would wait too, but with the GIL, which JAX's threads may need
             # to drop a tensor.
@@ -109,16 +112,17 @@ def update(
                 "JAX's work cannot be captured into a CUDA graph: path='native' can, for the cases "
                 "that it takes, after one call before the capture"
             )
-        for i, tensor in enumerate((*outputs, *inputs)):
-            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() % native.ALIGNMENT:
-                raise ValueError(native.misaligned(i, tensor.data_ptr()))
+        for i, tensor in enumerate(outputs):
+            if (pointer := tensor.data_ptr()) % native.ALIGNMENT:
+                raise ValueError(native.misaligned(i, pointer))
+        given = [_array(i, tensor, jax_device) for i, tensor in enumerate(inputs, len(outputs))]
         stream = _wait_for_torch(ready, device)
         # A program starts when all its arguments are ready, so one that waits for torch's stream
         # is enough, and spares an event of 11 us for each of the others (H200, 2026-11-22).
         first, *others = outputs
-        arrays = [internals.alias(first, jax_device, ready.cuda_stream, False)]
-        arrays += [_array(t, jax_device, internals.READY, False) for t in (*others, *inputs)]
-        results = function(*arrays)
+        donated = [internals.alias(first, jax_device, ready.cuda_stream, False)]
+        donated += [internals.alias(t, jax_device, internals.READY, False) for t in others]
+        results = function(*donated, *given, *arrays)
         for result in results:
             internals.wait(result, stream)
     for output, result in zip(outputs, results):
@@ -127,33 +131,34 @@ def update(
             output.detach().copy_(torch.utils.dlpack.from_dlpack(result))
 
 
-def _array(tensor: torch.Tensor | jax.Array, *where: Any) -> jax.Array:
-    return tensor if isinstance(tensor, jax.Array) else internals.alias(tensor, *where)
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    words = tensor.dtype == torch.int64
+    return tensor.detach().unsqueeze(1).view(torch.int32) if words else tensor.detach()
 
 
+# As `id`, which takes ten times as long once anything hooks into Python's audit events.
+identity = object.__hash__
 _kept: dict[int, tuple[weakref.ref[torch.Tensor], Any, jax.Array]] = {}
 
 
-def kept(tensor: torch.Tensor) -> torch.Tensor | jax.Array:
-    """`tensor` as `update` takes it: an array, kept for calls that pass the same CUDA tensor again.
+def _array(number: int, tensor: torch.Tensor, device: jax.Device) -> jax.Array:
+    """A CUDA tensor as an array, which is kept for calls that pass the same tensor again.
 
     Aliasing a tensor and dropping the array costs the host 10 us and more (H200, 2026-11-22).
     Weights come back in every step, indices in every layer, activations in every projection of a
-    layer. The array lives as long as the tensor object, and reads its memory as it is then. int64
-    `[n]`, which JAX lacks by default, becomes `[n, 2]` words of int32.
+    layer. The array lives as long as the tensor object, and reads its memory as it is then.
     """
-    key, what = id(tensor), (tensor.data_ptr(), tensor.shape, tensor.dtype)
+    key, what = identity(tensor), (tensor.data_ptr(), tensor.shape, tensor.dtype)
     entry = _kept.get(key)
     if entry is not None and entry[0]() is tensor and entry[1] == what:
         return entry[2]
-    words = tensor.dtype == torch.int64
-    alias = tensor.detach().unsqueeze(1).view(torch.int32) if words else tensor.detach()
-    if tensor.device.type == "cpu":
-        return alias
-    if what[0] % native.ALIGNMENT:  # as slices have it; indices are few
-        return alias if tensor.is_floating_point() else alias.clone()
     # Aliasing `tensor` itself would keep that object alive, and so itself.
-    array = internals.alias(alias, on_jax(tensor.device)[0], internals.READY, False)
+    alias, pointer = _words(tensor), what[0]
+    if pointer % native.ALIGNMENT:  # as slices have it
+        if tensor.is_floating_point():
+            raise ValueError(native.misaligned(number, pointer))
+        return internals.alias(alias.clone(), device, internals.READY, False)  # indices are few
+    array = internals.alias(alias, device, internals.READY, False)
     _kept[key] = weakref.ref(tensor, lambda _: _kept.pop(key, None)), what, array
     return array
 

@@ -83,7 +83,35 @@ def likeness(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _MOSAIC_CALL = "mosaic_gpu_v2"
 
-Launch = Callable[[int, bytes], None]
+Launch = Callable[[ctypes.c_void_p, bytes], None]
+
+# A stream as a launch takes it. ctypes passes on what has its type already at once.
+handle = functools.cache(ctypes.c_void_p)
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def enter(index: int) -> None:
+    """Makes the primary context of a CUDA device current in this thread, unless it has one.
+
+    CUDA's runtime does so where a thread first needs it. Mosaic loads and launches kernels by the
+    driver, which refuses without, and Mosaic tells nobody. Nothing here waits or allocates: it may
+    be done while a CUDA graph is captured.
+    """
+
+    def call(name: str, *arguments: Any) -> None:
+        if error := getattr(_driver(), name)(*arguments):
+            raise RuntimeError(f"{name} of CUDA's driver failed with error {error}")
+
+    context, device = ctypes.c_void_p(), ctypes.c_int()
+    call("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        call("cuDeviceGet", ctypes.byref(device), index)
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        call("cuCtxSetCurrent", context)
 
 
 @functools.cache
@@ -106,7 +134,7 @@ def _compiler() -> Any:
 
 
 def compile_mosaic(module: bytes) -> Launch:
-    """Compiles and loads one kernel for the current device: launch(stream, pointers' bytes).
+    """Compiles and loads one kernel for the current device: launch(handle(stream), pointers).
 
     The kernel stays loaded as long as the process: a CUDA graph may hold it.
     """
@@ -117,8 +145,8 @@ def compile_mosaic(module: bytes) -> Launch:
     if not compiled:
         raise RuntimeError("Mosaic GPU did not compile the kernel; its reason is on stderr")
     function, entry = compiled[0], compiled[1]
-    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    return functools.partial(prototype(entry), function)
+    # The GIL is let go: a launch waits where the stream's queue is full, perhaps for Python.
+    return functools.partial(ctypes.CFUNCTYPE(None)(entry), ctypes.c_void_p(function))
 
 
 def lower(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from interop import checks, functions, ops
-from interop.dlpack import kept, update
+from interop.dlpack import update
 
 _SEGMENTS = "Tensor starts, Tensor lengths, Tensor ids"
+_SHRINK = "float scale, str? path"
 _EXPAND = "SymInt? offset, bool add_inputs, str? path"
 _ADD_LORA = (
     "Tensor x, Tensor lora_a, Tensor lora_b, Tensor ids, Tensor? scales, float? scale, "
@@ -18,17 +19,17 @@ _ADD_LORA = (
 )
 
 
-def _register(op: ops.Op, schema: str, tensors: int) -> None:
+def _register(op: ops.Op, schema: str) -> None:
     def implementation(*args: Any) -> None:
-        *static, path = args[tensors:]
+        *static, path = args[op.tensors :]
         scale = static.pop(0) if op.scaled else None
-        ops.run(op, tuple(None if t is None else t.detach() for t in args[:tensors]), scale, path,
-                *static)  # fmt: skip
+        tensors = tuple(t.detach() for t in args[: op.tensors] if t is not None)
+        ops.run(op, tensors, scale, path, tuple(static))
 
     def fake(*args: Any) -> None:
-        static = args[tensors + op.scaled : -1]
+        static = args[op.tensors + op.scaled : -1]
         checks.path(args[-1])
-        op.check(*args[:tensors], *static)
+        op.check(*args[: op.tensors], *static)
 
     custom = torch.library.custom_op(
         f"jax_lora::{op.name}", implementation, mutates_args=("output",), schema=f"({schema}) -> ()"
@@ -37,19 +38,11 @@ def _register(op: ops.Op, schema: str, tensors: int) -> None:
 
 
 _OUTPUT = "Tensor(a!) output"
-_register(
-    ops.BGMV_SHRINK,
-    f"{_OUTPUT}, Tensor x, Tensor lora_a, Tensor ids, float scale, str? path",
-    4,
-)
-_register(
-    ops.SGMV_SHRINK,
-    f"{_OUTPUT}, Tensor x, Tensor lora_a, {_SEGMENTS}, float scale, str? path",
-    6,
-)
-_register(ops.BGMV_EXPAND, f"{_OUTPUT}, Tensor v, Tensor lora_b, Tensor ids, {_EXPAND}", 4)
-_register(ops.SGMV_EXPAND, f"{_OUTPUT}, Tensor v, Tensor lora_b, {_SEGMENTS}, {_EXPAND}", 6)
-_register(ops.ADD_LORA, f"{_OUTPUT}, {_ADD_LORA}", 6)
+_register(ops.BGMV_SHRINK, f"{_OUTPUT}, Tensor x, Tensor lora_a, Tensor ids, {_SHRINK}")
+_register(ops.SGMV_SHRINK, f"{_OUTPUT}, Tensor x, Tensor lora_a, {_SEGMENTS}, {_SHRINK}")
+_register(ops.BGMV_EXPAND, f"{_OUTPUT}, Tensor v, Tensor lora_b, Tensor ids, {_EXPAND}")
+_register(ops.SGMV_EXPAND, f"{_OUTPUT}, Tensor v, Tensor lora_b, {_SEGMENTS}, {_EXPAND}")
+_register(ops.ADD_LORA, f"{_OUTPUT}, {_ADD_LORA}")
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -92,7 +85,7 @@ def _add_lora_backward(
 ) -> tuple[torch.Tensor, ...]:
     gradients = tuple(torch.empty_like(t) for t in (x, lora_a, lora_b, scales))
     call = functions.bound(functions.add_lora_backward, offset=offset or 0, phase=phase)
-    inputs = (dy.contiguous(), x, lora_a, lora_b, kept(ids), scales)
+    inputs = (dy.contiguous(), x, lora_a, lora_b, ids, scales)
     update(functions.jitted(call, len(gradients)), gradients, inputs)
     return gradients
 

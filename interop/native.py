@@ -1,13 +1,15 @@
 """Pallas:Mosaic GPU kernels on torch's current CUDA stream, without JAX's runtime.
 
     program = compile(function, (x_spec, y_spec), torch.device("cuda"), donate=(1,))
-    program(x, y)           # a few microseconds of host time; torch.cuda.CUDAGraph captures it
+    program((x, y))         # a few microseconds of host time; torch.cuda.CUDAGraph captures it
 
 The function is lowered by JAX once per shapes. What is left of it must be Mosaic kernels and
 operations that move nothing, such as reshapes: then running it is launching those kernels in
 order, and this needs pointers and a stream, nothing else.
 """
 
+import functools
+import operator
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ from interop import internals
 
 ALIGNMENT = 16  # bytes: TMA's, and what XLA assumes of its parameters
 _BLOCK = 256  # bytes: buffers of the scratch memory start at multiples of it
+
+Program = Callable[..., Any]  # what `compile` returns
 
 # What these do to dense tensors moves no byte: the result is the operand under another shape.
 _FREE = ("stablehlo.reshape", "stablehlo.optimization_barrier")
@@ -145,98 +149,97 @@ def misaligned(argument: int, pointer: int) -> str:
     )
 
 
-class Program:
-    """Launches the kernels of a function on torch's current stream. Call it with CUDA tensors.
+class _Thread(threading.local):
+    has_context = False  # that this module knows of
 
-    They must be contiguous, of the shapes and dtypes it was compiled for, and at addresses that are
-    multiples of 16; only the last is checked. Results that overwrite an argument are that tensor,
-    others are new. Threads and streams may share a program.
+
+_thread = _Thread()
+
+
+class _Scratch(threading.local):
+    """Memory between the kernels of one call, never shared with calls that may overlap it.
+
+    Those of one thread on one stream follow each other. A captured graph may be replayed on any
+    stream, so its memory is its own, from its pool.
     """
 
-    def __init__(self, plan: _Plan, specs: Sequence[Any], device: torch.device) -> None:
-        self._device = device
-        constants: dict[int, torch.Tensor] = {}
-        scratch: dict[int, int] = {}
-        self._scratch_bytes = 0
-        # A kernel's pointers are picked from one list: arguments, results, constants, scratch.
-        place = {id(buffer): i for i, buffer in enumerate(plan.arguments)}
-        fresh = [(i, b) for i, b in enumerate(plan.results) if b.argument is None]
-        for _, buffer in fresh:
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._new = functools.partial(torch.empty, nbytes, dtype=torch.uint8, device=device)
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __call__(self, stream: int) -> torch.Tensor:
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return self._new()
+        if stream not in self._kept:
+            self._kept[stream] = self._new()
+        return self._kept[stream]
+
+
+def _link(plan: _Plan, specs: Sequence[Any], device: torch.device) -> Program:
+    # A kernel's pointers are picked from one list: arguments, results, constants, scratch.
+    place = {id(buffer): i for i, buffer in enumerate(plan.arguments)}
+    fresh = []
+    for buffer, spec in zip(plan.results, specs):
+        if buffer.argument is None:
             place[id(buffer)] = len(place)
-        used = {id(buffer): buffer for _, buffers in plan.kernels for buffer in buffers}
-        for key, buffer in used.items():
-            if key not in place and buffer.constant is not None:
-                place[key] = len(place)
-                constants[key] = torch.from_numpy(np.array(buffer.constant)).to(device)
-        for key, buffer in used.items():
-            if key not in place:
-                place[key] = len(place)
-                scratch[key] = self._scratch_bytes
-                self._scratch_bytes += -(-buffer.nbytes // _BLOCK) * _BLOCK
-        self._constants = list(constants.values())  # kept alive
-        self._scratch_offsets = list(scratch.values())
-        self._results = [place[id(buffer)] for buffer in plan.results]
-        self._fresh = [
-            dict(size=spec.shape, dtype=getattr(torch, np.dtype(spec.dtype).name), device=device)
-            for spec in (specs[i] for i, _ in fresh)
-        ]
-        self._local = threading.local()
-        with torch.cuda.device(device):
-            self._launches = [
-                (
-                    internals.compile_mosaic(kernel),
-                    struct.Struct(f"{len(buffers)}P").pack,
-                    [place[id(buffer)] for buffer in buffers],
-                )
-                for kernel, buffers in plan.kernels
-            ]
+            dtype = getattr(torch, np.dtype(spec.dtype).name)
+            fresh.append(functools.partial(torch.empty, spec.shape, dtype=dtype, device=device))
+    others = {id(b): b for _, buffers in plan.kernels for b in buffers if id(b) not in place}
+    constants = []
+    for key, buffer in others.items():
+        if buffer.constant is not None:
+            place[key] = len(place)
+            constants.append(torch.from_numpy(np.array(buffer.constant)).to(device))
+    offsets, nbytes = [], 0
+    for key, buffer in others.items():
+        if buffer.constant is None:
+            place[key] = len(place)
+            offsets.append(nbytes)
+            nbytes += -(-buffer.nbytes // _BLOCK) * _BLOCK
+    scratch = _Scratch(nbytes, device)
+    returned = operator.itemgetter(*[place[id(buffer)] for buffer in plan.results])
+    launches = []
+    with torch.cuda.device(device):
+        internals.enter(device.index)
+        for kernel, buffers in plan.kernels:
+            places = [place[id(buffer)] for buffer in buffers]
+            places += places[:1]  # which no kernel reads: of one place itemgetter makes no tuple
+            pack = struct.Struct(f"{len(places)}P").pack
+            launches.append((internals.compile_mosaic(kernel), pack, operator.itemgetter(*places)))
 
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queues the kernels; returns the function's results, flat.
+    # All that a call needs is in variables, which are read faster than attributes.
+    index, get_device = device.index, torch._C._cuda_getDevice
+    get_stream, handle = torch._C._cuda_getCurrentRawStream, internals.handle
 
-        Raises:
-          ValueError: a tensor's address is not a multiple of 16.
-        """
-        index = self._device.index
-        if torch._C._cuda_getDevice() != index:
+    def program(tensors: Sequence[torch.Tensor], kept: Sequence[int] = ()) -> Any:
+        if get_device() != index:
             with torch.cuda.device(index):
-                return self(*tensors)
-        if self._fresh:
-            tensors += tuple(torch.empty(**how) for how in self._fresh)
+                return program(tensors, kept)
+        if not _thread.has_context:
+            internals.enter(index)
+            _thread.has_context = True
         pointers = [tensor.data_ptr() for tensor in tensors]
         for pointer in pointers:
             if pointer % ALIGNMENT:
                 raise ValueError(misaligned(pointers.index(pointer), pointer))
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if self._constants:
-            pointers += [tensor.data_ptr() for tensor in self._constants]
-        if self._scratch_offsets:
-            scratch = self._scratch(stream)
-            start = scratch.data_ptr()
-            pointers += [start + offset for offset in self._scratch_offsets]
-        for launch, pack, places in self._launches:
-            launch(stream, pack(*[pointers[i] for i in places]))
-        return tuple([tensors[i] for i in self._results])
+        pointers += kept
+        stream = get_stream(index)
+        values: Sequence[Any] = tensors
+        if fresh:
+            results = [new() for new in fresh]
+            values = *tensors, *kept, *results
+            pointers += [tensor.data_ptr() for tensor in results]
+        if constants:
+            pointers += [tensor.data_ptr() for tensor in constants]
+        if offsets:
+            memory = scratch(stream)
+            start = memory.data_ptr()
+            pointers += [start + offset for offset in offsets]
+        for launch, pack, pick in launches:
+            launch(handle(stream), pack(*pick(pointers)))
+        return returned(values)
 
-    def _scratch(self, stream: int) -> torch.Tensor:
-        """Memory between the kernels of one call, never shared with calls that may overlap it.
-
-        Those of one thread on one stream follow each other. A captured graph may be replayed on
-        any stream, so its memory is its own, from its pool.
-        """
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return self._new_scratch()
-        try:
-            kept: dict[int, torch.Tensor] = self._local.scratch
-        except AttributeError:
-            kept = self._local.scratch = {}
-        scratch = kept.get(stream)
-        if scratch is None:
-            scratch = kept[stream] = self._new_scratch()
-        return scratch
-
-    def _new_scratch(self) -> torch.Tensor:
-        return torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
+    return program
 
 
 def plan(function: Callable[..., Any], arguments: Sequence[Any], donate: Sequence[int]) -> _Plan:
@@ -262,7 +265,13 @@ def compile(
     *,
     donate: Sequence[int] = (),
 ) -> Program:
-    """`function` of JAX arrays as a `Program` of torch tensors.
+    """`function` of JAX arrays as one of torch tensors, queued on torch's current stream.
+
+    The tensors must be contiguous CUDA tensors, of the shapes and dtypes it was compiled for, and
+    at addresses that are multiples of 16; only the last is checked, by a ValueError. It returns the
+    result, or a tuple of several: those that overwrite an argument are that tensor, others are new.
+    Addresses may stand for the last arguments, as in program((x, y), (scale.data_ptr(),)), if the
+    caller keeps that memory. Threads and streams may share it.
 
     Args:
       function: positional arrays to a pytree of arrays, made of `plgpu.kernel` calls.
@@ -283,4 +292,4 @@ def compile(
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     found = plan(function, arguments, donate)
-    return Program(found, jax.tree.leaves(jax.eval_shape(function, *arguments)), device)
+    return _link(found, jax.tree.leaves(jax.eval_shape(function, *arguments)), device)

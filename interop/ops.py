@@ -11,7 +11,7 @@ import torch
 
 import pallas_kernels
 from interop import checks, functions, internals, native
-from interop.dlpack import kept, on_jax, update
+from interop.dlpack import identity, on_jax, update
 
 Path = Literal["dlpack", "native"]
 Config = Mapping[str, int] | None
@@ -20,90 +20,93 @@ Config = Mapping[str, int] | None
 class Op(NamedTuple):
     """An op that changes its first tensor: its checks, its JAX function and its static arguments.
 
-    `scaled` ones take a scale besides. `torch.ops.jax_lora` has it by `name`, and beside the
-    differentiable one `add_lora`, which autograd follows.
+    It takes up to `tensors` tensors, `scaled` ones a scale besides. `torch.ops.jax_lora` has it by
+    `name`, with None for what may be left out, and beside the differentiable one `add_lora`, which
+    autograd follows.
     """
 
     name: str
     check: Callable[..., None]
     function: Callable[..., Any]
+    tensors: int
     scaled: bool = False
     static: tuple[str, ...] = ()
     differentiable: bool = False
 
 
-BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, scaled=True)
-SGMV_SHRINK = Op("sgmv_shrink", checks.sgmv_shrink, functions.sgmv_shrink, scaled=True)
+BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, 4, scaled=True)
+SGMV_SHRINK = Op("sgmv_shrink", checks.sgmv_shrink, functions.sgmv_shrink, 6, scaled=True)
 _EXPAND = ("offset", "add_inputs")
-BGMV_EXPAND = Op("bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, static=_EXPAND)
-SGMV_EXPAND = Op("sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, static=_EXPAND)
+BGMV_EXPAND = Op("bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, 4, static=_EXPAND)
+SGMV_EXPAND = Op("sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, 6, static=_EXPAND)
 _ADD_LORA = ("offset", "phase")
-ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, True, _ADD_LORA, True)
+ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, 6, True, _ADD_LORA, True)
 
-Tensors = tuple[Any, ...]  # of torch.Tensor; the last of add_lora's may be None
-_Route = Callable[[tuple[torch.Tensor, ...], float | None], object]
+Tensors = tuple[torch.Tensor, ...]
+_Route = Callable[[Tensors, float | None], None]  # runs an op, as autograd's versions tell
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # What checks and compiled code depend on, with `is_contiguous`.
 _metadata = operator.attrgetter("shape", "dtype", "device")
 _is_contiguous = torch.Tensor.is_contiguous
 _routes: dict[Any, _Route] = {}
+_changed = torch._C._increment_version
 
 # What each stack of weights was last called with, and where that went.
 _last: dict[Any, tuple[Callable[..., bool], _Route]] = {}
 _MOST_KEPT = 4096
 
 
-def dispatch(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> None:
+def dispatch(
+    op: Op, tensors: Tensors, scale: float | None, path: Any, static: tuple[Any, ...] = ()
+) -> None:
     """Runs `op` now, or records it where torch traces: torch.compile, fake tensors, subclasses.
 
     Where gradients are recorded, a differentiable one becomes part of the graph.
     """
-    compiling = torch.compiler.is_compiling()
     grad = torch.is_grad_enabled()
-    given = tensors if tensors[-1] is not None else tensors[:-1]
-    if not compiling:
-        # An id may pass to another tensor; what decides is that the tensors are alike.
-        key = op.name, path, static, grad, len(given), id(given[2])
+    if not torch.compiler.is_dynamo_compiling():
+        # An identity may pass to another tensor; what decides is that the tensors are alike.
+        key = op.name, path, static, grad, len(tensors), identity(tensors[2])
         try:
             is_like, route = _last[key]
         except (KeyError, TypeError):  # new, or unhashable
             pass
         else:
-            if is_like(*given):
-                return _execute(route, given, scale)
+            if is_like(*tensors):
+                return route(tensors, scale)
     scales = (scale,) if op.scaled else ()
-    if op.differentiable and grad and any(getattr(t, "requires_grad", False) for t in given):
-        new = torch.ops.jax_lora.add_lora(*tensors, *scales, *static, path)
-        tensors[0].copy_(new)
-    elif compiling or _is_traced(given):
-        getattr(torch.ops.jax_lora, op.name)(*tensors, *scales, *static, path)
+    recorded = *_in_full(op, tensors), *scales, *static, path
+    if op.differentiable and grad and any(getattr(t, "requires_grad", False) for t in tensors):
+        tensors[0].copy_(torch.ops.jax_lora.add_lora(*recorded))
+    elif torch.compiler.is_compiling() or _is_traced(tensors):
+        getattr(torch.ops.jax_lora, op.name)(*recorded)
     else:
-        route = run(op, tensors, scale, path, *static)
+        route = run(op, tensors, scale, path, static)
         if len(_last) == _MOST_KEPT:
             _last.clear()
-        _last[key] = internals.likeness(given), route
+        _last[key] = internals.likeness(tensors), route
 
 
-def run(op: Op, tensors: Tensors, scale: float | None, path: Any, *static: Any) -> _Route:
+def run(
+    op: Op, tensors: Tensors, scale: float | None, path: Any, static: tuple[Any, ...]
+) -> _Route:
     """Runs `op` on tensors[1:], changing tensors[0]; returns the way it went."""
-    given = tensors if tensors[-1] is not None else tensors[:-1]
     try:
-        key = op.name, path, static, *map(_metadata, given), *map(_is_contiguous, given)
+        key = op.name, path, static, *map(_metadata, tensors), *map(_is_contiguous, tensors)
         route = _routes.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, unhashable, sparse
         route = None
     if route is None:
         checks.path(path)
-        op.check(*tensors, *static)
-        route = _routes[key] = _choose(op, given, scale, path, static)
-    _execute(route, given, scale)
+        op.check(*_in_full(op, tensors), *static)
+        route = _routes[key] = _choose(op, tensors, scale, path, static)
+    route(tensors, scale)
     return route
 
 
-def _execute(route: _Route, tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
-    route(tensors, scale)
-    torch.autograd.graph.increment_version(tensors[0])  # except of inference mode's tensors
+def _in_full(op: Op, tensors: Tensors) -> tuple[torch.Tensor | None, ...]:
+    return *tensors, *[None] * (op.tensors - len(tensors))
 
 
 def _is_traced(tensors: Tensors) -> bool:
@@ -125,28 +128,30 @@ def _choose(
         except NotImplementedError:
             if path == "native":
                 raise
-    return functools.partial(_by_dlpack, functions.jitted(call, 1))
+    return _by_dlpack(call, tensors[0].device)
 
 
 # ---------------------------------------------------------------------------------------- by DLPack
 
 
-def _by_dlpack(function: Any, tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
-    inputs: list[Any] = [*map(kept, tensors[1:])]
-    if scale is not None:
-        inputs.append(_jax_scalar(scale, tensors[0].device))
-    update(function, tensors[:1], inputs)
+def _by_dlpack(call: Any, device: torch.device) -> _Route:
+    function = functions.jitted(call, 1)
 
+    @functools.cache
+    def arrays(scale: float | None) -> tuple[jax.Array, ...]:
+        return () if scale is None else (jax.device_put(np.float32(scale), on_jax(device)[0]),)
 
-@functools.cache
-def _jax_scalar(value: float, device: torch.device) -> jax.Array:
-    return jax.device_put(np.float32(value), on_jax(device)[0])
+    def route(tensors: Tensors, scale: float | None) -> None:
+        update(function, tensors[:1], tensors[1:], arrays(scale))
+        _changed((tensors[0],))
+
+    return route
 
 
 # ---------------------------------------------------------------------------------------- natively
 
 
-def _native(call: Any, tensors: tuple[torch.Tensor, ...], scaled: bool) -> _Route:
+def _native(call: Any, tensors: Tensors, scaled: bool) -> _Route:
     device = tensors[0].device
     if device.type != "cuda":
         raise NotImplementedError(f"path='native' needs CUDA tensors, got {device}")
@@ -159,14 +164,18 @@ def _native(call: Any, tensors: tuple[torch.Tensor, ...], scaled: bool) -> _Rout
     specs = [_spec(t) for t in tensors]
     if scaled:
         specs.append(jax.ShapeDtypeStruct((), np.float32))
-    program = _program(call, tuple(specs), device).__call__  # bound once
+    program = _program(call, tuple(specs), device)
 
-    def route(tensors: tuple[torch.Tensor, ...], scale: float | None) -> None:
-        scales = () if scale is None else (_torch_scalar(scale, device),)
+    @functools.cache
+    def address(scale: float | None) -> tuple[int, ...]:
+        return () if scale is None else (_torch_scalar(scale, device).data_ptr(),)
+
+    def route(tensors: Tensors, scale: float | None) -> None:
         try:
-            program(*tensors, *scales)
+            program(tensors, address(scale))
         except ValueError:  # an address; nothing was launched
-            program(*map(_aligned, tensors), *scales)
+            program([*map(_aligned, tensors)], address(scale))
+        _changed((tensors[0],))
 
     return route
 
@@ -235,7 +244,8 @@ def bgmv_shrink(
 
     Source: LoRAX, server/lorax_server/utils/ops/bgmv_shrink.py.
     """
-    checks.hints("bgmv_shrink", override_config)
+    if override_config is not None:
+        checks.hints("bgmv_shrink", override_config)
     scaling = checks.number("scaling", scaling)
     tensors = (output_tensor, inputs, lora_a_weights, lora_indices_tensor)
     dispatch(BGMV_SHRINK, tensors, scaling, path)
@@ -264,9 +274,10 @@ def bgmv_expand(
 
     Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand.py.
     """
-    checks.hints("bgmv_expand", override_config)
+    if override_config is not None:
+        checks.hints("bgmv_expand", override_config)
     tensors = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
-    dispatch(BGMV_EXPAND, tensors, None, path, None, bool(add_inputs))
+    dispatch(BGMV_EXPAND, tensors, None, path, (None, bool(add_inputs)))
 
 
 def bgmv_expand_slice(
@@ -287,10 +298,11 @@ def bgmv_expand_slice(
 
     Source: LoRAX, server/lorax_server/utils/ops/bgmv_expand_slice.py.
     """
-    checks.hints("bgmv_expand", override_config)
+    if override_config is not None:
+        checks.hints("bgmv_expand", override_config)
     offset = checks.columns(lora_b_weights, slice_offset, slice_size)
     tensors = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
-    dispatch(BGMV_EXPAND, tensors, None, path, offset, bool(add_inputs))
+    dispatch(BGMV_EXPAND, tensors, None, path, (offset, bool(add_inputs)))
 
 
 def sgmv_shrink(
@@ -351,7 +363,7 @@ def sgmv_expand(
     tensors = (
         output_tensor, inputs, lora_b_weights, b_seq_start_loc, seq_len_tensor, lora_indices_tensor,
     )  # fmt: skip
-    dispatch(SGMV_EXPAND, tensors, None, path, None, bool(add_inputs))
+    dispatch(SGMV_EXPAND, tensors, None, path, (None, bool(add_inputs)))
 
 
 def sgmv_expand_slice(
@@ -378,7 +390,7 @@ def sgmv_expand_slice(
     tensors = (
         output_tensor, inputs, lora_b_weights, b_seq_start_loc, seq_len_tensor, lora_indices_tensor,
     )  # fmt: skip
-    dispatch(SGMV_EXPAND, tensors, None, path, offset, bool(add_inputs))
+    dispatch(SGMV_EXPAND, tensors, None, path, (offset, bool(add_inputs)))
 
 
 def add_lora(
@@ -413,13 +425,14 @@ def add_lora(
 
     Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
     """
-    tensor = scales if isinstance(scales, torch.Tensor) else None
+    tensors: Tensors = (y, x, lora_a, lora_b, indices)
     scale = None
-    if tensor is None:
+    if type(scales) is not float and isinstance(scales, torch.Tensor):  # the latter takes 0.1 us
+        tensors = *tensors, scales
+    else:
         scale = checks.number("scales", 1.0 if scales is None else scales)
     offset = None if y_offset is None else checks.count("y_offset", y_offset)
-    tensors = (y, x, lora_a, lora_b, indices, tensor)
-    dispatch(ADD_LORA, tensors, scale, path, offset, phase)
+    dispatch(ADD_LORA, tensors, scale, path, (offset, phase))
     return y
 
 

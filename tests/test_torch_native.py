@@ -6,6 +6,8 @@ import itertools
 import struct
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -157,29 +159,108 @@ def test_what_xla_has_a_part_in_is_refused(function, arguments, lacks):
         native.plan(functions.bound(function, offset=0, add_inputs=True), arguments, (0,))
 
 
-def test_a_launch_gets_the_addresses_in_the_kernels_order(monkeypatch):
-    launches = []
-    monkeypatch.setattr(internals, "compile_mosaic", lambda kernel: lambda *a: launches.append(a))
+class Driver:
+    """As much of CUDA's driver as gives a thread a context."""
+
+    def __init__(self) -> None:
+        self.asked, self.thread = 0, threading.local()
+
+    def cuCtxGetCurrent(self, context):
+        self.asked += 1
+        context._obj.value = getattr(self.thread, "context", None)
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = 10 + ordinal
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 2**46 + device.value
+
+    def cuCtxSetCurrent(self, context):
+        self.thread.context = context.value
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(internals, "_driver", lambda: driver)
+    monkeypatch.setattr(native, "_thread", native._Thread())
+    return driver
+
+
+@pytest.fixture
+def launches(monkeypatch, driver):
+    """The arguments of launches, where programs are run without a GPU."""
+    found = []
+    monkeypatch.setattr(internals, "compile_mosaic", lambda kernel: lambda *a: found.append(a))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return found
 
+
+def test_a_launch_gets_the_addresses_in_the_kernels_order(launches):
     def function(y, x):
         return add_in_place(y, shift(x, jnp.int32(3)))
 
     program = native.compile(function, (X, X), torch.device("cpu", 0), donate=(0,))
     y, x = torch.ones(128), torch.ones(128)
-    assert program(y, x) == (y,)
+    assert program((y, x)) is y
     (first_stream, shifted), (second_stream, added) = launches
-    assert first_stream == second_stream == 7
-    of_x, constant, between = struct.unpack("3P", shifted)
+    assert first_stream.value == second_stream.value == 7
+    of_x, constant, between, _ = struct.unpack("4P", shifted)
     assert of_x == x.data_ptr()
     assert ctypes.c_int32.from_address(constant).value == 3
-    assert struct.unpack("3P", added) == (y.data_ptr(), between, y.data_ptr())
+    assert struct.unpack("3P", added[:24]) == (y.data_ptr(), between, y.data_ptr())
+    program((y,), (x.data_ptr(),))
+    assert launches[2][1] == shifted
     with pytest.raises(ValueError, match=r"tensor 1 starts at .*needs a multiple of 16"):
-        program(y, torch.ones(129)[1:])
+        program((y, torch.ones(129)[1:]))
+
+
+def test_a_thread_has_a_context_before_its_first_launch(launches, driver):
+    program = native.compile(double, (X,), torch.device("cpu", 0))
+    x = torch.ones(128)
+    assert (driver.asked, driver.thread.context) == (1, 2**46 + 10)  # the kernel was loaded in it
+    for n in range(3):  # of one identity, perhaps
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(program, (x,)).result()
+            assert thread.submit(lambda: driver.thread.context).result() == 2**46 + 10
+            thread.submit(program, (x,)).result()
+        assert driver.asked == n + 2
+    driver.thread.context = 5  # another's
+    program((x,))
+    assert driver.thread.context == 5
+    assert len(launches) == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+)
+def test_without_a_context_nothing_is_launched(name, launches, driver, monkeypatch):
+    program = native.compile(double, (X,), torch.device("cpu", 0))
+    monkeypatch.setattr(driver, name, lambda *_: 201)
+    refusal = f"{name} of CUDA's driver failed with error 201"
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=refusal):
+                thread.submit(program, (torch.ones(128),)).result()
+    assert launches == []
+
+
+def test_a_launch_passes_on_whole_addresses(monkeypatch):
+    seen = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    def entry(function, stream, pointers):
+        seen.append((function, stream, ctypes.string_at(pointers, 16)))
+
+    compiled = (ctypes.c_void_p * 2)(2**47 + 1, ctypes.cast(entry, ctypes.c_void_p).value)
+    monkeypatch.setattr(internals, "_compiler", lambda: lambda module, size: compiled)
+    launch = internals.compile_mosaic(b"")
+    launch(internals.handle(2**46 + 2), struct.pack("2P", 2**45, 3))
+    assert seen == [(2**47 + 1, 2**46 + 2, struct.pack("2P", 2**45, 3))]
 
 
 @pytest.mark.parametrize("change", [
