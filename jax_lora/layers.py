@@ -165,6 +165,8 @@ class LoRALayer(nnx.Module):
             x.reshape(-1, in_features),
             parts,
             phase=adapters.phase,
+            fuse=True,
+            exclusive=True,
         )
         return self.y_tensor(out.reshape(y_matrix.shape), y)
 
@@ -266,7 +268,8 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         for stack in layer.stacks
     ]
     matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
-    out = add_lora_multi(matrices, x.reshape(-1, x.shape[-1]), parts, phase=batch.phase)
+    x = x.reshape(-1, x.shape[-1])
+    out = add_lora_multi(matrices, x, parts, phase=batch.phase, fuse=True, exclusive=True)
     return tuple(new.reshape(y.shape) for new, y in zip(out, ys))
 
 

@@ -85,7 +85,8 @@ class LoRADense(nn.Dense):
             for i, (_, _, _, y_offset) in enumerate(shapes)
         ]  # fmt: skip
         x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
-        out = add_lora_multi(y.reshape(-1, self.features), x, parts, phase=adapters.phase)
+        matrix = y.reshape(-1, self.features)
+        out = add_lora_multi(matrix, x, parts, phase=adapters.phase, fuse=True, exclusive=True)
         return out.reshape(y.shape)
 
 

@@ -33,6 +33,8 @@ class _Spec(NamedTuple):
     y_offsets: tuple[int, ...] = ()
     routes: tuple[int, ...] = ()  # for each part the first one that has the same ids
     add_inputs: bool = True
+    fuse: bool = False
+    exclusive: bool = False
     config: mosaic_gpu.Config | None = None
 
 
@@ -269,7 +271,8 @@ _expand.defvjp(_expand_fwd, _expand_bwd)
 
 def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) -> tuple[Array, ...]:
     if spec.implementation == "mosaic_gpu":
-        return mosaic_gpu.add_lora_multi(ys, x, _parts(spec, stacks), config=spec.config)
+        how: Any = dict(fuse=spec.fuse, exclusive=spec.exclusive, config=spec.config)
+        return mosaic_gpu.add_lora_multi(ys, x, _parts(spec, stacks), **how)
     y = side_by_side(ys)
     parts = _parts(spec, stacks, ordered=True)
     if spec.implementation == "loop":
@@ -582,6 +585,8 @@ def add_lora_multi(
     *,
     phase: str = "decode",
     implementation: Implementation | None = None,
+    fuse: bool = False,
+    exclusive: bool = False,
     config: Any = None,
 ) -> Array: ...
 
@@ -594,6 +599,8 @@ def add_lora_multi(
     *,
     phase: str = "decode",
     implementation: Implementation | None = None,
+    fuse: bool = False,
+    exclusive: bool = False,
     config: Any = None,
 ) -> tuple[Array, ...]: ...
 
@@ -605,6 +612,8 @@ def add_lora_multi(
     *,
     phase: str = "decode",
     implementation: Implementation | None = None,
+    fuse: bool = False,
+    exclusive: bool = False,
     config: Any = None,
 ) -> Array | tuple[Array, ...]:
     """`add_lora` of several parts at once: rank buckets, slices of a packed projection, or both.
@@ -619,6 +628,14 @@ def add_lora_multi(
       x: `[T, H]`, shared by all parts.
       parts: see `LoRAPart`.
       phase, implementation, config: as in `add_lora`.
+      fuse: leave the addition to XLA, which fuses it with what makes y and what reads the result,
+        and lets the LoRA run beside the product that makes y, on which it then doesn't wait: faster
+        between the other operations of a jitted step, slower alone. Takes effect where "mosaic_gpu"
+        takes all parts in one launch (up to 256 tokens); there a token's sum is rounded to y's
+        dtype before it is added.
+      exclusive: a promise that no token has adapters in several of the lists of ids, as is so with
+        rank buckets. Then one launch shares its work out by rank. Of a token that breaks it, some
+        adapters may be left out.
 
     Returns:
       `[T, Ny]` in y's dtype; a tuple of them where y is one.
@@ -673,6 +690,8 @@ def add_lora_multi(
         tuple(kernels),
         tuple(y_offsets),
         tuple(first_with_ids),
+        fuse=bool(fuse),
+        exclusive=bool(exclusive),
         config=config,
     )
     if stacks and shape[0] * shape[1]:

@@ -874,3 +874,22 @@ class TestCallPacked:
     def test_another_type_of_layer(self):
         with pytest.raises(TypeError, match=r"takes nnx\.Linear layers, got Embed"):
             call_packed([nnx.Embed(2, 2, rngs=nnx.Rngs(0))], jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_gpu_xla_adds_what_the_kernel_makes(packed):
+    """So the kernel has no y to wait for, nor to copy."""
+    rngs, half = nnx.Rngs(0), {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    layers = [LoRADense(64, n, slots=2, buckets=(16,), rngs=rngs, **half) for n in (64, 128)]
+    graphdef, state = nnx.split(nnx.List(layers))
+
+    def step(state, x, batch):
+        layers = nnx.merge(graphdef, state)
+        with use(batch):
+            return call_packed(layers, x) if packed else [layer(x) for layer in layers]
+
+    batch = batch_of(jnp.zeros((1, 3), jnp.int32), buckets=(16,))
+    traced = jax.jit(step).trace(state, jnp.zeros((3, 64), jnp.bfloat16), batch)
+    module = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert module.count("custom_call @mosaic_gpu_v2") == (1 if packed else 2)
+    assert "output_operand_alias<" not in module

@@ -76,15 +76,24 @@ def expand(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.ndarr
     )  # fmt: skip
 
 
-def add_lora(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.ndarray:
+def add_lora(
+    z: dict[str, Any], y_offset: int = 0, config: Any = None, *, fuse: bool = False
+) -> np.ndarray:
     part = pk.LoRAPart(z["a"], z["b"], z["ids"], z["scales"], y_offset)
     return np.asarray(
-        pk.add_lora_multi(z["y"], z["x"], (part,), implementation="mosaic_gpu", config=config)
+        pk.add_lora_multi(
+            z["y"], z["x"], (part,), implementation="mosaic_gpu", fuse=fuse, config=config
+        )
     )
 
 
 TWO = mosaic_gpu.Config(split=2)  # launches
 DECODE = mosaic_gpu.Config(split=2, warps=4, stages=2, expand_stages=2)
+WAYS = pytest.mark.parametrize(
+    ("config", "fuse"),
+    [(DECODE, False), (DECODE, True), (TWO, False)],
+    ids=["one launch", "fused", "two launches"],
+)
 TINY = [
     Case(9, 72, 80, 8, 3, "uniform"),
     Case(5, 256, 64, 16, 4, "distinct"),
@@ -136,8 +145,8 @@ def test_a_v_that_is_not_float32_is_cast_too(interpreted: None) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])
-def test_nothing_leaks(config: Any, request: pytest.FixtureRequest) -> None:
+@WAYS
+def test_nothing_leaks(config: Any, fuse: bool, request: pytest.FixtureRequest) -> None:
     """NaN in unused slots, in a row of -1 or in another row reaches no output."""
     request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     clean = Case(9, 64, 64, 16, 4).arrays()
@@ -148,12 +157,53 @@ def test_nothing_leaks(config: Any, request: pytest.FixtureRequest) -> None:
     before = as_jax(Arrays(clean.x, clean.a, clean.b, clean.y, clean.v, clean.scales, ids))
     after = as_jax(Arrays(x, a, b, y, v, clean.scales, ids))
     rest = [0, 3, 4, 6, 7, 8]
-    for run in (shrink, expand, add_lora):
+    for run in (shrink, expand, functools.partial(add_lora, fuse=fuse)):
         out = run(after, config=config)
         np.testing.assert_array_equal(bits(out)[rest], bits(run(before, config=config))[rest])
         if run is not shrink:
             np.testing.assert_array_equal(bits(out)[[1, 5]], bits(y)[[1, 5]])
         assert np.isnan(out[2].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        (Case(70, 64, 200, 16, 3, "zipf"), dict(expand_columns=5)),  # the last block has fewer
+        (Case(130, 64, 136, 32, 3, "uniform"), dict(expand_columns=3, expand_stages=3)),
+        (Case(9, 64, 96, 8, 4, "distinct", y_dtype="float32"), dict(expand_columns=6)),
+        (Case(66, 64, 112, 16, 3, "uniform"), dict(expand_columns=7, expand_stack=2)),
+        (Case(66, 64, 64, 16, 3, "none"), dict(expand_columns=4)),
+        (Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
+    ],
+    ids=str,
+)
+def test_expand_takes_columns_in_turn(
+    case: Case, change: dict[str, int], interpreted: None
+) -> None:
+    arrays = case.arrays()
+    z, config = as_jax(arrays), mosaic_gpu.Config(block_n=16, **change)
+    y = expand(z, case.y_offset, config)
+    want, columns = arrays.y.astype(np.float64), slice(case.y_offset, case.y_offset + case.width)
+    want[:, columns] += products(arrays.v.astype(arrays.b.dtype), arrays.b, arrays.ids)
+    assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
+    one = expand(z, case.y_offset, dataclasses.replace(config, expand_columns=1))
+    np.testing.assert_array_equal(bits(y), bits(one))
+
+
+def test_overlapping_parts_of_high_ranks_fit_shared_memory() -> None:
+    def step(y: Any, x: Any, ids: Any, stacks: Any) -> Any:
+        parts = [pk.LoRAPart(a, b, ids, None, 64 * n) for n, (a, b) in enumerate(stacks)]
+        return pk.add_lora_multi(y, x, parts, phase="prefill", implementation="mosaic_gpu")
+
+    half = jnp.bfloat16
+    stacks = [
+        tuple(jax.ShapeDtypeStruct((4, *shape), half) for shape in ((r, 256), (512, r)))
+        for r in (512, 256, 128, 64)
+    ]
+    operands = [jax.ShapeDtypeStruct((4096, n), half) for n in (1024, 256)]
+    ids = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    traced = jax.jit(step).trace(*operands, ids, stacks)
+    assert "lora_expand_r512_r256" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
@@ -211,6 +261,7 @@ def test_decode_emulated_against_float64(
             products(arrays.v.astype(arrays.b.dtype), arrays.b, ids),
         ),
         (add_lora(z, case.y_offset, config), products(want_v, arrays.b, ids)),
+        (add_lora(z, case.y_offset, config, fuse=True), products(want_v, arrays.b, ids)),
     ):
         want = arrays.y.astype(np.float64)
         want[:, columns] += delta
@@ -286,10 +337,13 @@ def test_the_emulator_finds_a_missing_barrier(
             add_lora(z, config=DECODE)
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
 @pytest.mark.parametrize("column_clusters", [1, 2, 3, 7])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
-def test_parts_of_several_ys(implementation: str, column_clusters: int, emulated: None) -> None:
+def test_parts_of_several_ys(
+    implementation: str, column_clusters: int, fuse: bool, emulated: None
+) -> None:
     """Two buckets of three projections, a part from one into the next, and tokens with several
     adapters: every column is some one cluster's, whatever their number."""
     widths, ranks = (72, 64, 200), (16, 64)
@@ -305,7 +359,7 @@ def test_parts_of_several_ys(implementation: str, column_clusters: int, emulated
     config = dataclasses.replace(DECODE, column_clusters=column_clusters)
     out = pk.add_lora_multi(
         tuple(np.split(whole, edges[1:-1], axis=1)), x, parts, implementation=implementation,
-        config=config if implementation == "mosaic_gpu" else None,
+        fuse=fuse, config=config if implementation == "mosaic_gpu" else None,
     )  # fmt: skip
     assert [y.shape for y in out] == [(13, width) for width in widths]
     want, used = whole.astype(np.float64), np.zeros(whole.shape, bool)
@@ -320,6 +374,66 @@ def test_parts_of_several_ys(implementation: str, column_clusters: int, emulated
     side_by_side = np.concatenate(out, axis=1)
     assert relative_error(side_by_side, want) < y_tolerance("bfloat16")
     np.testing.assert_array_equal(bits(side_by_side)[~used], bits(whole)[~used])
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
+@pytest.mark.parametrize("column_clusters", [1, 3, 8])
+def test_exclusive_lists(column_clusters: int, fuse: bool, emulated: None) -> None:
+    """Rank buckets give the bits that they give without the promise, however they are dealt."""
+    ranks, widths = (8, 16, 32, 128), (72, 200)
+    bucket = np.array([0, 3, 1, 3, -1, 2, 3, 0, 3, 2, 3, 3, 3])
+    slots = np.array([0, 1, 2, 1, 0, 3, 1, 0, 1, 1, 0, 1, 1])  # seven of one adapter
+    ids: list[Any] = [np.where(bucket == n, slots, -1).astype(np.int32) for n in range(len(ranks))]
+    ids[0][4] = 9  # none: there are four
+    meant = [np.where((i >= 0) & (i < 4), i, -1) for i in ids]
+    lists = [*map(jnp.asarray, ids[:2]), pk.make_segments(ids[2], 4)]
+    lists.append(WideIndices(jnp.stack([jnp.asarray(ids[3]), jnp.asarray(ids[3]) >> 31], axis=1)))
+    arrays = [Case(13, 128, sum(widths), rank, 4, seed=rank).arrays() for rank in ranks]
+    x, whole = arrays[0].x, arrays[0].y
+    parts = [
+        pk.LoRAPart(z.a, z.b[:, start:stop], route, z.scales, start)
+        for z, route in zip(arrays, lists)
+        for start, stop in ((0, 72), (72, 272))
+    ]
+    config = dataclasses.replace(DECODE, column_clusters=column_clusters)
+    outs = [
+        np.concatenate(
+            pk.add_lora_multi(
+                tuple(np.split(whole, [72], axis=1)), x, parts, implementation="mosaic_gpu",
+                fuse=fuse, exclusive=exclusive, config=config,
+            ),
+            axis=1,
+        )
+        for exclusive in (True, False)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*map(bits, outs))
+    want = whole.astype(np.float64)
+    for z, mine in zip(arrays, meant):
+        v = products(x, z.a, mine) * z.scales[np.maximum(mine, 0)][:, None]
+        want += products(v, z.b, mine)
+    assert relative_error(outs[0], want) < y_tolerance("bfloat16")
+    used = functools.reduce(np.logical_or, [mine >= 0 for mine in meant])
+    np.testing.assert_array_equal(bits(outs[0])[~used], bits(whole)[~used])
+
+
+def test_exclusive_lists_share_clusters_by_rank() -> None:
+    y, x = jnp.zeros((64, 400), jnp.bfloat16), jnp.zeros((64, 128), jnp.bfloat16)
+    parts = tuple(
+        decode_plan.DecodePart(
+            jnp.zeros((2, rank, 128), x.dtype), jnp.zeros((2, 200, rank), x.dtype), jnp.ones(1),
+            ids, offset,
+        )
+        for ids, rank in enumerate((8, 64, 128))
+        for offset in (0, 200)
+    )  # fmt: skip
+    config = dataclasses.replace(DECODE, column_clusters=6)
+    plan = decode_plan.plan((y,), x, parts, config, exclusive=True)
+    assert plan is not None
+    dealt = [(plan.ids_of(n), job.cluster, job.clusters) for n, job in enumerate(plan.jobs)]
+    # Of rank 128 one slice is as much as a job holds, so that each half of the clusters has one.
+    assert dealt == [(0, 0, 1), (1, 0, 3), (2, 0, 3), (2, 3, 3)]
+    assert plan.clusters == (64 + 7 * 6) // 8
+    assert decode_plan.plan((y,), x, parts, config).clusters == 64
 
 
 @pytest.mark.parametrize("column_clusters", [1, 2, 3, 4, 8])
@@ -352,16 +466,18 @@ def test_columns_of_y_have_the_same_clusters_in_every_job(
     assert seen == {n: part.width for n, part in enumerate(parts)}
 
 
-@pytest.mark.parametrize("config", [DECODE, TWO], ids=["one launch", "two launches"])
+@WAYS
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 64), (0, 8)], ids=str)
 def test_parts_share_launches(
-    offsets: tuple[int, int], config: Any, request: pytest.FixtureRequest
+    offsets: tuple[int, int], config: Any, fuse: bool, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     arrays = [Case(5, 64, 64, rank, 2, seed=rank).arrays() for rank in (8, 16)]
     x, y = arrays[0].x, Case(5, 64, 136, 8, 1).arrays().y
     parts = [pk.LoRAPart(z.a, z.b, z.ids, z.scales, offset) for z, offset in zip(arrays, offsets)]
-    out = np.asarray(pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", config=config))
+    out = np.asarray(
+        pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", fuse=fuse, config=config)
+    )
     want, used = y.astype(np.float64), np.zeros(y.shape, bool)
     for z, offset in zip(arrays, offsets):
         v = products(x, z.a, z.ids) * z.scales[np.maximum(z.ids, 0)][:, None]
@@ -371,13 +487,48 @@ def test_parts_share_launches(
     np.testing.assert_array_equal(bits(out)[~used], bits(y)[~used])
 
 
+@pytest.mark.parametrize("column_clusters", [1, 2])
+@pytest.mark.parametrize("ranks", [(16, 16, 8), (128, 8, 144)], ids=str)
+def test_fused_parts_add_up_where_several_reach_a_token(
+    ranks: tuple[int, ...], column_clusters: int, emulated: None
+) -> None:
+    """In one job's strips, in jobs of the same ids and of others: any may be the first to run."""
+    given = [
+        jnp.array([0, -1, 1, 0, -1, 1, -1]),
+        WideIndices(jnp.array([(0, 1), (0, 0), (1, 0), (-1, -1), (1, 0), (2, 0), (-1, -1)])),
+        pk.make_segments([-1, 1, 0, 1, 9, -1, -1], 2),
+    ]
+    meant = np.array(
+        [(0, -1, 1, 0, -1, 1, -1), (-1, 0, 1, -1, 1, -1, -1), (-1, 1, 0, 1, *[-1] * 3)]
+    )
+    edges = [136, 200]  # the second y is covered in part, the third not at all
+    arrays = Case(7, 128, 272, 8, 1, y_dtype="float32").arrays()
+    x, whole = arrays.x, arrays.y
+    parts, want, used = [], whole.astype(np.float64), np.zeros(whole.shape, bool)
+    for n, (start, stop) in enumerate([(0, 136), (64, 160), (40, 112)]):
+        for which, rank in zip((0, 1, 2)[n % 2 :], ranks):
+            z = Case(7, 128, stop - start, rank, 2, seed=n + rank).arrays()
+            parts.append(pk.LoRAPart(z.a, z.b, given[which], z.scales, start))
+            v = products(x, z.a, ids := meant[which]) * z.scales[np.maximum(ids, 0)][:, None]
+            want[:, start:stop] += products(v, z.b, ids)
+            used[:, start:stop] |= (ids >= 0)[:, None]
+    config = dataclasses.replace(DECODE, column_clusters=column_clusters)
+    out = pk.add_lora_multi(
+        tuple(np.split(whole, edges, axis=1)), x, parts, implementation="mosaic_gpu", fuse=True,
+        config=config,
+    )  # fmt: skip
+    side_by_side = np.concatenate(out, axis=1)
+    assert relative_error(side_by_side, want) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(side_by_side)[~used], bits(whole)[~used])
+
+
 # ----------------------------------------------------------------------------------------- lowering
 
 
 def lowered(
     num_tokens: int, features: int, width: int, rank: int, num_adapters: int = 64,
     dtypes: tuple[str, str, str] = ("bfloat16",) * 3, columns: int = 0, y_offset: int = 0,
-    config: Any = None, phase: str = "decode",
+    config: Any = None, phase: str = "decode", fuse: bool = False,
 ) -> str:  # fmt: skip
     """add_lora's module for Hopper: layout inference and the shared-memory check have run."""
     x, w, y = dtypes
@@ -386,7 +537,7 @@ def lowered(
     def run(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
         part = pk.LoRAPart(a, b, ids, y_offset=y_offset)
         return pk.add_lora_multi(
-            y, x, (part,), phase=phase, implementation="mosaic_gpu", config=config
+            y, x, (part,), phase=phase, implementation="mosaic_gpu", fuse=fuse, config=config
         )
 
     traced = jax.jit(run).trace(
@@ -474,6 +625,22 @@ def test_every_config_lowers(config: mosaic_gpu.Config, num_tokens: int) -> None
     assert_kernels(lowered(num_tokens, 2048, 512, 64, config=config), 64)
 
 
+@pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("columns", [136, 200])
+def test_a_fused_call_has_a_kernel_without_y(columns: int, y: str) -> None:
+    dtypes = "bfloat16", "bfloat16", y
+    add = functools.partial(lowered, 64, 128, 136, 16, 3, dtypes, columns, columns - 136)
+    for fuse in (False, True):
+        module = add(fuse=fuse)
+        assert_kernels(module, 16, one=True)
+        assert ("output_operand_alias<" in module) == (not fuse)
+        [operands] = re.findall(r"custom_call @mosaic_gpu_v2\(([^)]*)\)", module)
+        assert len(operands.split(",")) == (5 if fuse else 6)
+    # Columns are told apart where no part covers some of them.
+    assert (f"tensor<{columns}xi1>" in module) == (columns > 136)
+    assert "output_operand_alias<" in add(fuse=True, config=TWO)  # two launches are as without
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 63, 64, 65, 128, 1000, 4096, 8192])
@@ -487,14 +654,17 @@ def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None
         assert_kernels(module, rank, one=one)
 
 
-@pytest.mark.parametrize(("num_tokens", "config"), [(64, None), (64, TWO), (4096, None)])
-def test_mixed_ranks_share_launches(num_tokens: int, config: Any) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "config", "fuse"),
+    [(64, None, False), (64, None, True), (64, TWO, True), (4096, None, True)],
+)
+def test_mixed_ranks_share_launches(num_tokens: int, config: Any, fuse: bool) -> None:
     ranks = BUCKETS
     shape = jax.ShapeDtypeStruct
 
     def run(y: Any, x: Any, stacks: Any, ids: Any) -> Any:
         parts = [pk.LoRAPart(a, b, ids) for a, b in stacks]
-        return pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", config=config)
+        return pk.add_lora_multi(y, x, parts, implementation="mosaic_gpu", fuse=fuse, config=config)
 
     half = jnp.bfloat16
     stacks = [(shape((8, r, 512), half), shape((8, 256, r), half)) for r in ranks]

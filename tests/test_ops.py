@@ -613,6 +613,29 @@ def test_overlapping_parts_are_rounded_once():
         assert (out == 1 + 2**-7).all()
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_fuse_says_nothing_to_xla(implementation, phase):
+    """Bits, those of rows without adapter among them, and gradients; several ys and overlaps."""
+    indices = popularity("uniform", PLAIN.tokens, PLAIN.adapters)
+    arrays = inputs(PLAIN, indices)
+
+    def add(arrays, indices, fuse):
+        a, b, scales = (arrays[name] for name in ("a", "b", "scales"))
+        segments = pk.make_segments(indices, len(a))
+        parts = [pk.LoRAPart(a, b, segments, scales, OFFSET), pk.LoRAPart(a, b, indices)]
+        ys = tuple(jnp.split(arrays["y"], [20], axis=1))
+        how = dict(phase=phase, implementation=implementation, fuse=fuse)
+        return jnp.concatenate(pk.add_lora_multi(ys, arrays["x"], parts, **how), axis=1)
+
+    def gradients(arrays, indices, fuse):
+        return jax.grad(loss(functools.partial(add, fuse=fuse)))(arrays, indices)
+
+    for fn in (add, gradients):
+        got, want = (jax.jit(fn, static_argnums=2)(arrays, indices, fuse) for fuse in (True, False))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits_of(a), bits_of(b)), got, want)
+
+
 def test_no_parts_leave_y():
     arrays, _ = plain()
     np.testing.assert_array_equal(pk.add_lora_multi(arrays["y"], arrays["x"], []), arrays["y"])

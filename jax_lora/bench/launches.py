@@ -91,7 +91,7 @@ class Launch:
                 for n, rank in enumerate(slots)
                 for i, offset in enumerate(offsets)
             ]
-            return add_lora_multi(ys, x, parts, phase=self.phase)
+            return add_lora_multi(ys, x, parts, phase=self.phase, exclusive=True)
 
         rounds = rounds_of(sets)
         return loop_us(turn(call, rounds), sets, rounds * len(sets))

@@ -38,6 +38,7 @@ _TRIED: dict[str, dict[str, tuple[int | None, ...]]] = {
         "block_n": (32, 64, 128),
         "expand_stack": (1, 2),
         "expand_stages": (1, 2, 4),
+        "expand_columns": (1, 2, 4, 8),
         "stages": (2, 4, 6),
         "stack": (1, 2),
         "rank_block": (64, 128),

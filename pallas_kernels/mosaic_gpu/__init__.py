@@ -13,9 +13,11 @@ lane (`lanes.py`): its clusters own a few tokens of one adapter rather than tile
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from pallas_kernels import xla
 from pallas_kernels.mosaic_gpu.config import (
@@ -31,7 +33,7 @@ from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
 from pallas_kernels.parts import LoRAPart, apart, side_by_side
-from pallas_kernels.segments import Route, Segments, as_segments, raw_ids
+from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, raw_ids
 
 __all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "shrink"]
 
@@ -91,13 +93,24 @@ def add_lora_multi(
     x: Float[Array, "T H"],
     parts: tuple[LoRAPart, ...],
     *,
+    fuse: bool = False,
+    exclusive: bool = False,
     config: Config | None = None,
 ) -> tuple[Float[Array, "T _"], ...]:
     """Both halves of every part, over the columns of the ys side by side.
 
     One launch where the decode kernel takes them all, else one or two for some of them at a time.
+    `fuse`: XLA adds what the one launch makes. `exclusive`: no token is in several lists of ids.
     """
-    planned = _add_lora_plan(ys, x, parts, config)
+    planned = _add_lora_plan(ys, x, parts, config, add_inputs=not fuse, exclusive=exclusive)
+    if planned is not None and fuse:
+        shapes = tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys)
+        deltas = decode_kernel(shapes, x, *planned)
+        sums = [y.astype(jnp.float32) + d.astype(jnp.float32) for y, d in zip(ys, deltas)]
+        return tuple(
+            jnp.where(changed, total.astype(y.dtype), y)
+            for y, total, changed in zip(ys, sums, _changed(ys, parts))
+        )
     if planned is not None:
         return decode_kernel(ys, x, *planned)
     y = side_by_side(ys)
@@ -109,7 +122,7 @@ def add_lora_multi(
         part._replace(indices=sorted_ids[id(part.indices), part.lora_a.shape[0]]) for part in parts
     )
     for group in _launches(parts):
-        planned = _add_lora_plan((y,), x, group, config)
+        planned = _add_lora_plan((y,), x, group, config, exclusive=exclusive)
         if planned is None:
             y = _two_launches(y, x, group, config)
         else:
@@ -151,8 +164,36 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     return expand_kernel(y, expands, add_inputs=True)
 
 
+def _changed(ys: tuple[Array, ...], parts: tuple[LoRAPart, ...]) -> list[Bool[Array, "T _"]]:
+    """Of each y, which elements some part adds to; one column where all columns are alike."""
+    edges = np.cumsum([y.shape[1] for y in ys])
+    covered: dict[tuple[int, int], Any] = {}  # by each list of ids
+    for part in parts:
+        key = id(part.indices), part.lora_a.shape[0]
+        _, columns = covered.setdefault(key, (part.indices, np.zeros(edges[-1], bool)))
+        columns[part.y_offset :][: part.lora_b.shape[1]] = True
+    changed = [jnp.zeros((1, 1), bool)] * len(ys)
+    for (_, num_adapters), (route, columns) in covered.items():
+        used = _has_adapter(route, num_adapters)[:, None]
+        for n, mine in enumerate(np.split(columns, edges[:-1])):
+            if mine.any():
+                changed[n] |= used if mine.all() else used & mine
+    return changed
+
+
+def _has_adapter(route: Route, num_adapters: int) -> Bool[Array, " T"]:
+    if isinstance(route, Segments):
+        return route.indices >= 0
+    ids = route.narrow() if isinstance(route, WideIndices) else route
+    return (ids >= 0) & (ids < num_adapters)
+
+
 def _add_lora_plan(
-    ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], config: Config | None
+    ys: tuple[Array, ...],
+    x: Array,
+    parts: tuple[LoRAPart, ...],
+    config: Config | None,
+    **how: bool,
 ) -> Any:
     lists: dict[tuple[int, int], Any] = {}  # parts of one projection mostly share their ids
     keys = [(id(part.indices), part.lora_a.shape[0]) for part in parts]
@@ -163,7 +204,7 @@ def _add_lora_plan(
         DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(key), p.y_offset)
         for key, p in zip(keys, parts)
     )
-    return _decode_plan(ys, x, decode_parts, list(lists.values()), config)
+    return _decode_plan(ys, x, decode_parts, list(lists.values()), config, **how)
 
 
 def _decode_plan(
@@ -174,6 +215,7 @@ def _decode_plan(
     config: Config | None,
     *,
     add_inputs: bool = True,
+    exclusive: bool = False,
 ) -> Any:
     """The decode kernel's ids, parts and plan; None where it does not take the case.
 
@@ -184,10 +226,12 @@ def _decode_plan(
         return None
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
-        config = decode_config(x.shape[0], x.shape[1], width, rank, buckets=len(lists))
+        shape = x.shape[0], x.shape[1], width, rank
+        config = decode_config(*shape, buckets=len(lists), exclusive=exclusive)
     ids = tuple(raw_ids(route) for route in lists)
     id_words = tuple(words.ndim for words in ids)
-    sizes = plan(ys, x, parts, config, add_inputs=add_inputs, id_words=id_words)
+    how: Any = dict(add_inputs=add_inputs, exclusive=exclusive, id_words=id_words)
+    sizes = plan(ys, x, parts, config, **how)
     return sizes and (ids, parts, sizes)
 
 

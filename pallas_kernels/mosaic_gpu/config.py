@@ -33,6 +33,7 @@ class Config:
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
       expand_stages: pipeline stages of the expand, at most.
+      expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.
     """
@@ -45,6 +46,7 @@ class Config:
     block_n: int = 64
     expand_stack: int = 1
     expand_stages: int = 2
+    expand_columns: int = 1
     warps: int | None = None
     column_clusters: int = 1
 
@@ -55,8 +57,8 @@ class Config:
             raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
         if self.block_n % 8 or not 8 <= self.block_n <= 256:
             raise ValueError(f"block_n must be a multiple of 8 up to 256, got {self.block_n}")
-        counts = "stack", "chunks", "stages", "expand_stack", "expand_stages", "column_clusters"
-        for name in counts:
+        counts = "stack", "chunks", "stages", "expand_stack", "expand_stages", "expand_columns"
+        for name in (*counts, "column_clusters"):
             if not 1 <= getattr(self, name) <= 64:
                 raise ValueError(f"{name} must be between 1 and 64, got {getattr(self, name)}")
 
@@ -83,20 +85,21 @@ def default_config(
     per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
     few = tiles * -(-width // 128) < 132  # tiles that do not fill the multiprocessors as they are
     # A cluster's blocks exchange 64 x R x split^2 floats per tile, which costs more than the
-    # shorter way through H saves. H100, add_lora, H = N = 4096, (T, R) = (4096, 16): 69 us at 8,
-    # 60 at 4; (4096, 128): 112 at 4, 71 at 2; (64, 16): 13.2 at 8, 11.9 at 4.
-    split = min(4 if rank <= 32 else 2, 1 << (-(-features // SPLIT_UNIT) - 1).bit_length())
+    # shorter way through H saves. H100, add_lora, H = N = 4096, T = 4096, one adapter: R=16 47.3 us
+    # at 4, 43.7 at 2, 49.0 at 1; R=128 95.5, 54.6, 60.1.
+    split = min(2, 1 << (-(-features // SPLIT_UNIT) - 1).bit_length())
     rank_block = 64 if few else 128
     part = rank_width(rank, rank_block)
     # A block's fixed cost (x, the exchange) wants many adapters in it: 64 of them, R=16, T=64: 28.9
-    # us in stacks of 2, 21.9 of 8. With many tokens a tile seldom has more than two.
-    stack = max(1, min(per_tile, 128 // part if few else 2, 256 // part))
+    # us in stacks of 2, 21.9 of 8. With many tokens a tile seldom has more than two, and room for
+    # another one of R=128 is a pipeline's stage less: T=4096, one adapter, 63.7 us, 54.6 without.
+    stack = max(1, min(per_tile, 128 // part if few else min(2, 64 // part)))
     chunks = -(-per_tile // stack) if few else 1
     # Few tokens: narrow blocks, so that there are enough, and all of wgmma's N. Many: occupancy.
     block_n = 32 if few else 64
     slot = block_n * rank * 2
     expand_stack = max(1, min(per_tile, 256 // block_n, 32 * 1024 // slot)) if few else 1
-    pipeline = 96 * 1024 // (expand_stack * slot) if few else 8 * 1024 // slot
+    pipeline = 96 * 1024 // (expand_stack * slot) if few else 16 * 1024 // slot
     config = Config(
         split=split,
         rank_block=rank_block,
@@ -106,6 +109,9 @@ def default_config(
         block_n=block_n,
         expand_stack=expand_stack,
         expand_stages=max(1, min(6 if few else 2, pipeline)),
+        # A block's next columns come while it adds to these. H100, T=4096, 32 adapters, R=16: 53.8
+        # us with 1, 50.1 with 4, 51.2 with 8; R=64 56.5 with 1, 54.3 with 2, 56.9 with 4.
+        expand_columns=1 if few else 4 if rank <= 32 else 2,
     )
     if not tuned or num_tokens <= MAX_DECODE_TOKENS:
         return config
@@ -113,19 +119,29 @@ def default_config(
 
 
 def decode_config(
-    num_tokens: int, features: int, width: int, rank: int, *, buckets: int = 1, tuned: bool = True
+    num_tokens: int,
+    features: int,
+    width: int,
+    rank: int,
+    *,
+    buckets: int = 1,
+    exclusive: bool = False,
+    tuned: bool = True,
 ) -> Config:
-    """The decode kernel's config for ranks up to `rank` and a y of `width` columns; `warps` is None
-    where two launches are taken. `buckets` counts lists of ids: with one, the GPU's tuning table
-    has the last word, if `tuned`."""
+    """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
+    is None where two launches are taken. `buckets` counts lists of ids, `exclusive` if no token is
+    in several; with one, the GPU's tuning table has the last word, if `tuned`."""
     if num_tokens > MAX_DECODE_TOKENS:
         return Config()
     config = _decode_config(num_tokens, width, rank)
     if buckets > 1 and rank >= 64:
         # Few tokens have the highest rank, and one cluster would be busy with it when all others
         # are done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer:
-        # 124 us with 1, 96 with 2, 86 with 3, 88 with 4.
-        return dataclasses.replace(config, column_clusters=max(3, config.column_clusters))
+        # 124 us with 1, 96 with 2, 86 with 3, 88 with 4. Where low ranks need not have as many, a
+        # layer takes in a step that runs LoRA beside the products 57 us more than without LoRA
+        # with 3, 53 with 4 (12 for gate and up).
+        clusters = (12 if width > 8192 else 4) if exclusive else 3
+        return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
     tuned = tuned and buckets == 1
     return _tuned(config, ShapeClass.of(num_tokens, features, width, rank)) if tuned else config
 

@@ -16,6 +16,7 @@ dealt to `mma`'s columns so that each lane ends with 8 consecutive columns of y.
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import jax
@@ -59,39 +60,40 @@ def _kernel(
         return functools.reduce(op, values)
 
     threads = 32 * plan.warps
-    lists = {
-        i: (m.address(ids[i], zero, 0), plan.ids + n * plan.ids_stride, slots)
-        for n, (i, slots) in enumerate(plan.lists.items())
-    }
-    tokens: list[Any] = []  # of this lane: number, whether there is one, its adapters
+    addresses = {i: m.address(ids[i], zero, 0) for i in plan.lists}
+    places = [plan.ids + n * plan.ids_stride for n in range(len(plan.keys))]
+    tokens: list[Any] = []  # of this lane: number, whether there is one, its keys
     for first in range(0, plan.tokens, threads):
         t = m.tid + first
         inside = t < plan.tokens
-        own = {}
-        for i, (source, place, slots) in lists.items():
-            words = plan.id_words[i]
-            word = m.load(source, t * words, inside)
-            valid = inside & (word >= 0) & (word < slots)
-            if words == 2:
-                valid = valid & (m.load(source, t * 2 + 1, inside) == 0)
-            own[i] = m.select(valid, word, -1)
-            m.put(place + t, [own[i]], t < plan.ids_stride)
+        own = []
+        for place, starts in zip(places, plan.keys):
+            key = m.integer(-1)
+            for i, start in reversed(starts.items()):
+                words = plan.id_words[i]
+                word = m.load(addresses[i], t * words, inside)
+                valid = inside & (word >= 0) & (word < plan.lists[i])
+                if words == 2:
+                    valid = valid & (m.load(addresses[i], t * 2 + 1, inside) == 0)
+                key = m.select(valid, word + start if start else word, key)
+            own.append(key)
+            m.put(place + t, [key], t < plan.ids_stride)
         tokens.append((t, inside, own))
     m.put(plan.rows + m.tid, [m.integer(-1)], m.tid < TOKENS)
     m.barrier()
     below = (m.integer(1) << lane) - 1
     for n, (t, inside, own) in enumerate(tokens):
         # How many tokens before this one use the same adapters.
-        number = m.ones(every(lambda a, b: a & b, [m.match(word) for word in own.values()]) & below)
+        number = m.ones(every(lambda a, b: a & b, [m.match(key) for key in own]) & below)
 
-        def earlier(j: Any, carry: list[Any], own: dict[int, Any] = own) -> list[Any]:
+        def earlier(j: Any, carry: list[Any], own: list[Any] = own) -> list[Any]:
             theirs = [
-                [word for n in range(0, 32, 4) for word in m.get(place + j * 32 + n, 4)]
-                for _, place, _ in lists.values()
+                [key for n in range(0, 32, 4) for key in m.get(place + j * 32 + n, 4)]
+                for place in places
             ]
             total = carry[0]
-            for word in zip(*theirs):
-                same = every(lambda a, b: a & b, [a == b for a, b in zip(word, own.values())])
+            for keys in zip(*theirs):
+                same = every(lambda a, b: a & b, [a == b for a, b in zip(keys, own)])
                 total = m.select(same, total + 1, total)
             return [total]
 
@@ -99,7 +101,7 @@ def _kernel(
         words_before = m.select(t // 32 * 32 < plan.tokens, t // 32, 0)
         if plan.tokens > 32:
             [number] = m.loop(words_before, earlier, [number])
-        used = every(lambda a, b: a | b, [adapter >= 0 for adapter in own.values()])
+        used = every(lambda a, b: a | b, [key >= 0 for key in own])
         leads = m.ballot(inside & used & (number % TOKENS == 0))
         m.put(plan.masks + t // 32, [leads], (lane == 0) & inside)
         m.put(plan.numbers + t, [number], inside)
@@ -109,31 +111,36 @@ def _kernel(
     leader, active = _nth_bit(m, masks, cluster)
 
     def work() -> None:
-        mine = {i: m.get(place + leader, 1)[0] for i, (_, place, _) in lists.items()}
+        mine = [m.get(place + leader, 1)[0] for place in places]
         first = m.get(plan.numbers + leader, 1)[0]
         for t, inside, own, number in tokens:
-            same = every(lambda a, b: a & b, [own[i] == mine[i] for i in lists])
+            same = every(lambda a, b: a & b, [a == b for a, b in zip(own, mine)])
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
         m.barrier()
         count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
         has = g < count
-        valid = {i: adapter >= 0 for i, adapter in mine.items()}
-        slot = {i: m.select(valid[i], adapter, 0) for i, adapter in mine.items()}
-        earlier: Any = None  # whether a job has run
+        valid, slot = {}, {}
+        for key, starts in zip(mine, plan.keys):
+            for i, start in starts.items():
+                adapter = key - start if start else key
+                valid[i] = adapter >= 0
+                if len(starts) > 1:
+                    valid[i] = valid[i] & (adapter < plan.lists[i])
+                slot[i] = m.select(valid[i], adapter, 0)
+        ran: list[Any] = []  # whether each job has
         for n, job in enumerate(plan.jobs):
-            i = plan.parts[job.parts[0]].ids
-            nth = column_block - job.cluster
+            i, nth = plan.ids_of(n), column_block - job.cluster
             run = functools.partial(
-                _run_job, m, plan, n, earlier, slot[i], count, has, nth, share, ys, x, parts
+                _run_job, m, plan, n, ran, slot[i], count, has, nth, share, ys, x, parts
             )
             here = m.tid >= 0
-            if len(lists) > 1:  # else its adapter is in use, or the token led none
+            if len(plan.lists) > 1:  # else its adapter is in use, or the token led none
                 here = valid[i]
             if job.clusters < plan.column_clusters:
                 here = here & (nth >= 0) & (nth < job.clusters)
+            ran.append(here)
             m.when(here, run)
-            earlier = here if earlier is None else earlier | here
 
     m.when(active, work)
 
@@ -157,20 +164,22 @@ def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
 
 
 def _run_job(
-    m: Any, plan: Plan, number: int, earlier: Any, slot: Any, count: Any, has: Any,
+    m: Any, plan: Plan, number: int, ran: list[Any], slot: Any, count: Any, has: Any,
     column_block: Any, share: Any, ys: list[Any], x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
     """One job's parts, for `count` tokens of the adapter in `slot`.
 
     `column_block` is the number of this cluster among those of the job; `has`: whether this lane's
-    row of a product is a token; `earlier`: whether another job has run, None if none can have.
+    row of a product is a token; `ran`: whether each job up to this one has run.
     """
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32
     g, c = lane // 4, lane % 4  # row and column group of mma's operands
     threads, always, zero = 32 * plan.warps, m.tid >= 0, m.integer(0)
-    if earlier is not None and plan.shrinks:
-        m.when(earlier, m.cluster_barrier)  # all blocks are done with the sums that they received
+    earlier = [ran[n] for n in plan.earlier(number)]
+    if earlier and plan.shrinks:
+        # All blocks are done with the sums that they received.
+        m.when(functools.reduce(operator.or_, earlier), m.cluster_barrier)
 
     def stack(p: int, which: int, stride: int) -> Any:
         return m.address(parts[p][which], slot, stride)
@@ -310,6 +319,14 @@ def _run_job(
         [first] = of_turn(strip, turn, lambda piece, _: [rows[piece.y].first])
         return rows[used_ys[0]]._replace(first=first)
 
+    def reads_y(strip: list[Piece]) -> bool:
+        return plan.add_inputs or any(plan.before(number, piece) for piece in strip)
+
+    def holds(piece: Piece, _: Any) -> list[Any]:
+        """1 where a part has been added to the piece's columns, 0 where it is the first there."""
+        there = [ran[n] for n in plan.before(number, piece)]
+        return [m.select(functools.reduce(operator.or_, there), m.integer(1), 0) if there else zero]
+
     def fill_b(strip: list[Piece], turn: Any, chunk: int, slot: Any) -> None:
         rank = plan.parts[strip[0].part].rank
         ranks = turn_ranks(rank)
@@ -334,8 +351,11 @@ def _run_job(
                 row, at = (lane + 32 * n) // chunks, (lane + 32 * n) % chunks
                 source = m.ahead(address, (b_row + row) * rank + (at * 8 + chunk * ranks))
                 copy(row, at, source, 0, 0)
-        if chunk != 0 or not plan.add_inputs:
+        if chunk != 0 or not reads_y(strip):
             return
+        if not plan.add_inputs:
+            [held] = of_turn(strip, turn, holds)
+            left = m.select(held == 1, left, 0)
         wide = 16 // plan.y_dtype.itemsize
         at = lane % y_chunks * wide
         for n, (rows, there) in enumerate(y_rows):
@@ -364,9 +384,9 @@ def _run_job(
                     )
         return acc
 
-    def y_words(slot: Any) -> list[Any]:
+    def y_words(strip: list[Piece], slot: Any) -> list[Any]:
         size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
-        if not plan.add_inputs:
+        if not reads_y(strip):
             return [zero] * size
         at = ring + slot * plan.b_slot + plan.b_words + (g * 4 + c) * size
         return [word for n in range(0, size, 4) for word in m.get(at + n, 4)]
@@ -398,7 +418,7 @@ def _run_job(
                 slot = item % plan.b_stages
                 m.arrived(plan.b_stages - 1)
                 m.warp_barrier()
-                old = old or y_words(slot)  # before the slot is filled again
+                old = old or y_words(strip, slot)  # before the slot is filled again
                 acc = multiply_b(strip, n, chunk, slot, acc)
                 m.warp_barrier()
                 if not isinstance(n, int) or item + plan.b_stages < total * chunks:
@@ -527,7 +547,7 @@ def _run_job(
 
 
 def decode_kernel(
-    ys: tuple[Float[Array, "T _"], ...],
+    ys: tuple[Float[Array, "T _"] | jax.ShapeDtypeStruct, ...],
     x: Float[Array, "T H"],
     ids: tuple[Int[Array, " T"] | Int[Array, "T 2"], ...],
     parts: tuple[DecodePart, ...],
@@ -535,16 +555,26 @@ def decode_kernel(
 ) -> tuple[Float[Array, "T _"], ...]:
     """ys' in place where XLA can. Rounded once for each part that adds to a token's columns.
 
+    Where ys are shapes, of a plan without `add_inputs`: new arrays that hold what the parts add,
+    undefined in elements that no part adds to.
+
     Ids outside of a part's slots are none. `[T, 2]` are words of 64-bit ids, the low one first.
     """
-    arrays = [*ids, *(array for part in parts for array in part[:3] if array is not None)]
+    stacks = (array for part in parts for array in part[:3] if array is not None)
+    operands = x, *ids, *stacks
+    made = tuple(y for y in ys if isinstance(y, jax.ShapeDtypeStruct))
+    given = tuple(y for y in ys if not isinstance(y, jax.ShapeDtypeStruct))
     if interpreted():
+        # NaN shows who reads what is undefined.
+        given = given or tuple(jnp.full(y.shape, jnp.nan, y.dtype) for y in made)
         shapes = tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys)
         run = functools.partial(_emulate, plan, len(ys), len(ids))
-        return jax.pure_callback(run, shapes, *ys, x, *arrays, vmap_method="sequential")
-    dtypes = [jnp.dtype(array.dtype) for array in (*ys, x, *arrays)]
+        return jax.pure_callback(run, shapes, *given, *operands, vmap_method="sequential")
+    dtypes = [jnp.dtype(array.dtype) for array in (*ys, *operands)]
 
     def body(*refs: Any) -> None:
+        if made:  # outputs come behind the operands
+            refs = (*refs[len(operands) : -1], *refs[: len(operands)], refs[-1])
         places = [lax.axis_index(name) for name in ("cluster", "columns", "share")]
 
         @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
@@ -562,6 +592,7 @@ def decode_kernel(
     threads: dict[str, Any] = dict(num_threads=groups, thread_name="group") if groups > 1 else {}
     kernel = plgpu.kernel(
         body,
+        out_type=made,
         scratch_types=[plgpu.SMEM((plan.words,), jnp.int32)],
         grid=(plan.clusters, plan.column_clusters),
         grid_names=("cluster", "columns"),
@@ -571,7 +602,9 @@ def decode_kernel(
         kernel_name="_".join([_NAMES[plan.shrinks, plan.expands], *ranks]),
         **threads,
     )
-    return in_place(kernel, ys, x, *arrays)
+    if made:
+        return tuple(kernel(*lax.optimization_barrier(operands)))  # as `in_place` says
+    return in_place(kernel, given, *operands)
 
 
 _NAMES = {

@@ -103,6 +103,7 @@ class Plan(NamedTuple):
     shrinks: bool
     expands: bool
     add_inputs: bool
+    exclusive: bool
     id_words: tuple[int, ...]
     split: int
     warps: int
@@ -121,12 +122,20 @@ class Plan(NamedTuple):
         return {part.ids: part.slots for part in self.parts}
 
     @property
+    def keys(self) -> list[dict[int, int]]:
+        """The words by which tokens are grouped: the lists of ids that each of them stands for, and
+        where their ids start in it."""
+        starts = itertools.accumulate(self.lists.values(), initial=0)
+        if self.exclusive:
+            return [dict(zip(self.lists, starts))]
+        return [{ids: 0} for ids in self.lists]
+
+    @property
     def clusters(self) -> int:
         """The most that can have work: each adapter may leave one with fewer than 8 tokens."""
-        if len(self.lists) > 1:
+        if len(self.keys) > 1:
             return self.tokens
-        [slots] = self.lists.values()
-        groups = min(self.tokens, slots)
+        groups = min(self.tokens, sum(self.lists.values()))
         return (self.tokens + (TOKENS - 1) * groups) // TOKENS
 
     @property
@@ -146,6 +155,26 @@ class Plan(NamedTuple):
         """In how many parts a warp takes the ranks of B."""
         rank = self.parts[strip[0].part].rank
         return rank // turn_ranks(rank)
+
+    def ids_of(self, number: int) -> int:
+        """The list of ids of a job."""
+        return self.parts[self.jobs[number].parts[0]].ids
+
+    def earlier(self, number: int) -> list[int]:
+        """The jobs that may have run for the same tokens before a job does."""
+        mine = self.ids_of(number)
+        return [n for n in range(number) if not self.exclusive or self.ids_of(n) == mine]
+
+    def before(self, number: int, piece: Piece) -> list[int]:
+        """The jobs that add to the columns of a job's piece before it does, itself among them if
+        another strip of its own does."""
+        there = [
+            (n, other)
+            for n in (*self.earlier(number), number)
+            for other in itertools.chain(*self.jobs[n].strips)
+            if (other.y, other.start) == (piece.y, piece.start)
+        ]
+        return [n for n, _ in there[: there.index((number, piece))]]
 
     # Shared memory, in words. Strides keep a warp's lanes in different banks.
     @property
@@ -170,7 +199,7 @@ class Plan(NamedTuple):
 
     @property
     def v(self) -> int:
-        return self.ids + len(self.lists) * self.ids_stride
+        return self.ids + len(self.keys) * self.ids_stride
 
     @property
     def v_stride(self) -> int:
@@ -232,11 +261,13 @@ def plan(
     config: Config,
     *,
     add_inputs: bool = True,
+    exclusive: bool = False,
     id_words: tuple[int, ...] | None = None,
 ) -> Plan | None:
     """The plan of a case; None if the kernel does not take it. All parts have the same halves.
 
-    `id_words`: of each list of ids, the words of one; 1 if not given.
+    `exclusive`: a token has an adapter in one of the lists of ids at most. `id_words`: of each list
+    of ids, the words of one; 1 if not given.
     """
     if config.warps is None or not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
         return None
@@ -258,10 +289,17 @@ def plan(
     )
     jobs: list[Job] = []
     all_ids = dict.fromkeys(part.ids for part in static)
+    ranks = {ids: [part.rank for part in static if part.ids == ids] for ids in all_ids}
     # Whole pieces where one job can't hold all parts of some ids: it would take several in turn.
-    whole = any(sum(p.rank for p in static if p.ids == ids) > _JOB_RANKS for ids in all_ids)
+    whole = {ids: sum(some) > _JOB_RANKS for ids, some in ranks.items()}
+    dealt = dict.fromkeys(all_ids, column_clusters)
+    if exclusive:  # as many as there is work for; else, as a token may be in several, alike in all
+        most = max(max(some) for some in ranks.values())
+        dealt = {ids: pl.cdiv(column_clusters * max(some), most) for ids, some in ranks.items()}
+    else:
+        whole = dict.fromkeys(all_ids, any(whole.values()))
     for ids in all_ids:
-        for cluster, clusters, mine in _dealt(pieces, column_clusters, whole=whole):
+        for cluster, clusters, mine in _dealt(pieces, dealt[ids], whole=whole[ids]):
             used = {piece.part for piece in mine}
             rest = [p for p, part in enumerate(static) if part.ids == ids and p in used]
             while rest:
@@ -281,6 +319,7 @@ def plan(
         shrinks=shrinks,
         expands=expands,
         add_inputs=add_inputs,
+        exclusive=exclusive,
         id_words=id_words or (1,) * (1 + max(p.ids for p in parts)),
         split=config.split,
         warps=config.warps,

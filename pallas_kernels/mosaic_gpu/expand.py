@@ -1,6 +1,9 @@
 """y[t, offset:][:N] (+)= v[t] @ B[i].T: each block owns 64 tokens times a few columns of y."""
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +27,11 @@ from pallas_kernels.mosaic_gpu.tiles import (
     row_mask,
 )
 
+# Of y in shared memory: one is being stored, one added to, and one loaded.
+_Y_STAGES = 3
+# Shared memory that a block may fill.
+_SHARED_BYTES = 224 * 1024
+
 
 class ExpandPart(NamedTuple):
     """One stack: v `[rows, max(R, 16)]` in B's dtype, lora_b `[L, N, R]`, routes, first column."""
@@ -40,116 +48,142 @@ def expand_kernel(
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
     tiles, itemsize = -(-y.shape[0] // TILE), y.dtype.itemsize
-    block_n = min(part.config.block_n for part in parts)
-    stages = max(part.config.expand_stages for part in parts)
-    arrivals = max(part.config.expand_stack for part in parts)
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    blocks = [-(-(cut.stop - cut.start) // block_n) for cut in spans]
-    tile_arrivals = max(
-        len(pieces(width, itemsize)) + 2 * len(cut.parts)
-        for cut in spans
-        for width in (min(block_n, cut.stop - cut.start), (cut.stop - cut.start) % block_n)
-    )
+    block_n, parts = _fitting(parts, spans, itemsize)
+    columns = max(part.config.expand_columns for part in parts)
+    y_stages = min(_Y_STAGES, columns)
+    wholes = [(cut.stop - cut.start) // block_n for cut in spans]
+    groups = [-(-whole // columns) for whole in wholes]  # blocks of whole columns
+    rests = [(cut.stop - cut.start) % block_n for cut in spans]
+    tile_arrivals = 2 * max(len(cut.parts) for cut in spans)
+    y_arrivals = max(len(pieces(width, itemsize)) for width in (block_n, *rests))
 
     def body(y_ref: Any, *refs: Any) -> None:
         inputs = [refs[3 * i : 3 * i + 3] for i in range(len(parts))]
-        tile_loaded, b_loaded = refs[-2:]
+        tile_loaded, y_loaded, *b_loaded = refs[3 * len(parts) :]
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
         row_start = tile * TILE
 
-        def columns_body(cut: Cut, width: int, nth: Array) -> None:
-            column = cut.start + nth * block_n
+        def columns_body(cut: Cut, width: int, column: Array, count: Array) -> None:
+            """`count` times `width` columns from `column` on."""
             y_cut = pieces(width, itemsize)
 
-            def y_piece(first: int, size: int) -> Any:
-                return y_ref.at[pl.ds(row_start, TILE), pl.ds(column + first, size)]
+            def y_piece(n: Array | int, first: int, size: int) -> Any:
+                start = column + n * width + first
+                return y_ref.at[pl.ds(row_start, TILE), pl.ds(start, size)]
 
-            def with_tile(y_smem: Any, tile_smem: Any) -> None:
-                for (first, size), piece in zip(y_cut, y_smem):
-                    plgpu.copy_gmem_to_smem(y_piece(first, size), piece, tile_loaded)
-                for i, (route, v_smem) in zip(cut.parts, tile_smem):
+            def with_memory(y_smem: Any, memory: Any) -> None:
+                def fetch_y(n: Array | int, slot: Array | int) -> None:
+                    for (first, size), piece in zip(y_cut, y_smem):
+                        plgpu.copy_gmem_to_smem(
+                            y_piece(n, first, size), piece.at[slot], y_loaded.at[slot]
+                        )
+                    for _ in range(len(y_cut), y_arrivals):
+                        plgpu.barrier_arrive(y_loaded.at[slot])
+
+                for i, (route, v_smem, *_) in zip(cut.parts, memory):
                     v_ref, _, route_ref = inputs[i]
                     plgpu.copy_gmem_to_smem(route_ref.at[tile], route, tile_loaded)
                     plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, TILE)], v_smem, tile_loaded)
-                for _ in range(len(y_cut) + 2 * len(cut.parts), tile_arrivals):
+                for _ in range(2 * len(cut.parts), tile_arrivals):
                     plgpu.barrier_arrive(tile_loaded)
+                for n in range(y_stages):
+                    pl.when(n < count)(functools.partial(fetch_y, n, n))
                 plgpu.barrier_wait(tile_loaded)
 
                 def update() -> None:
                     deltas, used = [], []
-                    for i, (route, v_smem) in zip(cut.parts, tile_smem):
+                    for i, (route, v_smem, *b_smem) in zip(cut.parts, memory):
                         ids = plgpu.load(route.at[pl.ds(0, TILE)], layout=ROWS)
                         feature = column - parts[i].y_offset
-                        b_ref, config = inputs[i][1], parts[i].config
+                        config, b_ref = parts[i].config, inputs[i][1]
                         deltas.append(
-                            _delta(
-                                v_smem,
-                                b_ref,
-                                ids,
-                                route,
-                                feature,
-                                width,
-                                b_loaded,
-                                arrivals,
-                                config,
+                            _deltas(
+                                v_smem, b_ref, ids, route, feature, width, count, b_loaded[i],
+                                b_smem, config,
                             )
-                        )
+                        )  # fmt: skip
                         used.append(ids >= 0)
-                    delta = functools.reduce(jnp.add, deltas)
                     touched = functools.reduce(jnp.logical_or, used)
-                    for (first, size), piece in zip(y_cut, y_smem):
-                        old = plgpu.load(piece, layout=plgpu.Layout.WGMMA, optimized=False)
-                        new = delta[:, first : first + size]
-                        if add_inputs:
-                            new = old.astype(jnp.float32) + new
-                        mask = lax.broadcast_in_dim(touched, (TILE, size), (0,))
-                        piece[...] = jnp.where(mask, new.astype(y.dtype), old)
-                    plgpu.commit_smem()
-                    for (first, size), piece in zip(y_cut, y_smem):
-                        plgpu.copy_smem_to_gmem(piece, y_piece(first, size))
+
+                    def add(n: Array, _: None) -> None:
+                        delta = functools.reduce(jnp.add, [of(n) for of in deltas])
+                        slot = lax.rem(n, jnp.int32(y_stages))
+                        plgpu.barrier_wait(y_loaded.at[slot])
+                        for (first, size), piece in zip(y_cut, y_smem):
+                            here = piece.at[slot]
+                            old = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
+                            new = delta[:, first : first + size]
+                            if add_inputs:
+                                new = old.astype(jnp.float32) + new
+                            mask = lax.broadcast_in_dim(touched, (TILE, size), (0,))
+                            here[...] = jnp.where(mask, new.astype(y.dtype), old)
+                        plgpu.commit_smem()
+                        for (first, size), piece in zip(y_cut, y_smem):
+                            plgpu.copy_smem_to_gmem(piece.at[slot], y_piece(n, first, size))
+                        if y_stages > 1:  # what was stored before this makes room
+                            plgpu.wait_smem_to_gmem(len(y_cut), wait_read_only=True)
+                            ahead = n + (y_stages - 1)
+                            pl.when((n > 0) & (ahead < count))(
+                                lambda: fetch_y(ahead, lax.rem(ahead, jnp.int32(y_stages)))
+                            )
+
+                    lax.fori_loop(0, count, add, None)
                     plgpu.wait_smem_to_gmem(0)
 
-                counts = [route[COUNT] for route, _ in tile_smem]
-                pl.when(functools.reduce(jnp.maximum, counts) > 0)(update)
+                counts = [route[COUNT] for route, *_ in memory]
+                is_used = functools.reduce(jnp.maximum, counts) > 0
+                pl.when(is_used)(update)
+
+                # A block must not end before what it has copied is here.
+                for n in range(y_stages):
+                    pl.when(jnp.logical_not(is_used) & (n < count))(
+                        functools.partial(plgpu.barrier_wait, y_loaded.at[n])
+                    )
 
             pl.run_scoped(
-                with_tile,
+                with_memory,
                 [
-                    plgpu.SMEM((TILE, size), y.dtype, transforms=plain_layout(size * itemsize))
+                    plgpu.SMEM(
+                        (y_stages, TILE, size), y.dtype, transforms=plain_layout(size * itemsize)
+                    )
                     for _, size in y_cut
                 ],
-                [
-                    (
-                        plgpu.SMEM((parts[i].routes.shape[1],), jnp.int32),
-                        plgpu.SMEM(
-                            (TILE, parts[i].v.shape[1]),
-                            parts[i].v.dtype,
-                            transforms=operand_layout(parts[i].v.dtype, parts[i].v.shape[1]),
-                        ),
-                    )
-                    for i in cut.parts
-                ],
+                [_memory(parts[i], width) for i in cut.parts],
             )
 
         first = 0
-        for cut, count in zip(spans, blocks):
-            whole, rest = divmod(cut.stop - cut.start, block_n)
+        for cut, whole, count, rest in zip(spans, wholes, groups, rests):
             if whole:
-                run = functools.partial(columns_body, cut, block_n, block - first)
-                pl.when((block >= first) & (block < first + whole))(run)
+                nth = (block - first) * columns
+                run = functools.partial(
+                    columns_body,
+                    cut,
+                    block_n,
+                    cut.start + nth * block_n,
+                    jnp.minimum(whole - nth, columns),
+                )
+                pl.when((block >= first) & (block < first + count))(run)
             if rest:
-                run = functools.partial(columns_body, cut, rest, jnp.int32(whole))
-                pl.when(block == first + whole)(run)
-            first += count
+                column = jnp.int32(cut.start + whole * block_n)
+                run = functools.partial(columns_body, cut, rest, column, jnp.int32(1))
+                pl.when(block == first + count)(run)
+            first += count + (rest > 0)
 
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
     kernel = plgpu.kernel(
         body,
         scratch_types=[
             plgpu.Barrier(num_arrivals=tile_arrivals),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            plgpu.Barrier(num_barriers=y_stages, num_arrivals=y_arrivals),
+            *(
+                plgpu.Barrier(
+                    num_barriers=part.config.expand_stages, num_arrivals=part.config.expand_stack
+                )
+                for part in parts
+            ),
         ],
-        grid=(tiles, sum(blocks)),
+        grid=(tiles, sum(groups) + sum(rest > 0 for rest in rests)),
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
@@ -157,68 +191,101 @@ def expand_kernel(
     return y
 
 
-def _delta(
-    v_smem: Any, b_ref: Any, ids: Array, route: Any, first: Array, width: int, loaded: Any,
-    arrivals: int, config: Config,
-) -> Float[Array, "64 width"]:  # fmt: skip
-    """Each row's product with features [first, first + width) of its adapter; zero without one."""
-    rank, dtype, stages = b_ref.shape[2], b_ref.dtype, config.expand_stages
-    stack = min(config.expand_stack, 256 // width)
-    wide = stack * width
-    rows = -(-wide // TILE) * TILE if rank == 8 else wide  # the WGMMA layout comes in 64 rows
+def _stacked(config: Config, width: int) -> int:
+    """Adapters that a block multiplies at once."""
+    return min(config.expand_stack, 256 // width)
 
-    def with_b(b_smem: Any, wide_smem: Any = None) -> Array:
-        def fetch(n: Array | int, slot: Array | int) -> None:
-            barrier = loaded.at[slot]
-            for j in range(stack):
-                adapter = route[ADAPTERS + n * stack + j]
 
-                @pl.when(adapter >= 0)
-                def _(j: int = j, adapter: Array = adapter) -> None:
-                    plgpu.copy_gmem_to_smem(
-                        b_ref.at[adapter, pl.ds(first, width)],
-                        b_smem.at[slot, pl.ds(j * width, width)],
-                        barrier,
-                    )
+def _memory(part: ExpandPart, width: int) -> tuple[Any, ...]:
+    """Of a part, in shared memory: route, v, a ring of B, and of rank 8 B as wgmma takes it."""
+    (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
+    wide, stages = _stacked(part.config, width) * width, part.config.expand_stages
+    route = plgpu.SMEM((part.routes.shape[1],), jnp.int32)
+    v = plgpu.SMEM((TILE, width_v), dtype, transforms=operand_layout(dtype, width_v))
+    if rank > 8:
+        layout = operand_layout(dtype, rank)
+        return route, v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout)
+    rows = -(-wide // TILE) * TILE  # the WGMMA layout comes in 64 rows
+    b16 = plgpu.SMEM((rows, 16), dtype, transforms=operand_layout(dtype, 16))
+    return route, v, plgpu.SMEM((stages, rows, rank), dtype), b16
 
-                pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(barrier))
-            for _i in range(stack, arrivals):
-                plgpu.barrier_arrive(barrier)
 
-        rounds = lax.div(route[COUNT] + (stack - 1), jnp.int32(stack))
-        for n in range(stages):
-            pl.when(n < rounds)(functools.partial(fetch, n, n))
+def _fitting(
+    parts: tuple[ExpandPart, ...], spans: list[Cut], itemsize: int
+) -> tuple[int, tuple[ExpandPart, ...]]:
+    """Columns of a block, and the parts with configs whose shared memory fits."""
+    block_n = min(part.config.block_n for part in parts)
 
-        def round_(n: Array, delta: Array) -> Array:
-            slot = lax.rem(n, stages)
+    def nbytes(block_n: int, cut: Cut) -> int:
+        memory = [ref for i in cut.parts for ref in _memory(parts[i], block_n)]
+        sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
+        return _Y_STAGES * TILE * max(block_n * itemsize, 128) + sum(sizes)
+
+    while block_n > 8 and max(nbytes(block_n, cut) for cut in spans) > _SHARED_BYTES:
+        if any(part.config.expand_stages > 1 for part in parts):
+            fewer = dataclasses.replace
+            parts = tuple(p._replace(config=fewer(p.config, expand_stages=1)) for p in parts)
+        else:
+            block_n //= 2
+    return block_n, parts
+
+
+def _deltas(
+    v_smem: Any, b_ref: Any, ids: Array, route: Any, first: Array, width: int, count: Array,
+    loaded: Any, memory: Any, config: Config,
+) -> Callable[[Array], Float[Array, "64 width"]]:  # fmt: skip
+    """Of the nth time `width` features from `first` on, to be asked for in order: each row's
+    product with its adapter; zero without one."""
+    rank, stages, stack = b_ref.shape[2], config.expand_stages, _stacked(config, width)
+    b_smem = memory[0]
+    rounds = lax.div(route[COUNT] + (stack - 1), jnp.int32(stack))
+    total = count * rounds
+
+    def fetch(item: Array | int, slot: Array | int) -> None:
+        barrier = loaded.at[slot]
+        n, nth = lax.div(jnp.int32(item), rounds), lax.rem(jnp.int32(item), rounds)
+        for j in range(stack):
+            adapter = route[ADAPTERS + nth * stack + j]
+
+            @pl.when(adapter >= 0)
+            def _(j: int = j, adapter: Array = adapter) -> None:
+                plgpu.copy_gmem_to_smem(
+                    b_ref.at[adapter, pl.ds(first + n * width, width)],
+                    b_smem.at[slot, pl.ds(j * width, width)],
+                    barrier,
+                )
+
+            pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(barrier))
+        for _i in range(stack, config.expand_stack):
+            plgpu.barrier_arrive(barrier)
+
+    for item in range(stages):
+        pl.when(item < total)(functools.partial(fetch, item, item))
+
+    def of(n: Array) -> Array:
+        def round_(nth: Array, delta: Array) -> Array:
+            item = n * rounds + nth
+            slot = lax.rem(item, jnp.int32(stages))
             plgpu.barrier_wait(loaded.at[slot])
             operand = b_smem.at[slot]
             if rank == 8:
                 # Rows of 16 bytes cannot be swizzled, and wgmma's K is 16: widen them with zeros.
                 b = plgpu.load(operand, layout=plgpu.Layout.WGMMA, optimized=False)
-                wide_smem[...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
+                memory[1][...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
                 plgpu.commit_smem()
-                operand = wide_smem.at[pl.ds(0, wide)]
+                operand = memory[1].at[pl.ds(0, stack * width)]
 
             def product(acc: Any) -> Array:
                 plgpu.wgmma(acc, v_smem, operand.T)
                 return acc[...]
 
-            products = pl.run_scoped(product, accumulator(wide))
+            products = pl.run_scoped(product, accumulator(stack * width))
             for j in range(stack):
-                mine = row_mask(ids, route[ADAPTERS + n * stack + j], width)
+                mine = row_mask(ids, route[ADAPTERS + nth * stack + j], width)
                 delta = jnp.where(mine, products[:, j * width : (j + 1) * width], delta)
-            pl.when(n + stages < rounds)(lambda: fetch(n + stages, slot))
+            pl.when(item + stages < total)(lambda: fetch(item + stages, slot))
             return delta
 
         return lax.fori_loop(0, rounds, round_, jnp.zeros((TILE, width), jnp.float32))
 
-    if rank == 8:
-        return pl.run_scoped(
-            with_b,
-            plgpu.SMEM((stages, rows, rank), dtype),
-            plgpu.SMEM((rows, 16), dtype, transforms=operand_layout(dtype, 16)),
-        )
-    return pl.run_scoped(
-        with_b, plgpu.SMEM((stages, wide, rank), dtype, transforms=operand_layout(dtype, rank))
-    )
+    return of

@@ -12,19 +12,22 @@ from mosaic_cases import Case, as_jax, products, relative_error
 
 from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
 
-TWO_LAUNCHES = mosaic_gpu.Config(split=4)
+TWO_LAUNCHES = mosaic_gpu.Config(split=4, expand_columns=4)
 
 
 @jax.jit
 def run(y, x, a, b, scales, ids):
     segments = make_segments(ids, a.shape[0])
     part = LoRAPart(a, b, segments, scales, 0)
+    even, odd = (jnp.where(ids % 2 == n, ids, -1) for n in range(2))
+    both = tuple(LoRAPart(a, b, some, scales, 0) for some in (even, odd))
     v = mosaic_gpu.shrink(x, a, segments, scales)
     return (
         v,
         mosaic_gpu.shrink(x, a, segments, scales, config=TWO_LAUNCHES),
         *mosaic_gpu.add_lora_multi((y,), x, (part,)),
         *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_LAUNCHES),
+        *mosaic_gpu.add_lora_multi((y,), x, both, fuse=True, exclusive=True),
         mosaic_gpu.expand(v, b, segments, y, 0, add_inputs=True),
     )
 

@@ -262,10 +262,11 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
             np.testing.assert_array_equal(bits(one)[order], bits(few_rows))
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("num_tokens", [1, 64, 300])
 @pytest.mark.parametrize("offsets", [(0, 0), (0, 128), (0, 64), (0, 8)], ids=str)
 @pytest.mark.parametrize("config", [None, mosaic_gpu.Config(split=4)], ids=["default", "two"])
-def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any) -> None:
+def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any, fuse: bool) -> None:
     """Buckets and slices in one call, disjoint, equal and overlapping."""
     ranks, width = ((8, 16, 64, 128, 32) if offsets == (0, 0) else (8, 128)), 128
     cases = [Case(num_tokens, 512, width, r, 4, seed=r) for r in ranks]
@@ -280,7 +281,7 @@ def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any) -> None:
             LoRAPart(a, b, make_segments(ids, 4), scales, part[4])
             for (a, b, ids, scales), part in zip(stacks, parts)
         )
-        return mosaic_gpu.add_lora_multi((y,), x, built, config=config)[0]
+        return mosaic_gpu.add_lora_multi((y,), x, built, fuse=fuse, config=config)[0]
 
     stacks = [tuple(jnp.asarray(z) for z in part[:4]) for part in parts]
     poison()
@@ -295,9 +296,10 @@ def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any) -> None:
     assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
 
 
+@pytest.mark.parametrize("layer", [False, True], ids=["alone", "as layers call it"])
 @pytest.mark.parametrize("ranks", [(16,), (8, 16, 32, 64, 128), (128,)], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 64, 130, 300])
-def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...]) -> None:
+def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...], layer: bool) -> None:
     """Several ys and buckets in one call; a token has an adapter of one bucket, or of several."""
     widths = (512, 128, 128)
     cases = [Case(num_tokens, 512, sum(widths), r, 3, seed=r) for r in ranks]
@@ -307,7 +309,7 @@ def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...]) -> No
     lists = [z.ids.copy() for z in arrays]
     bucket = np.random.default_rng(0).integers(0, len(ranks), num_tokens)
     for n, ids in enumerate(lists):
-        ids[(bucket != n) & (np.arange(num_tokens) % 3 > 0)] = -1
+        ids[(bucket != n) & (layer | (np.arange(num_tokens) % 3 > 0))] = -1
 
     @jax.jit
     def call(ys: Any, x: Any, stacks: Any, lists: Any) -> Any:
@@ -316,7 +318,8 @@ def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...]) -> No
             for (a, b, scales), ids in zip(stacks, lists)
             for start, stop in itertools.pairwise(edges)
         ]
-        return pk.add_lora_multi(ys, x, parts, implementation="mosaic_gpu")
+        how = dict(fuse=layer, exclusive=layer)
+        return pk.add_lora_multi(ys, x, parts, implementation="mosaic_gpu", **how)
 
     stacks = [tuple(map(jnp.asarray, (z.a, z.b, z.scales))) for z in arrays]
     ys = tuple(jnp.asarray(y) for y in np.split(whole, edges[1:-1], axis=1))
