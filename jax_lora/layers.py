@@ -267,9 +267,12 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         if isinstance(layer, LoRADense)
         for stack in layer.stacks
     ]
+    # Layers with unlike numbers of slots have lists of ids of their own for one bucket.
+    lists = {(part.lora_a.shape[1], part.lora_a.shape[0]) for part in parts}
+    exclusive = len(lists) == len({bucket for bucket, _ in lists})
     matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
     x = x.reshape(-1, x.shape[-1])
-    out = add_lora_multi(matrices, x, parts, phase=batch.phase, fuse=True, exclusive=True)
+    out = add_lora_multi(matrices, x, parts, phase=batch.phase, fuse=True, exclusive=exclusive)
     return tuple(new.reshape(y.shape) for new, y in zip(out, ys))
 
 

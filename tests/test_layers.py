@@ -871,6 +871,27 @@ class TestCallPacked:
         for got, layer in zip(call_packed(layers, x), layers):
             np.testing.assert_array_equal(got, layer(x))
 
+    @pytest.mark.parametrize("slots", [(2, 2), (4, 2)])
+    def test_lists_of_ids_are_exclusive_if_buckets_have_one_each(self, slots, monkeypatch):
+        """Else a row has an adapter in both lists of its bucket."""
+        layers = [LoRADense(4, 6, slots=n, buckets=(16,), rngs=nnx.Rngs(0)) for n in slots]
+        for seed, layer in enumerate(layers):
+            fill(layer, seed)
+        promised, op = [], jax_lora.layers.add_lora_multi
+
+        def asked(*args, exclusive, **options):
+            promised.append(exclusive)
+            return op(*args, exclusive=exclusive, **options)
+
+        x = jnp.asarray(tokens(3))
+        with use(batch_of(np.array([[0, 1, -1]], np.int32), buckets=(16,))):
+            alone = [layer(x) for layer in layers]
+            monkeypatch.setattr(jax_lora.layers, "add_lora_multi", asked)
+            packed = call_packed(layers, x)
+        assert promised == [slots[0] == slots[1]]
+        for got, wanted in zip(packed, alone):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
     def test_another_type_of_layer(self):
         with pytest.raises(TypeError, match=r"takes nnx\.Linear layers, got Embed"):
             call_packed([nnx.Embed(2, 2, rngs=nnx.Rngs(0))], jnp.zeros((1, 2)))

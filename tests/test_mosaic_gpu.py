@@ -190,20 +190,35 @@ def test_expand_takes_columns_in_turn(
     np.testing.assert_array_equal(bits(y), bits(one))
 
 
-def test_overlapping_parts_of_high_ranks_fit_shared_memory() -> None:
+@pytest.mark.parametrize(
+    ("ranks", "change"),
+    [
+        ((512, 256, 128, 64), {}),
+        ((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
+        ((512, 384), dict(block_n=72, expand_columns=8)),  # 72 has no half that is a multiple of 8
+    ],
+    ids=str,
+)
+def test_overlapping_parts_of_high_ranks_fit_shared_memory(
+    ranks: tuple[int, ...], change: dict[str, int]
+) -> None:
+    config = mosaic_gpu.Config(**change) if change else None
+
     def step(y: Any, x: Any, ids: Any, stacks: Any) -> Any:
         parts = [pk.LoRAPart(a, b, ids, None, 64 * n) for n, (a, b) in enumerate(stacks)]
-        return pk.add_lora_multi(y, x, parts, phase="prefill", implementation="mosaic_gpu")
+        return pk.add_lora_multi(
+            y, x, parts, phase="prefill", implementation="mosaic_gpu", config=config
+        )
 
     half = jnp.bfloat16
     stacks = [
         tuple(jax.ShapeDtypeStruct((4, *shape), half) for shape in ((r, 256), (512, r)))
-        for r in (512, 256, 128, 64)
+        for r in ranks
     ]
     operands = [jax.ShapeDtypeStruct((4096, n), half) for n in (1024, 256)]
     ids = jax.ShapeDtypeStruct((4096,), jnp.int32)
     traced = jax.jit(step).trace(*operands, ids, stacks)
-    assert "lora_expand_r512_r256" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "lora_expand_r" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
@@ -414,6 +429,29 @@ def test_exclusive_lists(column_clusters: int, fuse: bool, emulated: None) -> No
     assert relative_error(outs[0], want) < y_tolerance("bfloat16")
     used = functools.reduce(np.logical_or, [mine >= 0 for mine in meant])
     np.testing.assert_array_equal(bits(outs[0])[~used], bits(whole)[~used])
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
+def test_of_lists_that_are_not_exclusive_the_first_counts(fuse: bool, emulated: None) -> None:
+    """Whatever columns the others cover: nothing undefined comes out."""
+    arrays = [Case(5, 128, 72, rank, 2, seed=rank).arrays() for rank in (16, 8)]
+    lists = [np.array(ids, np.int32) for ids in ([0, -1, 1, -1, 0], [1, 0, 0, -1, -1])]
+    x, whole = arrays[0].x, Case(5, 128, 144, 8, 1).arrays().y
+    parts = [
+        pk.LoRAPart(z.a, z.b, jnp.asarray(ids), z.scales, 72 * n)
+        for n, (z, ids) in enumerate(zip(arrays, lists))
+    ]
+    out = pk.add_lora_multi(
+        whole, x, parts, implementation="mosaic_gpu", fuse=fuse, exclusive=True, config=DECODE
+    )
+    want, used = whole.astype(np.float64), np.zeros(whole.shape, bool)
+    counts = [lists[0], np.where(lists[0] >= 0, -1, lists[1])]
+    for n, (z, ids) in enumerate(zip(arrays, counts)):
+        v = products(x, z.a, ids) * z.scales[np.maximum(ids, 0)][:, None]
+        want[:, 72 * n : 72 * n + 72] += products(v, z.b, ids)
+        used[:, 72 * n : 72 * n + 72] = (ids >= 0)[:, None]
+    assert relative_error(np.asarray(out), want) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(np.asarray(out))[~used], bits(whole)[~used])
 
 
 def test_exclusive_lists_share_clusters_by_rank() -> None:

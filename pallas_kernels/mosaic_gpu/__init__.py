@@ -109,7 +109,7 @@ def add_lora_multi(
         sums = [y.astype(jnp.float32) + d.astype(jnp.float32) for y, d in zip(ys, deltas)]
         return tuple(
             jnp.where(changed, total.astype(y.dtype), y)
-            for y, total, changed in zip(ys, sums, _changed(ys, parts))
+            for y, total, changed in zip(ys, sums, _changed(ys, parts, exclusive))
         )
     if planned is not None:
         return decode_kernel(ys, x, *planned)
@@ -164,7 +164,9 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     return expand_kernel(y, expands, add_inputs=True)
 
 
-def _changed(ys: tuple[Array, ...], parts: tuple[LoRAPart, ...]) -> list[Bool[Array, "T _"]]:
+def _changed(
+    ys: tuple[Array, ...], parts: tuple[LoRAPart, ...], exclusive: bool
+) -> list[Bool[Array, "T _"]]:
     """Of each y, which elements some part adds to; one column where all columns are alike."""
     edges = np.cumsum([y.shape[1] for y in ys])
     covered: dict[tuple[int, int], Any] = {}  # by each list of ids
@@ -173,8 +175,13 @@ def _changed(ys: tuple[Array, ...], parts: tuple[LoRAPart, ...]) -> list[Bool[Ar
         _, columns = covered.setdefault(key, (part.indices, np.zeros(edges[-1], bool)))
         columns[part.y_offset :][: part.lora_b.shape[1]] = True
     changed = [jnp.zeros((1, 1), bool)] * len(ys)
+    # Of exclusive lists the kernel takes the first, which matters if they cover other columns.
+    alike = len({columns.tobytes() for _, columns in covered.values()}) == 1
+    taken = jnp.zeros((1, 1), bool)
     for (_, num_adapters), (route, columns) in covered.items():
-        used = _has_adapter(route, num_adapters)[:, None]
+        has = _has_adapter(route, num_adapters)[:, None]
+        used = has & ~taken if exclusive and not alike else has
+        taken = taken | has
         for n, mine in enumerate(np.split(columns, edges[:-1])):
             if mine.any():
                 changed[n] |= used if mine.all() else used & mine

@@ -76,7 +76,7 @@ def rank_width(rank: int, at_most: int) -> int:
 def default_config(
     num_tokens: int, features: int, width: int, rank: int, num_adapters: int, *, tuned: bool = True
 ) -> Config:
-    """The config of a case, from static shapes alone; `split` from H and R, so T changes no bit.
+    """The config of a case, from static shapes alone; `split` from H, so T changes no bit.
 
     `features` is H, `width` N, `num_adapters` L. With more tokens than the decode kernel takes, the
     GPU's tuning table has the last word, if `tuned`.
@@ -100,6 +100,11 @@ def default_config(
     slot = block_n * rank * 2
     expand_stack = max(1, min(per_tile, 256 // block_n, 32 * 1024 // slot)) if few else 1
     pipeline = 96 * 1024 // (expand_stack * slot) if few else 16 * 1024 // slot
+    # A block's next columns come while it adds to these. H100, T=4096, 32 adapters, R=16: 53.8 us
+    # with 1, 50.1 with 4, 51.2 with 8; R=64 56.5 with 1, 54.3 with 2, 56.9 with 4. But first of all
+    # each multiprocessor wants blocks.
+    blocks = tiles * -(-width // block_n)
+    columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * 132)))
     config = Config(
         split=split,
         rank_block=rank_block,
@@ -109,9 +114,7 @@ def default_config(
         block_n=block_n,
         expand_stack=expand_stack,
         expand_stages=max(1, min(6 if few else 2, pipeline)),
-        # A block's next columns come while it adds to these. H100, T=4096, 32 adapters, R=16: 53.8
-        # us with 1, 50.1 with 4, 51.2 with 8; R=64 56.5 with 1, 54.3 with 2, 56.9 with 4.
-        expand_columns=1 if few else 4 if rank <= 32 else 2,
+        expand_columns=columns,
     )
     if not tuned or num_tokens <= MAX_DECODE_TOKENS:
         return config

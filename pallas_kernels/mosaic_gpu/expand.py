@@ -29,8 +29,8 @@ from pallas_kernels.mosaic_gpu.tiles import (
 
 # Of y in shared memory: one is being stored, one added to, and one loaded.
 _Y_STAGES = 3
-# Shared memory that a block may fill.
-_SHARED_BYTES = 224 * 1024
+# Shared memory that a block may fill beside its barriers, by arrays of whole KiB.
+_SHARED_BYTES = 226 * 1024
 
 
 class ExpandPart(NamedTuple):
@@ -49,9 +49,11 @@ def expand_kernel(
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
     tiles, itemsize = -(-y.shape[0] // TILE), y.dtype.itemsize
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    block_n, parts = _fitting(parts, spans, itemsize)
+    widest = max(cut.stop - cut.start for cut in spans)
     columns = max(part.config.expand_columns for part in parts)
+    columns = max(1, min(columns, widest // min(part.config.block_n for part in parts)))
     y_stages = min(_Y_STAGES, columns)
+    block_n, parts = _fitting(parts, spans, y_stages * itemsize)
     wholes = [(cut.stop - cut.start) // block_n for cut in spans]
     groups = [-(-whole // columns) for whole in wholes]  # blocks of whole columns
     rests = [(cut.stop - cut.start) % block_n for cut in spans]
@@ -211,22 +213,23 @@ def _memory(part: ExpandPart, width: int) -> tuple[Any, ...]:
 
 
 def _fitting(
-    parts: tuple[ExpandPart, ...], spans: list[Cut], itemsize: int
+    parts: tuple[ExpandPart, ...], spans: list[Cut], y_bytes: int
 ) -> tuple[int, tuple[ExpandPart, ...]]:
-    """Columns of a block, and the parts with configs whose shared memory fits."""
+    """Columns of a block, and the parts with configs whose shared memory fits, with `y_bytes` for
+    each element of y."""
     block_n = min(part.config.block_n for part in parts)
 
     def nbytes(block_n: int, cut: Cut) -> int:
         memory = [ref for i in cut.parts for ref in _memory(parts[i], block_n)]
         sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
-        return _Y_STAGES * TILE * max(block_n * itemsize, 128) + sum(sizes)
+        return TILE * block_n * y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
 
     while block_n > 8 and max(nbytes(block_n, cut) for cut in spans) > _SHARED_BYTES:
         if any(part.config.expand_stages > 1 for part in parts):
             fewer = dataclasses.replace
             parts = tuple(p._replace(config=fewer(p.config, expand_stages=1)) for p in parts)
         else:
-            block_n //= 2
+            block_n = max(8, block_n // 16 * 8)
     return block_n, parts
 
 
