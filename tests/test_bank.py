@@ -850,8 +850,8 @@ def test_merge_refuses_a_shared_kernel():
 # ------------------------------------------------------------------------------------------- speed
 
 
-def fastest(measure, limit, tries=30):
-    """The least of several measurements: others may share the machine."""
+def fastest(measure, limit, tries=300):
+    """The least of several measurements, over seconds: others may share the machine."""
     best = float("inf")
     for _ in range(tries):
         best = min(best, measure())
