@@ -114,13 +114,8 @@ def add_lora_multi(
     if planned is not None:
         return decode_kernel(ys, x, *planned)
     y = side_by_side(ys)
-    sorted_ids = {
-        (id(part.indices), part.lora_a.shape[0]): as_segments(part.indices, part.lora_a.shape[0])
-        for part in parts
-    }
-    parts = tuple(
-        part._replace(indices=sorted_ids[id(part.indices), part.lora_a.shape[0]]) for part in parts
-    )
+    sorted_ids = {_list(part): as_segments(part.indices, part.lora_a.shape[0]) for part in parts}
+    parts = tuple(part._replace(indices=sorted_ids[_list(part)]) for part in parts)
     for group in _launches(parts):
         planned = _add_lora_plan((y,), x, group, config, exclusive=exclusive)
         if planned is None:
@@ -164,6 +159,11 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     return expand_kernel(y, expands, add_inputs=True)
 
 
+def _list(part: LoRAPart) -> tuple[int, int]:
+    """Tells lists of ids apart: parts of one projection mostly share theirs."""
+    return id(part.indices), part.lora_a.shape[0]
+
+
 def _changed(
     ys: tuple[Array, ...], parts: tuple[LoRAPart, ...], exclusive: bool
 ) -> list[Bool[Array, "T _"]]:
@@ -171,8 +171,7 @@ def _changed(
     edges = np.cumsum([y.shape[1] for y in ys])
     covered: dict[tuple[int, int], Any] = {}  # by each list of ids
     for part in parts:
-        key = id(part.indices), part.lora_a.shape[0]
-        _, columns = covered.setdefault(key, (part.indices, np.zeros(edges[-1], bool)))
+        _, columns = covered.setdefault(_list(part), (part.indices, np.zeros(edges[-1], bool)))
         columns[part.y_offset :][: part.lora_b.shape[1]] = True
     changed = [jnp.zeros((1, 1), bool)] * len(ys)
     # Of exclusive lists the kernel takes the first, which matters if they cover other columns.
@@ -202,14 +201,13 @@ def _add_lora_plan(
     config: Config | None,
     **how: bool,
 ) -> Any:
-    lists: dict[tuple[int, int], Any] = {}  # parts of one projection mostly share their ids
-    keys = [(id(part.indices), part.lora_a.shape[0]) for part in parts]
-    for key, part in zip(keys, parts):
-        lists.setdefault(key, part.indices)
+    lists: dict[tuple[int, int], Any] = {}
+    for part in parts:
+        lists.setdefault(_list(part), part.indices)
     order = list(lists)
     decode_parts = tuple(
-        DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(key), p.y_offset)
-        for key, p in zip(keys, parts)
+        DecodePart(p.lora_a, p.lora_b, p.scales.reshape(-1), order.index(_list(p)), p.y_offset)
+        for p in parts
     )
     return _decode_plan(ys, x, decode_parts, list(lists.values()), config, **how)
 

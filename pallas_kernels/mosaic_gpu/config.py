@@ -13,6 +13,7 @@ MAX_FEATURES = 131072
 TILE = 64
 # A block's share of H is a multiple of this.
 SPLIT_UNIT = 128
+MULTIPROCESSORS = 132  # of an H100
 # Of the decode kernel, which looks for equal adapters among all tokens.
 MAX_DECODE_TOKENS = 256
 
@@ -83,7 +84,7 @@ def default_config(
     """
     tiles = -(-num_tokens // TILE)
     per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
-    few = tiles * -(-width // 128) < 132  # tiles that do not fill the multiprocessors as they are
+    few = tiles * -(-width // 128) < MULTIPROCESSORS  # tiles that don't fill them as they are
     # A cluster's blocks exchange 64 x R x split^2 floats per tile, which costs more than the
     # shorter way through H saves. H100, add_lora, H = N = 4096, T = 4096, one adapter: R=16 47.3 us
     # at 4, 43.7 at 2, 49.0 at 1; R=128 95.5, 54.6, 60.1.
@@ -104,7 +105,7 @@ def default_config(
     # with 1, 50.1 with 4, 51.2 with 8; R=64 56.5 with 1, 54.3 with 2, 56.9 with 4. But first of all
     # each multiprocessor wants blocks.
     blocks = tiles * -(-width // block_n)
-    columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * 132)))
+    columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * MULTIPROCESSORS)))
     config = Config(
         split=split,
         rank_block=rank_block,

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
+from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, MULTIPROCESSORS, Config
 from pallas_kernels.mosaic_gpu.tiles import cuts
 
 TOKENS = 8  # of a cluster: rows of mma's operand
@@ -21,7 +21,6 @@ _RANKS = 128  # ranks of B in a warp's turn, at most
 _JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
 # Of shared memory, for four, two or one block on a multiprocessor, each with 1 KiB of its own.
 _SHARED_BYTES = (55 * 1024, 112 * 1024, 225 * 1024)
-_MULTIPROCESSORS = 132
 
 
 class DecodePart(NamedTuple):
@@ -336,7 +335,7 @@ def plan(
     # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
     blocks = found.clusters * found.split * found.column_clusters
-    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _MULTIPROCESSORS]
+    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * MULTIPROCESSORS]
     for room in fits:
         a, b = a_most, b_most
         b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
