@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ from mosaic_cases import (
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu, ops
 from pallas_kernels.mosaic_gpu import decode_plan, lanes, tiles
+from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.segments import WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -77,9 +79,16 @@ def expand(z: dict[str, Any], y_offset: int = 0, config: Any = None) -> np.ndarr
 
 
 def add_lora(
-    z: dict[str, Any], y_offset: int = 0, config: Any = None, *, fuse: bool = False
+    z: dict[str, Any],
+    y_offset: int = 0,
+    config: Any = None,
+    *,
+    fuse: bool = False,
+    seated: bool = False,
 ) -> np.ndarray:
-    part = pk.LoRAPart(z["a"], z["b"], z["ids"], z["scales"], y_offset)
+    """Of raw ids, whose tokens the decode kernel finds, or `seated` by XLA."""
+    ids = pk.make_segments(z["ids"], z["a"].shape[0]) if seated else z["ids"]
+    part = pk.LoRAPart(z["a"], z["b"], ids, z["scales"], y_offset)
     return np.asarray(
         pk.add_lora_multi(
             z["y"], z["x"], (part,), implementation="mosaic_gpu", fuse=fuse, config=config
@@ -190,6 +199,72 @@ def test_expand_takes_columns_in_turn(
     np.testing.assert_array_equal(bits(y), bits(one))
 
 
+def ids_of_three_parts() -> np.ndarray:
+    """Of 200 tokens, in tiles where none, one, all and two of the parts have adapters."""
+    ids = np.random.default_rng(1).integers(-1, 4, (3, 4, 64))
+    ids[:, 0], ids[::2, 1], ids[1, 3] = -1, -1, -1
+    return ids.reshape(3, -1)[:, :200].astype(np.int32)
+
+
+def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True) -> None:
+    module = sys.modules[shrink_kernel.__module__]
+    monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
+
+
+@pytest.mark.parametrize("zero_rows", [False, True])
+def test_shrink_takes_parts_in_turn(
+    zero_rows: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One block, two chunks, and two blocks of ranks.
+    ranks = {8: {}, 16: dict(stack=2, chunks=2), 96: dict(rank_block=48)}
+    rng, ids = np.random.default_rng(0), ids_of_three_parts()
+    x = rng.standard_normal((200, 384)).astype(ml_dtypes.bfloat16)  # 3 steps for 2 stages
+    parts, wants = [], []
+    for (rank, change), mine in zip(ranks.items(), ids):
+        a = (rng.standard_normal((4, rank, 384)) / 20).astype(ml_dtypes.bfloat16)
+        scales = rng.uniform(0.5, 2.0, 4).astype(np.float32)
+        config = mosaic_gpu.Config(split=1, stages=2, **change)
+        routes = tiles.routes(pk.make_segments(jnp.asarray(mine), 4))
+        parts.append(ShrinkPart(jnp.asarray(a), jnp.asarray(scales), routes, np.float32, config))
+        wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
+
+    def run(in_turn: bool) -> list[np.ndarray]:
+        take_parts_in_turn(monkeypatch, in_turn=in_turn)
+        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), 200, zero_rows=zero_rows)
+        return [np.asarray(v.sum(axis=0)) for v in sums]
+
+    for v, other, want, mine in zip(run(True), run(False), wants, ids):
+        used = mine >= 0
+        assert relative_error(v[used], want[used]) < v_tolerance(384)
+        np.testing.assert_array_equal(bits(v)[used], bits(other)[used])
+        assert not zero_rows or not v[~used].any()
+
+
+def test_overlapping_parts_of_mixed_ranks(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_parts_in_turn(monkeypatch)
+    ids, parts = ids_of_three_parts(), []
+    first = Case(200, 128, 64, 8, 4, y_extra=16).arrays()
+    want = first.y.astype(np.float64)
+    for rank, offset, mine in zip((8, 16, 64), (0, 0, 16), ids):
+        z = Case(200, 128, 64, rank, 4, seed=rank).arrays()
+        stacks = jnp.asarray(z.a), jnp.asarray(z.b)
+        parts.append(pk.LoRAPart(*stacks, jnp.asarray(mine), jnp.asarray(z.scales), offset))
+        v = products(first.x, z.a, mine) * z.scales[np.maximum(mine, 0)][:, None]
+        want[:, offset : offset + 64] += products(v, z.b, mine)
+    config = mosaic_gpu.Config(split=2, block_n=16, expand_columns=2)
+    y = np.asarray(
+        pk.add_lora_multi(
+            jnp.asarray(first.y), jnp.asarray(first.x), tuple(parts),
+            implementation="mosaic_gpu", config=config,
+        )
+    )  # fmt: skip
+    assert relative_error(y, want) < y_tolerance("bfloat16")
+    unused = (ids < 0).all(axis=0)
+    np.testing.assert_array_equal(bits(y)[unused], bits(first.y)[unused])
+
+
 @pytest.mark.parametrize(
     ("ranks", "change"),
     [
@@ -277,6 +352,7 @@ def test_decode_emulated_against_float64(
         ),
         (add_lora(z, case.y_offset, config), products(want_v, arrays.b, ids)),
         (add_lora(z, case.y_offset, config, fuse=True), products(want_v, arrays.b, ids)),
+        (add_lora(z, case.y_offset, config, seated=True), products(want_v, arrays.b, ids)),
     ):
         want = arrays.y.astype(np.float64)
         want[:, columns] += delta
@@ -336,6 +412,8 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
     whole = add_lora(as_jax(arrays), config=DECODE)
     few = add_lora(as_jax(picked), config=DECODE)
     np.testing.assert_array_equal(bits(whole)[order], bits(few))
+    seated = add_lora(as_jax(arrays), config=DECODE, seated=True)
+    np.testing.assert_array_equal(bits(seated), bits(whole))
 
 
 @pytest.mark.parametrize("which", ["barrier", "warp_barrier", "cluster_barrier", "arrived"])
@@ -392,8 +470,9 @@ def test_parts_of_several_ys(
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
+@pytest.mark.parametrize("seated", [False, True], ids=["raw ids", "segments"])
 @pytest.mark.parametrize("column_clusters", [1, 3, 8])
-def test_exclusive_lists(column_clusters: int, fuse: bool, emulated: None) -> None:
+def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulated: None) -> None:
     """Rank buckets give the bits that they give without the promise, however they are dealt."""
     ranks, widths = (8, 16, 32, 128), (72, 200)
     bucket = np.array([0, 3, 1, 3, -1, 2, 3, 0, 3, 2, 3, 3, 3])
@@ -403,6 +482,8 @@ def test_exclusive_lists(column_clusters: int, fuse: bool, emulated: None) -> No
     meant = [np.where((i >= 0) & (i < 4), i, -1) for i in ids]
     lists = [*map(jnp.asarray, ids[:2]), pk.make_segments(ids[2], 4)]
     lists.append(WideIndices(jnp.stack([jnp.asarray(ids[3]), jnp.asarray(ids[3]) >> 31], axis=1)))
+    if seated:
+        lists = [pk.make_segments(i, 4) for i in ids]
     arrays = [Case(13, 128, sum(widths), rank, 4, seed=rank).arrays() for rank in ranks]
     x, whole = arrays[0].x, arrays[0].y
     parts = [
@@ -432,13 +513,18 @@ def test_exclusive_lists(column_clusters: int, fuse: bool, emulated: None) -> No
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
-def test_of_lists_that_are_not_exclusive_the_first_counts(fuse: bool, emulated: None) -> None:
+@pytest.mark.parametrize("seated", [False, True], ids=["raw ids", "segments"])
+def test_of_lists_that_are_not_exclusive_the_first_counts(
+    seated: bool, fuse: bool, emulated: None
+) -> None:
     """Whatever columns the others cover: nothing undefined comes out."""
     arrays = [Case(5, 128, 72, rank, 2, seed=rank).arrays() for rank in (16, 8)]
     lists = [np.array(ids, np.int32) for ids in ([0, -1, 1, -1, 0], [1, 0, 0, -1, -1])]
     x, whole = arrays[0].x, Case(5, 128, 144, 8, 1).arrays().y
     parts = [
-        pk.LoRAPart(z.a, z.b, jnp.asarray(ids), z.scales, 72 * n)
+        pk.LoRAPart(
+            z.a, z.b, pk.make_segments(ids, 2) if seated else jnp.asarray(ids), z.scales, 72 * n
+        )
         for n, (z, ids) in enumerate(zip(arrays, lists))
     ]
     out = pk.add_lora_multi(

@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.config import (
 )
 from pallas_kernels.mosaic_gpu.decode import decode_kernel
 from pallas_kernels.mosaic_gpu.decode_plan import DecodePart, plan
+from pallas_kernels.mosaic_gpu.decode_tokens import seating
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
@@ -235,8 +236,17 @@ def _decode_plan(
         config = decode_config(*shape, buckets=len(lists), exclusive=exclusive)
     ids = tuple(raw_ids(route) for route in lists)
     id_words = tuple(words.ndim for words in ids)
-    how: Any = dict(add_inputs=add_inputs, exclusive=exclusive, id_words=id_words)
+    # One key per token is what a table of them needs.
+    seated = all(isinstance(route, Segments) for route in lists) and (exclusive or len(lists) == 1)
+    how: Any = dict(add_inputs=add_inputs, exclusive=exclusive, seated=seated, id_words=id_words)
     sizes = plan(ys, x, parts, config, **how)
+    if sizes is not None and seated:
+        [starts] = sizes.keys
+        keys = jnp.full(x.shape[0], -1, jnp.int32)
+        for i, start in reversed(starts.items()):
+            is_used = (ids[i] >= 0) & (ids[i] < sizes.lists[i])
+            keys = jnp.where(is_used, ids[i] + start, keys)
+        ids = (seating(keys, sizes.clusters),)
     return sizes and (ids, parts, sizes)
 
 

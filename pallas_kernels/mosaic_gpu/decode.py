@@ -1,11 +1,6 @@
 """y += scale * (x A^T) B^T in one launch, for few tokens: a cluster per 8 tokens of one adapter.
 Or one half of it: v += scale * x A^T, y += v B^T.
 
-Among the tokens that use the same adapters, the first, the ninth, ... lead eight each. Every
-cluster finds the leaders by itself, takes those eight tokens whose leader has its number, and
-leaves if there is none. So a batch needs no preparation, each adapter is read once per eight of its
-tokens, and the clusters that have work start first.
-
 A cluster's blocks share H, and their warps the share. A warp keeps a ring of copies in flight: of
 its columns of A and x, then of its rows of B and columns of y, which come while sums are exchanged.
 What it copies it alone reads, so no warp waits for another but to add up sums: those of warps, then
@@ -37,6 +32,7 @@ from pallas_kernels.mosaic_gpu.decode_plan import (
     Plan,
     turn_ranks,
 )
+from pallas_kernels.mosaic_gpu.decode_tokens import tokens_of
 from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
 from pallas_kernels.mosaic_gpu.tiles import in_place, interpreted
 
@@ -51,77 +47,16 @@ def _kernel(
     ys: list[Any], x: Any, ids: list[Any], parts: list[Any],
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
-    lane, zero = m.tid % 32, m.integer(0)
-    g = lane // 4
-
-    # ------------------------------------------------------------------- the tokens of the cluster
-
-    def every(op: Any, values: Any) -> Any:
-        return functools.reduce(op, values)
-
-    threads = 32 * plan.warps
-    addresses = {i: m.address(ids[i], zero, 0) for i in plan.lists}
-    places = [plan.ids + n * plan.ids_stride for n in range(len(plan.keys))]
-    tokens: list[Any] = []  # of this lane: number, whether there is one, its keys
-    for first in range(0, plan.tokens, threads):
-        t = m.tid + first
-        inside = t < plan.tokens
-        own = []
-        for place, starts in zip(places, plan.keys):
-            key = m.integer(-1)
-            for i, start in reversed(starts.items()):
-                words = plan.id_words[i]
-                word = m.load(addresses[i], t * words, inside)
-                valid = inside & (word >= 0) & (word < plan.lists[i])
-                if words == 2:
-                    valid = valid & (m.load(addresses[i], t * 2 + 1, inside) == 0)
-                key = m.select(valid, word + start if start else word, key)
-            own.append(key)
-            m.put(place + t, [key], t < plan.ids_stride)
-        tokens.append((t, inside, own))
-    m.put(plan.rows + m.tid, [m.integer(-1)], m.tid < TOKENS)
-    m.barrier()
-    below = (m.integer(1) << lane) - 1
-    for n, (t, inside, own) in enumerate(tokens):
-        # How many tokens before this one use the same adapters.
-        number = m.ones(every(lambda a, b: a & b, [m.match(key) for key in own]) & below)
-
-        def earlier(j: Any, carry: list[Any], own: list[Any] = own) -> list[Any]:
-            theirs = [
-                [key for n in range(0, 32, 4) for key in m.get(place + j * 32 + n, 4)]
-                for place in places
-            ]
-            total = carry[0]
-            for keys in zip(*theirs):
-                same = every(lambda a, b: a & b, [a == b for a, b in zip(keys, own)])
-                total = m.select(same, total + 1, total)
-            return [total]
-
-        # Only for words that are there: a warp may have no token.
-        words_before = m.select(t // 32 * 32 < plan.tokens, t // 32, 0)
-        if plan.tokens > 32:
-            [number] = m.loop(words_before, earlier, [number])
-        used = every(lambda a, b: a | b, [key >= 0 for key in own])
-        leads = m.ballot(inside & used & (number % TOKENS == 0))
-        m.put(plan.masks + t // 32, [leads], (lane == 0) & inside)
-        m.put(plan.numbers + t, [number], inside)
-        tokens[n] = t, inside, own, number
-    m.barrier()
-    masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
-    leader, active = _nth_bit(m, masks, cluster)
+    lane = m.tid % 32
+    keys, seat, active = tokens_of(m, plan, cluster, ids)
 
     def work() -> None:
-        mine = [m.get(place + leader, 1)[0] for place in places]
-        first = m.get(plan.numbers + leader, 1)[0]
-        for t, inside, own, number in tokens:
-            same = every(lambda a, b: a & b, [a == b for a, b in zip(own, mine)])
-            nth = number - first
-            m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
+        seat()
         m.barrier()
-        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
-        has = g < count
+        count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
+        has = lane // 4 < count
         valid, slot = {}, {}
-        for key, starts in zip(mine, plan.keys):
+        for key, starts in zip(keys(), plan.keys):
             for i, start in starts.items():
                 adapter = key - start if start else key
                 valid[i] = adapter >= 0
@@ -143,24 +78,6 @@ def _kernel(
             m.when(here, run)
 
     m.when(active, work)
-
-
-def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
-    """The place of the nth bit that is set in the masks, and whether there is one."""
-    bits, before, first, total = masks[0], n, m.integer(0), m.ones(masks[0])
-    for word, mask in enumerate(masks[1:], 1):
-        beyond = n >= total
-        bits = m.select(beyond, mask, bits)
-        before = m.select(beyond, n - total, before)
-        first = m.select(beyond, m.integer(32 * word), first)
-        total = total + m.ones(mask)
-    bit, found = m.integer(0), n < total
-    for width in (16, 8, 4, 2, 1):
-        low = m.ones((bits >> bit) & ((1 << width) - 1))
-        beyond = before >= low
-        before = m.select(beyond, before - low, before)
-        bit = m.select(beyond, bit + width, bit)
-    return m.select(found, first + bit, 0), found
 
 
 def _run_job(

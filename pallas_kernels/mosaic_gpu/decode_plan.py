@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, MULTIPROCESSORS, Config
+from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
 from pallas_kernels.mosaic_gpu.tiles import cuts
 
 TOKENS = 8  # of a cluster: rows of mma's operand
@@ -19,6 +19,9 @@ COLUMNS = 32  # columns of y that a warp takes in turn
 _TILES = 8  # of 8 ranks, whose sums are in registers at once
 _RANKS = 128  # ranks of B in a warp's turn, at most
 _JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
+# Blocks that are there at once, one on a multiprocessor: the multiprocessors of a GPC take whole
+# clusters. H100, T=16, 16 adapters of R=128: 16 clusters of 8 took 21.3 us so, two on each 16.3.
+_AT_ONCE = 112
 # Of shared memory, for four, two or one block on a multiprocessor, each with 1 KiB of its own.
 _SHARED_BYTES = (55 * 1024, 112 * 1024, 225 * 1024)
 
@@ -103,6 +106,7 @@ class Plan(NamedTuple):
     expands: bool
     add_inputs: bool
     exclusive: bool
+    seated: bool  # ids are one table of clusters' tokens
     id_words: tuple[int, ...]
     split: int
     warps: int
@@ -190,7 +194,7 @@ class Plan(NamedTuple):
 
     @property
     def ids_stride(self) -> int:
-        return pl.cdiv(self.tokens, 32) * 32
+        return 0 if self.seated else pl.cdiv(self.tokens, 32) * 32
 
     @property
     def ids(self) -> int:
@@ -261,12 +265,14 @@ def plan(
     *,
     add_inputs: bool = True,
     exclusive: bool = False,
+    seated: bool = False,
     id_words: tuple[int, ...] | None = None,
 ) -> Plan | None:
     """The plan of a case; None if the kernel does not take it. All parts have the same halves.
 
-    `exclusive`: a token has an adapter in one of the lists of ids at most. `id_words`: of each list
-    of ids, the words of one; 1 if not given.
+    `exclusive`: a token has an adapter in one of the lists of ids at most. `seated`: instead of ids
+    there is a table of the clusters' tokens. `id_words`: of each list of ids, the words of one; 1
+    if not given.
     """
     if config.warps is None or not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
         return None
@@ -319,6 +325,7 @@ def plan(
         expands=expands,
         add_inputs=add_inputs,
         exclusive=exclusive,
+        seated=seated,
         id_words=id_words or (1,) * (1 + max(p.ids for p in parts)),
         split=config.split,
         warps=config.warps,
@@ -329,13 +336,12 @@ def plan(
     items = max(
         found.turns(job, strip) * found.chunks(strip) for job in jobs for strip in job.strips
     )
-    # A ring that held all of a warp's A would start all copies at once, and keep others' waiting.
-    a_most = min(config.stages, max(1, pl.cdiv(found.share_units, config.warps) - 1))
+    a_most = min(config.stages, pl.cdiv(found.share_units, config.warps))
     b_most = min(config.expand_stages, items)
     # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
     blocks = found.clusters * found.split * found.column_clusters
-    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * MULTIPROCESSORS]
+    fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _AT_ONCE]
     for room in fits:
         a, b = a_most, b_most
         b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)

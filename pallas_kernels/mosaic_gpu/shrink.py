@@ -11,7 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from pallas_kernels.mosaic_gpu.config import SPLIT_UNIT, TILE, Config, rank_width
+from pallas_kernels.mosaic_gpu.config import (
+    MULTIPROCESSORS,
+    SPLIT_UNIT,
+    TILE,
+    Config,
+    rank_width,
+)
 from pallas_kernels.mosaic_gpu.tiles import (
     ADAPTERS,
     COUNT,
@@ -27,8 +33,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
     store_rows,
 )
 
-# Shared memory of a block that pipeline and output may fill; there are 227 KiB in all.
-_SHARED_BYTES = 208 * 1024
+# Shared memory of a block that pipeline and output may fill, and that these may fill together with
+# the routes, up to 1 KiB a part; there are 227 KiB in all.
+_PIPELINE_BYTES = 208 * 1024
+_SHARED_BYTES = 226 * 1024
 # Columns of H that the tensor cores add up. They round towards zero, so that the error grows with
 # the number of additions (H100: 1.8e-5 of v after 16384 columns): spans are added in float32.
 _SPAN = 2048
@@ -65,12 +73,18 @@ def shrink_kernel(
     wides = [stack * width for stack, width in zip(stacks, widths)]
     out_bytes = TILE * 128 * max(len(pieces(width, 4)) for width in widths)
     column_bytes = (planes * TILE + max(wides)) * x.dtype.itemsize
-    fit = (_SHARED_BYTES - out_bytes) // column_bytes  # columns of H in the pipeline, at most
+    room = min(_PIPELINE_BYTES, _SHARED_BYTES - 1024 * len(parts))
+    fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
     block_k = 128 if fit >= 2 * 128 else 64
     steps = share // block_k
     stages = min(max(p.config.stages for p in parts), fit // block_k, steps)
     span_steps = _SPAN // block_k
     arrivals = planes + max(stacks)
+    blocks = [chunk * rank_block for chunk, rank_block in zip(chunks, rank_blocks)]
+    # Where tiles alone keep most multiprocessors busy, a tile's blocks take part after part: with a
+    # block for each, most would start, find that their tile has none of their adapters, and end.
+    in_turn = tiles * split > MULTIPROCESSORS * 3 // 4
+    firsts = [0 if in_turn else sum(blocks[:i]) for i in range(len(parts))]
 
     outs = []
     for part in parts:
@@ -84,19 +98,21 @@ def shrink_kernel(
 
     def body(x_ref: Any, *refs: Any) -> None:
         inputs = [refs[3 * i : 3 * i + 3] for i in range(len(parts))]
-        out_refs, (loaded, route_loaded) = refs[3 * len(parts) : -2], refs[-2:]
-        block, first = lax.axis_index("block"), 0
-        for i in range(len(parts)):
-            refs_of_part = x_ref, *inputs[i], out_refs[i], loaded, route_loaded
-            blocks = chunks[i] * rank_blocks[i]
-            pl.when((block >= first) & (block < first + blocks))(
-                functools.partial(part_body, i, block - first, *refs_of_part)
+        *out_refs, loaded, tile_routes = refs[3 * len(parts) :]
+        tile, block = lax.axis_index("tile"), lax.axis_index("block")
+        runs = [(block >= n) & (block < n + count) for n, count in zip(firsts, blocks)]
+        # All routes are on their way before the first is waited for.
+        for run, (*_, route_ref), (route, arrived) in zip(runs, inputs, tile_routes):
+            pl.when(run)(
+                functools.partial(plgpu.copy_gmem_to_smem, route_ref.at[tile], route, arrived)
             )
-            first += blocks
+        for i, run in enumerate(runs):
+            refs_of_part = x_ref, *inputs[i][:2], *tile_routes[i], out_refs[i], loaded
+            pl.when(run)(functools.partial(part_body, i, block - firsts[i], *refs_of_part))
 
     def part_body(
-        i: int, block: Array, x_ref: Any, a_ref: Any, scale_ref: Any, route_ref: Any, v_ref: Any,
-        loaded: Any, route_loaded: Any,
+        i: int, block: Array, x_ref: Any, a_ref: Any, scale_ref: Any, route: Any,
+        route_loaded: Any, v_ref: Any, loaded: Any,
     ) -> None:  # fmt: skip
         stack, width, wide, dtype = stacks[i], widths[i], wides[i], outs[i].dtype
         tile, me = lax.axis_index("tile"), lax.axis_index("split")
@@ -106,8 +122,7 @@ def shrink_kernel(
         cut = pieces(row_width, dtype.itemsize)
         own = TILE if twin else TILE // split  # rows that this block writes
 
-        def with_route(route: Any, out_smem: Any) -> None:
-            plgpu.copy_gmem_to_smem(route_ref.at[tile], route, route_loaded)
+        def with_memory(out_smem: Any) -> None:
             plgpu.barrier_wait(route_loaded)
             ids = plgpu.load(route.at[pl.ds(0, TILE)], layout=ROWS)
 
@@ -238,8 +253,7 @@ def shrink_kernel(
             lax.fori_loop(0, mine, lambda n, _: round_(chunk + n * chunks[i]), None)
 
         pl.run_scoped(
-            with_route,
-            plgpu.SMEM((route_ref.shape[1],), jnp.int32),
+            with_memory,
             [
                 # TMA wants its rows 128 bytes apart.
                 plgpu.SMEM(
@@ -252,7 +266,7 @@ def shrink_kernel(
         )
 
     layout = operand_layout(x.dtype, math.gcd(features, 64))
-    grid, names = (tiles, sum(c * b for c, b in zip(chunks, rank_blocks))), ("tile", "block")
+    grid, names = (tiles, max(map(sum, zip(firsts, blocks)))), ("tile", "block")
     place: dict[str, Any] = dict(grid=grid, grid_names=names)
     if twin:
         place = dict(grid=(*grid, split), grid_names=(*names, "split"))
@@ -264,7 +278,7 @@ def shrink_kernel(
         out_type=outs,
         scratch_types=[
             plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
-            plgpu.Barrier(),
+            [(plgpu.SMEM((p.routes.shape[1],), jnp.int32), plgpu.Barrier()) for p in parts],
         ],
         kernel_name=f"lora_shrink_{ranks}",
         **place,

@@ -65,13 +65,15 @@ def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, 
     outs = []
     for op in ops:
         how = dict(config=two_launches if op.endswith(IN_TWO) else config)
-        name = op.removesuffix(IN_TWO)
+        name, route = op.removesuffix(IN_TWO).removesuffix(OF_IDS), segments
+        if op.endswith(OF_IDS):
+            route = z["ids"]
         if name == "shrink":
             outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], **how))
         elif name == "shrink+":
             outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], z["v"], **how))
         elif name == "add_lora":
-            part = LoRAPart(z["a"], z["b"], segments, z["scales"], y_offset)
+            part = LoRAPart(z["a"], z["b"], route, z["scales"], y_offset)
             outs += mosaic_gpu.add_lora_multi((z["y"],), z["x"], (part,), **how)
         else:
             add_inputs = name == "expand"
@@ -84,6 +86,7 @@ def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, 
 
 
 IN_TWO = " in two launches"
+OF_IDS = " of ids"  # among which the kernel finds its tokens, not XLA
 OPS = ("shrink", "shrink+", "expand", "expand=", "add_lora")
 IN_PLACE = ("shrink", "expand", "add_lora")
 
@@ -118,7 +121,7 @@ def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OP
         tolerance = y_tolerance("float16")
     used = ids >= 0
     for op, out in zip(ops, run(arrays, case.y_offset, config, ops)):
-        name = op.removesuffix(IN_TWO)
+        name = op.removesuffix(IN_TWO).removesuffix(OF_IDS)
         if name.startswith("shrink"):
             before = arrays.v.astype(np.float64) * (name == "shrink+")
             want = (before + want_v)[used]
@@ -213,7 +216,8 @@ DECODE_CASES += [
 
 @pytest.mark.parametrize(("case", "change"), DECODE_CASES, ids=str)
 def test_decode_against_float64(case: Case, change: dict[str, int], record: Any) -> None:
-    check(case, record, dataclasses.replace(DECODE, **change), ("shrink+", "expand", "add_lora"))
+    ops = "shrink+", "expand", "add_lora", f"add_lora{OF_IDS}"
+    check(case, record, dataclasses.replace(DECODE, **change), ops)
 
 
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
@@ -294,6 +298,12 @@ def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any, fuse: boo
         used[:, columns] |= (ids >= 0)[:, None]
     np.testing.assert_array_equal(bits(out)[~used], bits(y)[~used])
     assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (0, 64)], ids=str)
+def test_parts_in_turn(offsets: tuple[int, int]) -> None:
+    """So many tokens that a block of the shrink takes part after part."""
+    test_parts(4096, offsets, None, False)
 
 
 @pytest.mark.parametrize("layer", [False, True], ids=["alone", "as layers call it"])

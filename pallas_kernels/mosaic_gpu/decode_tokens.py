@@ -1,0 +1,143 @@
+"""Which tokens a cluster of the decode kernel takes: up to eight that use the same adapters.
+
+Among the tokens of the same adapters the first, the ninth, ... lead eight each, and the leaders'
+order numbers the clusters: so each adapter is read once per eight of its tokens, and the clusters
+that have work start first. Of a batch of raw ids each cluster finds its tokens by itself. Of
+`Segments`, which the layers of a step share, XLA finds them once, and clusters start sooner.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
+
+from pallas_kernels.mosaic_gpu.decode_plan import TOKENS, Plan
+
+# The cluster's keys when they are asked for, by which it has adapters; what puts its tokens to
+# `plan.rows`, of which barriers are the caller's; and whether there are any.
+Tokens = tuple[Callable[[], list[Any]], Callable[[], None], Any]
+
+
+def tokens_of(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
+    return (_seated if plan.seated else _found)(m, plan, cluster, ids)
+
+
+def seating(keys: Int[Array, " T"], clusters: int) -> Int[Array, "clusters 9"]:
+    """Of each cluster its tokens, up to eight, then -1s, and behind them their key, -1 for none.
+
+    Tokens of negative keys have no seat.
+    """
+    token = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    is_before = token < token[:, None]
+    same = keys == keys[:, None]
+    number = jnp.sum(same & is_before, axis=1, dtype=jnp.int32)
+    leads = (keys >= 0) & (number % TOKENS == 0)
+    leaders_before = jnp.sum(leads & is_before, axis=1, dtype=jnp.int32)
+    cluster = jnp.arange(clusters, dtype=jnp.int32)[:, None]
+    is_leader = leads & (leaders_before == cluster)
+    key = jnp.max(jnp.where(is_leader, keys, -1), axis=1, keepdims=True)
+    first = jnp.max(jnp.where(is_leader, number, 0), axis=1, keepdims=True)
+    seat = first[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[:, None]
+    is_mine = ((keys >= 0) & (keys == key))[:, None, :] & (number == seat)
+    tokens = jnp.max(jnp.where(is_mine, token, -1), axis=2)
+    return jnp.concatenate([tokens, key], axis=1)
+
+
+def _seated(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
+    """By the table that `seating` made."""
+    row, always = m.address(ids[0], cluster, TOKENS + 1), m.tid >= 0
+    key = m.load(row, TOKENS, always)
+    token = m.load(row, m.minimum(m.tid, TOKENS), always)
+    seat = functools.partial(m.put, plan.rows + m.tid, [token], m.tid < TOKENS)
+    return lambda: [key], seat, key >= 0
+
+
+def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
+    """By all tokens' ids."""
+
+    def every(op: Any, values: Any) -> Any:
+        return functools.reduce(op, values)
+
+    lane, threads = m.tid % 32, 32 * plan.warps
+    addresses = {i: m.address(ids[i], m.integer(0), 0) for i in plan.lists}
+    places = [plan.ids + n * plan.ids_stride for n in range(len(plan.keys))]
+    tokens: list[Any] = []  # of this lane: number, whether there is one, its keys
+    for first in range(0, plan.tokens, threads):
+        t = m.tid + first
+        inside = t < plan.tokens
+        own = []
+        for place, starts in zip(places, plan.keys):
+            key = m.integer(-1)
+            for i, start in reversed(starts.items()):
+                words = plan.id_words[i]
+                word = m.load(addresses[i], t * words, inside)
+                valid = inside & (word >= 0) & (word < plan.lists[i])
+                if words == 2:
+                    valid = valid & (m.load(addresses[i], t * 2 + 1, inside) == 0)
+                key = m.select(valid, word + start if start else word, key)
+            own.append(key)
+            m.put(place + t, [key], t < plan.ids_stride)
+        tokens.append((t, inside, own))
+    m.put(plan.rows + m.tid, [m.integer(-1)], m.tid < TOKENS)
+    m.barrier()
+    below = (m.integer(1) << lane) - 1
+    for n, (t, inside, own) in enumerate(tokens):
+        # How many tokens before this one use the same adapters.
+        number = m.ones(every(lambda a, b: a & b, [m.match(key) for key in own]) & below)
+
+        def earlier(j: Any, carry: list[Any], own: list[Any] = own) -> list[Any]:
+            theirs = [
+                [key for n in range(0, 32, 4) for key in m.get(place + j * 32 + n, 4)]
+                for place in places
+            ]
+            total = carry[0]
+            for keys in zip(*theirs):
+                same = every(lambda a, b: a & b, [a == b for a, b in zip(keys, own)])
+                total = m.select(same, total + 1, total)
+            return [total]
+
+        # Only for words that are there: a warp may have no token.
+        words_before = m.select(t // 32 * 32 < plan.tokens, t // 32, 0)
+        if plan.tokens > 32:
+            [number] = m.loop(words_before, earlier, [number])
+        used = every(lambda a, b: a | b, [key >= 0 for key in own])
+        leads = m.ballot(inside & used & (number % TOKENS == 0))
+        m.put(plan.masks + t // 32, [leads], (lane == 0) & inside)
+        m.put(plan.numbers + t, [number], inside)
+        tokens[n] = t, inside, own, number
+    m.barrier()
+    masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
+    leader, active = _nth_bit(m, masks, cluster)
+
+    def keys() -> list[Any]:
+        return [m.get(place + leader, 1)[0] for place in places]
+
+    def seat() -> None:
+        mine, first = keys(), m.get(plan.numbers + leader, 1)[0]
+        for t, inside, own, number in tokens:
+            same = every(lambda a, b: a & b, [a == b for a, b in zip(own, mine)])
+            nth = number - first
+            m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
+
+    return keys, seat, active
+
+
+def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:
+    """The place of the nth bit that is set in the masks, and whether there is one."""
+    bits, before, first, total = masks[0], n, m.integer(0), m.ones(masks[0])
+    for word, mask in enumerate(masks[1:], 1):
+        beyond = n >= total
+        bits = m.select(beyond, mask, bits)
+        before = m.select(beyond, n - total, before)
+        first = m.select(beyond, m.integer(32 * word), first)
+        total = total + m.ones(mask)
+    bit, found = m.integer(0), n < total
+    for width in (16, 8, 4, 2, 1):
+        low = m.ones((bits >> bit) & ((1 << width) - 1))
+        beyond = before >= low
+        before = m.select(beyond, before - low, before)
+        bit = m.select(beyond, bit + width, bit)
+    return m.select(found, first + bit, 0), found
