@@ -469,7 +469,9 @@ def bench_torch(as_json: Json = False) -> None:
     """Time LoRAX's ops on PyTorch tensors: what a call costs the host and the GPU, by each path.
 
     64 tokens use 8 adapters of rank 16. "native" launches the kernels on torch's stream, "dlpack"
-    goes through JAX's runtime, "public" is what a caller without this package would write.
+    goes through JAX's runtime, "public" is what a caller without this package would write. Ten
+    seconds go in turns over these and over torch's own addition, as a host changes its speed: of
+    its time the best is told and the median.
     """
     with _input_errors():
         if importlib.util.find_spec("torch") is None:

@@ -37,8 +37,6 @@ def test_the_command_times_every_op_and_path(capfd):
         else:
             assert 0 < row["host"] <= row["host_median"]
             assert row["note"] is None
-    *ops, yardstick = (row["host"] for row in report["rows"] if row["host"])
-    assert yardstick < min(ops)  # by far the least work
 
 
 def test_all_take_turns_and_the_best_and_the_median_are_of_all_turns(monkeypatch, on_cpu):
