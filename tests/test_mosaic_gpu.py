@@ -13,6 +13,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -36,6 +39,7 @@ from mosaic_cases import (
 import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu, ops
 from pallas_kernels.mosaic_gpu import decode_plan, lanes, tiles
+from pallas_kernels.mosaic_gpu.decode_tokens import seating
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.segments import WideIndices
 
@@ -197,6 +201,15 @@ def test_expand_takes_columns_in_turn(
     assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
     one = expand(z, case.y_offset, dataclasses.replace(config, expand_columns=1))
     np.testing.assert_array_equal(bits(y), bits(one))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -> None:
+    arrays = Case(5, 640, 64, 16, 3, "uniform").arrays()
+    v = shrink(as_jax(arrays), mosaic_gpu.Config(split=1, stages=stages))
+    want = products(arrays.x, arrays.a, arrays.ids)
+    want *= arrays.scales[np.maximum(arrays.ids, 0)][:, None]
+    assert relative_error(v, want) < v_tolerance(640)
 
 
 def ids_of_three_parts() -> np.ndarray:
@@ -414,6 +427,63 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
     np.testing.assert_array_equal(bits(whole)[order], bits(few))
     seated = add_lora(as_jax(arrays), config=DECODE, seated=True)
     np.testing.assert_array_equal(bits(seated), bits(whole))
+
+
+@hypothesis.given(
+    tokens=st.integers(1, 256), slots=st.sampled_from([1, 2, 3, 9, 40, 300]), data=st.data()
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_seating_gives_each_leader_a_cluster(tokens: int, slots: int, data: Any) -> None:
+    most = data.draw(st.integers(1, slots))
+    keys = data.draw(hnp.arrays(np.int32, tokens, elements=st.integers(-1, most - 1)))
+    number: collections.Counter[int] = collections.Counter()
+    clusters: dict[tuple[int, int], list[int]] = {}  # by key and eight, in the leaders' order
+    for token, key in enumerate(keys.tolist()):
+        if key >= 0:
+            clusters.setdefault((key, number[key] // 8), []).append(token)
+            number[key] += 1
+    part = decode_plan.DecodePart(
+        jnp.zeros((slots, 8, 64)), jnp.zeros((slots, 64, 8)), jnp.ones(1), 0, 0
+    )
+    x = jnp.zeros((tokens, 64))
+    plan = decode_plan.plan((x,), x, (part,), DECODE, seated=True)
+    assert plan is not None and len(clusters) <= plan.clusters
+    want = np.full((plan.clusters, 9), -1)
+    for row, ((key, _), mine) in zip(want, clusters.items()):
+        row[: len(mine)], row[8] = mine, key
+    np.testing.assert_array_equal(seating(jnp.asarray(keys), plan.clusters), want)
+
+
+def test_copies_of_a_are_at_once_unless_that_leaves_a_block_alone() -> None:
+    """Of 16 clusters, one block on a multiprocessor, some would wait for others to end."""
+
+    def a_stages(tokens: int, rank: int) -> int:
+        x = jnp.zeros((tokens, 4096), jnp.bfloat16)
+        part = decode_plan.DecodePart(
+            jnp.zeros((64, rank, 4096), x.dtype), jnp.zeros((64, 4096, rank), x.dtype), jnp.ones(1),
+            0, 0,
+        )  # fmt: skip
+        config = mosaic_gpu.config.decode_config(tokens, 4096, 4096, rank, tuned=False)
+        plan = decode_plan.plan((x,), x, (part,), config, seated=True)
+        assert plan is not None
+        return plan.a_stages
+
+    assert [a_stages(tokens, 16) for tokens in (1, 16, 64)] == [2, 2, 2]  # of two turns
+    assert [a_stages(tokens, 128) for tokens in (1, 16, 64)] == [2, 1, 1]
+
+
+def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: None) -> None:
+    arrays = Case(5, 128, 72, 16, 3).arrays()
+    ids = jnp.asarray([0, 3, 1, -1, 7], jnp.int32)
+    segments = dataclasses.replace(pk.make_segments(ids, 3), indices=ids)
+    part = pk.LoRAPart(arrays.a, arrays.b, segments, arrays.scales)
+    for fuse in (False, True):
+        out = pk.add_lora_multi(
+            arrays.y, arrays.x, (part,), implementation="mosaic_gpu", fuse=fuse, config=DECODE
+        )
+        kept = np.array([1, 3, 4])
+        np.testing.assert_array_equal(bits(np.asarray(out))[kept], bits(arrays.y)[kept])
+        assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
 @pytest.mark.parametrize("which", ["barrier", "warp_barrier", "cluster_barrier", "arrived"])
@@ -652,14 +722,15 @@ def test_fused_parts_add_up_where_several_reach_a_token(
 def lowered(
     num_tokens: int, features: int, width: int, rank: int, num_adapters: int = 64,
     dtypes: tuple[str, str, str] = ("bfloat16",) * 3, columns: int = 0, y_offset: int = 0,
-    config: Any = None, phase: str = "decode", fuse: bool = False,
+    config: Any = None, phase: str = "decode", fuse: bool = False, seated: bool = False,
 ) -> str:  # fmt: skip
     """add_lora's module for Hopper: layout inference and the shared-memory check have run."""
     x, w, y = dtypes
     shape = functools.partial(jax.ShapeDtypeStruct)
 
     def run(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        part = pk.LoRAPart(a, b, ids, y_offset=y_offset)
+        route = pk.make_segments(ids, num_adapters) if seated else ids
+        part = pk.LoRAPart(a, b, route, y_offset=y_offset)
         return pk.add_lora_multi(
             y, x, (part,), phase=phase, implementation="mosaic_gpu", fuse=fuse, config=config
         )
@@ -700,7 +771,10 @@ def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
 @pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
     config = dataclasses.replace(DECODE, split=8)
-    assert_kernels(lowered(num_tokens, 4096, 4096, rank, config=config), rank, one=True)
+    for seated in (False, True):
+        module = lowered(num_tokens, 4096, 4096, rank, config=config, seated=seated)
+        assert_kernels(module, rank, one=True)
+        assert ("x9xi32" in module) == seated  # the table
 
 
 @pytest.mark.parametrize(

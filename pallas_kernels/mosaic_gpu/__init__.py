@@ -189,9 +189,7 @@ def _changed(
 
 
 def _has_adapter(route: Route, num_adapters: int) -> Bool[Array, " T"]:
-    if isinstance(route, Segments):
-        return route.indices >= 0
-    ids = route.narrow() if isinstance(route, WideIndices) else route
+    ids = route.narrow() if isinstance(route, WideIndices) else raw_ids(route)
     return (ids >= 0) & (ids < num_adapters)
 
 
@@ -223,7 +221,8 @@ def _decode_plan(
     add_inputs: bool = True,
     exclusive: bool = False,
 ) -> Any:
-    """The decode kernel's ids, parts and plan; None where it does not take the case.
+    """The decode kernel's ids, or the table of them, parts and plan; None where it does not take
+    the case.
 
     Pallas's interpreter, whose race detection a caller asks for, cannot run lanes: there only a
     config that names the kernel gets it, by its own emulator.

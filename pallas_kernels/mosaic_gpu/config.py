@@ -34,7 +34,8 @@ class Config:
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
       expand_stages: pipeline stages of the expand, at most.
-      expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most.
+      expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
+        twice as many where more than two parts overlap.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.
     """

@@ -1,5 +1,5 @@
 """y += scale * (x A^T) B^T in one launch, for few tokens: a cluster per 8 tokens of one adapter.
-Or one half of it: v += scale * x A^T, y += v B^T.
+Or one half of it: v += scale * x A^T, y += v B^T. decode_tokens.py says which tokens.
 
 A cluster's blocks share H, and their warps the share. A warp keeps a ring of copies in flight: of
 its columns of A and x, then of its rows of B and columns of y, which come while sums are exchanged.
@@ -48,15 +48,15 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     lane = m.tid % 32
-    keys, seat, active = tokens_of(m, plan, cluster, ids)
+    active, seat = tokens_of(m, plan, cluster, ids)
 
     def work() -> None:
-        seat()
+        keys = seat()
         m.barrier()
         count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
         has = lane // 4 < count
         valid, slot = {}, {}
-        for key, starts in zip(keys(), plan.keys):
+        for key, starts in zip(keys, plan.keys):
             for i, start in starts.items():
                 adapter = key - start if start else key
                 valid[i] = adapter >= 0
@@ -466,7 +466,7 @@ def _run_job(
 def decode_kernel(
     ys: tuple[Float[Array, "T _"] | jax.ShapeDtypeStruct, ...],
     x: Float[Array, "T H"],
-    ids: tuple[Int[Array, " T"] | Int[Array, "T 2"], ...],
+    ids: tuple[Int[Array, " T"] | Int[Array, "T 2"] | Int[Array, "clusters 9"], ...],
     parts: tuple[DecodePart, ...],
     plan: Plan,
 ) -> tuple[Float[Array, "T _"], ...]:
@@ -475,7 +475,8 @@ def decode_kernel(
     Where ys are shapes, of a plan without `add_inputs`: new arrays that hold what the parts add,
     undefined in elements that no part adds to.
 
-    Ids outside of a part's slots are none. `[T, 2]` are words of 64-bit ids, the low one first.
+    Ids outside of a part's slots are none. `[T, 2]` are words of 64-bit ids, the low one first. Of
+    a seated plan ids are one table by `seating`.
     """
     stacks = (array for part in parts for array in part[:3] if array is not None)
     operands = x, *ids, *stacks

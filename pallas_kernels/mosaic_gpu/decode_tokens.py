@@ -16,9 +16,9 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic_gpu.decode_plan import TOKENS, Plan
 
-# The cluster's keys when they are asked for, by which it has adapters; what puts its tokens to
-# `plan.rows`, of which barriers are the caller's; and whether there are any.
-Tokens = tuple[Callable[[], list[Any]], Callable[[], None], Any]
+# Whether a cluster has tokens; and what then puts them to `plan.rows`, where they are behind the
+# block's next barrier, and returns the cluster's keys, which name its adapters.
+Tokens = tuple[Any, Callable[[], list[Any]]]
 
 
 def tokens_of(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
@@ -51,8 +51,12 @@ def _seated(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     row, always = m.address(ids[0], cluster, TOKENS + 1), m.tid >= 0
     key = m.load(row, TOKENS, always)
     token = m.load(row, m.minimum(m.tid, TOKENS), always)
-    seat = functools.partial(m.put, plan.rows + m.tid, [token], m.tid < TOKENS)
-    return lambda: [key], seat, key >= 0
+
+    def seat() -> list[Any]:
+        m.put(plan.rows + m.tid, [token], m.tid < TOKENS)
+        return [key]
+
+    return key >= 0, seat
 
 
 def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
@@ -112,17 +116,16 @@ def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
     leader, active = _nth_bit(m, masks, cluster)
 
-    def keys() -> list[Any]:
-        return [m.get(place + leader, 1)[0] for place in places]
-
-    def seat() -> None:
-        mine, first = keys(), m.get(plan.numbers + leader, 1)[0]
+    def seat() -> list[Any]:
+        mine = [m.get(place + leader, 1)[0] for place in places]
+        first = m.get(plan.numbers + leader, 1)[0]
         for t, inside, own, number in tokens:
             same = every(lambda a, b: a & b, [a == b for a, b in zip(own, mine)])
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
+        return mine
 
-    return keys, seat, active
+    return active, seat
 
 
 def _nth_bit(m: Any, masks: list[Any], n: Any) -> tuple[Any, Any]:

@@ -157,9 +157,10 @@ def shrink_kernel(
                     for p in range(planes):
                         plgpu.wgmma(acc, x_smem.at[slot, p], a_smem.at[slot].T)
                     if steps > stages:
-                        plgpu.wgmma_wait(planes)  # the step before this one is done
-                        ahead = k + (stages - 1)
-                        pl.when((k > 0) & (ahead < steps))(
+                        running = min(1, stages - 1)  # steps, this one; with one stage none may be
+                        plgpu.wgmma_wait(planes * running)
+                        ahead = k + (stages - running)
+                        pl.when((k >= running) & (ahead < steps))(
                             lambda: fetch(ahead, lax.rem(ahead, stages))
                         )
 

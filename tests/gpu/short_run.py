@@ -37,7 +37,7 @@ for case in (
     Case(64, 2048, 1200, 16, 9),
     Case(150, 1024, 192, 64, 5),
     Case(300, 512, 192, 16, 5),
-    Case(3200, 128, 64, 16, 3),  # parts in turn
+    Case(3200, 256, 64, 16, 3),  # parts in turn
 ):
     arrays = case.arrays()
     device = as_jax(arrays)
