@@ -243,8 +243,7 @@ def _decode_plan(
         [starts] = sizes.keys
         keys = jnp.full(x.shape[0], -1, jnp.int32)
         for i, start in reversed(starts.items()):
-            is_used = (ids[i] >= 0) & (ids[i] < sizes.lists[i])
-            keys = jnp.where(is_used, ids[i] + start, keys)
+            keys = jnp.where(_has_adapter(lists[i], sizes.lists[i]), ids[i] + start, keys)
         ids = (seating(keys, sizes.clusters),)
     return sizes and (ids, parts, sizes)
 
