@@ -47,14 +47,14 @@ def _kernel(
     ys: list[Any], x: Any, ids: list[Any], parts: list[Any],
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
-    lane = m.tid % 32
+    g = m.tid % 32 // 4  # row of mma's operands
     active, seat = tokens_of(m, plan, cluster, ids)
 
     def work() -> None:
         keys = seat()
         m.barrier()
-        count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
-        has = lane // 4 < count
+        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
+        has = g < count
         valid, slot = {}, {}
         for key, starts in zip(keys, plan.keys):
             for i, start in starts.items():

@@ -157,7 +157,9 @@ def shrink_kernel(
                     for p in range(planes):
                         plgpu.wgmma(acc, x_smem.at[slot, p], a_smem.at[slot].T)
                     if steps > stages:
-                        running = min(1, stages - 1)  # steps, this one; with one stage none may be
+                        # This step still reads its slot; the next copy goes to that of the step
+                        # before it. With one stage it is the same slot, so this one must be done.
+                        running = min(1, stages - 1)
                         plgpu.wgmma_wait(planes * running)
                         ahead = k + (stages - running)
                         pl.when((k >= running) & (ahead < steps))(
