@@ -1,5 +1,6 @@
 """Which implementation runs where, seen in jaxprs and in modules lowered for CUDA without a GPU."""
 
+import functools
 import re
 import warnings
 from typing import Any
@@ -53,6 +54,33 @@ def test_xla_runs_on_the_cpu(implementation: str | None) -> None:
         module = jax.jit(add_lora(implementation)).lower(*arrays().values()).as_text()
     assert kernels(module) == set()
     assert "dot_general" in module
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "phase", "kernel"),
+    [
+        (1, 8, "decode", True), (1, 16, "decode", False), (1, 128, "decode", False),
+        (2, 64, "decode", True), (2, 128, "decode", False), (3, 128, "decode", True),
+        (1, 256, "decode", True), (1, 16, "prefill", True),
+    ],
+)  # fmt: skip
+def test_a_token_or_two_of_high_ranks_run_as_xla_unless_told_otherwise(
+    tokens: int, rank: int, phase: str, kernel: bool
+) -> None:
+    x, y = jnp.ones((tokens, 128), jnp.bfloat16), jnp.ones((tokens, 64), jnp.bfloat16)
+    a, b = jnp.ones((2, rank, 128), x.dtype), jnp.ones((2, 64, rank), x.dtype)
+    ids = jnp.zeros(tokens, jnp.int32)
+
+    def one(implementation: Any = None) -> Any:
+        return functools.partial(pk.add_lora, phase=phase, implementation=implementation)
+
+    assert bool(kernels(for_cuda(one(), y, x, a, b, ids))) == kernel
+    assert kernels(for_cuda(one("mosaic_gpu"), y, x, a, b, ids))
+
+    def multi(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
+        return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids)], phase=phase)
+
+    assert kernels(for_cuda(multi, y, x, a, b, ids))
 
 
 def test_none_falls_back_to_xla_where_the_kernels_lack_something() -> None:

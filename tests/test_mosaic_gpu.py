@@ -430,47 +430,73 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
     np.testing.assert_array_equal(bits(seated), bits(whole))
 
 
-@hypothesis.given(
-    tokens=st.integers(1, 256), slots=st.sampled_from([1, 2, 3, 9, 40, 300]), data=st.data()
-)
+@hypothesis.given(tokens=st.integers(1, 256), data=st.data())
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_seating_gives_each_leader_a_cluster(tokens: int, slots: int, data: Any) -> None:
-    most = data.draw(st.integers(1, slots))
-    keys = data.draw(hnp.arrays(np.int32, tokens, elements=st.integers(-1, most - 1)))
-    number: collections.Counter[int] = collections.Counter()
-    clusters: dict[tuple[int, int], list[int]] = {}  # by key and eight, in the leaders' order
-    for token, key in enumerate(keys.tolist()):
-        if key >= 0:
-            clusters.setdefault((key, number[key] // 8), []).append(token)
-            number[key] += 1
-    part = decode_plan.DecodePart(
-        jnp.zeros((slots, 8, 64)), jnp.zeros((slots, 64, 8)), jnp.ones(1), 0, 0
+def test_seating_gives_each_leader_its_clusters(tokens: int, data: Any) -> None:
+    ranks = data.draw(st.lists(st.sampled_from([8, 16, 64, 128]), min_size=1, max_size=3))
+    slots = [data.draw(st.sampled_from([1, 2, 3, 9, 40, 300])) for _ in ranks]
+    parts = tuple(
+        decode_plan.DecodePart(
+            jnp.zeros((n, rank, 64)), jnp.zeros((n, 64, rank)), jnp.ones(1), ids, 0
+        )
+        for ids, (n, rank) in enumerate(zip(slots, ranks))
     )
     x = jnp.zeros((tokens, 64))
-    plan = decode_plan.plan((x,), x, (part,), DECODE, seated=True)
-    assert plan is not None and len(clusters) <= plan.clusters
-    want = np.full((plan.clusters, 9), -1)
-    for row, ((key, _), mine) in zip(want, clusters.items()):
-        row[: len(mine)], row[8] = mine, key
-    np.testing.assert_array_equal(seating(jnp.asarray(keys), plan.clusters), want)
+    config = dataclasses.replace(DECODE, column_clusters=data.draw(st.sampled_from([1, 4, 12])))
+    plan = decode_plan.plan((x,), x, parts, config, exclusive=True, seated=True)
+    assert plan is not None
+    starts = np.cumsum([0, *slots])
+    used = data.draw(st.lists(st.integers(-1, sum(slots) - 1), min_size=1, max_size=tokens))
+    keys = data.draw(hnp.arrays(np.int32, tokens, elements=st.sampled_from(used)))
+    ids = np.searchsorted(starts, keys, side="right") - 1
+    shares = np.array([plan.dealt(i) if key >= 0 else 0 for i, key in zip(ids, keys)])
+    number: collections.Counter[int] = collections.Counter()
+    groups: dict[tuple[int, int], list[int]] = {}  # by key and eight, in the leaders' order
+    for token, key in enumerate(keys.tolist()):
+        if key >= 0:
+            groups.setdefault((key, number[key] // 8), []).append(token)
+            number[key] += 1
+    want = [
+        [*mine, *[-1] * (8 - len(mine)), key, column]
+        for (key, _), mine in sorted(groups.items(), key=lambda group: -shares[group[1][0]])
+        for column in range(shares[mine[0]])
+    ]
+    clusters, columns = plan.grid
+    assert len(want) <= clusters and columns == 1
+    want += [[-1] * 9 + [0]] * (clusters - len(want))
+    table = seating(jnp.asarray(keys), jnp.asarray(shares, jnp.int32), clusters)
+    np.testing.assert_array_equal(table, want)
 
 
-def test_copies_of_a_are_at_once_unless_that_leaves_a_block_alone() -> None:
+def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:
     """Of 16 clusters, one block on a multiprocessor, some would wait for others to end."""
 
-    def a_stages(tokens: int, rank: int) -> int:
+    def plan_of(tokens: int, *ranks: int) -> decode_plan.Plan:
         x = jnp.zeros((tokens, 4096), jnp.bfloat16)
-        part = decode_plan.DecodePart(
-            jnp.zeros((64, rank, 4096), x.dtype), jnp.zeros((64, 4096, rank), x.dtype), jnp.ones(1),
-            0, 0,
+        parts = tuple(
+            decode_plan.DecodePart(
+                jnp.zeros((64, rank, 4096), x.dtype), jnp.zeros((64, 4096, rank), x.dtype),
+                jnp.ones(1), ids, 0,
+            )
+            for ids, rank in enumerate(ranks)
         )  # fmt: skip
-        config = mosaic_gpu.config.decode_config(tokens, 4096, 4096, rank, tuned=False)
-        plan = decode_plan.plan((x,), x, (part,), config, seated=True)
+        config = mosaic_gpu.config.decode_config(
+            tokens, 4096, 4096, max(ranks), buckets=len(ranks), exclusive=True, tuned=False
+        )
+        plan = decode_plan.plan((x,), x, parts, config, exclusive=True, seated=True)
         assert plan is not None
-        return plan.a_stages
+        return plan
 
-    assert [a_stages(tokens, 16) for tokens in (1, 16, 64)] == [2, 2, 2]  # of two turns
-    assert [a_stages(tokens, 128) for tokens in (1, 16, 64)] == [2, 1, 1]
+    for tokens, rank in itertools.product((1, 16, 64), (16, 64, 128)):
+        plan = plan_of(tokens, rank)
+        assert plan.a_stages(plan.jobs[0]) == 2  # of two turns
+        if tokens > 1:
+            assert 2 * 4 * plan.words <= 226 * 1024
+    # The memory that the highest rank asks for gives the others all that they use.
+    plan = plan_of(64, 8, 16, 32, 64, 128)
+    assert [plan.a_stages(job) for job in plan.jobs[:4]] == [2] * 4
+    assert [plan.b_stages(job, job.strips[0]) for job in plan.jobs[:4]] == [4, 4, 4, 2]
+    assert 2 * 4 * plan.words <= 226 * 1024
 
 
 def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: None) -> None:
@@ -627,8 +653,26 @@ def test_exclusive_lists_share_clusters_by_rank() -> None:
     dealt = [(plan.ids_of(n), job.cluster, job.clusters) for n, job in enumerate(plan.jobs)]
     # Of rank 128 one slice is as much as a job holds, so that each half of the clusters has one.
     assert dealt == [(0, 0, 1), (1, 0, 3), (2, 0, 3), (2, 3, 3)]
-    assert plan.clusters == (64 + 7 * 6) // 8
-    assert decode_plan.plan((y,), x, parts, config).clusters == 64
+    assert plan.grid == ((64 + 7 * 6) // 8, 6)
+    assert decode_plan.plan((y,), x, parts, config).grid == (64, 6)
+    # The first tokens of six adapters, and 58 more by eights, at worst all of rank 128.
+    seated = decode_plan.plan((y,), x, parts, config, exclusive=True, seated=True)
+    assert [seated.dealt(i) for i in range(3)] == [1, 3, 6]
+    assert seated.grid == (2 * (1 + 3 + 6) + 58 // 8 * 6, 1)
+
+
+def test_a_list_of_many_clusters_and_few_slots_may_have_all_tokens() -> None:
+    """57 tokens of one adapter are eight times its 12 clusters, 7 more have an adapter each."""
+    x = jnp.zeros((64, 64))
+    parts = tuple(
+        decode_plan.DecodePart(jnp.zeros((n, r, 64)), jnp.zeros((n, 64, r)), jnp.ones(1), ids, 0)
+        for ids, (n, r) in enumerate([(64, 8), (1, 128)])
+    )
+    config = dataclasses.replace(DECODE, column_clusters=12)
+    plan = decode_plan.plan((x,), x, parts, config, exclusive=True, seated=True)
+    assert plan is not None
+    assert [plan.dealt(i) for i in range(2)] == [1, 12]
+    assert plan.grid == (8 * 12 + 7, 1)
 
 
 @pytest.mark.parametrize("column_clusters", [1, 2, 3, 4, 8])
@@ -775,7 +819,7 @@ def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
     for seated in (False, True):
         module = lowered(num_tokens, 4096, 4096, rank, config=config, seated=seated)
         assert_kernels(module, rank, one=True)
-        assert ("x9xi32" in module) == seated  # the table
+        assert ("x10xi32" in module) == seated  # the table
 
 
 @pytest.mark.parametrize(

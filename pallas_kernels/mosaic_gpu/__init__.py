@@ -241,10 +241,12 @@ def _decode_plan(
     sizes = plan(ys, x, parts, config, **how)
     if sizes is not None and seated:
         [starts] = sizes.keys
-        keys = jnp.full(x.shape[0], -1, jnp.int32)
+        keys, shares = jnp.full(x.shape[0], -1, jnp.int32), jnp.zeros(x.shape[0], jnp.int32)
         for i, start in reversed(starts.items()):
-            keys = jnp.where(_has_adapter(lists[i], sizes.lists[i]), ids[i] + start, keys)
-        ids = (seating(keys, sizes.clusters),)
+            is_used = _has_adapter(lists[i], sizes.lists[i])
+            keys = jnp.where(is_used, ids[i] + start, keys)
+            shares = jnp.where(is_used, sizes.dealt(i), shares)
+        ids = (seating(keys, shares, sizes.grid[0]),)
     return sizes and (ids, parts, sizes)
 
 

@@ -160,13 +160,15 @@ def _decode_config(num_tokens: int, width: int, rank: int) -> Config:
         # H100, T=256, 64 adapters: R=128 69.8 us in one launch, 62.3 in two; R=64 34.8 and 37.2.
         return Config()
     # Copies in flight, some 8 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
-    # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4.
-    stages = max(1, min(4, 128 // rank))
+    # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4. Higher ranks come by 64 (`turn_ranks`).
+    expand_stages = min(4, 128 // rank) if rank <= 64 else 3
     # With one token few blocks have work, so more clusters deal y's columns: H100, T=1, R=16,
     # H=N=4096, 4.5 us with 4, 5.7 with 2, 4.8 with 8. So too if columns are many: T=64, 8 adapters
     # of R=16, two slices of 14336 columns, 14.9 us with 1, 11.1 with 2.
     clusters = max(4 // max(1, num_tokens), 2 if width > 8192 else 1)
-    return Config(split=8, warps=4, stages=2, expand_stages=stages, column_clusters=clusters)
+    # All of a warp's columns of A at once up to H=8192. H100, T=64, 8 adapters of R=16, H=14336,
+    # 6.7 us with 2 stages, 6.1 with 4.
+    return Config(split=8, warps=4, stages=4, expand_stages=expand_stages, column_clusters=clusters)
 
 
 def missing(

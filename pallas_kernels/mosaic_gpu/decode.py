@@ -48,12 +48,11 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     g = m.tid % 32 // 4  # row of mma's operands
-    active, seat = tokens_of(m, plan, cluster, ids)
+    active, column_block, seat = tokens_of(m, plan, cluster, column_block, ids)
 
     def work() -> None:
-        keys = seat()
-        m.barrier()
-        count = m.ones(m.ballot(m.get(plan.rows + g, 1)[0] >= 0)) // 4
+        keys, rows = seat()
+        count = m.ones(m.ballot(m.get(rows + g, 1)[0] >= 0)) // 4
         has = g < count
         valid, slot = {}, {}
         for key, starts in zip(keys, plan.keys):
@@ -67,12 +66,12 @@ def _kernel(
         for n, job in enumerate(plan.jobs):
             i, nth = plan.ids_of(n), column_block - job.cluster
             run = functools.partial(
-                _run_job, m, plan, n, ran, slot[i], count, has, nth, share, ys, x, parts
+                _run_job, m, plan, n, ran, slot[i], rows, count, has, nth, share, ys, x, parts
             )
             here = m.tid >= 0
             if len(plan.lists) > 1:  # else its adapter is in use, or the token led none
                 here = valid[i]
-            if job.clusters < plan.column_clusters:
+            if job.clusters < plan.dealt(i):
                 here = here & (nth >= 0) & (nth < job.clusters)
             ran.append(here)
             m.when(here, run)
@@ -81,10 +80,10 @@ def _kernel(
 
 
 def _run_job(
-    m: Any, plan: Plan, number: int, ran: list[Any], slot: Any, count: Any, has: Any,
+    m: Any, plan: Plan, number: int, ran: list[Any], slot: Any, rows: Any, count: Any, has: Any,
     column_block: Any, share: Any, ys: list[Any], x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
-    """One job's parts, for `count` tokens of the adapter in `slot`.
+    """One job's parts, for the `count` tokens that lie at `rows`, of the adapter in `slot`.
 
     `column_block` is the number of this cluster among those of the job; `has`: whether this lane's
     row of a product is a token; `ran`: whether each job up to this one has run.
@@ -115,7 +114,7 @@ def _run_job(
     def token_row(r: Any, ref: Any, width: int) -> Any:
         """(the address of the r-th token's row, whether there is one)"""
         there = r < count
-        return m.address(ref, m.select(there, m.get(plan.rows + r, 1)[0], 0), width), there
+        return m.address(ref, m.select(there, m.get(rows + r, 1)[0], 0), width), there
 
     # ---------------------------------------------------------- v = x A^T, a share of it
 
@@ -124,13 +123,14 @@ def _run_job(
     units = pl.cdiv(plan.share_units, plan.warps)  # of a warp
     line, chunk = lane // 8, lane % 8  # a warp copies 4 lines of 8 times 16 bytes at once
     x_rows = [token_row(line + 4 * n, x, plan.features) for n in range(2)]
-    ring = plan.ring + warp * plan.warp_words
+    ring = plan.warp_first + warp * plan.warp_words
+    a_stages = plan.a_stages(job) if plan.shrinks else 0
 
     def fill_a(bundle: Bundle, n: Any, slot: Any) -> None:
         k = (first_unit + n * plan.warps + warp) * UNIT + chunk * 8
         here = (k < end_unit * UNIT) & (k < plan.features)
         # Rows of 128 bytes lie in the same banks: the halves of odd ones change places.
-        place = ring + slot * plan.a_slot + line * 32 + (chunk ^ line % 2 * 4) * 4
+        place = ring + slot * plan.a_slot(job) + line * 32 + (chunk ^ line % 2 * 4) * 4
         for row, (address, there) in enumerate(x_rows):
             m.copy(place + row * 128, address, k, here & there)
         start = line * plan.features + k
@@ -141,7 +141,7 @@ def _run_job(
                 m.copy(to, first_rows[p], (8 * tile + 4 * half) * plan.features, here)
 
     def multiply_a(bundle: Bundle, slot: Any, acc: list[Any]) -> list[Any]:
-        acc, row = list(acc), ring + slot * plan.a_slot + g * 32 + c * 4
+        acc, row = list(acc), ring + slot * plan.a_slot(job) + g * 32 + c * 4
         for half in range(2):
             at = row + (g + half) % 2 * 16
             tokens = m.get(at, 4)
@@ -156,30 +156,47 @@ def _run_job(
                     )
         return acc
 
-    def shrink(bundle: Bundle) -> list[Any]:
-        """The warp's sums."""
+    def shrink(bundles: list[Bundle]) -> list[list[Any]]:
+        """The warp's sums for each bundle."""
+        accs = [[m.real(0.0)] * (2 * len(bundle.tiles)) for bundle in bundles]
+        if units > unroll and units > a_stages:
+            for nth, bundle in enumerate(bundles):
+                accs[nth] = shrink_in_loop(bundle, accs[nth])
+            return accs
         m.arrived(0)
         m.warp_barrier()  # the ring is free
-        for n in range(plan.a_stages):
+        items = list(itertools.product(range(len(bundles)), range(units)))
+        for slot, (nth, n) in enumerate(items[:a_stages]):
+            fill_a(bundles[nth], n, slot)
+            m.commit()
+        for i, (nth, _) in enumerate(items):
+            m.arrived(a_stages - 1)
+            m.warp_barrier()
+            accs[nth] = multiply_a(bundles[nth], i % a_stages, accs[nth])
+            if i + a_stages < len(items):
+                ahead, n = items[i + a_stages]
+                m.warp_barrier()
+                fill_a(bundles[ahead], n, i % a_stages)
+            m.commit()
+        return accs
+
+    def shrink_in_loop(bundle: Bundle, acc: list[Any]) -> list[Any]:
+        m.arrived(0)
+        m.warp_barrier()  # the ring is free
+        for n in range(a_stages):
             fill_a(bundle, n, n)
             m.commit()
 
         def turn(n: Any, acc: list[Any]) -> list[Any]:
-            m.arrived(plan.a_stages - 1)
+            m.arrived(a_stages - 1)
             m.warp_barrier()
-            acc = multiply_a(bundle, n % plan.a_stages, acc)
+            acc = multiply_a(bundle, n % a_stages, acc)
             m.warp_barrier()
-            if not isinstance(n, int) or n + plan.a_stages < units:  # a loop's last bring zeros
-                fill_a(bundle, n + plan.a_stages, n % plan.a_stages)
+            fill_a(bundle, n + a_stages, n % a_stages)  # the last bring zeros
             m.commit()
             return acc
 
-        acc = [m.real(0.0)] * (2 * len(bundle.tiles))
-        if units > unroll:
-            return m.loop(units, turn, acc)
-        for n in range(units):
-            acc = turn(n, acc)
-        return acc
+        return m.loop(units, turn, acc)
 
     # --------------------------------------------------------- B and y, a share of the columns
 
@@ -248,7 +265,7 @@ def _run_job(
         rank = plan.parts[strip[0].part].rank
         ranks = turn_ranks(rank)
         column, left, address, b_row = place_of(strip, turn)
-        place = ring + slot * plan.b_slot
+        place = ring + slot * plan.b_slot(strip)
         chunks = ranks // 8  # of a row of B, 16 bytes each
 
         def copy(row: Any, at: Any, source: Any, static_row: int, n: int) -> None:
@@ -276,7 +293,7 @@ def _run_job(
         wide = 16 // plan.y_dtype.itemsize
         at = lane % y_chunks * wide
         for n, (rows, there) in enumerate(y_rows):
-            to = place + (plan.b_words + 128 * n) + lane * 4
+            to = place + (plan.b_rows(strip) + 128 * n) + lane * 4
             m.copy(to, in_y(strip, turn, rows), column + at, there & (at < left))
 
     def multiply_b(strip: list[Piece], turn: Any, chunk: int, slot: Any, acc: Any) -> Any:
@@ -286,7 +303,7 @@ def _run_job(
         words = each // 2
         [first] = of_turn(strip, turn, lambda piece, _: [m.integer(v_of[piece.part])])
         first = first + chunk * ranks
-        rows = ring + slot * plan.b_slot + (g // 2 * 8 + g % 2) * (ranks // 2)
+        rows = ring + slot * plan.b_slot(strip) + (g // 2 * 8 + g % 2) * (ranks // 2)
         for n in range(ranks // (4 * each)):
             v = m.get(plan.v + g * plan.v_stride + (first + 4 * each * n) // 2 + c * words, words)
             for tile in range(4):
@@ -305,7 +322,7 @@ def _run_job(
         size = plan.y_dtype.itemsize * 2  # words of a lane's 8 columns
         if not reads_y(strip):
             return [zero] * size
-        at = ring + slot * plan.b_slot + plan.b_words + (g * 4 + c) * size
+        at = ring + slot * plan.b_slot(strip) + plan.b_rows(strip) + (g * 4 + c) * size
         return [word for n in range(0, size, 4) for word in m.get(at + n, 4)]
 
     def add(strip: list[Piece], turn: Any, old: list[Any], acc: list[Any]) -> None:
@@ -321,25 +338,28 @@ def _run_job(
 
     def fill_first(strip: list[Piece]) -> None:
         chunks = plan.chunks(strip)
-        for n in range(min(plan.b_stages, plan.turns(job, strip) * chunks)):
+        for n in range(plan.b_stages(job, strip)):
             fill_b(strip, n // chunks, n % chunks, n)
 
     def expand(strip: list[Piece]) -> None:
         chunks, total = plan.chunks(strip), plan.turns(job, strip)
+        stages = plan.b_stages(job, strip)
 
         def turn(n: Any, _: list[Any]) -> list[Any]:
             acc: list[Any] = [m.real(0.0)] * 8
             old: list[Any] = []
             for chunk in range(chunks):
                 item = n * chunks + chunk
-                slot = item % plan.b_stages
-                m.arrived(plan.b_stages - 1)
+                slot = item % stages
+                m.arrived(stages - 1)
                 m.warp_barrier()
                 old = old or y_words(strip, slot)  # before the slot is filled again
                 acc = multiply_b(strip, n, chunk, slot, acc)
+                if stages == total * chunks:
+                    continue  # all copies were under way from the start
                 m.warp_barrier()
-                if not isinstance(n, int) or item + plan.b_stages < total * chunks:
-                    ahead, next_chunk = divmod(chunk + plan.b_stages, chunks)
+                if not isinstance(n, int) or item + stages < total * chunks:
+                    ahead, next_chunk = divmod(chunk + stages, chunks)
                     fill_b(strip, n + ahead, next_chunk, slot)
                 m.commit()
             add(strip, n, old, acc)
@@ -380,7 +400,7 @@ def _run_job(
 
     def send(to_each: int, nth: Any, t: Any, column: Any, here: Any) -> None:
         at = t * plan.sum_stride + column
-        warps = added(plan.warp_sums + at, plan.warps, plan.warp_words)
+        warps = added(plan.warp_first + plan.sums + at, plan.warps, plan.warp_words)
         words = [m.as_word(s) for s in warps]
         for n in range(to_each):
             to = m.minimum(nth * to_each + n, receivers - 1)
@@ -405,7 +425,7 @@ def _run_job(
 
     def words_of(ref: Any, width: int, t: Any, column: Any, here: Any) -> tuple[Any, list[Any]]:
         """A token's row, and in it the words of 4 columns."""
-        row = m.address(ref, m.get(plan.rows + t, 1)[0], width)
+        row = m.address(ref, m.get(rows + t, 1)[0], width)
         each = 4 // row.dtype.itemsize  # columns of a word
         return row, [m.load(row, column + n, here, fixed=False) for n in range(0, 4, each)]
 
@@ -427,16 +447,24 @@ def _run_job(
         _, words = words_of(x, plan.features, m.select(here, t, 0), column, here)
         keep(t, column, floats(words, plan.x_dtype), here)
 
+    def put_sums(bundle: Bundle, acc: list[Any]) -> None:
+        at = ring + plan.sums + g * plan.sum_stride + bundle.first + c * 2
+        for tile in range(len(bundle.tiles)):
+            m.put(at + 8 * tile, [m.as_word(value) for value in acc[2 * tile : 2 * tile + 2]])
+
     if plan.shrinks:
-        for bundle in job.bundles:
-            acc = shrink(bundle)
-            at = g * plan.sum_stride + bundle.first + c * 2
-            for tile in range(len(bundle.tiles)):
-                words = [m.as_word(value) for value in acc[2 * tile : 2 * tile + 2]]
-                m.put(plan.warp_sums + warp * plan.warp_words + at + 8 * tile, words)
+        sums: list[list[Any]] = []
+        if plan.holds_sums:
+            sums = shrink(job.bundles)
+        else:
+            for bundle in job.bundles:
+                put_sums(bundle, *shrink([bundle]))
         # Not earlier: A of all clusters then comes before B of any, and B while sums are exchanged.
         m.arrived(0)
     m.warp_barrier()
+    if plan.shrinks:
+        for bundle, acc in zip(job.bundles, sums):
+            put_sums(bundle, acc)
     if plan.expands:
         fill_first(job.strips[0])
     if plan.shrinks:
@@ -512,7 +540,7 @@ def decode_kernel(
         body,
         out_type=made,
         scratch_types=[plgpu.SMEM((plan.words,), jnp.int32)],
-        grid=(plan.clusters, plan.column_clusters),
+        grid=plan.grid,
         grid_names=("cluster", "columns"),
         cluster=(plan.split,),
         cluster_names=("share",),
@@ -543,7 +571,7 @@ def _sorted_out(refs: list[Any], num_ys: int, num_ids: int, num_parts: int) -> l
 def _emulate(plan: Plan, num_ys: int, num_ids: int, *arrays: Any) -> Any:
     memory = Memory([np.asarray(array) for array in arrays])
     refs = _sorted_out(memory.refs, num_ys, num_ids, len(plan.parts))
-    for cluster, columns in itertools.product(range(plan.clusters), range(plan.column_clusters)):
+    for cluster, columns in itertools.product(*map(range, plan.grid)):
         m = Emulator(memory, plan.words, plan.split, 32 * plan.warps)
         share = np.broadcast_to(np.arange(plan.split, dtype=np.int32)[:, None], m.tid.shape)
         _kernel(m, plan, m.integer(cluster), m.integer(columns), share, *refs)

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ TOKENS = 8  # of a cluster: rows of mma's operand
 UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
 COLUMNS = 32  # columns of y that a warp takes in turn
 _TILES = 8  # of 8 ranks, whose sums are in registers at once
-_RANKS = 128  # ranks of B in a warp's turn, at most
+_RANKS = 128  # ranks of B that a warp takes at once, at most; 64 if that divides them well
 _JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
 # Blocks that are there at once, one on a multiprocessor: the multiprocessors of a GPC take whole
 # clusters. H100, T=16, 16 adapters of R=128: 16 clusters of 8 took 21.3 us so, two on each 16.3.
@@ -111,8 +112,9 @@ class Plan(NamedTuple):
     split: int
     warps: int
     column_clusters: int
-    a_stages: int
-    b_stages: int
+    stages: int  # copies of A that a warp has on their way, at most
+    a_copies: int = 1  # of the largest ones there is room for as many
+    b_copies: int = 1
 
     @property
     def ranks(self) -> int:
@@ -133,13 +135,30 @@ class Plan(NamedTuple):
             return [dict(zip(self.lists, starts))]
         return [{ids: 0} for ids in self.lists]
 
+    def dealt(self, ids: int) -> int:
+        """Clusters that deal the columns of y for the same tokens of a list of ids."""
+        if not self.seated:
+            return self.column_clusters
+        mine = (job for job in self.jobs if self.parts[job.parts[0]].ids == ids)
+        return max(job.cluster + job.clusters for job in mine)
+
     @property
-    def clusters(self) -> int:
-        """The most that can have work: each adapter may leave one with fewer than 8 tokens."""
+    def grid(self) -> tuple[int, int]:
+        """The most clusters that can have work, and how many deal columns for the same tokens."""
         if len(self.keys) > 1:
-            return self.tokens
-        groups = min(self.tokens, sum(self.lists.values()))
-        return (self.tokens + (TOKENS - 1) * groups) // TOKENS
+            return self.tokens, self.column_clusters
+        if not self.seated:
+            return self._most([(sum(self.lists.values()), 1)]), self.column_clusters
+        # Where a table names a cluster's columns too, each list has as many clusters as it needs.
+        return self._most([(slots, self.dealt(ids)) for ids, slots in self.lists.items()]), 1
+
+    def _most(self, lists: list[tuple[int, int]]) -> int:
+        """Clusters at most, for lists of so many adapters with so many clusters for each."""
+        # An adapter's first token opens its clusters, and each eight more of its tokens as many.
+        opened = [each for slots, each in lists for _ in range(min(slots, self.tokens))]
+        opened = sorted(opened, reverse=True)[: self.tokens]
+        first = enumerate(itertools.accumulate(opened), 1)
+        return max(sum_ + (self.tokens - n) // TOKENS * opened[0] for n, sum_ in first)
 
     @property
     def share_units(self) -> int:
@@ -190,7 +209,8 @@ class Plan(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        return self.rows + TOKENS
+        # Those of a table each warp gets for itself, which needs no barrier of the block.
+        return self.rows + TOKENS * (self.warps if self.seated else 1)
 
     @property
     def ids_stride(self) -> int:
@@ -217,44 +237,67 @@ class Plan(NamedTuple):
         return self.ranks + 8 if self.shrinks else 0
 
     @property
-    def a_slot(self) -> int:
-        tiles = max(len(bundle.tiles) for job in self.jobs for bundle in job.bundles)
-        return (1 + tiles) * 8 * UNIT // 2 if self.shrinks else 0
-
-    @property
-    def b_words(self) -> int:
-        """Words of B in a slot; y's columns follow."""
-        return COLUMNS * max(turn_ranks(part.rank) for part in self.parts) // 2
-
-    @property
-    def b_slot(self) -> int:
-        y_words = TOKENS * COLUMNS * self.y_dtype.itemsize // 4
-        return self.b_words + y_words if self.expands else 0
-
-    @property
-    def warp_sums(self) -> int:
-        """The first warp's; a warp's ring follows its sums."""
+    def warp_first(self) -> int:
+        """The first warp's copies, of A, then of B, and its sums behind them."""
         return self.block_sums + self.split * TOKENS * self.sum_stride
 
     @property
-    def ring(self) -> int:
-        """The first warp's: of A, then of B."""
-        return self.warp_sums + TOKENS * self.sum_stride
+    def holds_sums(self) -> bool:
+        """Whether a warp holds its sums until all of A has come, and puts them in A's place."""
+        return all(len(job.bundles) * _TILES * 8 <= _JOB_RANKS for job in self.jobs)
 
     @property
     def warp_words(self) -> int:
-        """From a warp's sums and ring to the next one's."""
-        copies = max(self.a_stages * self.a_slot, self.b_stages * self.b_slot)
-        return TOKENS * self.sum_stride + copies
+        """From a warp's copies to the next one's."""
+        a_words = self.a_copies * max(map(self.a_slot, self.jobs)) if self.shrinks else 0
+        b_words = self.b_copies * max(map(self.b_slot, self._strips), default=0)
+        sums = TOKENS * self.sum_stride
+        return max(a_words, b_words + sums) if self.holds_sums else max(a_words, b_words) + sums
+
+    @property
+    def sums(self) -> int:
+        """From a warp's copies to its sums."""
+        return self.warp_words - TOKENS * self.sum_stride
 
     @property
     def words(self) -> int:
-        return self.warp_sums + self.warps * self.warp_words
+        return self.warp_first + self.warps * self.warp_words
+
+    def a_slot(self, job: Job) -> int:
+        """Words of a copy of x and A."""
+        return (1 + max(len(bundle.tiles) for bundle in job.bundles)) * 8 * UNIT // 2
+
+    def a_stages(self, job: Job) -> int:
+        room = self.warp_words if self.holds_sums else self.sums
+        return min(self.stages, room // self.a_slot(job))
+
+    def b_rows(self, strip: list[Piece]) -> int:
+        """Words of B in a copy of B; y's columns follow."""
+        return COLUMNS * turn_ranks(self.parts[strip[0].part].rank) // 2
+
+    def b_slot(self, strip: list[Piece]) -> int:
+        return self.b_rows(strip) + TOKENS * COLUMNS * self.y_dtype.itemsize // 4
+
+    def b_stages(self, job: Job, strip: list[Piece]) -> int:
+        """Copies of B that a warp has on their way: as many bytes as of the highest rank, as more
+        would keep others' A waiting."""
+        room = min(
+            self.b_copies * max(map(self.b_rows, self._strips)) // self.b_rows(strip),
+            self.sums // self.b_slot(strip),
+        )
+        return min(self.turns(job, strip) * self.chunks(strip), room)
+
+    @property
+    def _strips(self) -> list[list[Piece]]:
+        return [strip for job in self.jobs for strip in job.strips] if self.expands else []
 
 
 def turn_ranks(rank: int) -> int:
-    """Ranks of B that a warp takes in turn: all, or an equal part of them."""
-    return max(r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank))
+    """Ranks of B that a warp takes at once: all, or an equal part of them."""
+    parts = [r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank)]
+    # Three copies of 64 ranks on their way, not one of 128. H100, T=64, R=128: 64 adapters 51.8 and
+    # 50.5 us, 8 adapters 13.3 and 11.3; with two copies 50.8 and 12.0.
+    return next((r for r in parts if 48 <= r <= _RANKS // 2), parts[-1])
 
 
 def plan(
@@ -330,28 +373,27 @@ def plan(
         split=config.split,
         warps=config.warps,
         column_clusters=column_clusters,
-        a_stages=1,
-        b_stages=1,
-    )
-    items = max(
-        found.turns(job, strip) * found.chunks(strip) for job in jobs for strip in job.strips
+        stages=config.stages,
     )
     a_most = min(config.stages, pl.cdiv(found.share_units, config.warps))
-    b_most = min(config.expand_stages, items)
+    copies = [found.turns(job, strip) * found.chunks(strip) for job in jobs for strip in job.strips]
+    b_most = min(config.expand_stages, max(copies)) if expands else 1
+    a_slot = max(map(found.a_slot, jobs)) if shrinks else 0
+    b_slot = max(found.b_slot(strip) for job in jobs for strip in job.strips) if expands else 0
     # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
-    blocks = found.clusters * found.split * found.column_clusters
+    blocks = math.prod(found.grid) * found.split
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _AT_ONCE]
     for room in fits:
         a, b = a_most, b_most
         b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
         while True:
-            sizes = found._replace(a_stages=a, b_stages=b)
+            sizes = found._replace(stages=a_most, a_copies=a, b_copies=b)
             if 4 * sizes.words <= room:
                 return sizes
-            if a > 1 and (a * sizes.a_slot >= b * sizes.b_slot or b <= b_least):
+            if a > 1 and (a * a_slot >= b * b_slot or b <= b_least):
                 a -= 1
-            elif b > b_least and b * sizes.b_slot >= a * sizes.a_slot:
+            elif b > b_least and b * b_slot >= a * a_slot:
                 b -= 1
             else:
                 break

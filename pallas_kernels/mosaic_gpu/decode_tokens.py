@@ -16,50 +16,62 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic_gpu.decode_plan import TOKENS, Plan
 
-# Whether a cluster has tokens; and what then puts them to `plan.rows`, where they are behind the
-# block's next barrier, and returns the cluster's keys, which name its adapters.
-Tokens = tuple[Any, Callable[[], list[Any]]]
+# Whether a cluster has tokens; its number among those that deal the columns of y for them; and what
+# then puts them to shared memory and returns the cluster's keys, which name its adapters, and the
+# place of the tokens.
+Tokens = tuple[Any, Any, Callable[[], tuple[list[Any], Any]]]
 
 
-def tokens_of(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
-    return (_seated if plan.seated else _found)(m, plan, cluster, ids)
+def tokens_of(m: Any, plan: Plan, cluster: Any, column_block: Any, ids: list[Any]) -> Tokens:
+    if plan.seated:
+        return _seated(m, plan, cluster, ids)
+    active, seat = _found(m, plan, cluster, ids)
+    return active, column_block, seat
 
 
-def seating(keys: Int[Array, " T"], clusters: int) -> Int[Array, "clusters 9"]:
-    """Of each cluster its tokens, up to eight, then -1s, and behind them their key, -1 for none.
+def seating(
+    keys: Int[Array, " T"], shares: Int[Array, " T"], clusters: int
+) -> Int[Array, "clusters 10"]:
+    """Of each cluster its tokens, up to eight, then -1s, and behind them their key, -1 for none,
+    and the cluster's number among the `shares` that deal these tokens' columns of y.
 
-    Tokens of negative keys have no seat.
+    Tokens of negative keys have no seat. Those with many shares come first, as they take longest.
     """
     token = jnp.arange(keys.shape[0], dtype=jnp.int32)
     is_before = token < token[:, None]
-    same = keys == keys[:, None]
-    number = jnp.sum(same & is_before, axis=1, dtype=jnp.int32)
+    number = jnp.sum((keys == keys[:, None]) & is_before, axis=1, dtype=jnp.int32)
     leads = (keys >= 0) & (number % TOKENS == 0)
-    leaders_before = jnp.sum(leads & is_before, axis=1, dtype=jnp.int32)
-    cluster = jnp.arange(clusters, dtype=jnp.int32)[:, None]
-    is_leader = leads & (leaders_before == cluster)
-    key = jnp.max(jnp.where(is_leader, keys, -1), axis=1, keepdims=True)
-    first = jnp.max(jnp.where(is_leader, number, 0), axis=1, keepdims=True)
-    seat = first[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[:, None]
+    is_ahead = (shares > shares[:, None]) | ((shares == shares[:, None]) & is_before)
+    start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)
+    column = jnp.arange(clusters, dtype=jnp.int32)[:, None] - start
+    is_leader = leads & (column >= 0) & (column < shares)
+
+    def of_leader(values: Array, none: int) -> Array:
+        return jnp.max(jnp.where(is_leader, values, none), axis=1, keepdims=True)
+
+    key = of_leader(keys, -1)
+    seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[:, None]
     is_mine = ((keys >= 0) & (keys == key))[:, None, :] & (number == seat)
     tokens = jnp.max(jnp.where(is_mine, token, -1), axis=2)
-    return jnp.concatenate([tokens, key], axis=1)
+    return jnp.concatenate([tokens, key, of_leader(column, 0)], axis=1)
 
 
 def _seated(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     """By the table that `seating` made."""
-    row, always = m.address(ids[0], cluster, TOKENS + 1), m.tid >= 0
-    key = m.load(row, TOKENS, always)
-    token = m.load(row, m.minimum(m.tid, TOKENS), always)
+    row, always = m.address(ids[0], cluster, TOKENS + 2), m.tid >= 0
+    key, column_block = (m.load(row, TOKENS + n, always) for n in range(2))
+    lane, rows = m.tid % 32, plan.rows + m.tid // 32 * TOKENS  # each warp's own
+    token = m.load(row, m.minimum(lane, TOKENS), always)
 
-    def seat() -> list[Any]:
-        m.put(plan.rows + m.tid, [token], m.tid < TOKENS)
-        return [key]
+    def seat() -> tuple[list[Any], Any]:
+        m.put(rows + lane, [token], lane < TOKENS)
+        m.warp_barrier()
+        return [key], rows
 
-    return key >= 0, seat
+    return key >= 0, column_block, seat
 
 
-def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
+def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Any:
     """By all tokens' ids."""
 
     def every(op: Any, values: Any) -> Any:
@@ -116,14 +128,15 @@ def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
     leader, active = _nth_bit(m, masks, cluster)
 
-    def seat() -> list[Any]:
+    def seat() -> tuple[list[Any], Any]:
         mine = [m.get(place + leader, 1)[0] for place in places]
         first = m.get(plan.numbers + leader, 1)[0]
         for t, inside, own, number in tokens:
             same = every(lambda a, b: a & b, [a == b for a, b in zip(own, mine)])
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
-        return mine
+        m.barrier()
+        return mine, m.integer(plan.rows)
 
     return active, seat
 

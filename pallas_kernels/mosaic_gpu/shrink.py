@@ -71,7 +71,8 @@ def shrink_kernel(
     chunks = [p.config.chunks for p in parts]
     stacks = [min(p.config.stack, 256 // width) for p, width in zip(parts, widths)]
     wides = [stack * width for stack, width in zip(stacks, widths)]
-    out_bytes = TILE * 128 * max(len(pieces(width, 4)) for width in widths)
+    items = [4 if twin else jnp.dtype(part.dtype).itemsize for part in parts]
+    out_bytes = TILE * 128 * max(len(pieces(*of)) for of in zip(widths, items))
     column_bytes = (planes * TILE + max(wides)) * x.dtype.itemsize
     room = min(_PIPELINE_BYTES, _SHARED_BYTES - 1024 * len(parts))
     fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
