@@ -573,8 +573,8 @@ def add_lora(
       indices: `[T]` integers, or the `Segments` of them, so that layers share one sort.
       scales: a number, `[L]`, or None for 1.
       phase: "decode" (few tokens per adapter) or "prefill".
-      implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks;
-        `add_lora_multi`, whose rows keep their bits in batches of up to 256, never does that.
+      implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks,
+        where `add_lora_multi` stays with "mosaic_gpu".
 
     Returns:
       `[T, N]` in y's dtype.

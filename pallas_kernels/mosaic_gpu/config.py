@@ -33,7 +33,8 @@ class Config:
       stages: pipeline stages of the shrink, at most.
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
-      expand_stages: pipeline stages of the expand, at most.
+      expand_stages: pipeline stages of the expand, at most; in the decode kernel those of its
+        highest rank, beside which lower ones may have up to four.
       expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
         twice as many where more than two parts overlap.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
@@ -159,8 +160,8 @@ def _decode_config(num_tokens: int, width: int, rank: int) -> Config:
     if num_tokens > 128 and rank >= 128:
         # H100, T=256, 64 adapters: R=128 69.8 us in one launch, 62.3 in two; R=64 34.8 and 37.2.
         return Config()
-    # Copies in flight, some 8 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
-    # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4. Higher ranks come by 64 (`turn_ranks`).
+    # Copies in flight, some 8 to 12 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
+    # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4. R=128 comes by 64 ranks (`turn_ranks`).
     expand_stages = min(4, 128 // rank) if rank <= 64 else 3
     # With one token few blocks have work, so more clusters deal y's columns: H100, T=1, R=16,
     # H=N=4096, 4.5 us with 4, 5.7 with 2, 4.8 with 8. So too if columns are many: T=64, 8 adapters

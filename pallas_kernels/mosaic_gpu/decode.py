@@ -36,9 +36,9 @@ from pallas_kernels.mosaic_gpu.decode_tokens import tokens_of
 from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
 from pallas_kernels.mosaic_gpu.tiles import in_place, interpreted
 
-# Turns written out, of a kernel with one job: longer ones are loops. With more jobs all are: code
-# comes cold from device memory. H100, Llama-3-8B's projections with five buckets, one layer in a
-# step: 186 us written out, 123 in loops.
+# Turns written out, of a kernel with one job: longer ones are loops. With more jobs all are, but
+# those over A where all copies are on their way at once: code comes cold from device memory. H100,
+# Llama-3-8B's projections with five buckets, one layer in a step: 186 us written out, 123 in loops.
 _UNROLL = 8
 
 
@@ -494,7 +494,7 @@ def _run_job(
 def decode_kernel(
     ys: tuple[Float[Array, "T _"] | jax.ShapeDtypeStruct, ...],
     x: Float[Array, "T H"],
-    ids: tuple[Int[Array, " T"] | Int[Array, "T 2"] | Int[Array, "clusters 9"], ...],
+    ids: tuple[Int[Array, " T"] | Int[Array, "T 2"] | Int[Array, "clusters 10"], ...],
     parts: tuple[DecodePart, ...],
     plan: Plan,
 ) -> tuple[Float[Array, "T _"], ...]:

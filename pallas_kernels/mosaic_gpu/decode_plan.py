@@ -18,7 +18,8 @@ TOKENS = 8  # of a cluster: rows of mma's operand
 UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
 COLUMNS = 32  # columns of y that a warp takes in turn
 _TILES = 8  # of 8 ranks, whose sums are in registers at once
-_RANKS = 128  # ranks of B that a warp takes at once, at most; 64 if that divides them well
+_RANKS = 128  # ranks of B that a warp takes at once, at most
+_COPIES = 4  # of B that a warp has on their way, unless the highest rank has more
 _JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part has more
 # Blocks that are there at once, one on a multiprocessor: the multiprocessors of a GPC take whole
 # clusters. H100, T=16, 16 adapters of R=128: 16 clusters of 8 took 21.3 us so, two on each 16.3.
@@ -113,8 +114,8 @@ class Plan(NamedTuple):
     warps: int
     column_clusters: int
     stages: int  # copies of A that a warp has on their way, at most
-    a_copies: int = 1  # of the largest ones there is room for as many
-    b_copies: int = 1
+    a_copies: int  # of the largest ones there is room for as many
+    b_copies: int  # of B that a warp has on their way for the widest rows of B, at most
 
     @property
     def ranks(self) -> int:
@@ -247,12 +248,21 @@ class Plan(NamedTuple):
         return all(len(job.bundles) * _TILES * 8 <= _JOB_RANKS for job in self.jobs)
 
     @property
+    def a_words(self) -> int:
+        """What copies of A are to have room for, at least."""
+        return self.a_copies * max(map(self.a_slot, self.jobs)) if self.shrinks else 0
+
+    @property
+    def b_words(self) -> int:
+        """What copies of B take, and sums that lie behind them while they come."""
+        sizes = (self.b_stages(job, strip) * self.b_slot(strip) for job, strip in self._strips)
+        return max(sizes, default=0) + self.holds_sums * TOKENS * self.sum_stride
+
+    @property
     def warp_words(self) -> int:
         """From a warp's copies to the next one's."""
-        a_words = self.a_copies * max(map(self.a_slot, self.jobs)) if self.shrinks else 0
-        b_words = self.b_copies * max(map(self.b_slot, self._strips), default=0)
-        sums = TOKENS * self.sum_stride
-        return max(a_words, b_words + sums) if self.holds_sums else max(a_words, b_words) + sums
+        sums = 0 if self.holds_sums else TOKENS * self.sum_stride
+        return max(self.a_words, self.b_words) + sums
 
     @property
     def sums(self) -> int:
@@ -279,17 +289,16 @@ class Plan(NamedTuple):
         return self.b_rows(strip) + TOKENS * COLUMNS * self.y_dtype.itemsize // 4
 
     def b_stages(self, job: Job, strip: list[Piece]) -> int:
-        """Copies of B that a warp has on their way: as many bytes as of the highest rank, as more
-        would keep others' A waiting."""
-        room = min(
-            self.b_copies * max(map(self.b_rows, self._strips)) // self.b_rows(strip),
-            self.sums // self.b_slot(strip),
-        )
-        return min(self.turns(job, strip) * self.chunks(strip), room)
+        """Copies of B that a warp has on their way. Of narrow rows more, up to `_COPIES`: as many
+        bytes as of the widest. Still more would keep others' A waiting."""
+        widest = max(self.b_rows(other) for _, other in self._strips)
+        alike = self.b_copies * widest // self.b_rows(strip)
+        most = max(self.b_copies, min(_COPIES, alike))
+        return min(self.turns(job, strip) * self.chunks(strip), most)
 
     @property
-    def _strips(self) -> list[list[Piece]]:
-        return [strip for job in self.jobs for strip in job.strips] if self.expands else []
+    def _strips(self) -> list[tuple[Job, list[Piece]]]:
+        return [(job, strip) for job in self.jobs for strip in job.strips] if self.expands else []
 
 
 def turn_ranks(rank: int) -> int:
@@ -297,7 +306,7 @@ def turn_ranks(rank: int) -> int:
     parts = [r for r in range(8, _RANKS + 1, 8) if rank % r == 0 and (r % 16 == 0 or r == rank)]
     # Three copies of 64 ranks on their way, not one of 128. H100, T=64, R=128: 64 adapters 51.8 and
     # 50.5 us, 8 adapters 13.3 and 11.3; with two copies 50.8 and 12.0.
-    return next((r for r in parts if 48 <= r <= _RANKS // 2), parts[-1])
+    return 64 if rank % 64 == 0 else parts[-1]
 
 
 def plan(
@@ -373,27 +382,24 @@ def plan(
         split=config.split,
         warps=config.warps,
         column_clusters=column_clusters,
-        stages=config.stages,
+        stages=min(config.stages, pl.cdiv(pl.cdiv(x.shape[1], UNIT), config.split * config.warps)),
+        a_copies=1,
+        b_copies=1,
     )
-    a_most = min(config.stages, pl.cdiv(found.share_units, config.warps))
-    copies = [found.turns(job, strip) * found.chunks(strip) for job in jobs for strip in job.strips]
-    b_most = min(config.expand_stages, max(copies)) if expands else 1
-    a_slot = max(map(found.a_slot, jobs)) if shrinks else 0
-    b_slot = max(found.b_slot(strip) for job in jobs for strip in job.strips) if expands else 0
     # More blocks than fit at once would wait for others to end, those without work too: H100, T=64,
     # 64 adapters of R=16, 14.4 us with three blocks on a multiprocessor, 12.0 with four.
     blocks = math.prod(found.grid) * found.split
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _AT_ONCE]
     for room in fits:
-        a, b = a_most, b_most
-        b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b_most)
+        a, b = found.stages, config.expand_stages
+        b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b)
         while True:
-            sizes = found._replace(stages=a_most, a_copies=a, b_copies=b)
+            sizes = found._replace(a_copies=a, b_copies=b)
             if 4 * sizes.words <= room:
                 return sizes
-            if a > 1 and (a * a_slot >= b * b_slot or b <= b_least):
+            if a > 1 and (sizes.a_words >= sizes.b_words or b <= b_least):
                 a -= 1
-            elif b > b_least and b * b_slot >= a * a_slot:
+            elif b > b_least:
                 b -= 1
             else:
                 break

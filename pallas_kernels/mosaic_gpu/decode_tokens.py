@@ -3,7 +3,8 @@
 Among the tokens of the same adapters the first, the ninth, ... lead eight each, and the leaders'
 order numbers the clusters: so each adapter is read once per eight of its tokens, and the clusters
 that have work start first. Of a batch of raw ids each cluster finds its tokens by itself. Of
-`Segments`, which the layers of a step share, XLA finds them once, and clusters start sooner.
+`Segments`, which the layers of a step share, XLA finds them once, and clusters start sooner. It
+also tells clusters of the same tokens which columns of y they have; those that are many come first.
 """
 
 import functools
@@ -71,7 +72,9 @@ def _seated(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     return key >= 0, column_block, seat
 
 
-def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Any:
+def _found(
+    m: Any, plan: Plan, cluster: Any, ids: list[Any]
+) -> tuple[Any, Callable[[], tuple[list[Any], Any]]]:
     """By all tokens' ids."""
 
     def every(op: Any, values: Any) -> Any:
