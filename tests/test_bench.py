@@ -100,6 +100,27 @@ def test_of_xla_only_the_better_form_is_timed_with_many_calls(
     assert asked == [1, 1, 64, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("times", "xla", "ours"), [([9.0, 8.0, 7.0], 7.0, 7.0), ([8.0, 9.0, 7.0], 7.0, 9.0)]
+)
+def test_of_one_token_ours_is_the_form_that_add_lora_takes(
+    times: list[float], xla: float, ours: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(times)
+    monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
+    monkeypatch.setattr(kernels, "time_loop", lambda *args: left.pop(0))
+    found, [note] = kernels._time_case(bench.Case(1, 1, 16, 64, 128, 8), True)
+    assert (found["xla"], found["ours"]) == (xla, ours)
+    assert "XLA's form" in note
+
+
+def test_progress_tells_times_as_they_are_taken() -> None:
+    lines: list[str] = []
+    [result] = bench.run([bench.Case(8, 4, 16, 64, 128, 8)], None, lines.append).results
+    label = "T=8 D=4 r=16 64x128"
+    assert lines == [f"timing {label}", f"{label} takes {result.xla:,.2f} us"]
+
+
 def test_tokamax_is_timed_and_checked_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

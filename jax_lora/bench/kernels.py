@@ -210,6 +210,8 @@ def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], Non
         notes += [f"{peer} {row[peer]}" for peer in PEERS if isinstance(row.get(peer), str)]
         floor = case.floor_us(matmul_rate or float("inf"))
         ours, tokamax = times.get("ours"), times.get("tokamax")
+        # Lest a run that is cut off has told nothing.
+        progress(f"{case.label} takes {times['xla' if ours is None else 'ours']:,.2f} us")
         results.append(Result(case, floor, ours, times["xla"], tokamax, by_peer, notes))
     device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
     tuning = None if (path := table_path()) is None else str(path)
