@@ -120,7 +120,6 @@ def _run_job(
 
     first_unit = share * plan.share_units
     end_unit = m.minimum(first_unit + plan.share_units, pl.cdiv(plan.features, UNIT))
-    units = pl.cdiv(plan.share_units, plan.warps)  # of a warp
     line, chunk = lane // 8, lane % 8  # a warp copies 4 lines of 8 times 16 bytes at once
     x_rows = [token_row(line + 4 * n, x, plan.features) for n in range(2)]
     ring = plan.warp_first + warp * plan.warp_words
@@ -159,13 +158,13 @@ def _run_job(
     def shrink(bundles: list[Bundle]) -> list[list[Any]]:
         """The warp's sums for each bundle."""
         accs = [[m.real(0.0)] * (2 * len(bundle.tiles)) for bundle in bundles]
-        if units > unroll and units > a_stages:
+        if plan.units > unroll and plan.units > a_stages:
             for nth, bundle in enumerate(bundles):
                 accs[nth] = shrink_in_loop(bundle, accs[nth])
             return accs
         m.arrived(0)
         m.warp_barrier()  # the ring is free
-        items = list(itertools.product(range(len(bundles)), range(units)))
+        items = list(itertools.product(range(len(bundles)), range(plan.units)))
         for slot, (nth, n) in enumerate(items[:a_stages]):
             fill_a(bundles[nth], n, slot)
             m.commit()
@@ -196,7 +195,7 @@ def _run_job(
             m.commit()
             return acc
 
-        return m.loop(units, turn, acc)
+        return m.loop(plan.units, turn, acc)
 
     # --------------------------------------------------------- B and y, a share of the columns
 

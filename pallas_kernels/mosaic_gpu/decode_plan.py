@@ -166,6 +166,11 @@ class Plan(NamedTuple):
         """Units of H that are a block's."""
         return pl.cdiv(pl.cdiv(self.features, UNIT), self.split)
 
+    @property
+    def units(self) -> int:
+        """Units of H that are a warp's."""
+        return pl.cdiv(self.share_units, self.warps)
+
     def share(self, job: Job, piece: Piece) -> int:
         """How many times 32 columns are a block's, at most."""
         return pl.cdiv(pl.cdiv(piece.stop - piece.start, COLUMNS), self.split * job.clusters)
@@ -279,7 +284,7 @@ class Plan(NamedTuple):
 
     def a_stages(self, job: Job) -> int:
         room = self.warp_words if self.holds_sums else self.sums
-        return min(self.stages, room // self.a_slot(job))
+        return min(self.stages, self.units, room // self.a_slot(job))
 
     def b_rows(self, strip: list[Piece]) -> int:
         """Words of B in a copy of B; y's columns follow."""
@@ -382,7 +387,7 @@ def plan(
         split=config.split,
         warps=config.warps,
         column_clusters=column_clusters,
-        stages=min(config.stages, pl.cdiv(pl.cdiv(x.shape[1], UNIT), config.split * config.warps)),
+        stages=config.stages,
         a_copies=1,
         b_copies=1,
     )
@@ -391,7 +396,7 @@ def plan(
     blocks = math.prod(found.grid) * found.split
     fits = [room for n, room in zip((4, 2, 1), _SHARED_BYTES) if blocks > n // 2 * _AT_ONCE]
     for room in fits:
-        a, b = found.stages, config.expand_stages
+        a, b = min(config.stages, found.units), config.expand_stages
         b_least = 1 if room == _SHARED_BYTES[-1] else min(2, b)
         while True:
             sizes = found._replace(a_copies=a, b_copies=b)
