@@ -155,36 +155,35 @@ def _run_job(
                     )
         return acc
 
+    def fill_first_a(turns: list[tuple[Bundle, int]]) -> None:
+        m.arrived(0)
+        m.warp_barrier()  # the ring is free
+        for slot, (bundle, n) in enumerate(turns[:a_stages]):
+            fill_a(bundle, n, slot)
+            m.commit()
+
     def shrink(bundles: list[Bundle]) -> list[list[Any]]:
         """The warp's sums for each bundle."""
         accs = [[m.real(0.0)] * (2 * len(bundle.tiles)) for bundle in bundles]
-        if plan.units > unroll and plan.units > a_stages:
+        if plan.units > max(unroll, a_stages):
             for nth, bundle in enumerate(bundles):
                 accs[nth] = shrink_in_loop(bundle, accs[nth])
             return accs
-        m.arrived(0)
-        m.warp_barrier()  # the ring is free
-        items = list(itertools.product(range(len(bundles)), range(plan.units)))
-        for slot, (nth, n) in enumerate(items[:a_stages]):
-            fill_a(bundles[nth], n, slot)
-            m.commit()
-        for i, (nth, _) in enumerate(items):
+        turns = list(itertools.product(bundles, range(plan.units)))
+        fill_first_a(turns)
+        for i, (bundle, _) in enumerate(turns):
+            nth = i // plan.units
             m.arrived(a_stages - 1)
             m.warp_barrier()
-            accs[nth] = multiply_a(bundles[nth], i % a_stages, accs[nth])
-            if i + a_stages < len(items):
-                ahead, n = items[i + a_stages]
+            accs[nth] = multiply_a(bundle, i % a_stages, accs[nth])
+            if i + a_stages < len(turns):
                 m.warp_barrier()
-                fill_a(bundles[ahead], n, i % a_stages)
+                fill_a(*turns[i + a_stages], i % a_stages)
             m.commit()
         return accs
 
     def shrink_in_loop(bundle: Bundle, acc: list[Any]) -> list[Any]:
-        m.arrived(0)
-        m.warp_barrier()  # the ring is free
-        for n in range(a_stages):
-            fill_a(bundle, n, n)
-            m.commit()
+        fill_first_a([(bundle, n) for n in range(a_stages)])
 
         def turn(n: Any, acc: list[Any]) -> list[Any]:
             m.arrived(a_stages - 1)
