@@ -812,6 +812,22 @@ def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
 
 
+def test_mosaic_waits_for_the_cluster_where_we_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own wait is found and taken out, and ours is there."""
+    found, texts = [], []
+    take_over, asm = lanes.Gpu._take_over_start, lanes._ptx
+    monkeypatch.setattr(
+        lanes.Gpu, "_take_over_start", staticmethod(lambda: found.append(take_over()) or found[-1])
+    )
+    monkeypatch.setattr(lanes, "_ptx", lambda t, *a, **k: texts.append(t) or asm(t, *a, **k))
+    for seated in (False, True):
+        lowered(64, 4096, 4096, 16, seated=seated)
+        assert found and all(found)
+        waits = ["cluster.arrive" in text for text in texts if "cluster.wait" in text]
+        assert waits == [False, True]  # Mosaic has arrived already; then sums are exchanged
+        texts.clear()
+
+
 @pytest.mark.parametrize("num_tokens", [2, 16, 63, 256])
 @pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:

@@ -139,7 +139,7 @@ def decode_config(
     in several; with one, the GPU's tuning table has the last word, if `tuned`."""
     if num_tokens > MAX_DECODE_TOKENS:
         return Config()
-    config = _decode_config(num_tokens, width, rank)
+    config = _decode_config(num_tokens, width, rank, buckets)
     if buckets > 1 and rank >= 64:
         # Few tokens have the highest rank, and one cluster would be busy with it when all others
         # are done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer:
@@ -156,13 +156,17 @@ def _tuned(config: Config, shape: ShapeClass) -> Config:
     return dataclasses.replace(config, **tuned_fields(shape, Config))
 
 
-def _decode_config(num_tokens: int, width: int, rank: int) -> Config:
-    if num_tokens > 128 and rank >= 128:
-        # H100, T=256, 64 adapters: R=128 69.8 us in one launch, 62.3 in two; R=64 34.8 and 37.2.
+def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:
+    if num_tokens > 128 and (rank > 128 or (rank == 128 and buckets > 1)):
+        # H100, T=256, one launch and two: 64 adapters of R=128 53.2 us and 59.7, 8 of them 20.6 and
+        # 24.9; 32 of R=256 60.6 and 58.5, 8 of them 44.1 and 28.0.
         return Config()
     # Copies in flight, some 8 to 12 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
     # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4. R=128 comes by 64 ranks (`turn_ranks`).
-    expand_stages = min(4, 128 // rank) if rank <= 64 else 3
+    # Up to six turns all of B: q, k, v of Llama-3-8B, R=16, 8 adapters 6.1 us with 4 copies, 5.8
+    # with 6, 64 adapters 18.7 and 17.9; but of more turns: 14336 columns, 18.9 with 4, 20.8 with 6.
+    all_at_once = width <= 6 * 8 * 4 * 32
+    expand_stages = min(6 if all_at_once else 4, 128 // rank) if rank <= 64 else 3
     # With one token few blocks have work, so more clusters deal y's columns: H100, T=1, R=16,
     # H=N=4096, 4.5 us with 4, 5.7 with 2, 4.8 with 8. So too if columns are many: T=64, 8 adapters
     # of R=16, two slices of 14336 columns, 14.9 us with 1, 11.1 with 2.

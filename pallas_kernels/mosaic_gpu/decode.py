@@ -9,6 +9,7 @@ a product adds up in any order, a lane's 8 consecutive columns serve two steps; 
 dealt to `mma`'s columns so that each lane ends with 8 consecutive columns of y.
 """
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -32,8 +33,8 @@ from pallas_kernels.mosaic_gpu.decode_plan import (
     Plan,
     turn_ranks,
 )
-from pallas_kernels.mosaic_gpu.decode_tokens import tokens_of
-from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Memory
+from pallas_kernels.mosaic_gpu.decode_tokens import Seated, tokens_of
+from pallas_kernels.mosaic_gpu.lanes import Emulator, Gpu, Left, Memory
 from pallas_kernels.mosaic_gpu.tiles import in_place, interpreted
 
 # Turns written out, of a kernel with one job: longer ones are loops. With more jobs all are, but
@@ -47,15 +48,14 @@ def _kernel(
     ys: list[Any], x: Any, ids: list[Any], parts: list[Any],
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
-    g = m.tid % 32 // 4  # row of mma's operands
     active, column_block, seat = tokens_of(m, plan, cluster, column_block, ids)
 
     def work() -> None:
-        keys, rows = seat()
-        count = m.ones(m.ballot(m.get(rows + g, 1)[0] >= 0)) // 4
-        has = g < count
+        seated = seat()
+        if len(plan.jobs) > 1:
+            m.begun()
         valid, slot = {}, {}
-        for key, starts in zip(keys, plan.keys):
+        for key, starts in zip(seated.keys, plan.keys):
             for i, start in starts.items():
                 adapter = key - start if start else key
                 valid[i] = adapter >= 0
@@ -66,7 +66,7 @@ def _kernel(
         for n, job in enumerate(plan.jobs):
             i, nth = plan.ids_of(n), column_block - job.cluster
             run = functools.partial(
-                _run_job, m, plan, n, ran, slot[i], rows, count, has, nth, share, ys, x, parts
+                _run_job, m, plan, n, ran, slot[i], seated, active, nth, share, ys, x, parts
             )
             here = m.tid >= 0
             if len(plan.lists) > 1:  # else its adapter is in use, or the token led none
@@ -74,24 +74,32 @@ def _kernel(
             if job.clusters < plan.dealt(i):
                 here = here & (nth >= 0) & (nth < job.clusters)
             ran.append(here)
-            m.when(here, run)
+            if plan.leaves:
+                run()
+            else:
+                m.when(here, run)
 
-    m.when(active, work)
+    if plan.leaves:
+        work()
+    else:
+        m.when(active, work)
 
 
 def _run_job(
-    m: Any, plan: Plan, number: int, ran: list[Any], slot: Any, rows: Any, count: Any, has: Any,
+    m: Any, plan: Plan, number: int, ran: list[Any], slot: Any, seated: Seated, active: Any,
     column_block: Any, share: Any, ys: list[Any], x: Any, parts: list[Any],
 ) -> None:  # fmt: skip
-    """One job's parts, for the `count` tokens that lie at `rows`, of the adapter in `slot`.
+    """One job's parts, for tokens of the adapter in `slot`.
 
-    `column_block` is the number of this cluster among those of the job; `has`: whether this lane's
-    row of a product is a token; `ran`: whether each job up to this one has run.
+    `column_block` is the number of this cluster among those of the job; `ran`: whether each job up
+    to this one has run.
     """
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32
     g, c = lane // 4, lane % 4  # row and column group of mma's operands
     threads, always, zero = 32 * plan.warps, m.tid >= 0, m.integer(0)
+    rows, count = seated.rows, seated.count
+    has = g < count  # this lane's row of a product is a token
     earlier = [ran[n] for n in plan.earlier(number)]
     if earlier and plan.shrinks:
         # All blocks are done with the sums that they received.
@@ -121,13 +129,19 @@ def _run_job(
     first_unit = share * plan.share_units
     end_unit = m.minimum(first_unit + plan.share_units, pl.cdiv(plan.features, UNIT))
     line, chunk = lane // 8, lane % 8  # a warp copies 4 lines of 8 times 16 bytes at once
-    x_rows = [token_row(line + 4 * n, x, plan.features) for n in range(2)]
+    x_rows = [
+        (m.address(x, m.select(token >= 0, token, 0), plan.features), token >= 0)
+        for token in seated.copied
+    ]
     ring = plan.warp_first + warp * plan.warp_words
+    first_v = plan.v + (warp * (TOKENS * plan.v_stride) if plan.own_v else 0)
     a_stages = plan.a_stages(job) if plan.shrinks else 0
 
     def fill_a(bundle: Bundle, n: Any, slot: Any) -> None:
         k = (first_unit + n * plan.warps + warp) * UNIT + chunk * 8
         here = (k < end_unit * UNIT) & (k < plan.features)
+        if plan.leaves:
+            here = here & active
         # Rows of 128 bytes lie in the same banks: the halves of odd ones change places.
         place = ring + slot * plan.a_slot(job) + line * 32 + (chunk ^ line % 2 * 4) * 4
         for row, (address, there) in enumerate(x_rows):
@@ -156,11 +170,17 @@ def _run_job(
         return acc
 
     def fill_first_a(turns: list[tuple[Bundle, int]]) -> None:
-        m.arrived(0)
-        m.warp_barrier()  # the ring is free
+        if len(plan.jobs) > 1 or len(job.bundles) > 1:
+            m.arrived(0)
+            m.warp_barrier()  # the ring is free
         for slot, (bundle, n) in enumerate(turns[:a_stages]):
             fill_a(bundle, n, slot)
             m.commit()
+        # While they are on their way:
+        if plan.leaves:
+            m.leave(~active)
+        find_y_rows()
+        m.begun()
 
     def shrink(bundles: list[Bundle]) -> list[list[Any]]:
         """The warp's sums for each bundle."""
@@ -208,10 +228,12 @@ def _run_job(
         rows = {n: token_row(r, ys[n], plan.y_widths[n]) for n in used_ys}
         return {n: address for n, (address, _) in rows.items()}, rows[used_ys[0]][1]
 
-    y_rows: list[Any] = []
-    if plan.expands:
-        y_rows = [y_row(lane // y_chunks + n * (32 // y_chunks)) for n in range(y_chunks // 4)]
-        own_rows, _ = y_row(g)
+    y_rows: list[Any] = []  # that this lane copies, and behind them the one that it adds to
+
+    def find_y_rows() -> None:
+        if plan.expands and not y_rows:
+            copied = [lane // y_chunks + n * (32 // y_chunks) for n in range(y_chunks // 4)]
+            y_rows.extend(map(y_row, [*copied, g]))
 
     def of_turn(strip: list[Piece], turn: Any, values: Any) -> Any:
         """values(piece, nth of its turns) of the piece whose turn it is."""
@@ -290,7 +312,7 @@ def _run_job(
             left = m.select(held == 1, left, 0)
         wide = 16 // plan.y_dtype.itemsize
         at = lane % y_chunks * wide
-        for n, (rows, there) in enumerate(y_rows):
+        for n, (rows, there) in enumerate(y_rows[:-1]):
             to = place + (plan.b_rows(strip) + 128 * n) + lane * 4
             m.copy(to, in_y(strip, turn, rows), column + at, there & (at < left))
 
@@ -303,7 +325,7 @@ def _run_job(
         first = first + chunk * ranks
         rows = ring + slot * plan.b_slot(strip) + (g // 2 * 8 + g % 2) * (ranks // 2)
         for n in range(ranks // (4 * each)):
-            v = m.get(plan.v + g * plan.v_stride + (first + 4 * each * n) // 2 + c * words, words)
+            v = m.get(first_v + g * plan.v_stride + (first + 4 * each * n) // 2 + c * words, words)
             for tile in range(4):
                 at = c * words + 4 * words * n
                 if ranks % 64 == 0:
@@ -332,7 +354,7 @@ def _run_job(
             for i, word in enumerate(old):
                 low, high = m.unpack(word, plan.y_dtype)
                 new.append(m.pack(low + acc[2 * i], high + acc[2 * i + 1], plan.y_dtype))
-        m.store(in_y(strip, turn, own_rows), column + c * 8, new, has & (c * 8 < left))
+        m.store(in_y(strip, turn, y_rows[-1][0]), column + c * 8, new, has & (c * 8 < left))
 
     def fill_first(strip: list[Piece]) -> None:
         chunks = plan.chunks(strip)
@@ -371,14 +393,16 @@ def _run_job(
 
     # ------------------------------------------------------------------- v, the sum of all shares
 
-    def quads(bundle: Bundle, times: int, do: Any) -> None:
-        """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to lanes."""
+    def quads(bundle: Bundle, times: int, do: Any, *, by_warp: bool = False) -> None:
+        """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to the lanes of
+        the block, or if `by_warp`, to those of each warp."""
         wide = 2 * len(bundle.tiles)
+        me, lanes = (lane, 32) if by_warp else (m.tid, threads)
         total = TOKENS * wide * times
-        for first in range(0, total, threads):
-            i = m.tid + first
+        for first in range(0, total, lanes):
+            i = me + first
             t = i // wide % TOKENS
-            here = t < count if total % threads == 0 else (t < count) & (i < total)
+            here = t < count if total % lanes == 0 else (t < count) & (i < total)
             do(i // (wide * TOKENS), t, bundle.first + i % wide * 4, here)
 
     def added(place: Any, times: int, stride: int) -> list[Any]:
@@ -407,7 +431,7 @@ def _run_job(
     def keep(t: Any, column: Any, total: list[Any], here: Any) -> None:
         """Makes these columns of v operands of the expand."""
         words = [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
-        m.put(plan.v + t * plan.v_stride + column // 2, words, here)
+        m.put(first_v + t * plan.v_stride + column // 2, words, here)
 
     def finish(bundle: Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
         total = added(plan.block_sums + t * plan.sum_stride + column, plan.split, plane)
@@ -460,6 +484,7 @@ def _run_job(
         # Not earlier: A of all clusters then comes before B of any, and B while sums are exchanged.
         m.arrived(0)
     m.warp_barrier()
+    find_y_rows()
     if plan.shrinks:
         for bundle, acc in zip(job.bundles, sums):
             put_sums(bundle, acc)
@@ -472,10 +497,14 @@ def _run_job(
             quads(bundle, lanes, functools.partial(send, receivers // lanes))
         m.cluster_barrier()
     for bundle in job.bundles:
-        quads(bundle, 1, functools.partial(finish, bundle) if plan.shrinks else load_v)
+        do = functools.partial(finish, bundle) if plan.shrinks else load_v
+        quads(bundle, 1, do, by_warp=plan.own_v)
     if not plan.expands:
         return
-    m.barrier()
+    if plan.own_v:
+        m.warp_barrier()
+    else:
+        m.barrier()
 
     # ------------------------------------------------------------------------------- y += v B^T
 
@@ -572,5 +601,6 @@ def _emulate(plan: Plan, num_ys: int, num_ids: int, *arrays: Any) -> Any:
     for cluster, columns in itertools.product(*map(range, plan.grid)):
         m = Emulator(memory, plan.words, plan.split, 32 * plan.warps)
         share = np.broadcast_to(np.arange(plan.split, dtype=np.int32)[:, None], m.tid.shape)
-        _kernel(m, plan, m.integer(cluster), m.integer(columns), share, *refs)
+        with contextlib.suppress(Left):
+            _kernel(m, plan, m.integer(cluster), m.integer(columns), share, *refs)
     return tuple(memory.array(n) for n in range(num_ys))

@@ -9,7 +9,7 @@ also tells clusters of the same tokens which columns of y they have; those that 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -18,9 +18,18 @@ from jaxtyping import Array, Int
 from pallas_kernels.mosaic_gpu.decode_plan import TOKENS, Plan
 
 # Whether a cluster has tokens; its number among those that deal the columns of y for them; and what
-# then puts them to shared memory and returns the cluster's keys, which name its adapters, and the
-# place of the tokens.
-Tokens = tuple[Any, Any, Callable[[], tuple[list[Any], Any]]]
+# then puts them to shared memory.
+Tokens = tuple[Any, Any, Callable[[], "Seated"]]
+
+
+class Seated(NamedTuple):
+    """A cluster's tokens: their place and their number, the keys that name their adapters, and of
+    those that this lane copies x for, numbers lane // 8 and 4 more, the token or -1."""
+
+    rows: Any
+    count: Any
+    keys: list[Any]
+    copied: list[Any]
 
 
 def tokens_of(m: Any, plan: Plan, cluster: Any, column_block: Any, ids: list[Any]) -> Tokens:
@@ -63,18 +72,18 @@ def _seated(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> Tokens:
     key, column_block = (m.load(row, TOKENS + n, always) for n in range(2))
     lane, rows = m.tid % 32, plan.rows + m.tid // 32 * TOKENS  # each warp's own
     token = m.load(row, m.minimum(lane, TOKENS), always)
+    copied = [m.load(row, lane // 8 + 4 * n, always) for n in range(2)]
 
-    def seat() -> tuple[list[Any], Any]:
+    def seat() -> Seated:
+        count = m.ones(m.ballot((lane < TOKENS) & (token >= 0)))
         m.put(rows + lane, [token], lane < TOKENS)
         m.warp_barrier()
-        return [key], rows
+        return Seated(rows, count, [key], copied)
 
     return key >= 0, column_block, seat
 
 
-def _found(
-    m: Any, plan: Plan, cluster: Any, ids: list[Any]
-) -> tuple[Any, Callable[[], tuple[list[Any], Any]]]:
+def _found(m: Any, plan: Plan, cluster: Any, ids: list[Any]) -> tuple[Any, Callable[[], Seated]]:
     """By all tokens' ids."""
 
     def every(op: Any, values: Any) -> Any:
@@ -131,7 +140,7 @@ def _found(
     masks = [m.get(plan.masks + n, 1)[0] for n in range(pl.cdiv(plan.tokens, 32))]
     leader, active = _nth_bit(m, masks, cluster)
 
-    def seat() -> tuple[list[Any], Any]:
+    def seat() -> Seated:
         mine = [m.get(place + leader, 1)[0] for place in places]
         first = m.get(plan.numbers + leader, 1)[0]
         for t, inside, own, number in tokens:
@@ -139,7 +148,9 @@ def _found(
             nth = number - first
             m.put(plan.rows + nth, [t], inside & same & (nth >= 0) & (nth < TOKENS))
         m.barrier()
-        return mine, m.integer(plan.rows)
+        count = m.ones(m.ballot(m.get(plan.rows + lane // 4, 1)[0] >= 0)) // 4
+        copied = [m.get(plan.rows + lane // 8 + 4 * n, 1)[0] for n in range(2)]
+        return Seated(m.integer(plan.rows), count, mine, copied)
 
     return active, seat
 

@@ -117,6 +117,29 @@ class Gpu:
         pointer = mgpu.utils.memref_ptr(shared)
         self._shared = _Value(llvm.ptrtoint(self._i32, pointer))
         self.tid = self._asm("mov.u32 $0, %tid.x;", self._i32)
+        self._waits = self._take_over_start()
+
+    @staticmethod
+    def _take_over_start() -> bool:
+        """Takes out where Mosaic waits, at the start, until all of the cluster have begun."""
+        waits = "llvm.inline_asm", "nvvm.cluster.wait"  # of JAX 0.11, and of later ones
+        block = ir.InsertionPoint.current.block
+        while True:
+            for op in block.operations:
+                if op.name in waits and "cluster.wait" in str(op):
+                    op.operation.erase()
+                    return True
+            parent = block.owner
+            if parent is None or parent.name == "gpu.launch":
+                return False
+            block = parent.operation.block
+
+    def begun(self) -> None:
+        """All blocks of the cluster have begun, so that they may be pushed to."""
+        # Mosaic's own wait comes before anything that we do; a load may as well be on its way.
+        if self._waits:
+            self._waits = False
+            self._asm("barrier.cluster.wait.aligned;", None)
 
     def _asm(self, text: str, result: Any, *args: Any, effects: bool = False) -> Any:
         operands = [arg.ir for arg in args]
@@ -297,6 +320,11 @@ class Gpu:
         text = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
         self._asm(text, None)
 
+    def leave(self, where: _Value) -> None:
+        """Ends the blocks where it holds, on which a cluster's lanes must agree."""
+        text = "{ .reg .pred p; setp.ne.b32 p, $0, 0; @p exit; }"
+        self._asm(text, None, self._flag(where))
+
     def when(self, where: _Value, do: Callable[[], None]) -> None:
         """do() in the warps where it holds; a warp's lanes must agree."""
         branch = scf.IfOp(where.ir)
@@ -342,6 +370,10 @@ class Memory:
         return flat[: math.prod(self._shapes[n])].reshape(self._shapes[n])
 
 
+class Left(Exception):
+    """The cluster that is emulated has ended."""
+
+
 class Emulator:
     """Carries instructions out for all lanes of one cluster: values are `[blocks, threads]`.
 
@@ -360,6 +392,7 @@ class Emulator:
         self._block = np.arange(blocks, dtype=np.int64)[:, None]
         self._shared = np.full((blocks, words), 0x7FC00000, np.int32)  # NaN
         self._active = np.ones(self._shape, bool)
+        self._begun = False
         self._writer = np.full((blocks, words), self._NOBODY)
         self._reader = np.full((blocks, words), self._NOBODY)
         self._foreign = np.zeros((blocks, words), bool)  # pushed here, and not yet arrived
@@ -498,6 +531,7 @@ class Emulator:
         self._write(at, lane, np.stack(words, axis=-1)[use])
 
     def push(self, block: Any, word: Any, words: Sequence[Any], where: Any) -> None:
+        assert self._begun, "the block may not have begun"
         use, at, lane = self._places(block, word, len(words), where)
         self._write(at, lane, np.stack(words, axis=-1)[use])
         self._foreign[at] = True
@@ -549,9 +583,17 @@ class Emulator:
                 by_lane = (row >= warp * 32) & (row < warp * 32 + 32)
                 row[by_lane | (row == self._READING - warp)] = self._WARP - warp
 
+    def begun(self) -> None:
+        self._begun = True
+
     def cluster_barrier(self) -> None:
         assert np.all(self._active), "blocks of a cluster diverge at its barrier"
         self._writer[:], self._reader[:], self._foreign[:] = self._NOBODY, self._NOBODY, False
+
+    def leave(self, where: Any) -> None:
+        assert np.all(where) or not np.any(where), "a cluster's lanes do not agree"
+        if np.all(where):
+            raise Left
 
     def when(self, where: Any, do: Callable[[], None]) -> None:
         before, self._active = self._active, self._active & where
