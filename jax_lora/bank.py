@@ -3,12 +3,13 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,15 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
 from jax_lora.batch import AdapterBatch, Lease, host_int32
-from jax_lora.layers import LoRALayer, LoRAStack, path_name
+from jax_lora.layers import LoRALayer, LoRAScale, LoRAStack, path_name
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
 _NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
+
+
+# Scales, and A and B of some stacks: variables, arrays or what a slot is to hold.
+_OfLayer = tuple[Any, list[tuple[Any, Any]]]
 
 
 class BankFullError(RuntimeError):
@@ -108,14 +113,16 @@ class AdapterBank:
         if not layers:
             raise ValueError("the model has no LoRA layers; call jax_lora.apply_lora(model) first")
         self._model = model
+        self._layers = list(layers.values())
         self._slots = _common_slots(layers)
         self._sites = _sites(layers, getattr(model, "peft_names", {}))
         self.state = nnx.from_flat_state(
             [
-                ((*path, name), getattr(module, name))
+                ((*path, name), value)
                 for path, module in nnx.iter_modules(model)
-                if isinstance(module, LoRAStack)
-                for name in ("lora_a", "lora_b", "scales")
+                if isinstance(module, LoRAStack | LoRALayer)
+                for name, value in vars(module).items()
+                if isinstance(value, nnx.LoRAParam | LoRAScale)
             ]
         )
         self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
@@ -356,19 +363,15 @@ class AdapterBank:
                 f"adapter {name!r} has rank {adapter.rank} and needs bucket {bucket}; the model "
                 f"has buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
             )
-        values = list(self._values(name, adapter, bucket))
+        values = self._values(name, adapter, bucket)
         with self._lock:
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._find_slot(bucket, name)
-            stacks = [site.stacks[bucket] for site in self._sites.values()]
-            variables = [(s.lora_a, s.lora_b, s.scales) for s in stacks]
-            arrays = jax.tree.map(
-                lambda v: v.get_value(), variables, is_leaf=lambda v: isinstance(v, nnx.Variable)
-            )
+            variables, tree = jax.tree.flatten(self._variables(bucket), is_leaf=_is_variable)
+            arrays = jax.tree.unflatten(tree, [variable.get_value() for variable in variables])
             updated = self._writers[bucket](arrays, np.int32(slot), values)
-            for triple, new in zip(variables, updated):
-                for variable, array in zip(triple, new):
-                    variable.set_value(array)
+            for variable, array in zip(variables, jax.tree.leaves(updated)):
+                variable.set_value(array)
             if evicted is not None:
                 del self._entries[evicted]
             old = self._entries.pop(name, None)
@@ -392,28 +395,36 @@ class AdapterBank:
                     f"but lora_A is {list(weights.a.shape)} and lora_B {list(weights.b.shape)}"
                 )
 
-    def _values(self, name: str, adapter: Adapter, bucket: int) -> Iterator[tuple[Any, Any, Any]]:
-        """Whole slots for every site: zeros behind the rank and where it adapts nothing."""
+    def _values(self, name: str, adapter: Adapter, bucket: int) -> list[_OfLayer]:
+        """Whole slots: zeros behind the rank and where it adapts nothing."""
+        by_layer: dict[int, _OfLayer] = {}
         for module, site in self._sites.items():
-            weights, stack = adapter.modules.get(module), site.stacks[bucket]
-            a_shape, b_shape = stack.lora_a.shape[1:], stack.lora_b.shape[1:]
-            dtype = stack.lora_a.dtype
-            if weights is None:
-                yield np.zeros(a_shape, dtype), np.zeros(b_shape, dtype), np.float32(0)
-                continue
-            try:
-                with np.errstate(over="raise"):
-                    a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
-            except FloatingPointError:
-                raise ValueError(
-                    f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
-                    "apply_lora another dtype="
-                ) from None
-            if weights.rank < bucket:
-                a_slot, b_slot = np.zeros(a_shape, dtype), np.zeros(b_shape, dtype)
-                a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
-                a, b = a_slot, b_slot
-            yield a, b, np.float32(weights.scale)
+            weights = adapter.modules.get(module)
+            slot = self._slot_values(name, module, weights, site.stacks[bucket])
+            scales, slots = by_layer.setdefault(id(site.layer), ([], []))
+            scales.append(np.float32(0 if weights is None else weights.scale))
+            slots.append(slot)
+        return [by_layer[id(layer)] for layer in self._layers]
+
+    def _slot_values(
+        self, name: str, module: str, weights: LoRAWeights | None, stack: LoRAStack
+    ) -> tuple[np.ndarray, np.ndarray]:
+        dtype = stack.lora_a.dtype
+        a_slot, b_slot = (np.zeros(t.shape[1:], dtype) for t in (stack.lora_a, stack.lora_b))
+        if weights is None:
+            return a_slot, b_slot
+        try:
+            with np.errstate(over="raise"):
+                a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
+        except FloatingPointError:
+            raise ValueError(
+                f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
+                "apply_lora another dtype="
+            ) from None
+        if weights.rank == stack.bucket:
+            return a, b
+        a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
+        return a_slot, b_slot
 
     def _find_slot(self, bucket: int, name: str) -> tuple[int, str | None]:
         """A slot to write, and whom that evicts. Never a leased one."""
@@ -438,19 +449,40 @@ class AdapterBank:
         )
 
     def _compile_writer(self, bucket: int) -> Any:
-        stacks = [site.stacks[bucket] for site in self._sites.values()]
-        arrays = [tuple(v.get_value() for v in (s.lora_a, s.lora_b, s.scales)) for s in stacks]
-        value = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), arrays)
+        arrays = jax.tree.map(
+            lambda v: v.get_value(), self._variables(bucket), is_leaf=_is_variable
+        )
+        firsts = [_first_scales(layer, bucket) for layer in self._layers]
 
-        def write_slot(arrays: Any, slot: jax.Array, values: Any) -> Any:
-            return jax.tree.map(
-                lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0),
-                arrays,
-                values,
-            )
+        def write_slot(
+            arrays: list[_OfLayer], slot: jax.Array, values: list[_OfLayer]
+        ) -> list[_OfLayer]:
+            written = []
+            for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+                scales = scales.at[first + slot].set(jnp.stack(new_scales))
+                stacks = jax.tree.map(
+                    lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0),
+                    stacks,
+                    new,
+                )
+                written.append((scales, stacks))
+            return written
 
+        def values_of(stacks: list[tuple[Any, Any]]) -> _OfLayer:
+            one = jax.ShapeDtypeStruct((), jnp.float32)
+            slots = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), stacks)
+            return [one] * len(stacks), slots
+
+        values = [values_of(stacks) for _, stacks in arrays]
         write = jax.jit(write_slot, donate_argnums=0)
-        return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), value).compile()
+        return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
+
+    def _variables(self, bucket: int) -> list[_OfLayer]:
+        """Of each layer its scales, and A and B of its stacks of a bucket."""
+        return [
+            (layer.scales, [(s.lora_a, s.lora_b) for s in layer.stacks if s.bucket == bucket])
+            for layer in self._layers
+        ]
 
     def _adapter(self, name: str) -> Adapter:
         """The adapter as it stands in the stacks, at its true rank."""
@@ -468,6 +500,17 @@ class AdapterBank:
                 a, b = a[:rank], b[:, :rank]
                 modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
         return Adapter(entry.config, modules)
+
+
+def _first_scales(layer: LoRALayer, bucket: int) -> np.ndarray:
+    """Where the scales of a bucket's stacks start in the layer's."""
+    ends = itertools.accumulate((stack.slots for stack in layer.stacks), initial=0)
+    mine = [first for stack, first in zip(layer.stacks, ends) if stack.bucket == bucket]
+    return np.array(mine, np.int32)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def _distinct(names_per_row: Sequence[str | None]) -> list[str]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -18,14 +18,18 @@ Slots = int | Mapping[int, int]
 
 
 class LoRAScale(nnx.Variable[Array]):
-    """Scale of each slot of a stack, alpha / r of the true rank. No Param: it is not trained."""
+    """Scale of each slot of a layer's stacks, one stack behind the other, alpha / r of the true
+    rank: `[S]` float32. No Param: it is not trained."""
+
+    # One array, as a step pays for each: H100, 16 layers with five buckets, 1,827 arguments, 5.7 to
+    # 6.3 ms of the host's time; without 558 of the scales 3.9 to 5.1.
 
 
 class LoRAStack(nnx.Module):
     """The adapters of one rank bucket and one output slice of a layer.
 
     Attributes:
-      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`, `scales`: `[L]` float32; zeros where empty.
+      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`; zeros where empty.
       bucket: R. y_offset: first of the layer's output columns that the stack adds to.
     """
 
@@ -36,7 +40,6 @@ class LoRAStack(nnx.Module):
         self.bucket, self.y_offset = bucket, y_offset
         self.lora_a = nnx.LoRAParam(jnp.zeros((slots, bucket, in_features), dtype))
         self.lora_b = nnx.LoRAParam(jnp.zeros((slots, out_features, bucket), dtype))
-        self.scales = LoRAScale(jnp.zeros(slots, jnp.float32))
 
     @property
     def slots(self) -> int:
@@ -46,22 +49,21 @@ class LoRAStack(nnx.Module):
     def nbytes(self) -> int:
         return self.lora_a.nbytes + self.lora_b.nbytes
 
-    def part(self, batch: AdapterBatch, lead: tuple[int, ...]) -> LoRAPart:
-        arrays = self.lora_a[...], self.lora_b[...], self.scales[...]
-        return stack_part(*arrays, self.y_offset, batch, lead)
 
-
-def stack_part(
-    lora_a: Array,
-    lora_b: Array,
+def stack_parts(
+    stacks: Iterable[tuple[Array, Array, int]],
     scales: Array,
-    y_offset: int,
     batch: AdapterBatch,
     lead: tuple[int, ...],
-) -> LoRAPart:
-    """What a stack adds to a layer's output, for an `x` of `[*lead, H]`."""
-    slots, bucket, _ = lora_a.shape
-    return LoRAPart(lora_a, lora_b, batch.segments(bucket, lead, slots), scales, y_offset)
+) -> list[LoRAPart]:
+    """What a layer's stacks (A, B, y_offset) add to its output, for an `x` of `[*lead, H]`."""
+    parts, scales_offset = [], 0
+    for lora_a, lora_b, y_offset in stacks:
+        slots, bucket, _ = lora_a.shape
+        segments = batch.segments(bucket, lead, slots)
+        parts.append(LoRAPart(lora_a, lora_b, segments, scales, y_offset, scales_offset))
+        scales_offset += slots
+    return parts
 
 
 class StackShape(NamedTuple):
@@ -96,6 +98,7 @@ class LoRALayer(nnx.Module):
     """
 
     stacks: nnx.List[LoRAStack]
+    scales: LoRAScale
     slices: tuple[int, ...]
 
     def features(self) -> tuple[int, int]:
@@ -134,6 +137,12 @@ class LoRALayer(nnx.Module):
         shapes = stack_shapes(self.features(), slots, buckets, self.slices)
         dtype = stack_dtype(dtype)
         self.stacks = nnx.List(LoRAStack(*shape, dtype) for shape in shapes)
+        self.scales = LoRAScale(jnp.zeros(sum(shape.slots for shape in shapes), jnp.float32))
+
+    def parts(self, batch: AdapterBatch, lead: tuple[int, ...]) -> list[LoRAPart]:
+        """What the stacks add to the output, for an `x` of `[*lead, H]`."""
+        stacks = ((s.lora_a[...], s.lora_b[...], s.y_offset) for s in self.stacks)
+        return stack_parts(stacks, self.scales[...], batch, lead)
 
     def __call__(
         self, x: Array, adapters: AdapterBatch | None = None, *, out_sharding: Any = None
@@ -158,7 +167,7 @@ class LoRALayer(nnx.Module):
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
         in_features, out_features = self.features()
         x = self.x_matrix(x)
-        parts = [stack.part(adapters, x.shape[:-1]) for stack in self.stacks]
+        parts = self.parts(adapters, x.shape[:-1])
         y_matrix = self.y_matrix(y)
         out = add_lora_multi(
             y_matrix.reshape(-1, out_features),
@@ -262,10 +271,10 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
     (x,) = layers[0].promote_dtype((x,), dtype=ys[0].dtype)
     ends = list(itertools.accumulate(layer.out_features for layer in layers))
     parts = [
-        (part := stack.part(batch, x.shape[:-1]))._replace(y_offset=start + part.y_offset)
+        part._replace(y_offset=start + part.y_offset)
         for layer, start in zip(layers, [0, *ends])
         if isinstance(layer, LoRADense)
-        for stack in layer.stacks
+        for part in layer.parts(batch, x.shape[:-1])
     ]
     # Layers with unlike numbers of slots have lists of ids of their own for one bucket.
     lists = {(part.lora_a.shape[1], part.lora_a.shape[0]) for part in parts}

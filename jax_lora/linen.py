@@ -16,7 +16,7 @@ from jax_lora.layers import (
     Slots,
     batch_for,
     stack_dtype,
-    stack_part,
+    stack_parts,
     stack_shapes,
 )
 from pallas_kernels import add_lora_multi
@@ -72,18 +72,18 @@ class LoRADense(nn.Dense):
                 for i, (slots, bucket, (_, width), _) in enumerate(shapes)
             }
 
-        def empty_scales() -> dict[int, Array]:
-            return {i: jnp.zeros(shape.slots, jnp.float32) for i, shape in enumerate(shapes)}
+        def empty_scales() -> Array:
+            return jnp.zeros(sum(shape.slots for shape in shapes), jnp.float32)
 
         stacks = self.variable("lora", "stacks", empty).value
-        scales = self.variable("lora_scale", "stacks", empty_scales).value
+        scales = self.variable("lora_scale", "scales", empty_scales).value
         if adapters is None:
             return y
-        parts = [
-            stack_part(**stacks[i], scales=scales[i], y_offset=y_offset, batch=adapters,
-                       lead=inputs.shape[:-1])
-            for i, (_, _, _, y_offset) in enumerate(shapes)
-        ]  # fmt: skip
+        triples = (
+            (stacks[i]["lora_a"], stacks[i]["lora_b"], shape.y_offset)
+            for i, shape in enumerate(shapes)
+        )
+        parts = stack_parts(triples, scales, adapters, inputs.shape[:-1])
         x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
         matrix = y.reshape(-1, self.features)
         out = add_lora_multi(matrix, x, parts, phase=adapters.phase, fuse=True, exclusive=True)
@@ -107,10 +107,10 @@ class _Dense(LoRALayer):
         ]
         slots = {bucket: s["lora_a"].shape[0] for s, bucket in zip(ordered, buckets)}
         self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
-        for i, (stack, values) in enumerate(zip(self.stacks, ordered)):
+        for stack, values in zip(self.stacks, ordered):
             stack.lora_a.set_value(values["lora_a"])
             stack.lora_b.set_value(values["lora_b"])
-            stack.scales.set_value(scales[i])
+        self.scales.set_value(scales)
 
     def features(self) -> tuple[int, int]:
         in_features, out_features = self.kernel.shape
@@ -140,7 +140,7 @@ class AdapterBank(bank.AdapterBank):
 
         model: Any = nnx.Module()
         layers = flatten_dict(variables.get("lora", {}), is_leaf=is_layer)
-        scales = flatten_dict(variables.get("lora_scale", {}), is_leaf=is_layer)
+        scales = flatten_dict(variables.get("lora_scale", {}))
         params = flatten_dict(variables.get("params", {}))
         if () in layers:
             raise ValueError("a LoRADense alone has no path for PEFT to name; put it in a module")
@@ -150,7 +150,7 @@ class AdapterBank(bank.AdapterBank):
                 if name not in vars(parent):
                     setattr(parent, name, nnx.Module())
                 parent = getattr(parent, name)
-            arrays = params[*path, "kernel"], layer["stacks"], scales[path]["stacks"]
+            arrays = params[*path, "kernel"], layer["stacks"], scales[*path, "scales"]
             setattr(parent, path[-1], _Dense(".".join(path), *arrays))
         model.peft_names = nnx.static(dict(peft_names or {}))
         super().__init__(model)
@@ -164,7 +164,7 @@ class AdapterBank(bank.AdapterBank):
         lora, scales = {}, {}
         for path, variable in nnx.to_flat_state(self.state):
             if path[-1] == "scales":
-                scales[path[:-1]] = variable.get_value()
+                scales[path] = variable.get_value()
             else:
                 lora[path] = variable.get_value()
         return {"lora": unflatten_dict(lora), "lora_scale": unflatten_dict(scales)}

@@ -31,6 +31,7 @@ class _Spec(NamedTuple):
     implementation: str
     kernels: tuple[str, ...]
     y_offsets: tuple[int, ...] = ()
+    scales_offsets: tuple[int | None, ...] = ()
     routes: tuple[int, ...] = ()  # for each part the first one that has the same ids
     add_inputs: bool = True
     fuse: bool = False
@@ -99,11 +100,31 @@ def _scales(name: str, value: ArrayLike, *, per_adapter: int | None) -> Array:
     return scales.astype(jnp.float32)
 
 
-def _columns(shape: Sequence[int], y_offset: int, size: int) -> int:
+def _scales_at(name: str, part: LoRAPart, num_adapters: int) -> tuple[Array, int | None]:
+    """A part's scales, and where its own start in them."""
+    if part.scales_offset is None:
+        scales = 1.0 if part.scales is None else part.scales
+        return _scales(f"{name}.scales", scales, per_adapter=num_adapters), None
+    offset = _static(f"{name}.scales_offset", part.scales_offset)
+    shape = () if part.scales is None else jnp.shape(part.scales)
+    size = shape[0] if len(shape) == 1 else 0
+    if not 0 <= offset <= size - num_adapters:
+        raise ValueError(
+            f"{name} has scales [{offset}, {offset + num_adapters}) by its scales_offset, but "
+            f"scales have shape {list(shape)}"
+        )
+    return _scales(f"{name}.scales", part.scales, per_adapter=size), offset
+
+
+def _static(name: str, value: Any) -> int:
     try:
-        y_offset = operator.index(y_offset)
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"y_offset must be a static int, got {y_offset!r}") from None
+        raise TypeError(f"{name} must be a static int, got {value!r}") from None
+
+
+def _columns(shape: Sequence[int], y_offset: int, size: int) -> int:
+    y_offset = _static("y_offset", y_offset)
     if not 0 <= y_offset <= shape[1] - size:
         raise ValueError(f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(shape)}")
     return y_offset
@@ -295,15 +316,19 @@ def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) ->
 
 
 def _parts(spec: _Spec, stacks: Any, *, ordered: bool = False) -> tuple[LoRAPart, ...]:
-    """The parts; those with the same ids share one object, `Segments` if `ordered`."""
+    """The parts; those with the same ids share one object. If `ordered` that is `Segments`, and
+    a part has its own scales alone."""
     routes = {
         n: as_segments(stacks[n][2], stacks[n][0].shape[0]) if ordered else stacks[n][2]
         for n in set(spec.routes)
     }
-    return tuple(
-        LoRAPart(a, b, routes[route], scales, y_offset)
-        for (a, b, _, scales), route, y_offset in zip(stacks, spec.routes, spec.y_offsets)
-    )
+    parts = []
+    for n, (a, b, _, scales) in enumerate(stacks):
+        offset = spec.scales_offsets[n]
+        if ordered and offset is not None:
+            scales, offset = scales[offset : offset + a.shape[0]], None
+        parts.append(LoRAPart(a, b, routes[spec.routes[n]], scales, spec.y_offsets[n], offset))
+    return tuple(parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -319,9 +344,11 @@ def _add_lora_fwd(spec: _Spec, *args: Any) -> Any:
 def _add_lora_bwd(spec: _Spec, residuals: Any, dys: tuple[Array, ...]) -> Any:
     x, stacks = residuals
     dx, dstacks, dy = jnp.zeros(x.shape, jnp.float32), [], side_by_side(dys)
-    for part in _parts(spec, stacks, ordered=True):
+    for n, part in enumerate(_parts(spec, stacks, ordered=True)):
         dx_part, da, db, ds = xla.add_lora_grad(dy, x, part)
         dx += dx_part
+        if (offset := spec.scales_offsets[n]) is not None:
+            ds = jnp.zeros_like(stacks[n][3]).at[offset : offset + ds.size].set(ds)
         dstacks.append((da, db, None, ds))
     return dys, dx.astype(x.dtype), tuple(dstacks)
 
@@ -675,6 +702,7 @@ def add_lora_multi(
     stacks: list[Any] = []
     kernels: list[str] = []
     y_offsets: list[int] = []
+    scales_offsets: list[int | None] = []
     first_with_ids: list[int] = []
     seen: dict[tuple[int, int], int] = {}
     for n, part in enumerate(parts):
@@ -685,8 +713,8 @@ def add_lora_multi(
         _same(f"x and parts[{n}].lora_a differ in features H", x.shape[1], a.shape[2])
         _same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
         _same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
-        scales = 1.0 if part.scales is None else part.scales
-        scales = _scales(f"parts[{n}].scales", scales, per_adapter=a.shape[0])
+        scales, scales_offset = _scales_at(f"parts[{n}]", part, a.shape[0])
+        scales_offsets.append(scales_offset)
         y_offsets.append(_columns(shape, part.y_offset, b.shape[1]))
         stacks.append((a, b, _route(part.indices, x.shape[0], a.shape[0]), scales))
         first_with_ids.append(seen.setdefault((id(part.indices), a.shape[0]), n))
@@ -704,6 +732,7 @@ def add_lora_multi(
         _choose(implementation, config, missing),
         tuple(kernels),
         tuple(y_offsets),
+        tuple(scales_offsets),
         tuple(first_with_ids),
         fuse=bool(fuse),
         exclusive=bool(exclusive),

@@ -16,6 +16,8 @@ class LoRAPart(NamedTuple):
       indices: `[T]` integers, the adapter of each token, -1 for none; or the `Segments` of them.
       scales: a scalar, `[L]`, or None for 1.
       y_offset: first column of `y` that the part adds to (static).
+      scales_offset: where the part's L scales start in `scales` `[S]`, which then may hold those of
+        many parts (static).
     """
 
     lora_a: Any
@@ -23,6 +25,7 @@ class LoRAPart(NamedTuple):
     indices: Any
     scales: Any = None
     y_offset: int = 0
+    scales_offset: int | None = None
 
 
 def side_by_side(ys: tuple[Array, ...]) -> Array:

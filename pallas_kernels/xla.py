@@ -284,7 +284,7 @@ def add_lora_grad(
     dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LoRAPart
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of one part of `add_lora_multi` in x (float32), lora_a, lora_b and scales."""
-    lora_a, lora_b, segments, scales, y_offset = part
+    lora_a, lora_b, segments, scales, y_offset, _ = part
     columns = slice(y_offset, y_offset + lora_b.shape[1])
 
     def tile(carry: tuple[Array, Array, Array, Array], rows: Array, adapter: Array) -> Any:

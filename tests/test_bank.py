@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny import FEATURES, Mlp, expected, filled_with, forward, make_adapter, make_bank, tokens
 
+import jax_lora
 from jax_lora import (
     Adapter,
     AdapterBank,
@@ -130,9 +131,9 @@ def test_pin_unpin_unload(pair):
 
 def test_state_is_live_and_has_the_structure_of_split(pair):
     model, bank = pair
-    _, lora, rest = nnx.split(model, lambda path, _: "stacks" in path, ...)
+    _, lora, rest = nnx.split(model, (nnx.LoRAParam, jax_lora.LoRAScale), ...)
     assert jax.tree.structure(bank.state) == jax.tree.structure(lora)
-    assert not any("stacks" in path for path, _ in nnx.to_flat_state(rest))
+    assert not any({"stacks", "scales"} & {*path} for path, _ in nnx.to_flat_state(rest))
     before = stacks_of(bank)
     bank.load("a", make_adapter(1, 4))
     assert any((old != new).any() for old, new in zip(before, stacks_of(bank)))

@@ -30,16 +30,16 @@ HALF_ULP = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 def fill(layer, seed=0):
     """Random stacks and scales; returns them as float64, per stack."""
     rng = np.random.default_rng(seed)
+    scales = rng.normal(size=layer.scales.shape).astype(np.float32)
+    layer.scales.set_value(jax.device_put(scales))
     filled = []
     for stack in layer.stacks:
-        a, b = (
-            rng.normal(size=v.shape) / np.sqrt(v.shape[-1]) for v in (stack.lora_a, stack.lora_b)
-        )
-        scales = rng.normal(size=stack.slots)
-        values = (stack.lora_a, a), (stack.lora_b, b), (stack.scales, scales)
-        for variable, value in values:
+        for variable in (stack.lora_a, stack.lora_b):
+            value = rng.normal(size=variable.shape) / np.sqrt(variable.shape[-1])
             variable.set_value(jax.device_put(value.astype(variable.dtype)))
-        filled.append(tuple(np.float64(variable.get_value()) for variable, _ in values))
+        a, b = (np.float64(variable.get_value()) for variable in (stack.lora_a, stack.lora_b))
+        filled.append((a, b, np.float64(scales[: stack.slots])))
+        scales = scales[stack.slots :]
     return filled
 
 
@@ -326,7 +326,7 @@ def test_every_linear_layer_is_converted_in_place():
     after = dict(nnx.to_flat_state(nnx.state(model)))
     for path, variable in before:
         np.testing.assert_array_equal(after[path][...], variable[...])
-    new = {path for path in after if "stacks" in path}
+    new = {path for path in after if "stacks" in path or path[-1] == "scales"}
     assert len(after) == len(before) + len(new)
     assert not any(np.asarray(after[path][...]).any() for path in new)
     per_slot = 2 * (4 * (12 + 14 + 14)) + 2 * 9  # bytes per slot and rank; the head is bfloat16
@@ -654,7 +654,7 @@ def test_use_is_of_one_thread(served):
 
 def with_jit_of_state(model, bank, batch):
     """A plain jax.jit loop over pure arrays."""
-    graphdef, state, rest = nnx.split(model, lambda path, _: "stacks" in path, ...)
+    graphdef, state, rest = nnx.split(model, (nnx.LoRAParam, jax_lora.LoRAScale), ...)
     assert jax.tree.structure(state) == jax.tree.structure(bank.state)
 
     @jax.jit

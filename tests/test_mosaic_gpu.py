@@ -238,7 +238,8 @@ def test_shrink_takes_parts_in_turn(
         scales = rng.uniform(0.5, 2.0, 4).astype(np.float32)
         config = mosaic_gpu.Config(split=1, stages=2, **change)
         routes = tiles.routes(pk.make_segments(jnp.asarray(mine), 4))
-        parts.append(ShrinkPart(jnp.asarray(a), jnp.asarray(scales), routes, np.float32, config))
+        together = jnp.append(jnp.full(rank, jnp.nan), scales)
+        parts.append(ShrinkPart(jnp.asarray(a), together, routes, np.float32, config, rank))
         wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
 
     def run(in_turn: bool) -> list[np.ndarray]:
@@ -583,9 +584,10 @@ def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulate
         lists = [pk.make_segments(i, 4) for i in ids]
     arrays = [Case(13, 128, sum(widths), rank, 4, seed=rank).arrays() for rank in ranks]
     x, whole = arrays[0].x, arrays[0].y
+    scales = np.concatenate([z.scales for z in arrays])
     parts = [
-        pk.LoRAPart(z.a, z.b[:, start:stop], route, z.scales, start)
-        for z, route in zip(arrays, lists)
+        pk.LoRAPart(z.a, z.b[:, start:stop], route, scales, start, 4 * n)
+        for n, (z, route) in enumerate(zip(arrays, lists))
         for start, stop in ((0, 72), (72, 272))
     ]
     config = dataclasses.replace(DECODE, column_clusters=column_clusters)

@@ -571,10 +571,11 @@ def test_inside_a_loop_over_layers(phase, loop):
 # --------------------------------------------------------------------------------- add_lora_multi
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["own scales", "scales together"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parts_of_every_rank_width_and_place(implementation, phase, dtype):
+def test_parts_of_every_rank_width_and_place(implementation, phase, dtype, together):
     """Rank buckets and slices together: parts differ in rank, width, slots and tokens."""
     rng = np.random.default_rng(0)
     tokens, features = 23, 48
@@ -595,6 +596,12 @@ def test_parts_of_every_rank_width_and_place(implementation, phase, dtype):
         v = rounded(reference.shrink(x, a, indices, scales), dtype)
         want = reference.expand(v, b, indices, want, offset)
         touched[indices >= 0, offset : offset + width] = True
+    if together:
+        starts = itertools.accumulate((len(part.scales) for part in parts), initial=0)
+        scales = np.concatenate([part.scales for part in parts])
+        parts = [
+            part._replace(scales=scales, scales_offset=start) for part, start in zip(parts, starts)
+        ]
     add = functools.partial(pk.add_lora_multi, phase=phase, implementation=implementation)
     out = np.asarray(jax.jit(lambda y, x: add(y, x, parts))(y, x))
     np.testing.assert_array_equal(bits_of(out)[~touched], bits_of(y)[~touched])
@@ -636,6 +643,31 @@ def test_fuse_says_nothing_to_xla(implementation, phase):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits_of(a), bits_of(b)), got, want)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_gradients_reach_scales_that_lie_together(implementation, phase):
+    arrays, indices = plain()
+    stacks, scales = (arrays["a"], arrays["b"], indices), arrays["scales"]
+    both = np.concatenate([[np.nan], scales, [np.nan], 2 * scales]).astype(F32)
+    starts = 1, 2 + len(scales)
+
+    def add(parts):
+        out = pk.add_lora_multi(
+            arrays["y"], arrays["x"], parts, phase=phase, implementation=implementation
+        )
+        return jnp.sum(jnp.sin(out.astype(F32)))
+
+    def together(both):
+        return add([pk.LoRAPart(*stacks, both, OFFSET, start) for start in starts])
+
+    def apart(both):
+        return add([pk.LoRAPart(*stacks, both[s : s + len(scales)], OFFSET) for s in starts])
+
+    got, want = (jax.jit(jax.value_and_grad(f))(both) for f in (together, apart))
+    assert np.isfinite(want[0]) and np.any(want[1])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_no_parts_leave_y():
     arrays, _ = plain()
     np.testing.assert_array_equal(pk.add_lora_multi(arrays["y"], arrays["x"], []), arrays["y"])
@@ -652,8 +684,8 @@ def add(y=Y, x=X, a=A, b=B, ids=IDS, **options):
     return pk.add_lora(y, x, a, b, ids, **options)
 
 
-def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, **options):
-    return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids, scales, y_offset)], **options)
+def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, at=None, **options):
+    return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids, scales, y_offset, at)], **options)
 
 
 @pytest.mark.parametrize(
@@ -682,6 +714,8 @@ def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, **options):
         (lambda: pk.add_lora_multi(Y, X, pk.LoRAPart(A, B, IDS)), TypeError, "got ndarray"),
         (lambda: multi(y_offset=1.0), TypeError, "y_offset must be a static int, got 1.0"),
         (lambda: jax.jit(lambda n: multi(y_offset=n))(0), TypeError, "y_offset must be a static"),
+        (lambda: multi(scales=np.ones(4, F32), at=0.5), TypeError, "static int, got 0.5"),
+        (lambda: multi(scales=np.ones(4, int) > 0, at=1), TypeError, "real numbers, got bool"),
         # shapes
         (lambda: pk.bgmv_shrink(X[0], A, IDS), ValueError, r"x must have shape .* got \[8\]"),
         (lambda: pk.bgmv_shrink(X, A[0], IDS), ValueError, r"\[L, R, H\], got \[16, 8\]"),
@@ -704,6 +738,10 @@ def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, **options):
         (lambda: add(b=B[:2]), ValueError, "adapters L: 3 and 2"),
         (lambda: add(b=B[:, :, :8]), ValueError, "rank R: 16 and 8"),
         (lambda: add(scales=np.ones(2, F32)), ValueError, r"\[\] or \[3\], got \[2\]"),
+        (lambda: multi(scales=np.ones(4, F32), at=2), ValueError, r"scales \[2, 5\) .* \[4\]"),
+        (lambda: multi(scales=np.ones(4, F32), at=-1), ValueError, r"scales \[-1, 2\) .* \[4\]"),
+        (lambda: multi(scales=2.0, at=0), ValueError, r"scales \[0, 3\) .* shape \[\]"),
+        (lambda: multi(at=0), ValueError, r"scales \[0, 3\) .* shape \[\]"),
         (lambda: multi(y_offset=5), ValueError, r"columns \[5, 11\) leave y of shape \[4, 10\]"),
         (lambda: multi(ids=SEGMENTS(), a=A[:2], b=B[:2]), ValueError, "adapters: 3 and 2"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiny import Mlp, expected, make_adapter, tokens
 
-from jax_lora import AdapterBank, LoRAConfig, apply_lora, save_peft, use
+from jax_lora import AdapterBank, LoRAConfig, LoRAScale, apply_lora, save_peft, use
 
 BUCKETS = (8, 16, 32, 64, 144)
 RANKS = (1, 4, 8, 9, 12, 16, 17, 32, 33, 48, 64, 65, 128, 130, 144)
@@ -38,7 +38,7 @@ class Served:
         self.model = Mlp(nnx.Rngs(0))
         apply_lora(self.model, slots=2, buckets=BUCKETS)
         self.bank = AdapterBank(self.model)
-        graphdef, _, self.rest = nnx.split(self.model, lambda path, _: "stacks" in path, ...)
+        graphdef, _, self.rest = nnx.split(self.model, (nnx.LoRAParam, LoRAScale), ...)
 
         @jax.jit
         def step(state, rest, x, batch):

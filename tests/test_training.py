@@ -260,5 +260,6 @@ def test_training_goes_on_over_loads(pair):
 
 def test_stacks_are_what_nnx_calls_lora_params(pair):
     model, _ = pair
-    kinds = {type(v) for path, v in nnx.to_flat_state(nnx.state(model)) if "stacks" in path}
-    assert kinds == {nnx.LoRAParam, jax_lora.layers.LoRAScale}
+    state = nnx.to_flat_state(nnx.state(model))
+    assert {type(v) for path, v in state if "stacks" in path} == {nnx.LoRAParam}
+    assert {type(v) for path, v in state if path[-1] == "scales"} == {jax_lora.LoRAScale}

@@ -114,7 +114,7 @@ def _run_job(
         if plan.shrinks:
             a_of[p] = stack(p, 0, part.rank * plan.features)
             one = stack(p, -1, 1 if part.own_scales else 0)
-            scales[p] = m.as_real(m.load(one, 0, always))
+            scales[p] = m.as_real(m.load(one, part.first_scale, always))
         if plan.expands:
             b_of[p] = stack(p, 1 if plan.shrinks else 0, part.rank * part.width)
     v_of = job.columns
@@ -576,7 +576,7 @@ def decode_kernel(
         **threads,
     )
     if made:
-        return tuple(kernel(*lax.optimization_barrier(operands)))  # as `in_place` says
+        return tuple(kernel(*operands))
     return in_place(kernel, given, *operands)
 
 

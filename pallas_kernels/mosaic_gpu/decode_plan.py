@@ -32,8 +32,8 @@ _OWN_V = 16
 
 
 class DecodePart(NamedTuple):
-    """One stack: lora_a `[L, R, H]`, lora_b `[L, N, R]`, scales `[1]` or `[L]`, which of the ids
-    (an index), first column.
+    """One stack: lora_a `[L, R, H]`, lora_b `[L, N, R]`, scales `[1]` or `[S]`, of which the stack
+    has L from `first_scale` on, which of the ids (an index), first column.
 
     Without lora_a and scales, x is v `[T, R]`. Without lora_b, y is v, to which its sum is added.
     """
@@ -43,6 +43,7 @@ class DecodePart(NamedTuple):
     scales: Float[Array, " S"] | None
     ids: int
     y_offset: int
+    first_scale: int = 0
 
     @property
     def stacks(self) -> list[Array]:
@@ -64,6 +65,7 @@ class _Part(NamedTuple):
     width: int
     slots: int
     own_scales: bool
+    first_scale: int
     ids: int
 
 
@@ -363,6 +365,7 @@ def plan(
             p.width,
             p.stacks[0].shape[0],
             p.scales is not None and p.scales.size > 1,
+            p.first_scale,
             p.ids,
         )
         for p in parts

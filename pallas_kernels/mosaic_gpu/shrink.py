@@ -43,13 +43,15 @@ _SPAN = 2048
 
 
 class ShrinkPart(NamedTuple):
-    """One stack: lora_a `[L, R, H]`, scales `[1]` or `[L]`, the tiles' routes, and v's dtype."""
+    """One stack: lora_a `[L, R, H]`, scales `[1]` or `[S]`, of which the stack has L from
+    `first_scale` on, the tiles' routes, and v's dtype."""
 
     lora_a: Float[Array, "L R H"]
     scales: Float[Array, " S"]
     routes: Int[Array, "tiles W"]
     dtype: DTypeLike
     config: Config
+    first_scale: int = 0
 
 
 def shrink_kernel(
@@ -188,7 +190,8 @@ def shrink_kernel(
                 v = jnp.zeros((TILE, width), jnp.float32)
                 for j, adapter in enumerate(adapters):
                     slot = jnp.maximum(adapter, 0) if scale_ref.shape[0] > 1 else 0
-                    mine = products[:, j * width : (j + 1) * width] * scale_ref[slot]
+                    scale = scale_ref[parts[i].first_scale + slot]
+                    mine = products[:, j * width : (j + 1) * width] * scale
                     v = jnp.where(row_mask(ids, adapter, width), mine, v)
                 return v
 
