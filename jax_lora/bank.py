@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -402,17 +401,20 @@ class AdapterBank:
             weights = adapter.modules.get(module)
             slot = self._slot_values(name, module, weights, site.stacks[bucket])
             scales, slots = by_layer.setdefault(id(site.layer), ([], []))
-            scales.append(np.float32(0 if weights is None else weights.scale))
+            scales.append(0.0 if weights is None else weights.scale)
             slots.append(slot)
-        return [by_layer[id(layer)] for layer in self._layers]
+        return [
+            (np.array(scales, np.float32), slots)
+            for scales, slots in (by_layer[id(layer)] for layer in self._layers)
+        ]
 
     def _slot_values(
         self, name: str, module: str, weights: LoRAWeights | None, stack: LoRAStack
     ) -> tuple[np.ndarray, np.ndarray]:
         dtype = stack.lora_a.dtype
-        a_slot, b_slot = (np.zeros(t.shape[1:], dtype) for t in (stack.lora_a, stack.lora_b))
+        slots = [t.shape[1:] for t in (stack.lora_a, stack.lora_b)]
         if weights is None:
-            return a_slot, b_slot
+            return np.zeros(slots[0], dtype), np.zeros(slots[1], dtype)
         try:
             with np.errstate(over="raise"):
                 a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
@@ -423,6 +425,7 @@ class AdapterBank:
             ) from None
         if weights.rank == stack.bucket:
             return a, b
+        a_slot, b_slot = (np.zeros(slot, dtype) for slot in slots)
         a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
         return a_slot, b_slot
 
@@ -452,14 +455,17 @@ class AdapterBank:
         arrays = jax.tree.map(
             lambda v: v.get_value(), self._variables(bucket), is_leaf=_is_variable
         )
-        firsts = [_first_scales(layer, bucket) for layer in self._layers]
+        firsts = [
+            np.array([s.scales_offset for s in layer.stacks if s.bucket == bucket], np.int32)
+            for layer in self._layers
+        ]
 
         def write_slot(
             arrays: list[_OfLayer], slot: jax.Array, values: list[_OfLayer]
         ) -> list[_OfLayer]:
             written = []
             for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
-                scales = scales.at[first + slot].set(jnp.stack(new_scales))
+                scales = scales.at[first + slot].set(new_scales)
                 stacks = jax.tree.map(
                     lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0),
                     stacks,
@@ -468,12 +474,13 @@ class AdapterBank:
                 written.append((scales, stacks))
             return written
 
-        def values_of(stacks: list[tuple[Any, Any]]) -> _OfLayer:
-            one = jax.ShapeDtypeStruct((), jnp.float32)
-            slots = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), stacks)
-            return [one] * len(stacks), slots
-
-        values = [values_of(stacks) for _, stacks in arrays]
+        values = [
+            (
+                jax.ShapeDtypeStruct((len(stacks),), jnp.float32),
+                jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), stacks),
+            )
+            for _, stacks in arrays
+        ]
         write = jax.jit(write_slot, donate_argnums=0)
         return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
 
@@ -500,13 +507,6 @@ class AdapterBank:
                 a, b = a[:rank], b[:, :rank]
                 modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
         return Adapter(entry.config, modules)
-
-
-def _first_scales(layer: LoRALayer, bucket: int) -> np.ndarray:
-    """Where the scales of a bucket's stacks start in the layer's."""
-    ends = itertools.accumulate((stack.slots for stack in layer.stacks), initial=0)
-    mine = [first for stack, first in zip(layer.stacks, ends) if stack.bucket == bucket]
-    return np.array(mine, np.int32)
 
 
 def _is_variable(node: Any) -> bool:

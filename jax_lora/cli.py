@@ -252,7 +252,7 @@ def bench(
         str | None,
         typer.Option(
             help='JSON list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: ranks 256 and '
-            "512, and 8192 tokens. Default: 35; with --tune 25 of them."
+            "512, and 8192 tokens. Default: 35; with --tune 26 of them."
         ),
     ] = None,
     plot: Annotated[

@@ -15,8 +15,9 @@ from jax_lora.layers import (
     LoRALayer,
     Slots,
     batch_for,
+    empty_scales,
     stack_dtype,
-    stack_parts,
+    stack_part,
     stack_shapes,
 )
 from pallas_kernels import add_lora_multi
@@ -69,21 +70,18 @@ class LoRADense(nn.Dense):
                     "lora_a": jnp.zeros((slots, bucket, in_features), dtype),
                     "lora_b": jnp.zeros((slots, width, bucket), dtype),
                 }
-                for i, (slots, bucket, (_, width), _) in enumerate(shapes)
+                for i, (slots, bucket, (_, width), *_) in enumerate(shapes)
             }
 
-        def empty_scales() -> Array:
-            return jnp.zeros(sum(shape.slots for shape in shapes), jnp.float32)
-
         stacks = self.variable("lora", "stacks", empty).value
-        scales = self.variable("lora_scale", "scales", empty_scales).value
+        scales = self.variable("lora_scale", "scales", empty_scales, shapes).value
         if adapters is None:
             return y
-        triples = (
-            (stacks[i]["lora_a"], stacks[i]["lora_b"], shape.y_offset)
+        parts = [
+            stack_part(**stacks[i], scales=scales, y_offset=shape.y_offset,
+                       scales_offset=shape.scales_offset, batch=adapters, lead=inputs.shape[:-1])
             for i, shape in enumerate(shapes)
-        )
-        parts = stack_parts(triples, scales, adapters, inputs.shape[:-1])
+        ]  # fmt: skip
         x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
         matrix = y.reshape(-1, self.features)
         out = add_lora_multi(matrix, x, parts, phase=adapters.phase, fuse=True, exclusive=True)
@@ -128,7 +126,7 @@ class AdapterBank(bank.AdapterBank):
       peft_names: where names differ; as the model's attribute in `jax_lora.AdapterBank`.
 
     Raises:
-      ValueError: there are no LoRA layers, or they are stacked for a scan; and as
+      ValueError: there are no LoRA layers, or they are stacked for a scan, or lack scales; and as
         `jax_lora.AdapterBank`.
     """
 
@@ -150,6 +148,8 @@ class AdapterBank(bank.AdapterBank):
                 if name not in vars(parent):
                     setattr(parent, name, nnx.Module())
                 parent = getattr(parent, name)
+            if (*path, "scales") not in scales:
+                raise ValueError(f"variables have stacks, but no lora_scale, of {'.'.join(path)}")
             arrays = params[*path, "kernel"], layer["stacks"], scales[*path, "scales"]
             setattr(parent, path[-1], _Dense(".".join(path), *arrays))
         model.peft_names = nnx.static(dict(peft_names or {}))

@@ -528,6 +528,28 @@ def test_the_emulator_finds_a_missing_barrier(
             add_lora(z, config=DECODE)
 
 
+def test_the_emulator_finds_a_missing_barrier_between_jobs(
+    emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second job's sums would be pushed over those that others still read."""
+    cases = [Case(3, 640, 1032, rank, 2, seed=rank).arrays() for rank in (16, 8)]
+    x, y, ids = cases[0].x, cases[0].y, jnp.zeros(3, jnp.int32)
+    parts = [pk.LoRAPart(z.a, z.b, ids + 0, z.scales) for z in cases]
+    add = functools.partial(pk.add_lora_multi, implementation="mosaic_gpu", config=DECODE)
+    assert np.isfinite(np.asarray(add(y, x, parts), np.float32)).all()
+    calls: collections.Counter[int] = collections.Counter()
+    barrier = lanes.Emulator.cluster_barrier
+
+    def all_but_the_second(self: Any) -> None:
+        calls[id(self)] += 1
+        if calls[id(self)] != 2:
+            barrier(self)
+
+    monkeypatch.setattr(lanes.Emulator, "cluster_barrier", all_but_the_second)
+    with pytest.raises(Exception, match="pushed without a barrier of the cluster"):
+        add(y, x, parts)
+
+
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
 @pytest.mark.parametrize("column_clusters", [1, 2, 3, 7])
@@ -806,12 +828,18 @@ EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 300, 8192])
-@pytest.mark.parametrize("rank", [*BUCKETS, 496])
+@pytest.mark.parametrize("num_tokens", [1, 64, 256, 300, 8192])
+@pytest.mark.parametrize("rank", [*BUCKETS, 144, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
-    phase = "decode" if num_tokens <= 64 else "prefill"
-    one = num_tokens <= 256 and rank <= MOST_RANK
+    phase = "decode" if num_tokens <= 256 else "prefill"
+    one = rank <= (MOST_RANK if num_tokens <= 128 else 128 if num_tokens <= 256 else 0)
     assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
+
+
+def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> None:
+    for ranks, one in ((64, 32), True), ((128, 32), False):
+        config = mosaic_gpu.decode_config(256, 4096, 4096, max(ranks), buckets=len(ranks))
+        assert (config.warps is not None) == one
 
 
 def test_mosaic_waits_for_the_cluster_where_we_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,7 +378,7 @@ def test_options_that_do_not_go_together(args: list[str], message: str) -> None:
 
 def test_the_default_cases_and_every_candidate_is_a_config() -> None:
     classes = {ShapeClass.of(c.T, c.H, c.N, c.r) for c in tune.CASES}
-    assert (len(tune.CASES), len(classes)) == (25, 14)
+    assert (len(tune.CASES), len(classes)) == (26, 15)
     for case in [*tune.CASES, *LARGE]:
         for name, values in tune._TRIED[case.phase].items():
             for value in values:

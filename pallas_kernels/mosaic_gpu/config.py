@@ -159,7 +159,8 @@ def _tuned(config: Config, shape: ShapeClass) -> Config:
 def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:
     if num_tokens > 128 and (rank > 128 or (rank == 128 and buckets > 1)):
         # H100, T=256, one launch and two: 64 adapters of R=128 53.2 us and 59.7, 8 of them 20.6 and
-        # 24.9; 32 of R=256 60.6 and 58.5, 8 of them 44.1 and 28.0.
+        # 24.9, one 20.5 and 19.6; 32 of R=256 60.6 and 58.5, 8 of them 44.1 and 28.0. Several
+        # buckets, each with clusters of its own, have not been timed in one.
         return Config()
     # Copies in flight, some 8 to 12 KiB of B in a warp: more keep others' A waiting. H100, T=64, 64
     # adapters of R=64, 30.0 us with 2 stages, 35.2 with 4. R=128 comes by 64 ranks (`turn_ranks`).

@@ -49,6 +49,8 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One cluster: `m` is its lanes (lanes.py), `share` the number of a block in it."""
     active, column_block, seat = tokens_of(m, plan, cluster, column_block, ids)
+    # Clusters that leave later go on as if they had tokens.
+    when = (lambda _, do: do()) if plan.leaves else m.when
 
     def work() -> None:
         seated = seat()
@@ -74,15 +76,9 @@ def _kernel(
             if job.clusters < plan.dealt(i):
                 here = here & (nth >= 0) & (nth < job.clusters)
             ran.append(here)
-            if plan.leaves:
-                run()
-            else:
-                m.when(here, run)
+            when(here, run)
 
-    if plan.leaves:
-        work()
-    else:
-        m.when(active, work)
+    when(active, work)
 
 
 def _run_job(
@@ -92,7 +88,7 @@ def _run_job(
     """One job's parts, for tokens of the adapter in `slot`.
 
     `column_block` is the number of this cluster among those of the job; `ran`: whether each job up
-    to this one has run.
+    to this one has run; `active`: whether the cluster has tokens, else it is to leave.
     """
     job = plan.jobs[number]
     lane, warp = m.tid % 32, m.tid // 32

@@ -122,6 +122,7 @@ class Gpu:
     @staticmethod
     def _take_over_start() -> bool:
         """Takes out where Mosaic waits, at the start, until all of the cluster have begun."""
+        # A block that never pushes may end without: who has ended counts as arrived.
         waits = "llvm.inline_asm", "nvvm.cluster.wait"  # of JAX 0.11, and of later ones
         block = ir.InsertionPoint.current.block
         while True:
@@ -396,6 +397,7 @@ class Emulator:
         self._writer = np.full((blocks, words), self._NOBODY)
         self._reader = np.full((blocks, words), self._NOBODY)
         self._foreign = np.zeros((blocks, words), bool)  # pushed here, and not yet arrived
+        self._in_use = np.zeros((blocks, words), bool)  # read since the cluster's last barrier
         self._groups: list[list[Any]] = [[]]  # copies of the last groups
         self.tid = np.broadcast_to(np.arange(threads, dtype=np.int32), self._shape)
 
@@ -507,6 +509,7 @@ class Emulator:
         use, at, lane = self._places(self._block, word, count, True)
         self._check(self._writer, at, lane)
         assert not np.any(self._foreign[at]), "read before the cluster's barrier"
+        self._in_use[at] = True
         self._read(at, lane)
         found = np.zeros((*self._shape, count), np.int32)
         found[use] = self._shared[at]
@@ -533,6 +536,7 @@ class Emulator:
     def push(self, block: Any, word: Any, words: Sequence[Any], where: Any) -> None:
         assert self._begun, "the block may not have begun"
         use, at, lane = self._places(block, word, len(words), where)
+        assert not np.any(self._in_use[at]), "pushed without a barrier of the cluster since a read"
         self._write(at, lane, np.stack(words, axis=-1)[use])
         self._foreign[at] = True
 
@@ -588,7 +592,9 @@ class Emulator:
 
     def cluster_barrier(self) -> None:
         assert np.all(self._active), "blocks of a cluster diverge at its barrier"
-        self._writer[:], self._reader[:], self._foreign[:] = self._NOBODY, self._NOBODY, False
+        assert self._begun, "a barrier of the cluster within another"
+        self._writer[:], self._reader[:] = self._NOBODY, self._NOBODY
+        self._foreign[:], self._in_use[:] = False, False
 
     def leave(self, where: Any) -> None:
         assert np.all(where) or not np.any(where), "a cluster's lanes do not agree"
