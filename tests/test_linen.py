@@ -216,6 +216,9 @@ def test_what_the_bank_cannot_serve_is_refused():
 
     with pytest.raises(ValueError, match=r"layers\.proj: kernel \[3, 4, 4\] should have 2 axes"):
         linen.AdapterBank(Scanned().init(jax.random.key(0), x))
+    variables = nn.Sequential([LoRADense(6)]).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="stacks, but no lora_scale, of layers_0"):
+        linen.AdapterBank({k: v for k, v in variables.items() if k != "lora_scale"})
 
 
 def test_layers_that_cannot_be_are_refused():
