@@ -366,11 +366,9 @@ class AdapterBank:
         with self._lock:
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._find_slot(bucket, name)
-            variables, tree = jax.tree.flatten(self._variables(bucket), is_leaf=_is_variable)
-            arrays = jax.tree.unflatten(tree, [variable.get_value() for variable in variables])
-            updated = self._writers[bucket](arrays, np.int32(slot), values)
-            for variable, array in zip(variables, jax.tree.leaves(updated)):
-                variable.set_value(array)
+            variables = self._variables(bucket)
+            updated = self._writers[bucket](_arrays_of(variables), np.int32(slot), values)
+            jax.tree.map(lambda v, new: v.set_value(new), variables, updated, is_leaf=_is_variable)
             if evicted is not None:
                 del self._entries[evicted]
             old = self._entries.pop(name, None)
@@ -452,9 +450,7 @@ class AdapterBank:
         )
 
     def _compile_writer(self, bucket: int) -> Any:
-        arrays = jax.tree.map(
-            lambda v: v.get_value(), self._variables(bucket), is_leaf=_is_variable
-        )
+        arrays = _arrays_of(self._variables(bucket))
         firsts = [
             np.array([s.scales_offset for s in layer.stacks if s.bucket == bucket], np.int32)
             for layer in self._layers
@@ -511,6 +507,10 @@ class AdapterBank:
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
+
+
+def _arrays_of(variables: list[_OfLayer]) -> Any:
+    return jax.tree.map(lambda v: v.get_value(), variables, is_leaf=_is_variable)
 
 
 def _distinct(names_per_row: Sequence[str | None]) -> list[str]:

@@ -61,7 +61,7 @@ def shrink(
         return v
     segments = as_segments(route, num_adapters)
     config = config or _config(x, lora_a, features)
-    [new] = _shrink_parts(x, [(lora_a, segments, scale, None, config)], operands=False)
+    [new] = _shrink_parts(x, [(lora_a, segments, scale, 0, config)], operands=False)
     return new if v is None else xla.add_rows(v, new, segments)
 
 
@@ -152,7 +152,7 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     configs = [config or _config(x, p.lora_a, p.lora_b.shape[1]) for p in parts]
     vs = _shrink_parts(
         x,
-        [(p.lora_a, p.indices, p.scales, p.scales_offset, c) for p, c in zip(parts, configs)],
+        [(p.lora_a, p.indices, p.scales, p.scales_offset or 0, c) for p, c in zip(parts, configs)],
         operands=True,
     )
     expands = tuple(
@@ -270,10 +270,10 @@ def _operand(v: Array, dtype: DTypeLike) -> Array:
 
 
 def _shrink_parts(
-    x: Array, parts: list[tuple[Array, Segments, Array, int | None, Config]], *, operands: bool
+    x: Array, parts: list[tuple[Array, Segments, Array, int, Config]], *, operands: bool
 ) -> list[Array]:
-    """v of each (lora_a, segments, scales, scales_offset, config): float32 `[T, R]`, zero in rows
-    of -1; or, if `operands`, as the expand loads it, undefined in rows of -1."""
+    """v of each (lora_a, segments, scales, first_scale, config): float32 `[T, R]`, zero in rows of
+    -1; or, if `operands`, as the expand loads it, undefined in rows of -1."""
     num_tokens, twin = x.shape[0], interpreted()
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(lora_a.dtype for lora_a, *_ in parts):
@@ -288,9 +288,9 @@ def _shrink_parts(
                 routes(segments),
                 dtype if direct else jnp.dtype(jnp.float32),
                 config,
-                offset or 0,
+                first_scale,
             )
-            for lora_a, segments, scales, offset, config in (parts[i] for i in which)
+            for lora_a, segments, scales, first_scale, config in (parts[i] for i in which)
         )
         padded = pad_to(pad_rows(planes, 1), 2, 16)
         out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands)

@@ -166,13 +166,13 @@ def _run_job(
         return acc
 
     def fill_first_a(turns: list[tuple[Bundle, int]]) -> None:
+        """Asks for the first copies, then does what need not wait for them."""
         if len(plan.jobs) > 1 or len(job.bundles) > 1:
             m.arrived(0)
             m.warp_barrier()  # the ring is free
         for slot, (bundle, n) in enumerate(turns[:a_stages]):
             fill_a(bundle, n, slot)
             m.commit()
-        # While they are on their way:
         if plan.leaves:
             m.leave(~active)
         find_y_rows()
