@@ -18,15 +18,16 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
 from jax_lora.batch import AdapterBatch, Lease, host_int32
-from jax_lora.layers import LoRALayer, LoRAScale, LoRAStack, path_name
+from jax_lora.layers import LoRALayer, LoRAScale, LoRAStack, Matrices, path_name
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
 _NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
 
 
-# Scales, and A and B of some stacks: variables, arrays or what a slot is to hold.
-_OfLayer = tuple[Any, list[tuple[Any, Any]]]
+# Of a layer, for one bucket: scales, and the variables that hold its stacks, or their arrays; or
+# what a slot is to hold: scales, and A and B of each stack.
+_OfLayer = tuple[Any, list[Any]]
 
 
 class BankFullError(RuntimeError):
@@ -57,8 +58,10 @@ class _Site:
 
     @property
     def features(self) -> tuple[int, int]:
-        stack = next(iter(self.stacks.values()))
-        return stack.lora_a.shape[2], stack.lora_b.shape[1]
+        return next(iter(self.stacks.values())).shape.features
+
+    def matrices(self, bucket: int) -> tuple[Matrices, Matrices]:
+        return self.layer.matrices(self.stacks[bucket])
 
     @property
     def columns(self) -> slice:
@@ -352,7 +355,8 @@ class AdapterBank:
                 raise KeyError(f"no adapter {name!r}; loaded: {loaded}") from None
 
     def _dtype(self, module: str) -> Any:
-        return next(iter(self._sites[module].stacks.values())).lora_a.dtype
+        site = self._sites[module]
+        return site.matrices(next(iter(site.stacks)))[0].variable.dtype
 
     def _install(self, name: str, adapter: Adapter, replace: bool) -> None:
         self._check_fit(name, adapter)
@@ -397,20 +401,24 @@ class AdapterBank:
         by_layer: dict[int, _OfLayer] = {}
         for module, site in self._sites.items():
             weights = adapter.modules.get(module)
-            slot = self._slot_values(name, module, weights, site.stacks[bucket])
+            slot = self._slot_values(name, module, weights, site.matrices(bucket))
             scales, slots = by_layer.setdefault(id(site.layer), ([], []))
             scales.append(0.0 if weights is None else weights.scale)
-            slots.append(slot)
+            slots.extend(slot)
         return [
             (np.array(scales, np.float32), slots)
             for scales, slots in (by_layer[id(layer)] for layer in self._layers)
         ]
 
     def _slot_values(
-        self, name: str, module: str, weights: LoRAWeights | None, stack: LoRAStack
+        self,
+        name: str,
+        module: str,
+        weights: LoRAWeights | None,
+        matrices: tuple[Matrices, Matrices],
     ) -> tuple[np.ndarray, np.ndarray]:
-        dtype = stack.lora_a.dtype
-        slots = [t.shape[1:] for t in (stack.lora_a, stack.lora_b)]
+        dtype, (_, bucket, _) = matrices[0].variable.dtype, matrices[0].shape
+        slots = [of.shape[1:] for of in matrices]
         if weights is None:
             return np.zeros(slots[0], dtype), np.zeros(slots[1], dtype)
         try:
@@ -421,7 +429,7 @@ class AdapterBank:
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
                 "apply_lora another dtype="
             ) from None
-        if weights.rank == stack.bucket:
+        if weights.rank == bucket:
             return a, b
         a_slot, b_slot = (np.zeros(slot, dtype) for slot in slots)
         a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
@@ -451,39 +459,46 @@ class AdapterBank:
 
     def _compile_writer(self, bucket: int) -> Any:
         arrays = _arrays_of(self._variables(bucket))
-        firsts = [
-            np.array([s.scales_offset for s in layer.stacks if s.bucket == bucket], np.int32)
-            for layer in self._layers
+        stacks = [[s for s in layer.stacks if s.bucket == bucket] for layer in self._layers]
+        firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in stacks]
+        matrices = [
+            [of for stack in some for of in layer.matrices(stack)]
+            for layer, some in zip(self._layers, stacks)
         ]
 
         def write_slot(
             arrays: list[_OfLayer], slot: jax.Array, values: list[_OfLayer]
         ) -> list[_OfLayer]:
             written = []
-            for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+            for (scales, held), (new_scales, new), first, some in zip(
+                arrays, values, firsts, matrices
+            ):
                 scales = scales.at[first + slot].set(new_scales)
-                stacks = jax.tree.map(
-                    lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0),
-                    stacks,
-                    new,
-                )
-                written.append((scales, stacks))
+                for n, (of, value) in enumerate(zip(some, new)):
+                    place = n % len(held)  # a flat variable holds all of them
+                    held[place] = of.set_slot(held[place], slot, value)
+                written.append((scales, held))
             return written
 
         values = [
             (
-                jax.ShapeDtypeStruct((len(stacks),), jnp.float32),
-                jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape[1:], t.dtype), stacks),
+                jax.ShapeDtypeStruct(first.shape, jnp.float32),
+                [jax.ShapeDtypeStruct(of.shape[1:], of.variable.dtype) for of in some],
             )
-            for _, stacks in arrays
+            for first, some in zip(firsts, matrices)
         ]
         write = jax.jit(write_slot, donate_argnums=0)
         return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
 
     def _variables(self, bucket: int) -> list[_OfLayer]:
-        """Of each layer its scales, and A and B of its stacks of a bucket."""
+        """Of each layer its scales, and what holds A and B of its stacks of a bucket."""
         return [
-            (layer.scales, [(s.lora_a, s.lora_b) for s in layer.stacks if s.bucket == bucket])
+            (
+                layer.scales,
+                [layer.flat]
+                if layer.flat is not None
+                else [v for s in layer.stacks if s.bucket == bucket for v in (s.lora_a, s.lora_b)],
+            )
             for layer in self._layers
         ]
 
@@ -493,13 +508,11 @@ class AdapterBank:
             entry = self._entry(name)
             modules, slot = {}, np.int32(entry.slot)
             for module in sorted(entry.modules):
-                stack, rank = self._sites[module].stacks[entry.bucket], entry.config.rank_of(module)
+                matrices = self._sites[module].matrices(entry.bucket)
+                rank = entry.config.rank_of(module)
                 # Slots are fetched whole, as a slice by the true rank would compile for each rank,
                 # but alone: what NumPy sees of a stack on the CPU could not be updated in place.
-                a, b = (
-                    np.asarray(jax.lax.dynamic_index_in_dim(v.get_value(), slot, keepdims=False))
-                    for v in (stack.lora_a, stack.lora_b)
-                )
+                a, b = (np.asarray(of.slot(of.variable.get_value(), slot)) for of in matrices)
                 a, b = a[:rank], b[:, :rank]
                 modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
         return Adapter(entry.config, modules)

@@ -6,15 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.batch import AdapterBatch, current, use
-from pallas_kernels import LoRAPart, add_lora_multi
+from pallas_kernels import LoRAPart, StackView, add_lora_multi
 from pallas_kernels.ranks import DEFAULT_BUCKETS, check_buckets
 
 Slots = int | Mapping[int, int]
+
+# In a flat variable stacks start at multiples of so many elements, as kernels read whole lines.
+_LINE = 64
 
 
 class LoRAScale(nnx.Variable[Array]):
@@ -26,57 +30,105 @@ class LoRAScale(nnx.Variable[Array]):
 
 
 class StackShape(NamedTuple):
-    """One stack of a layer; see `LoRAStack`."""
+    """One stack of a layer.
+
+    Attributes:
+      slots: L. bucket: R. features: H and the width n of the slice.
+      y_offset: first of the layer's output columns that the stack adds to.
+      scales_offset: where its scales start in the layer's.
+      flat_offsets: where A and B start in the layer's `flat`, if it has one.
+    """
 
     slots: int
     bucket: int
     features: tuple[int, int]
     y_offset: int
     scales_offset: int
+    flat_offsets: tuple[int, int]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of A `[L, R, H]` and of B `[L, n, R]`."""
+        in_features, out_features = self.features
+        return (self.slots, self.bucket, in_features), (self.slots, out_features, self.bucket)
 
 
 class LoRAStack(nnx.Module):
     """The adapters of one rank bucket and one output slice of a layer.
 
     Attributes:
-      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`; zeros where empty.
-      bucket: R. y_offset: first of the layer's output columns that the stack adds to.
-      scales_offset: where its scales start in the layer's.
+      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`; zeros where empty. None where the layer's `flat`
+        holds them.
+      shape: what is static about it.
     """
 
-    def __init__(self, shape: StackShape, dtype: Any) -> None:
-        slots, in_features, out_features = shape.slots, *shape.features
-        self.bucket, self.y_offset = shape.bucket, shape.y_offset
-        self.scales_offset = shape.scales_offset
-        self.lora_a = nnx.LoRAParam(jnp.zeros((slots, self.bucket, in_features), dtype))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((slots, out_features, self.bucket), dtype))
+    lora_a: nnx.LoRAParam[Array] | None
+    lora_b: nnx.LoRAParam[Array] | None
+
+    def __init__(self, shape: StackShape, dtype: Any, *, flat: bool) -> None:
+        self.shape = shape
+        self.lora_a, self.lora_b = (
+            None if flat else nnx.LoRAParam(jnp.zeros(size, dtype)) for size in shape.sizes
+        )
+
+    @property
+    def bucket(self) -> int:
+        return self.shape.bucket
 
     @property
     def slots(self) -> int:
-        return self.lora_a.shape[0]
+        return self.shape.slots
 
     @property
-    def nbytes(self) -> int:
-        return self.lora_a.nbytes + self.lora_b.nbytes
+    def y_offset(self) -> int:
+        return self.shape.y_offset
 
-    def part(self, scales: Array, batch: AdapterBatch, lead: tuple[int, ...]) -> LoRAPart:
-        arrays = self.lora_a[...], self.lora_b[...], scales
-        return stack_part(*arrays, self.y_offset, self.scales_offset, batch, lead)
+
+class Matrices(NamedTuple):
+    """A or B of all adapters of a stack, and the variable that holds them.
+
+    Attributes:
+      variable: of `shape`, or flat.
+      shape: `(L, R, H)` or `(L, n, R)`.
+      first: where they start in a flat variable; None where they are all of it.
+    """
+
+    variable: nnx.LoRAParam[Array]
+    shape: tuple[int, int, int]
+    first: int | None
+
+    @property
+    def value(self) -> Array | StackView:
+        array = self.variable[...]
+        return array if self.first is None else StackView(array, self.first, self.shape)
+
+    def _start(self, slot: Any) -> tuple[Any, ...]:
+        _, rows, columns = self.shape
+        return (slot, 0, 0) if self.first is None else (self.first + slot * (rows * columns),)
+
+    def slot(self, array: Array, slot: Any) -> Array:
+        """One adapter's, where `array` is the variable's."""
+        _, rows, columns = self.shape
+        size = (1, rows, columns) if self.first is None else (rows * columns,)
+        return jax.lax.dynamic_slice(array, self._start(slot), size).reshape(rows, columns)
+
+    def set_slot(self, array: Array, slot: Any, new: Array) -> Array:
+        """`array`, where it is the variable's, with one adapter's replaced."""
+        new = new[None] if self.first is None else new.reshape(-1)
+        return jax.lax.dynamic_update_slice(array, new, self._start(slot))
 
 
 def stack_part(
-    lora_a: Array,
-    lora_b: Array,
+    lora_a: Array | StackView,
+    lora_b: Array | StackView,
     scales: Array,
-    y_offset: int,
-    scales_offset: int,
+    shape: StackShape,
     batch: AdapterBatch,
     lead: tuple[int, ...],
 ) -> LoRAPart:
     """What a stack adds to its layer's output, for an `x` of `[*lead, H]`."""
-    slots, bucket, _ = lora_a.shape
-    segments = batch.segments(bucket, lead, slots)
-    return LoRAPart(lora_a, lora_b, segments, scales, y_offset, scales_offset)
+    segments = batch.segments(shape.bucket, lead, shape.slots)
+    return LoRAPart(lora_a, lora_b, segments, scales, shape.y_offset, shape.scales_offset)
 
 
 def stack_shapes(
@@ -88,13 +140,27 @@ def stack_shapes(
         raise ValueError(f"slices {tuple(slices)} must be positive and sum to {out_features}")
     offsets = itertools.accumulate(slices, initial=0)
     columns = list(zip(slices, offsets))
-    stacks = [
-        (n, bucket, (in_features, width), y_offset)
-        for bucket, n in check_slots(slots, buckets).items()
-        for width, y_offset in columns
-    ]
-    starts = itertools.accumulate((n for n, *_ in stacks), initial=0)
-    return [StackShape(*stack, start) for stack, start in zip(stacks, starts)]
+    shapes: list[StackShape] = []
+    scales_offset = flat_offset = 0
+    for bucket, n in check_slots(slots, buckets).items():
+        for width, y_offset in columns:
+            a_size, b_size = (
+                -(-n * bucket * size // _LINE) * _LINE for size in (in_features, width)
+            )
+            flat_offsets = flat_offset, flat_offset + a_size
+            shapes.append(
+                StackShape(n, bucket, (in_features, width), y_offset, scales_offset, flat_offsets)
+            )
+            scales_offset, flat_offset = scales_offset + n, flat_offsets[1] + b_size
+    return shapes
+
+
+def _flat_size(shapes: Sequence[StackShape]) -> int:
+    """Elements of a variable that holds these stacks."""
+    size = shapes[-1].flat_offsets[1] + math.prod(shapes[-1].sizes[1])
+    if size >= 2**31:  # places in it are int32
+        raise ValueError(f"flat stacks may hold less than 2**31 elements, these have {size:,}")
+    return size
 
 
 def empty_scales(shapes: Sequence[StackShape]) -> Array:
@@ -109,6 +175,7 @@ class LoRALayer(nnx.Module):
     """
 
     stacks: nnx.List[LoRAStack]
+    flat: nnx.LoRAParam[Array] | None
     scales: LoRAScale
     slices: tuple[int, ...]
 
@@ -141,19 +208,39 @@ class LoRALayer(nnx.Module):
         return matrix.reshape(cast(Any, self).kernel.shape)
 
     def add_stacks(
-        self, slots: Slots, buckets: Sequence[int], slices: Sequence[int] | None, dtype: Any
+        self,
+        slots: Slots,
+        buckets: Sequence[int],
+        slices: Sequence[int] | None,
+        dtype: Any,
+        *,
+        flat: bool = False,
     ) -> None:
-        """Allocates empty stacks, one per bucket and slice."""
-        self.slices = (self.features()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.features(), slots, buckets, self.slices)
+        """Allocates empty stacks, one per bucket and slice; if `flat`, in one variable."""
+        slices = (self.features()[1],) if slices is None else tuple(slices)
+        shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
-        self.stacks = nnx.List(LoRAStack(shape, dtype) for shape in shapes)
+        self.slices = slices
+        self.stacks = nnx.List(LoRAStack(shape, dtype, flat=flat) for shape in shapes)
+        self.flat = nnx.LoRAParam(jnp.zeros(_flat_size(shapes), dtype)) if flat else None
         self.scales = LoRAScale(empty_scales(shapes))
+
+    def matrices(self, stack: LoRAStack) -> tuple[Matrices, Matrices]:
+        """A and B of one of the layer's stacks."""
+        size_a, size_b = stack.shape.sizes
+        if self.flat is None:
+            a, b = cast(Any, stack.lora_a), cast(Any, stack.lora_b)
+            return Matrices(a, size_a, None), Matrices(b, size_b, None)
+        first_a, first_b = stack.shape.flat_offsets
+        return Matrices(self.flat, size_a, first_a), Matrices(self.flat, size_b, first_b)
 
     def parts(self, batch: AdapterBatch, lead: tuple[int, ...]) -> list[LoRAPart]:
         """What the stacks add to the output, for an `x` of `[*lead, H]`."""
-        scales = self.scales[...]
-        return [stack.part(scales, batch, lead) for stack in self.stacks]
+        scales, parts = self.scales[...], []
+        for stack in self.stacks:
+            a, b = (matrices.value for matrices in self.matrices(stack))
+            parts.append(stack_part(a, b, scales, stack.shape, batch, lead))
+        return parts
 
     def __call__(
         self, x: Array, adapters: AdapterBatch | None = None, *, out_sharding: Any = None
@@ -219,6 +306,7 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
       slices: widths of the projections packed side by side in the output (QKV, gate/up), each
         with adapters of its own; None for one.
       lora_dtype: dtype of the stacks; None for `param_dtype`.
+      flat: hold all stacks in one variable; see `apply_lora`.
       rngs, **linear: as in `nnx.Linear`.
 
     Raises:
@@ -234,11 +322,12 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
         buckets: Sequence[int] = DEFAULT_BUCKETS,
         slices: Sequence[int] | None = None,
         lora_dtype: Any = None,
+        flat: bool = False,
         rngs: nnx.Rngs,
         **linear: Any,
     ) -> None:
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
-        self.add_stacks(slots, buckets, slices, lora_dtype or self.kernel.dtype)
+        self.add_stacks(slots, buckets, slices, lora_dtype or self.kernel.dtype, flat=flat)
 
     def features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -420,6 +509,7 @@ def apply_lora(
     target: str | Sequence[str] | None = None,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: Any = None,
+    flat: bool = False,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
@@ -442,6 +532,9 @@ def apply_lora(
         dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
+      flat: each layer holds its stacks in one variable, `flat` `[S]`, one behind the other. A step
+        pays the host for each of its arguments: with five buckets an 8B Llama has 2,240 A and B,
+        flat 224. Decode steps on a GPU read them where they lie, all else cuts them out.
 
     Returns:
       The bytes that the stacks take.
@@ -455,11 +548,18 @@ def apply_lora(
     layers = _matched_layers(model, target)
     for name, layer in layers.items():
         _check_layer(name, layer, dtype)
+        if flat:
+            features = _LORA_CLASS[type(layer)].features(layer)
+            _flat_size(stack_shapes(features, by_bucket, buckets, features[1:]))
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype)
-    return sum(stack.nbytes for layer in layers.values() for stack in layer.stacks)
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, flat=flat)
+    return sum(
+        variable.nbytes
+        for layer in layers.values()
+        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
+    )
 
 
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:

@@ -67,10 +67,10 @@ class LoRADense(nn.Dense):
         def empty() -> dict[int, dict[str, Array]]:
             return {
                 i: {
-                    "lora_a": jnp.zeros((slots, bucket, in_features), dtype),
-                    "lora_b": jnp.zeros((slots, width, bucket), dtype),
+                    name: jnp.zeros(size, dtype)
+                    for name, size in zip(("lora_a", "lora_b"), shape.sizes)
                 }
-                for i, (slots, bucket, (_, width), *_) in enumerate(shapes)
+                for i, shape in enumerate(shapes)
             }
 
         stacks = self.variable("lora", "stacks", empty).value
@@ -78,10 +78,11 @@ class LoRADense(nn.Dense):
         if adapters is None:
             return y
         parts = [
-            stack_part(**stacks[i], scales=scales, y_offset=shape.y_offset,
-                       scales_offset=shape.scales_offset, batch=adapters, lead=inputs.shape[:-1])
+            stack_part(
+                **stacks[i], scales=scales, shape=shape, batch=adapters, lead=inputs.shape[:-1]
+            )
             for i, shape in enumerate(shapes)
-        ]  # fmt: skip
+        ]
         x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
         matrix = y.reshape(-1, self.features)
         out = add_lora_multi(matrix, x, parts, phase=adapters.phase, fuse=True, exclusive=True)
@@ -106,8 +107,8 @@ class _Dense(LoRALayer):
         slots = {bucket: s["lora_a"].shape[0] for s, bucket in zip(ordered, buckets)}
         self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
         for stack, values in zip(self.stacks, ordered):
-            stack.lora_a.set_value(values["lora_a"])
-            stack.lora_b.set_value(values["lora_b"])
+            for matrices, name in zip(self.matrices(stack), ("lora_a", "lora_b")):
+                matrices.variable.set_value(values[name])
         self.scales.set_value(scales)
 
     def features(self) -> tuple[int, int]:

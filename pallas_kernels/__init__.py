@@ -14,6 +14,7 @@ from pallas_kernels.ops import sgmv_expand as sgmv_expand
 from pallas_kernels.ops import sgmv_expand_slice as sgmv_expand_slice
 from pallas_kernels.ops import sgmv_shrink as sgmv_shrink
 from pallas_kernels.parts import LoRAPart as LoRAPart
+from pallas_kernels.parts import StackView as StackView
 from pallas_kernels.ranks import BGMV_MAX_RANK as BGMV_MAX_RANK
 from pallas_kernels.ranks import DEFAULT_BUCKETS as DEFAULT_BUCKETS
 from pallas_kernels.ranks import MAX_RANK_CUSTOM as MAX_RANK_CUSTOM

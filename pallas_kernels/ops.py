@@ -13,7 +13,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, ArrayLike
 
 from pallas_kernels import loop, mosaic_gpu, xla
-from pallas_kernels.parts import LoRAPart, apart, side_by_side
+from pallas_kernels.parts import LoRAPart, StackView, apart, side_by_side
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
 from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, checked_indices
 
@@ -64,6 +64,21 @@ def _stack(name: str, value: Any, axes: str) -> Array:
     if 0 in stack.shape:
         raise ValueError(f"{name} must not have an empty axis, got {list(stack.shape)}")
     return stack
+
+
+def _stack_or_view(name: str, value: Any, axes: str) -> Any:
+    if not isinstance(value, StackView):
+        return _stack(name, value, axes)
+    array = _floats(f"{name}.array", value.array, "S")
+    first, shape = _static(f"{name}.first", value.first), tuple(value.shape)
+    if len(shape) != 3 or any(_static(f"{name}.shape", n) < 1 for n in shape):
+        raise ValueError(f"{name} must be a view of shape [{axes.replace(' ', ', ')}], got {shape}")
+    view = StackView(array, first, shape)
+    if not 0 <= first <= array.size - view.size:
+        raise ValueError(
+            f"{name} views elements [{first}, {first + view.size}) of an array of {array.size}"
+        )
+    return view
 
 
 def _same(what: str, expected: int, got: int) -> None:
@@ -121,6 +136,13 @@ def _static(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a static int, got {value!r}") from None
+
+
+def _misaligned(stack: Any) -> str | None:
+    """What mosaic_gpu lacks for a view: it copies 16 bytes at once."""
+    if isinstance(stack, StackView) and (first := stack.first * stack.dtype.itemsize) % 16:
+        return f"a view that starts {first} bytes into its array (it takes multiples of 16)"
+    return None
 
 
 def _columns(shape: Sequence[int], y_offset: int, size: int) -> int:
@@ -197,9 +219,10 @@ def _choose(implementation: str | None, config: Any, missing: str | None) -> str
 
 
 # By tokens, the least rank from which one call is faster by XLA's kernels, which deal A among all
-# multiprocessors, than by clusters of eight. H100, H=N=4096: T=1 R=8 2.9 us by mosaic_gpu, 3.0 by
-# XLA; R=16 3.2, 3.0; R=64 3.9, 3.3; R=128 5.3, 3.8; H=14336 9.7, 4.7; T=2 R=128 5.9, 4.1.
-_XLA_FROM_RANK = {1: 16, 2: 128}
+# multiprocessors, than by clusters of eight. H100, side by side, T=1, mosaic_gpu and XLA: H=N=4096
+# R=16 2.95 and 3.18 us, R=32 2.89 and 3.16, R=64 3.79 and 3.33; 2048 R=16 2.91 and 2.97, R=64 3.35
+# and 3.07; 4096x14336 R=16 3.29 and 3.29; 14336x4096 R=16 3.52 and 3.47. T=2 R=128 5.9 and 4.1.
+_XLA_FROM_RANK = {1: 64, 2: 128}
 
 
 def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
@@ -317,7 +340,7 @@ def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) ->
 
 def _parts(spec: _Spec, stacks: Any, *, ordered: bool = False) -> tuple[LoRAPart, ...]:
     """The parts; those with the same ids share one object. If `ordered` that is `Segments`, and
-    a part has its own scales alone."""
+    a part has its own scales and stacks alone."""
     routes = {
         n: as_segments(stacks[n][2], stacks[n][0].shape[0]) if ordered else stacks[n][2]
         for n in set(spec.routes)
@@ -327,7 +350,8 @@ def _parts(spec: _Spec, stacks: Any, *, ordered: bool = False) -> tuple[LoRAPart
         offset = spec.scales_offsets[n]
         if ordered and offset is not None:
             scales, offset = scales[offset : offset + a.shape[0]], None
-        parts.append(LoRAPart(a, b, routes[spec.routes[n]], scales, spec.y_offsets[n], offset))
+        part = LoRAPart(a, b, routes[spec.routes[n]], scales, spec.y_offsets[n], offset)
+        parts.append(part.cut_out() if ordered else part)
     return tuple(parts)
 
 
@@ -349,8 +373,13 @@ def _add_lora_bwd(spec: _Spec, residuals: Any, dys: tuple[Array, ...]) -> Any:
         dx += dx_part
         if (offset := spec.scales_offsets[n]) is not None:
             ds = jnp.zeros_like(stacks[n][3]).at[offset : offset + ds.size].set(ds)
-        dstacks.append((da, db, None, ds))
+        a, b, *_ = stacks[n]
+        dstacks.append((_like(a, da), _like(b, db), None, ds))
     return dys, dx.astype(x.dtype), tuple(dstacks)
+
+
+def _like(stack: Any, gradient: Array) -> Any:
+    return stack.put(gradient) if isinstance(stack, StackView) else gradient
 
 
 _add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
@@ -708,8 +737,8 @@ def add_lora_multi(
     for n, part in enumerate(parts):
         if not isinstance(part, LoRAPart):
             raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(part).__name__}")
-        a = _stack(f"parts[{n}].lora_a", part.lora_a, "L R H")
-        b = _stack(f"parts[{n}].lora_b", part.lora_b, "L N R")
+        a = _stack_or_view(f"parts[{n}].lora_a", part.lora_a, "L R H")
+        b = _stack_or_view(f"parts[{n}].lora_b", part.lora_b, "L N R")
         _same(f"x and parts[{n}].lora_a differ in features H", x.shape[1], a.shape[2])
         _same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
         _same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
@@ -727,6 +756,7 @@ def add_lora_multi(
         for weights in (a, b)
         for width in (*widths, shape[1])
     ]
+    lacks += [_misaligned(stack) for a, b, *_ in stacks for stack in (a, b)]
     missing = next(filter(None, lacks), None)
     spec = _Spec(
         _choose(implementation, config, missing),

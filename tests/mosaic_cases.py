@@ -1,10 +1,14 @@
 """Cases, float64 oracle and tolerances of the Mosaic kernels' tests, on CPU and on a device."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from pallas_kernels import LoRAPart, StackView
 
 POPULARITIES = ("distinct", "uniform", "zipf", "identical", "none", "out_of_range")
 
@@ -134,3 +138,15 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 def as_jax(arrays: Arrays) -> dict[str, jnp.ndarray]:
     return {f.name: jnp.asarray(getattr(arrays, f.name)) for f in dataclasses.fields(arrays)}
+
+
+def in_one_array(parts: Sequence[LoRAPart], align: int = 64) -> list[LoRAPart]:
+    """The parts as views into one flat array of all stacks, with NaN between them."""
+    flat, views = [], []
+    for stack in (np.asarray(stack) for part in parts for stack in (part.lora_a, part.lora_b)):
+        views.append((sum(map(len, flat)), stack.shape))
+        gap = np.full(align - stack.size % align, np.nan, stack.dtype)
+        flat += [stack.reshape(-1), gap]
+    array = jnp.asarray(np.concatenate(flat))
+    stacks = itertools.batched((StackView(array, *view) for view in views), 2)
+    return [part._replace(lora_a=a, lora_b=b) for part, (a, b) in zip(parts, stacks)]

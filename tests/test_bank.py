@@ -32,9 +32,9 @@ from jax_lora import (
 )
 
 
-@pytest.fixture
-def pair():
-    return make_bank()
+@pytest.fixture(params=[False, True], ids=["own arrays", "flat"])
+def pair(request):
+    return make_bank(flat=request.param)
 
 
 def stacks_of(bank):
@@ -935,9 +935,9 @@ def test_weights_of_other_tenants_are_not_read_from_a_file_of_the_bank(pair, tmp
     assert {w.rank for w in load_peft(tmp_path).modules.values()} == {2}
     slot = bank._entries["small"].slot
     for site in bank._sites.values():
-        stack = site.stacks[8]
-        np.testing.assert_array_equal(stack.lora_a[slot, 2:], 0)
-        np.testing.assert_array_equal(stack.lora_b[slot, :, 2:], 0)
+        a, b = (of.slot(of.variable[...], slot) for of in site.matrices(8))
+        np.testing.assert_array_equal(a[2:], 0)
+        np.testing.assert_array_equal(b[:, 2:], 0)
 
 
 def test_an_adapter_is_checked_before_it_reaches_the_bank():

@@ -109,7 +109,7 @@ def test_of_one_token_ours_is_the_form_that_add_lora_takes(
     left = list(times)
     monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
     monkeypatch.setattr(kernels, "time_loop", lambda *args: left.pop(0))
-    found, [note] = kernels._time_case(bench.Case(1, 1, 16, 64, 128, 8), True)
+    found, [note] = kernels._time_case(bench.Case(1, 1, 64, 64, 128, 8), True)
     assert (found["xla"], found["ours"]) == (xla, ours)
     assert "XLA's form" in note
 

@@ -59,7 +59,7 @@ def test_xla_runs_on_the_cpu(implementation: str | None) -> None:
 @pytest.mark.parametrize(
     ("tokens", "rank", "phase", "kernel"),
     [
-        (1, 8, "decode", True), (1, 16, "decode", False), (1, 128, "decode", False),
+        (1, 8, "decode", True), (1, 48, "decode", True), (1, 64, "decode", False),
         (2, 64, "decode", True), (2, 128, "decode", False), (3, 128, "decode", True),
         (1, 256, "decode", True), (1, 16, "prefill", True),
     ],

@@ -133,6 +133,55 @@ def test_delta_equals_float64(phase, x_dtype, dtype, param_dtype, lora_dtype):
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_flat_layers_compute_what_others_do(phase):
+    """Bits and gradients; the stacks lie one behind the other, each from a whole line on."""
+    own, flat = (
+        LoRADense(9, 12, slots=3, buckets=(8, 16), slices=(7, 5), flat=f, rngs=nnx.Rngs(0))
+        for f in (False, True)
+    )
+    fill(own)
+    flat.scales.set_value(own.scales.get_value())
+    pieces, sizes = [], []
+    for stack, empty in zip(own.stacks, flat.stacks):
+        assert empty.lora_a is None and empty.lora_b is None
+        assert (empty.bucket, empty.slots, empty.shape) == (stack.bucket, stack.slots, stack.shape)
+        for variable in (stack.lora_a, stack.lora_b):
+            size = -(-variable.size // 64) * 64
+            pieces.append(jnp.resize(variable[...], variable.size))
+            pieces.append(jnp.zeros(size - variable.size))
+            sizes.append(size)
+    array = jnp.concatenate(pieces[:-1])
+    assert flat.flat.shape == array.shape
+    starts = [n for stack in flat.stacks for n in stack.shape.flat_offsets]
+    assert starts == np.cumsum([0, *sizes[:-1]]).tolist()
+    flat.flat.set_value(array)
+
+    x, batch = tokens(5, features=9), batch_of(ROWS, phase=phase)
+
+    @nnx.jit
+    def gradients(layer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        return nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(x, batch))), argnums=wrt)(layer)
+
+    np.testing.assert_array_equal(both(flat, x, batch)[1], both(own, x, batch)[1])
+    of_own, of_flat = gradients(own), gradients(flat)
+    assert list(of_flat) == ["flat"]
+    for n, (a, b) in enumerate(map(flat.matrices, flat.stacks)):
+        for name, matrices in (("lora_a", a), ("lora_b", b)):
+            start = matrices.first
+            got = of_flat["flat"][start : start + np.prod(matrices.shape)].reshape(matrices.shape)
+            np.testing.assert_array_equal(got, of_own["stacks"][n][name][...])
+            assert np.asarray(got).any()
+
+
+def test_flat_stacks_have_less_than_two_to_the_31_elements():
+    model = nnx.eval_shape(lambda: Mlp(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"may hold less than 2\*\*31 elements, these have 2,6"):
+        apply_lora(model, slots=2**24, buckets=(16,), flat=True)
+    assert type(model.up) is nnx.Linear
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_packed_slices_of_unequal_widths(phase):
     layer = LoRADense(9, 12, slots=3, buckets=(8, 16), slices=(7, 1, 4), rngs=nnx.Rngs(0))
     assert [(s.bucket, s.y_offset, s.lora_b.shape[1]) for s in layer.stacks] == [

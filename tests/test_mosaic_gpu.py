@@ -29,6 +29,7 @@ from mosaic_cases import (
     Case,
     as_jax,
     bits,
+    in_one_array,
     indices,
     products,
     relative_error,
@@ -593,7 +594,8 @@ def test_parts_of_several_ys(
 @pytest.mark.parametrize("seated", [False, True], ids=["raw ids", "segments"])
 @pytest.mark.parametrize("column_clusters", [1, 3, 8])
 def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulated: None) -> None:
-    """Rank buckets give the bits that they give without the promise, however they are dealt."""
+    """Rank buckets give the bits that they give without the promise, however they are dealt, and
+    wherever the stacks lie."""
     ranks, widths = (8, 16, 32, 128), (72, 200)
     bucket = np.array([0, 3, 1, 3, -1, 2, 3, 0, 3, 2, 3, 3, 3])
     slots = np.array([0, 1, 2, 1, 0, 3, 1, 0, 1, 1, 0, 1, 1])  # seven of one adapter
@@ -616,14 +618,15 @@ def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulate
     outs = [
         np.concatenate(
             pk.add_lora_multi(
-                tuple(np.split(whole, [72], axis=1)), x, parts, implementation="mosaic_gpu",
+                tuple(np.split(whole, [72], axis=1)), x, placed, implementation="mosaic_gpu",
                 fuse=fuse, exclusive=exclusive, config=config,
             ),
             axis=1,
         )
-        for exclusive in (True, False)
+        for exclusive, placed in ((True, parts), (False, parts), (True, in_one_array(parts)))
     ]  # fmt: skip
-    np.testing.assert_array_equal(*map(bits, outs))
+    for other in outs[1:]:
+        np.testing.assert_array_equal(bits(outs[0]), bits(other))
     want = whole.astype(np.float64)
     for z, mine in zip(arrays, meant):
         v = products(x, z.a, mine) * z.scales[np.maximum(mine, 0)][:, None]

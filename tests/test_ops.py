@@ -4,6 +4,7 @@ The inputs are hostile throughout: slots that no token uses hold NaN and infinit
 adapter too, and bytes that an op must not touch hold signalling NaNs with payloads.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_cases import in_one_array
 
 import pallas_kernels as pk
 from pallas_kernels import ops, reference
@@ -571,7 +573,7 @@ def test_inside_a_loop_over_layers(phase, loop):
 # --------------------------------------------------------------------------------- add_lora_multi
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["own scales", "scales together"])
+@pytest.mark.parametrize("together", [False, True], ids=["own arrays", "in one array"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -602,10 +604,75 @@ def test_parts_of_every_rank_width_and_place(implementation, phase, dtype, toget
         parts = [
             part._replace(scales=scales, scales_offset=start) for part, start in zip(parts, starts)
         ]
+        parts = in_one_array(parts, align=5)
     add = functools.partial(pk.add_lora_multi, phase=phase, implementation=implementation)
     out = np.asarray(jax.jit(lambda y, x: add(y, x, parts))(y, x))
     np.testing.assert_array_equal(bits_of(out)[~touched], bits_of(y)[~touched])
     assert_close(np.where(touched, out, 0), np.where(touched, want, 0), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_of_views_are_those_of_the_stacks(implementation):
+    """Also of two views of one stack, whose gradients add up; zero between the stacks."""
+    indices = popularity("uniform", PLAIN.tokens, PLAIN.adapters)
+    arrays = inputs(PLAIN, indices)
+    part = pk.LoRAPart(arrays["a"], arrays["b"], indices, arrays["scales"], OFFSET)
+    [view] = in_one_array([part])
+    array = jnp.nan_to_num(view.lora_a.array)
+
+    def call(part, other):
+        parts = [part, other._replace(indices=part.indices[::-1])]
+        return pk.add_lora_multi(arrays["y"], arrays["x"], parts, implementation=implementation)
+
+    def of_stacks(stacks, _):
+        mine = part._replace(lora_a=stacks[0], lora_b=stacks[1])
+        return call(mine, mine)
+
+    def of_array(array, _):
+        a, b = (dataclasses.replace(v, array=array) for v in (view.lora_a, view.lora_b))
+        return of_stacks((a, b), None)
+
+    stacks = part[:2]
+    np.testing.assert_array_equal(*map(bits_of, (of_array(array, None), of_stacks(stacks, None))))
+    got = jax.jit(jax.grad(loss(of_array)))(array, None)
+    want = jax.jit(jax.grad(loss(of_stacks)))(stacks, None)
+    used = np.zeros(got.shape, bool)
+    for v, gradient in zip((view.lora_a, view.lora_b), want):
+        here = slice(v.first, v.first + v.size)
+        np.testing.assert_array_equal(np.asarray(got[here]).reshape(v.shape), gradient)
+        used[here] = True
+    assert not np.asarray(got)[~used].any() and np.asarray(got)[used].any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"first": 97}, r"lora_a views elements \[97, 225\) of an array of 224"),
+        ({"first": -1}, r"lora_a views elements \[-1, 127\) of an array of 224"),
+        ({"shape": (2, 64)}, r"view of shape \[L, R, H\], got \(2, 64\)"),
+        ({"shape": (2, 0, 8)}, r"view of shape \[L, R, H\], got \(2, 0, 8\)"),
+        ({"shape": (2, 8, 7)}, "x and .* differ in features H: 8 and 7"),
+        ({"shape": (1, 8, 8)}, "lora_a and lora_b differ in adapters L: 1 and 2"),
+        ({"array": jnp.zeros((2, 112), BF16)}, r"array must have shape \[S\], got \[2, 112\]"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(*value),
+)
+def test_views_that_leave_their_array_are_refused(changed, message):
+    array = jnp.zeros(224, BF16)
+    a, b = pk.StackView(array, 0, (2, 8, 8)), pk.StackView(array, 128, (2, 6, 8))
+    x, y = jnp.ones((3, 8), BF16), jnp.ones((3, 6), BF16)
+    assert pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, [0, 1, -1])]).shape == y.shape
+    part = pk.LoRAPart(dataclasses.replace(a, **changed), b, [0, 1, -1])
+    with pytest.raises(ValueError, match=message):
+        pk.add_lora_multi(y, x, [part])
+
+
+def test_a_view_that_starts_amid_16_bytes_is_lacking():
+    array = jnp.zeros(3000, BF16)
+    a, b = pk.StackView(array, 4, (1, 8, 64)), pk.StackView(array, 1024, (1, 64, 8))
+    x = jnp.ones((3, 64), BF16)
+    with pytest.raises(NotImplementedError, match="lacks a view that starts 8 bytes into its arr"):
+        pk.add_lora_multi(x, x, [pk.LoRAPart(a, b, [0, 0, -1])], implementation="mosaic_gpu")
 
 
 def test_overlapping_parts_are_rounded_once():

@@ -289,7 +289,7 @@ class _Bench:
         self.progress(f"loading {len(ranks)} adapters")
         model = nnx.merge(self.graphdef, self.weights)
         slots = collections.Counter(ranks)
-        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
+        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS, flat=True)
         bank = AdapterBank(model)
         adapters = {rank: _random_adapter(model, rank) for rank in slots}
         names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]

@@ -115,6 +115,7 @@ def add_lora_multi(
     if planned is not None:
         return decode_kernel(ys, x, *planned)
     y = side_by_side(ys)
+    parts = tuple(part.cut_out() for part in parts)
     sorted_ids = {_list(part): as_segments(part.indices, part.lora_a.shape[0]) for part in parts}
     parts = tuple(part._replace(indices=sorted_ids[_list(part)]) for part in parts)
     for group in _launches(parts):

@@ -102,14 +102,14 @@ def _run_job(
         m.when(functools.reduce(operator.or_, earlier), m.cluster_barrier)
 
     def stack(p: int, which: int, stride: int) -> Any:
-        return m.address(parts[p][which], slot, stride)
+        return m.ahead(m.address(parts[p][which], slot, stride), plan.parts[p].firsts[which])
 
     mine = {p: plan.parts[p] for p in job.parts}
     a_of, b_of, scales = {}, {}, {}
     for p, part in mine.items():
         if plan.shrinks:
             a_of[p] = stack(p, 0, part.rank * plan.features)
-            one = stack(p, -1, 1 if part.own_scales else 0)
+            one = m.address(parts[p][-1], slot, 1 if part.own_scales else 0)
             scales[p] = m.as_real(m.load(one, part.first_scale, always))
         if plan.expands:
             b_of[p] = stack(p, 1 if plan.shrinks else 0, part.rank * part.width)
@@ -529,8 +529,7 @@ def decode_kernel(
     Ids outside of a part's slots are none. `[T, 2]` are words of 64-bit ids, the low one first. Of
     a seated plan ids are one table by `seating`.
     """
-    stacks = (array for part in parts for array in part[:3] if array is not None)
-    operands = x, *ids, *stacks
+    operands = x, *ids, *(array for part in parts for array in part.operands)
     made = tuple(y for y in ys if isinstance(y, jax.ShapeDtypeStruct))
     given = tuple(y for y in ys if not isinstance(y, jax.ShapeDtypeStruct))
     if interpreted():

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.config import MAX_DECODE_TOKENS, Config
 from pallas_kernels.mosaic_gpu.tiles import cuts
+from pallas_kernels.parts import StackView
 
 TOKENS = 8  # of a cluster: rows of mma's operand
 UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
@@ -38,16 +39,22 @@ class DecodePart(NamedTuple):
     Without lora_a and scales, x is v `[T, R]`. Without lora_b, y is v, to which its sum is added.
     """
 
-    lora_a: Float[Array, "L R H"] | None
-    lora_b: Float[Array, "L N R"] | None
+    lora_a: Float[Array, "L R H"] | StackView | None
+    lora_b: Float[Array, "L N R"] | StackView | None
     scales: Float[Array, " S"] | None
     ids: int
     y_offset: int
     first_scale: int = 0
 
     @property
-    def stacks(self) -> list[Array]:
+    def stacks(self) -> list[Any]:
         return [stack for stack in (self.lora_a, self.lora_b) if stack is not None]
+
+    @property
+    def operands(self) -> list[Array]:
+        """What the kernel takes: the stacks, or the arrays that they lie in, and the scales."""
+        arrays = [s.array if isinstance(s, StackView) else s for s in self.stacks]
+        return arrays if self.scales is None else [*arrays, self.scales]
 
     @property
     def rank(self) -> int:
@@ -66,6 +73,7 @@ class _Part(NamedTuple):
     slots: int
     own_scales: bool
     first_scale: int
+    firsts: tuple[int, ...]  # where each of its stacks starts in its array
     ids: int
 
 
@@ -366,6 +374,7 @@ def plan(
             p.stacks[0].shape[0],
             p.scales is not None and p.scales.size > 1,
             p.first_scale,
+            tuple(s.first if isinstance(s, StackView) else 0 for s in p.stacks),
             p.ids,
         )
         for p in parts

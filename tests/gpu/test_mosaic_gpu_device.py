@@ -22,6 +22,7 @@ from mosaic_cases import (
     Case,
     as_jax,
     bits,
+    in_one_array,
     products,
     relative_error,
     typical,
@@ -307,10 +308,13 @@ def test_parts_in_turn(offsets: tuple[int, int]) -> None:
     test_parts(4096, offsets, None, False)
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["own arrays", "in one array"])
 @pytest.mark.parametrize("layer", [False, True], ids=["alone", "as layers call it"])
 @pytest.mark.parametrize("ranks", [(16,), (8, 16, 32, 64, 128), (128,)], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 64, 130, 300])
-def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...], layer: bool) -> None:
+def test_projections_of_one_input(
+    num_tokens: int, ranks: tuple[int, ...], layer: bool, flat: bool
+) -> None:
     """Several ys and buckets in one call; a token has an adapter of one bucket, or of several."""
     widths = (512, 128, 128)
     cases = [Case(num_tokens, 512, sum(widths), r, 3, seed=r) for r in ranks]
@@ -322,17 +326,22 @@ def test_projections_of_one_input(num_tokens: int, ranks: tuple[int, ...], layer
     for n, ids in enumerate(lists):
         ids[(bucket != n) & (layer | (np.arange(num_tokens) % 3 > 0))] = -1
 
+    parts = [
+        LoRAPart(jnp.asarray(z.a), jnp.asarray(z.b[:, start:stop]), n, jnp.asarray(z.scales), start)
+        for n, z in enumerate(arrays)
+        for start, stop in itertools.pairwise(edges)
+    ]
+    parts = in_one_array(parts) if flat else parts
+    stacks = [part[:2] for part in parts]
+
     @jax.jit
     def call(ys: Any, x: Any, stacks: Any, lists: Any) -> Any:
-        parts = [
-            LoRAPart(a, b[:, start:stop], ids, scales, start)
-            for (a, b, scales), ids in zip(stacks, lists)
-            for start, stop in itertools.pairwise(edges)
+        built = [
+            LoRAPart(a, b, lists[part.indices], *part[3:]) for (a, b), part in zip(stacks, parts)
         ]
         how = dict(fuse=layer, exclusive=layer)
-        return pk.add_lora_multi(ys, x, parts, implementation="mosaic_gpu", **how)
+        return pk.add_lora_multi(ys, x, built, implementation="mosaic_gpu", **how)
 
-    stacks = [tuple(map(jnp.asarray, (z.a, z.b, z.scales))) for z in arrays]
     ys = tuple(jnp.asarray(y) for y in np.split(whole, edges[1:-1], axis=1))
     poison()
     out = np.concatenate(call(ys, jnp.asarray(x), stacks, [jnp.asarray(i) for i in lists]), axis=1)
