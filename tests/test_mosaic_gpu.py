@@ -213,6 +213,39 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
     assert relative_error(v, want) < v_tolerance(640)
 
 
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        (Case(70, 128, 96, 16, 3, "zipf"), {}),
+        (Case(130, 64, 136, 8, 3, "uniform"), dict(expand_columns=3)),
+        (Case(70, 64, 64, 256, 2, "zipf"), dict(expand_columns=2)),
+        (Case(130, 256, 72, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
+        (Case(200, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
+        (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
+        (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
+        (Case(130, 64, 64, 16, 3, "none"), {}),
+    ],
+    ids=str,
+)
+def test_two_tiles_share_what_a_block_loads(
+    case: Case, change: dict[str, int], interpreted: None
+) -> None:
+    arrays = case.arrays()
+    z, ids = as_jax(arrays), arrays.ids
+    one = mosaic_gpu.Config(**{"split": 2, "block_n": 32, **change})
+    two = dataclasses.replace(one, row_tiles=2, expand_row_tiles=2)
+    want_v = products(arrays.x, arrays.a, ids) * arrays.scales[np.maximum(ids, 0)][:, None]
+    columns = slice(case.y_offset, case.y_offset + case.width)
+    want = arrays.y.astype(np.float64)
+    want[:, columns] += products(want_v, arrays.b, ids)
+
+    v, y = shrink(z, two), add_lora(z, case.y_offset, two)
+    assert relative_error(v, want_v) < v_tolerance(case.features)
+    assert relative_error(y, want) < y_tolerance(case.y_dtype, case.weight_dtype)
+    np.testing.assert_array_equal(bits(v), bits(shrink(z, one)))
+    np.testing.assert_array_equal(bits(y), bits(add_lora(z, case.y_offset, one)))
+
+
 def ids_of_three_parts() -> np.ndarray:
     """Of 200 tokens, in tiles where none, one, all and two of the parts have adapters."""
     ids = np.random.default_rng(1).integers(-1, 4, (3, 4, 64))
@@ -225,9 +258,9 @@ def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True)
     monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
 
 
-@pytest.mark.parametrize("zero_rows", [False, True])
+@pytest.mark.parametrize(("zero_rows", "row_tiles"), [(False, 1), (True, 1), (True, 2)])
 def test_shrink_takes_parts_in_turn(
-    zero_rows: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One block, two chunks, and two blocks of ranks.
     ranks = {8: {}, 16: dict(stack=2, chunks=2), 96: dict(rank_block=48)}
@@ -237,10 +270,10 @@ def test_shrink_takes_parts_in_turn(
     for (rank, change), mine in zip(ranks.items(), ids):
         a = (rng.standard_normal((4, rank, 384)) / 20).astype(ml_dtypes.bfloat16)
         scales = rng.uniform(0.5, 2.0, 4).astype(np.float32)
-        config = mosaic_gpu.Config(split=1, stages=2, **change)
-        routes = tiles.routes(pk.make_segments(jnp.asarray(mine), 4))
+        config = mosaic_gpu.Config(split=1, stages=2, row_tiles=row_tiles, **change)
+        segments = pk.make_segments(jnp.asarray(mine), 4)
         together = jnp.append(jnp.full(rank, jnp.nan), scales)
-        parts.append(ShrinkPart(jnp.asarray(a), together, routes, np.float32, config, rank))
+        parts.append(ShrinkPart(jnp.asarray(a), together, segments, np.float32, config, rank))
         wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
 
     def run(in_turn: bool) -> list[np.ndarray]:
@@ -255,8 +288,9 @@ def test_shrink_takes_parts_in_turn(
         assert not zero_rows or not v[~used].any()
 
 
+@pytest.mark.parametrize("row_tiles", [1, 2])
 def test_overlapping_parts_of_mixed_ranks(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch
+    row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_parts_in_turn(monkeypatch)
     ids, parts = ids_of_three_parts(), []
@@ -268,7 +302,9 @@ def test_overlapping_parts_of_mixed_ranks(
         parts.append(pk.LoRAPart(*stacks, jnp.asarray(mine), jnp.asarray(z.scales), offset))
         v = products(first.x, z.a, mine) * z.scales[np.maximum(mine, 0)][:, None]
         want[:, offset : offset + 64] += products(v, z.b, mine)
-    config = mosaic_gpu.Config(split=2, block_n=16, expand_columns=2)
+    config = mosaic_gpu.Config(
+        split=2, block_n=16, expand_columns=2, row_tiles=row_tiles, expand_row_tiles=row_tiles
+    )
     y = np.asarray(
         pk.add_lora_multi(
             jnp.asarray(first.y), jnp.asarray(first.x), tuple(parts),
@@ -286,6 +322,8 @@ def test_overlapping_parts_of_mixed_ranks(
         ((512, 256, 128, 64), {}),
         ((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
         ((512, 384), dict(block_n=72, expand_columns=8)),  # 72 has no half that is a multiple of 8
+        ((512, 64), dict(row_tiles=2, expand_row_tiles=2, expand_columns=8)),
+        ((512, 384), dict(row_tiles=2, expand_row_tiles=2)),  # v of 128 rows does not fit
     ],
     ids=str,
 )
@@ -827,6 +865,7 @@ def assert_kernels(module: str, *ranks: int, one: bool = False) -> None:
 
 
 BUCKETS = (8, 16, 32, 64, 128)
+TWO_TILES = mosaic_gpu.Config(split=2, row_tiles=2, expand_row_tiles=2, expand_columns=2)
 EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
@@ -837,6 +876,24 @@ def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 256 else "prefill"
     one = rank <= (MOST_RANK if num_tokens <= 128 else 128 if num_tokens <= 256 else 0)
     assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
+
+
+@pytest.mark.parametrize(
+    ("rank", "x", "tokens_of_a_block"),
+    [(8, "bfloat16", (128, 128)), (16, "float16", (128, 128)), (128, "bfloat16", (128, 128)),
+     (144, "float32", (128, 128)), (496, "bfloat16", (64, 128)), (512, "float32", (128, 128))],
+)  # fmt: skip
+def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int, int]) -> None:
+    """Unless there are too many sums for a thread: 496 has no fair divisor below 248."""
+    weights = "bfloat16" if x == "float32" else x
+    for split, num_tokens in (1, 300), (2, 8192), (4, 8192):
+        config = dataclasses.replace(TWO_TILES, split=split)
+        dtypes = x, weights, weights
+        module = lowered(num_tokens, 2048, 4096, rank, dtypes=dtypes, config=config)
+        assert_kernels(module, rank)
+        calls = re.findall(r"custom_call @mosaic_gpu_v2.* : \(([^)]*)\)", module)
+        blocks = [int(max(re.findall(r"tensor<(\d+)x\d+xi32>", call))) for call in calls]
+        assert blocks == [-(-num_tokens // tokens) for tokens in tokens_of_a_block]
 
 
 def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> None:
@@ -909,6 +966,7 @@ def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
         mosaic_gpu.Config(split=8, stack=4, chunks=2, stages=8),
         mosaic_gpu.Config(rank_block=32, block_n=256, expand_stack=2, expand_stages=4),
         mosaic_gpu.Config(block_n=8, expand_stack=32),
+        mosaic_gpu.Config(split=8, stack=2, row_tiles=2, block_n=256, expand_row_tiles=2),
     ],
     ids=str,
 )
@@ -1017,6 +1075,8 @@ def test_the_order_of_sums_does_not_depend_on_tokens(rank: int) -> None:
         dict(stages=65),
         dict(warps=5),
         dict(column_clusters=0),
+        dict(row_tiles=3),
+        dict(expand_row_tiles=0),
     ],
     ids=str,
 )
@@ -1028,15 +1088,19 @@ def test_config_checks_its_values(bad: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("num_tokens", [1, 64, 65, 200])
-def test_routes_list_the_adapters_of_each_tile(num_tokens: int, popularity: str) -> None:
+@pytest.mark.parametrize("rows", [64, 128])
+def test_routes_list_the_adapters_of_each_block(
+    rows: int, num_tokens: int, popularity: str
+) -> None:
     ids = indices(popularity, num_tokens, 7)
     segments = pk.make_segments(ids, 7)
-    table = np.asarray(tiles.routes(segments))
-    checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % 64), constant_values=-1)
-    np.testing.assert_array_equal(table[:, : tiles.COUNT], checked.reshape(-1, 64))
+    table = np.asarray(tiles.routes(segments, rows))
+    assert table.shape[1] == tiles.route_words(segments, rows)
+    checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % rows), constant_values=-1)
+    np.testing.assert_array_equal(table[:, :rows], checked.reshape(-1, rows))
     for row in table:
-        count, adapters = row[tiles.COUNT], row[tiles.ADAPTERS :]
-        assert sorted(adapters[:count]) == sorted(set(row[:64].tolist()) - {-1})
+        count, adapters = row[rows], row[rows + 1 :]
+        assert sorted(adapters[:count]) == sorted(set(row[:rows].tolist()) - {-1})
         assert (adapters[count:] == -1).all()
         assert len(adapters) - count >= 63  # kernels look ahead
 

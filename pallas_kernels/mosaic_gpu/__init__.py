@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu.decode_plan import DecodePart, plan
 from pallas_kernels.mosaic_gpu.decode_tokens import seating
 from pallas_kernels.mosaic_gpu.expand import ExpandPart, expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
-from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to, routes
+from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to
 from pallas_kernels.parts import LoRAPart, apart, side_by_side
 from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, raw_ids
 
@@ -85,7 +85,7 @@ def expand(
     config = config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
     operand = _operand(v, lora_b.dtype)
     segments = as_segments(route, num_adapters)
-    two = ExpandPart(operand, lora_b, routes(segments), y_offset, config)
+    two = ExpandPart(operand, lora_b, segments, y_offset, config)
     return expand_kernel(y, (two,), add_inputs=add_inputs)
 
 
@@ -157,8 +157,7 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
         operands=True,
     )
     expands = tuple(
-        ExpandPart(v, p.lora_b, routes(p.indices), p.y_offset, c)
-        for v, p, c in zip(vs, parts, configs)
+        ExpandPart(v, p.lora_b, p.indices, p.y_offset, c) for v, p, c in zip(vs, parts, configs)
     )
     return expand_kernel(y, expands, add_inputs=True)
 
@@ -286,7 +285,7 @@ def _shrink_parts(
             ShrinkPart(
                 pad_to(lora_a, 2, 16),
                 scales.reshape(-1),
-                routes(segments),
+                segments,
                 dtype if direct else jnp.dtype(jnp.float32),
                 config,
                 first_scale,

@@ -11,6 +11,9 @@ MAX_RANK = 512
 MAX_FEATURES = 131072
 # Tokens of a tile: wgmma has no other M.
 TILE = 64
+# Columns that a tile is multiplied with at once: where wgmma's N ends. Two tiles together have half
+# as many, as their float32 sums would be all registers of a thread.
+MAX_COLUMNS = 256
 # A block's share of H is a multiple of this.
 SPLIT_UNIT = 128
 MULTIPROCESSORS = 132  # of an H100
@@ -31,12 +34,15 @@ class Config:
       stack: adapters that one block of the shrink multiplies at once.
       chunks: blocks among which the shrink deals a tile's adapters.
       stages: pipeline stages of the shrink, at most.
+      row_tiles: tiles of 64 tokens that share what a block of the shrink loads of A, at most: 1 or
+        2. A launch takes the least of its parts, and 1 where two don't fit.
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
       expand_stages: pipeline stages of the expand, at most; in the decode kernel those of its
         highest rank, beside which lower ones may have up to four.
       expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
         twice as many where more than two parts overlap.
+      expand_row_tiles: as `row_tiles`, of the expand and B.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.
     """
@@ -46,10 +52,12 @@ class Config:
     stack: int = 1
     chunks: int = 1
     stages: int = 4
+    row_tiles: int = 1
     block_n: int = 64
     expand_stack: int = 1
     expand_stages: int = 2
     expand_columns: int = 1
+    expand_row_tiles: int = 1
     warps: int | None = None
     column_clusters: int = 1
 
@@ -58,6 +66,9 @@ class Config:
             raise ValueError(f"warps must be None, 4, 8 or 16, got {self.warps}")
         if self.split not in (1, 2, 4, 8):
             raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
+        for name in ("row_tiles", "expand_row_tiles"):
+            if getattr(self, name) not in (1, 2):
+                raise ValueError(f"{name} must be 1 or 2, got {getattr(self, name)}")
         if self.block_n % 8 or not 8 <= self.block_n <= 256:
             raise ValueError(f"block_n must be a multiple of 8 up to 256, got {self.block_n}")
         counts = "stack", "chunks", "stages", "expand_stack", "expand_stages", "expand_columns"
@@ -71,7 +82,7 @@ def rank_width(rank: int, at_most: int) -> int:
 
     Ranks such as 16 x 17 have no fair divisor below 128; wgmma's N ends at 256.
     """
-    divisors = [d for d in range(8, 257, 8) if rank % d == 0]
+    divisors = [d for d in range(8, MAX_COLUMNS + 1, 8) if rank % d == 0]
     fair = [d for d in divisors if d <= at_most]
     return fair[-1] if fair and fair[-1] >= min(rank, 48) else divisors[-1]
 

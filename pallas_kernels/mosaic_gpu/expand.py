@@ -1,4 +1,4 @@
-"""y[t, offset:][:N] (+)= v[t] @ B[i].T: each block owns 64 tokens times a few columns of y."""
+"""y[t, offset:][:N] (+)= v[t] @ B[i].T: a block owns 64 or 128 tokens times a few columns of y."""
 
 import dataclasses
 import functools
@@ -10,22 +10,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.config import TILE, Config
+from pallas_kernels.mosaic_gpu.config import MAX_COLUMNS, TILE, Config
 from pallas_kernels.mosaic_gpu.tiles import (
-    ADAPTERS,
-    COUNT,
     ROWS,
     Cut,
     accumulator,
+    copy_route,
     cuts,
     in_place,
     operand_layout,
     pieces,
     plain_layout,
+    route_copies,
+    route_words,
+    routes,
     row_mask,
 )
+from pallas_kernels.segments import Segments
 
 # Of y in shared memory: one is being stored, one added to, and one loaded.
 _Y_STAGES = 3
@@ -34,11 +37,12 @@ _SHARED_BYTES = 226 * 1024
 
 
 class ExpandPart(NamedTuple):
-    """One stack: v `[rows, max(R, 16)]` in B's dtype, lora_b `[L, N, R]`, routes, first column."""
+    """One stack: v `[rows, max(R, 16)]` in B's dtype, lora_b `[L, N, R]`, the tokens' adapters,
+    first column."""
 
     v: Float[Array, "rows K"]
     lora_b: Float[Array, "L N R"]
-    routes: Int[Array, "tiles W"]
+    segments: Segments
     y_offset: int
     config: Config
 
@@ -47,7 +51,7 @@ def expand_kernel(
     y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], *, add_inputs: bool
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
-    tiles, itemsize = -(-y.shape[0] // TILE), y.dtype.itemsize
+    itemsize = y.dtype.itemsize
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
     widest = max(cut.stop - cut.start for cut in spans)
     columns = max(part.config.expand_columns for part in parts)
@@ -57,18 +61,22 @@ def expand_kernel(
         columns *= 2
     columns = max(1, min(columns, widest // min(part.config.block_n for part in parts)))
     y_stages = min(_Y_STAGES, columns)
-    block_n, parts = _fitting(parts, spans, y_stages * itemsize)
+    rows, block_n, parts = _fitting(parts, spans, y_stages * itemsize)
     wholes = [(cut.stop - cut.start) // block_n for cut in spans]
     groups = [-(-whole // columns) for whole in wholes]  # blocks of whole columns
     rests = [(cut.stop - cut.start) % block_n for cut in spans]
-    tile_arrivals = 2 * max(len(cut.parts) for cut in spans)
+
+    def tile_copies(cut: Cut) -> int:
+        return sum(1 + route_copies(parts[i].segments, rows) for i in cut.parts)  # v and routes
+
+    tile_arrivals = max(map(tile_copies, spans))
     y_arrivals = max(len(pieces(width, itemsize)) for width in (block_n, *rests))
 
     def body(y_ref: Any, *refs: Any) -> None:
         inputs = [refs[3 * i : 3 * i + 3] for i in range(len(parts))]
         tile_loaded, y_loaded, *b_loaded = refs[3 * len(parts) :]
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
-        row_start = tile * TILE
+        row_start = tile * rows
 
         def columns_body(cut: Cut, width: int, column: Array, count: Array) -> None:
             """`count` times `width` columns from `column` on."""
@@ -76,7 +84,7 @@ def expand_kernel(
 
             def y_piece(n: Array | int, first: int, size: int) -> Any:
                 start = column + n * width + first
-                return y_ref.at[pl.ds(row_start, TILE), pl.ds(start, size)]
+                return y_ref.at[pl.ds(row_start, rows), pl.ds(start, size)]
 
             def with_memory(y_smem: Any, memory: Any) -> None:
                 def fetch_y(n: Array | int, slot: Array | int) -> None:
@@ -89,9 +97,9 @@ def expand_kernel(
 
                 for i, (route, v_smem, *_) in zip(cut.parts, memory):
                     v_ref, _, route_ref = inputs[i]
-                    plgpu.copy_gmem_to_smem(route_ref.at[tile], route, tile_loaded)
-                    plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, TILE)], v_smem, tile_loaded)
-                for _ in range(2 * len(cut.parts), tile_arrivals):
+                    copy_route(route_ref, tile, route, tile_loaded)
+                    plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, rows)], v_smem, tile_loaded)
+                for _ in range(tile_copies(cut), tile_arrivals):
                     plgpu.barrier_arrive(tile_loaded)
                 for n in range(y_stages):
                     pl.when(n < count)(functools.partial(fetch_y, n, n))
@@ -100,7 +108,7 @@ def expand_kernel(
                 def update() -> None:
                     deltas, used = [], []
                     for i, (route, v_smem, *b_smem) in zip(cut.parts, memory):
-                        ids = plgpu.load(route.at[pl.ds(0, TILE)], layout=ROWS)
+                        ids = plgpu.load(route.at[pl.ds(0, rows)], layout=ROWS)
                         feature = column - parts[i].y_offset
                         config, b_ref = parts[i].config, inputs[i][1]
                         deltas.append(
@@ -122,7 +130,7 @@ def expand_kernel(
                             new = delta[:, first : first + size]
                             if add_inputs:
                                 new = old.astype(jnp.float32) + new
-                            mask = lax.broadcast_in_dim(touched, (TILE, size), (0,))
+                            mask = lax.broadcast_in_dim(touched, (rows, size), (0,))
                             here[...] = jnp.where(mask, new.astype(y.dtype), old)
                         plgpu.commit_smem()
                         for (first, size), piece in zip(y_cut, y_smem):
@@ -137,7 +145,7 @@ def expand_kernel(
                     lax.fori_loop(0, count, add, None)
                     plgpu.wait_smem_to_gmem(0)
 
-                counts = [route[COUNT] for route, *_ in memory]
+                counts = [route[rows] for route, *_ in memory]
                 is_used = functools.reduce(jnp.maximum, counts) > 0
                 pl.when(is_used)(update)
 
@@ -151,11 +159,11 @@ def expand_kernel(
                 with_memory,
                 [
                     plgpu.SMEM(
-                        (y_stages, TILE, size), y.dtype, transforms=plain_layout(size * itemsize)
+                        (y_stages, rows, size), y.dtype, transforms=plain_layout(size * itemsize)
                     )
                     for _, size in y_cut
                 ],
-                [_memory(parts[i], width) for i in cut.parts],
+                [_memory(parts[i], rows, width) for i in cut.parts],
             )
 
         first = 0
@@ -189,70 +197,79 @@ def expand_kernel(
                 for part in parts
             ),
         ],
-        grid=(tiles, sum(groups) + sum(rest > 0 for rest in rests)),
+        grid=(-(-y.shape[0] // rows), sum(groups) + sum(rest > 0 for rest in rests)),
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
-    [y] = in_place(kernel, (y,), *(array for part in parts for array in part[:3]))
+    operands = (array for p in parts for array in (p.v, p.lora_b, routes(p.segments, rows)))
+    [y] = in_place(kernel, (y,), *operands)
     return y
 
 
-def _stacked(config: Config, width: int) -> int:
+def _stacked(config: Config, rows: int, width: int) -> int:
     """Adapters that a block multiplies at once."""
-    return min(config.expand_stack, 256 // width)
+    return min(config.expand_stack, MAX_COLUMNS * TILE // rows // width)
 
 
-def _memory(part: ExpandPart, width: int) -> tuple[Any, ...]:
+def _memory(part: ExpandPart, rows: int, width: int) -> tuple[Any, ...]:
     """Of a part, in shared memory: route, v, a ring of B, and of rank 8 B as wgmma takes it."""
     (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
-    wide, stages = _stacked(part.config, width) * width, part.config.expand_stages
-    route = plgpu.SMEM((part.routes.shape[1],), jnp.int32)
-    v = plgpu.SMEM((TILE, width_v), dtype, transforms=operand_layout(dtype, width_v))
+    wide, stages = _stacked(part.config, rows, width) * width, part.config.expand_stages
+    route = plgpu.SMEM((route_words(part.segments, rows),), jnp.int32)
+    v = plgpu.SMEM((rows, width_v), dtype, transforms=operand_layout(dtype, width_v))
     if rank > 8:
         layout = operand_layout(dtype, rank)
         return route, v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout)
-    rows = -(-wide // TILE) * TILE  # the WGMMA layout comes in 64 rows
-    b16 = plgpu.SMEM((rows, 16), dtype, transforms=operand_layout(dtype, 16))
-    return route, v, plgpu.SMEM((stages, rows, rank), dtype), b16
+    wide = -(-wide // TILE) * TILE  # the WGMMA layout comes in 64 rows
+    b16 = plgpu.SMEM((wide, 16), dtype, transforms=operand_layout(dtype, 16))
+    return route, v, plgpu.SMEM((stages, wide, rank), dtype), b16
 
 
 def _fitting(
     parts: tuple[ExpandPart, ...], spans: list[Cut], y_bytes: int
-) -> tuple[int, tuple[ExpandPart, ...]]:
-    """Columns of a block, and the parts with configs whose shared memory fits, with `y_bytes` for
-    each element of y."""
-    block_n = min(part.config.block_n for part in parts)
+) -> tuple[int, int, tuple[ExpandPart, ...]]:
+    """Rows and columns of a block, and the parts with configs whose shared memory fits, with
+    `y_bytes` for each element of y."""
+    given, row_tiles = parts, min(part.config.expand_row_tiles for part in parts)
+    rows = row_tiles * TILE
+    block_n = min(MAX_COLUMNS // row_tiles, *(part.config.block_n for part in parts))
 
     def nbytes(block_n: int, cut: Cut) -> int:
-        memory = [ref for i in cut.parts for ref in _memory(parts[i], block_n)]
+        memory = [ref for i in cut.parts for ref in _memory(parts[i], rows, block_n)]
         sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
-        return TILE * block_n * y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
+        return rows * block_n * y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
 
     while block_n > 8 and max(nbytes(block_n, cut) for cut in spans) > _SHARED_BYTES:
         if any(part.config.expand_stages > 1 for part in parts):
-            fewer = dataclasses.replace
-            parts = tuple(p._replace(config=fewer(p.config, expand_stages=1)) for p in parts)
+            parts = _with(parts, expand_stages=1)
+        elif row_tiles > 1 and block_n <= 32:
+            # With still fewer columns, wgmma would mostly wait for v.
+            return _fitting(_with(given, expand_row_tiles=1), spans, y_bytes)
         else:
             block_n = max(8, block_n // 16 * 8)
-    return block_n, parts
+    return rows, block_n, parts
+
+
+def _with(parts: tuple[ExpandPart, ...], **fields: int) -> tuple[ExpandPart, ...]:
+    return tuple(p._replace(config=dataclasses.replace(p.config, **fields)) for p in parts)
 
 
 def _deltas(
     v_smem: Any, b_ref: Any, ids: Array, route: Any, first: Array, width: int, count: Array,
     loaded: Any, memory: Any, config: Config,
-) -> Callable[[Array], Float[Array, "64 width"]]:  # fmt: skip
+) -> Callable[[Array], Float[Array, "rows width"]]:  # fmt: skip
     """Of the nth time `width` features from `first` on, to be asked for in order: each row's
     product with its adapter; zero without one."""
-    rank, stages, stack = b_ref.shape[2], config.expand_stages, _stacked(config, width)
-    b_smem = memory[0]
-    rounds = lax.div(route[COUNT] + (stack - 1), jnp.int32(stack))
+    rows, rank, stages = ids.shape[0], b_ref.shape[2], config.expand_stages
+    b_smem, stack = memory[0], _stacked(config, rows, width)
+    rounds = lax.div(route[rows] + (stack - 1), jnp.int32(stack))
     total = count * rounds
 
     def fetch(item: Array | int, slot: Array | int) -> None:
         barrier = loaded.at[slot]
         n, nth = lax.div(jnp.int32(item), rounds), lax.rem(jnp.int32(item), rounds)
         for j in range(stack):
-            adapter = route[ADAPTERS + nth * stack + j]
+            adapter = route[rows + 1 + nth * stack + j]
 
             @pl.when(adapter >= 0)
             def _(j: int = j, adapter: Array = adapter) -> None:
@@ -286,13 +303,13 @@ def _deltas(
                 plgpu.wgmma(acc, v_smem, operand.T)
                 return acc[...]
 
-            products = pl.run_scoped(product, accumulator(stack * width))
+            products = pl.run_scoped(product, accumulator(rows, stack * width))
             for j in range(stack):
-                mine = row_mask(ids, route[ADAPTERS + nth * stack + j], width)
+                mine = row_mask(ids, route[rows + 1 + nth * stack + j], width)
                 delta = jnp.where(mine, products[:, j * width : (j + 1) * width], delta)
             pl.when(item + stages < total)(lambda: fetch(item + stages, slot))
             return delta
 
-        return lax.fori_loop(0, rounds, round_, jnp.zeros((TILE, width), jnp.float32))
+        return lax.fori_loop(0, rounds, round_, jnp.zeros((rows, width), jnp.float32))
 
     return of

@@ -1,4 +1,4 @@
-"""v = scale * x @ A[i].T: a cluster per 64 tokens splits H and sums through shared memory."""
+"""v = scale * x @ A[i].T: a cluster per 64 or 128 tokens splits H, sums through shared memory."""
 
 import functools
 import math
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
 from pallas_kernels.mosaic_gpu.config import (
+    MAX_COLUMNS,
     MULTIPROCESSORS,
     SPLIT_UNIT,
     TILE,
@@ -19,22 +20,25 @@ from pallas_kernels.mosaic_gpu.config import (
     rank_width,
 )
 from pallas_kernels.mosaic_gpu.tiles import (
-    ADAPTERS,
-    COUNT,
     ROWS,
     accumulator,
     cluster_barrier,
+    copy_route,
     interpreted,
     operand_layout,
     operand_rows,
     pieces,
     plain_layout,
+    route_copies,
+    route_words,
+    routes,
     row_mask,
     store_rows,
 )
+from pallas_kernels.segments import Segments
 
 # Shared memory of a block that pipeline and output may fill, and that these may fill together with
-# the routes, up to 1 KiB a part; there are 227 KiB in all.
+# the routes, in whole KiB; there are 227 KiB in all.
 _PIPELINE_BYTES = 208 * 1024
 _SHARED_BYTES = 226 * 1024
 # Columns of H that the tensor cores add up. They round towards zero, so that the error grows with
@@ -44,11 +48,11 @@ _SPAN = 2048
 
 class ShrinkPart(NamedTuple):
     """One stack: lora_a `[L, R, H]`, scales `[1]` or `[S]`, of which the stack has L from
-    `first_scale` on, the tiles' routes, and v's dtype."""
+    `first_scale` on, the tokens' adapters, and v's dtype."""
 
     lora_a: Float[Array, "L R H"]
     scales: Float[Array, " S"]
-    routes: Int[Array, "tiles W"]
+    segments: Segments
     dtype: DTypeLike
     config: Config
     first_scale: int = 0
@@ -65,18 +69,25 @@ def shrink_kernel(
     """
     planes, _, features = x.shape
     twin = interpreted()  # no peer's shared memory there: partial sums go through device memory
-    tiles = -(-num_tokens // TILE)
     split = min(part.config.split for part in parts)
     share = -(-features // (SPLIT_UNIT * split)) * SPLIT_UNIT
     widths = [rank_width(p.lora_a.shape[1], p.config.rank_block) for p in parts]
+    row_tiles = min(min(p.config.row_tiles for p in parts), MAX_COLUMNS // max(widths))
+    rows = row_tiles * TILE  # tokens of a block
+    tiles = -(-num_tokens // rows)
     rank_blocks = [p.lora_a.shape[1] // width for p, width in zip(parts, widths)]
     chunks = [p.config.chunks for p in parts]
-    stacks = [min(p.config.stack, 256 // width) for p, width in zip(parts, widths)]
+    most = MAX_COLUMNS // row_tiles
+    stacks = [min(p.config.stack, most // width) for p, width in zip(parts, widths)]
     wides = [stack * width for stack, width in zip(stacks, widths)]
     items = [4 if twin else jnp.dtype(part.dtype).itemsize for part in parts]
-    out_bytes = TILE * 128 * max(len(pieces(*of)) for of in zip(widths, items))
-    column_bytes = (planes * TILE + max(wides)) * x.dtype.itemsize
-    room = min(_PIPELINE_BYTES, _SHARED_BYTES - 1024 * len(parts))
+    # A block without peers puts out all of its rows, others one tile, where those they own are.
+    alone = twin or split == 1
+    out_rows = rows if alone else TILE
+    out_bytes = out_rows * 128 * max(len(pieces(*of)) for of in zip(widths, items))
+    column_bytes = (planes * rows + max(wides)) * x.dtype.itemsize
+    routes_bytes = sum(-(-4 * route_words(p.segments, rows) // 1024) * 1024 for p in parts)
+    room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
     fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
     block_k = 128 if fit >= 2 * 128 else 64
     steps = share // block_k
@@ -106,9 +117,7 @@ def shrink_kernel(
         runs = [(block >= n) & (block < n + count) for n, count in zip(firsts, blocks)]
         # All routes are on their way before the first is waited for.
         for run, (*_, route_ref), (route, arrived) in zip(runs, inputs, tile_routes):
-            pl.when(run)(
-                functools.partial(plgpu.copy_gmem_to_smem, route_ref.at[tile], route, arrived)
-            )
+            pl.when(run)(functools.partial(copy_route, route_ref, tile, route, arrived))
         for i, run in enumerate(runs):
             refs_of_part = x_ref, *inputs[i][:2], *tile_routes[i], out_refs[i], loaded
             pl.when(run)(functools.partial(part_body, i, block - firsts[i], *refs_of_part))
@@ -120,14 +129,15 @@ def shrink_kernel(
         stack, width, wide, dtype = stacks[i], widths[i], wides[i], outs[i].dtype
         tile, me = lax.axis_index("tile"), lax.axis_index("split")
         chunk, rank_start = lax.div(block, rank_blocks[i]), lax.rem(block, rank_blocks[i]) * width
-        row_start, k_start = tile * TILE, me * share
+        row_start, k_start = tile * rows, me * share
         row_width = width if rank_blocks[i] > 1 else outs[i].shape[-1]
         cut = pieces(row_width, dtype.itemsize)
-        own = TILE if twin else TILE // split  # rows that this block writes
+        own = rows if twin else rows // split  # rows that this block writes
+        out_start = 0 if out_rows == rows else lax.div(me * own, TILE) * TILE
 
         def with_memory(out_smem: Any) -> None:
             plgpu.barrier_wait(route_loaded)
-            ids = plgpu.load(route.at[pl.ds(0, TILE)], layout=ROWS)
+            ids = plgpu.load(route.at[pl.ds(0, rows)], layout=ROWS)
 
             def partial_v(adapters: list[Array], x_smem: Any, a_smem: Any) -> Array:
                 """This block's share of H: each row's sum with its own adapter, scaled, or zero."""
@@ -136,7 +146,7 @@ def shrink_kernel(
                     barrier, columns = loaded.at[slot], pl.ds(k_start + k * block_k, block_k)
                     for p in range(planes):
                         plgpu.copy_gmem_to_smem(
-                            x_ref.at[p, pl.ds(row_start, TILE), columns],
+                            x_ref.at[p, pl.ds(row_start, rows), columns],
                             x_smem.at[slot, p],
                             barrier,
                         )
@@ -178,16 +188,16 @@ def shrink_kernel(
                         lax.fori_loop(start, stop, lambda k, _: step(acc, k), None)
                         return acc[...]
 
-                    return total + pl.run_scoped(product, accumulator(wide))
+                    return total + pl.run_scoped(product, accumulator(rows, wide))
 
                 for k in range(stages):
                     fetch(k, k)
-                zeros = jnp.zeros((TILE, wide), jnp.float32)
+                zeros = jnp.zeros((rows, wide), jnp.float32)
                 if steps <= span_steps:
                     products = span(0, zeros)
                 else:
                     products = lax.fori_loop(0, -(-steps // span_steps), span, zeros)
-                v = jnp.zeros((TILE, width), jnp.float32)
+                v = jnp.zeros((rows, width), jnp.float32)
                 for j, adapter in enumerate(adapters):
                     slot = jnp.maximum(adapter, 0) if scale_ref.shape[0] > 1 else 0
                     scale = scale_ref[parts[i].first_scale + slot]
@@ -203,28 +213,35 @@ def shrink_kernel(
                     store_rows(piece.at[:, pl.ds(0, size)], v[:, first : first + size])
 
             def exchange(v: Array, part_smem: Any) -> None:
-                """Sums what the cluster's blocks have, in their order; every block sums all."""
-                part_smem[...] = v
+                """Sums what the cluster's blocks have, in their order: of a tile, all rows."""
+                for start, piece in zip(range(0, rows, TILE), part_smem):
+                    piece[...] = v[start : start + TILE]
                 cluster_barrier()
-                peers = [plgpu.cluster_ref(part_smem, {"split": s}) for s in range(split)]
-                loads = [plgpu.load(peer, layout=plgpu.Layout.WGMMA) for peer in peers]
-                stage_out(functools.reduce(jnp.add, loads))
+                # A peer's memory cannot be sliced (JAX 0.11), so each tile has its own.
+                for start, piece in zip(range(0, rows, TILE), part_smem):
+
+                    @pl.when(out_start == start)
+                    def _(piece: Any = piece) -> None:
+                        peers = [plgpu.cluster_ref(piece, {"split": s}) for s in range(split)]
+                        loads = [plgpu.load(peer, layout=plgpu.Layout.WGMMA) for peer in peers]
+                        stage_out(functools.reduce(jnp.add, loads))
+
                 cluster_barrier()  # peers read part_smem until here
 
             def round_(n: Array) -> None:
-                adapters = [route[ADAPTERS + n * stack + j] for j in range(stack)]
+                adapters = [route[rows + 1 + n * stack + j] for j in range(stack)]
                 v = pl.run_scoped(
                     functools.partial(partial_v, adapters),
-                    plgpu.SMEM((stages, planes, TILE, block_k), x.dtype, transforms=layout),
+                    plgpu.SMEM((stages, planes, rows, block_k), x.dtype, transforms=layout),
                     plgpu.SMEM((stages, wide, block_k), x.dtype, transforms=layout),
                 )
-                if twin or split == 1:
+                if alone:
                     stage_out(v)
                 else:
                     transforms = operand_layout(jnp.float32, width)
                     pl.run_scoped(
                         functools.partial(exchange, v),
-                        plgpu.SMEM((TILE, width), jnp.float32, transforms=transforms),
+                        [plgpu.SMEM((TILE, width), jnp.float32, transforms=transforms)] * row_tiles,
                     )
                 plgpu.commit_smem()
 
@@ -243,7 +260,7 @@ def shrink_kernel(
                     def _() -> None:
                         for (first, size), piece in zip(cut, out_smem):
                             plgpu.copy_smem_to_gmem(
-                                piece.at[pl.ds(row, 1), pl.ds(0, size)],
+                                piece.at[pl.ds(row - out_start, 1), pl.ds(0, size)],
                                 target.at[
                                     pl.ds(row_start + row, 1), pl.ds(rank_start + first, size)
                                 ],
@@ -252,7 +269,7 @@ def shrink_kernel(
                 lax.fori_loop(0, own, store, None)
                 plgpu.wait_smem_to_gmem(0)
 
-            rounds = lax.div(route[COUNT] + (stack - 1), jnp.int32(stack))
+            rounds = lax.div(route[rows] + (stack - 1), jnp.int32(stack))
             if zero_rows:
                 rounds = jnp.maximum(rounds, 1)
             # The rounds chunk, chunk + chunks, ... are this block's.
@@ -264,7 +281,7 @@ def shrink_kernel(
             [
                 # TMA wants its rows 128 bytes apart.
                 plgpu.SMEM(
-                    (TILE, 128 // dtype.itemsize),
+                    (out_rows, 128 // dtype.itemsize),
                     dtype,
                     transforms=plain_layout(128) if size * dtype.itemsize == 128 else (),
                 )
@@ -285,8 +302,14 @@ def shrink_kernel(
         out_type=outs,
         scratch_types=[
             plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
-            [(plgpu.SMEM((p.routes.shape[1],), jnp.int32), plgpu.Barrier()) for p in parts],
+            [
+                (
+                    plgpu.SMEM((route_words(p.segments, rows),), jnp.int32),
+                    plgpu.Barrier(num_arrivals=route_copies(p.segments, rows)),
+                )
+                for p in parts
+            ],
         ],
         kernel_name=f"lora_shrink_{ranks}",
         **place,
-    )(x, *(array for part in parts for array in part[:3]))
+    )(x, *(array for p in parts for array in (p.lora_a, p.scales, routes(p.segments, rows))))

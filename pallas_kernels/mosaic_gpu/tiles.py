@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import config as jax_config  # the interpret mode in force; JAX has no public getter
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, DTypeLike, Int
@@ -15,11 +16,10 @@ from jaxtyping import Array, Bool, DTypeLike, Int
 from pallas_kernels.mosaic_gpu.config import TILE
 from pallas_kernels.segments import Segments
 
-# Where a route holds the number of adapters; the adapters follow.
-COUNT = TILE
-ADAPTERS = TILE + 1
 # -1s behind a route's adapters, so that kernels may look ahead.
 _LOOK_AHEAD = 96
+# Elements that TMA copies at once along an axis, at most.
+_COPIED = 256
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 # JAX leaves a method of these abstract, which mypy minds.
 _Tiling: Any = plgpu.TilingTransform
@@ -45,22 +45,43 @@ def interpreted() -> bool:
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def routes(segments: Segments) -> Int[Array, "tiles W"]:
-    """Per tile of 64 consecutive tokens: their adapters, how many distinct ones, which, then -1."""
-    ids = pad_to(segments.indices, 0, TILE, -1).reshape(-1, TILE)
-    if segments.num_tokens <= TILE:
+def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
+    """Per `rows` consecutive tokens: their adapters, how many distinct ones, which, then -1.
+
+    So word `rows` holds the count, and the distinct adapters start behind it.
+    """
+    ids = pad_to(segments.indices, 0, rows, -1).reshape(-1, rows)
+    if segments.num_tokens <= rows:
         distinct = segments.group_adapters[None]
     else:
-        earlier = jnp.tril(jnp.ones((TILE, TILE), bool), -1)
+        earlier = jnp.tril(jnp.ones((rows, rows), bool), -1)
         first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & earlier, axis=2)
-        place = jnp.where(first, jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, TILE)
-        slot = jnp.arange(min(TILE, segments.num_adapters), dtype=jnp.int32)
+        place = jnp.where(first, jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, rows)
+        slot = jnp.arange(min(rows, segments.num_adapters), dtype=jnp.int32)
         here = place[:, None, :] == slot[None, :, None]
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
     count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
-    pad = _LOOK_AHEAD + -(ADAPTERS + distinct.shape[1] + _LOOK_AHEAD) % 32  # TMA: whole 128 bytes
+    pad = route_words(segments, rows) - (rows + 1 + distinct.shape[1])
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, count, distinct, tail], axis=1)
+
+
+def route_words(segments: Segments, rows: int) -> int:
+    """W of `routes`: TMA wants whole 128 bytes."""
+    words = rows + 1 + min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD
+    return -(-words // 32) * 32
+
+
+def copy_route(table: Any, block: Array, route: Any, barrier: Any) -> None:
+    """Copies a block's route to shared memory, in `route_copies` copies."""
+    words = route.shape[0]
+    for first in range(0, words, _COPIED):
+        piece = pl.ds(first, min(_COPIED, words - first))
+        plgpu.copy_gmem_to_smem(table.at[block, piece], route.at[piece], barrier)
+
+
+def route_copies(segments: Segments, rows: int) -> int:
+    return -(-route_words(segments, rows) // _COPIED)
 
 
 class Cut(NamedTuple):
@@ -82,10 +103,10 @@ def cuts(spans: tuple[tuple[int, int], ...]) -> list[Cut]:
     return found
 
 
-def row_mask(ids: Int[Array, "64"], adapter: Array, columns: int) -> Bool[Array, "64 columns"]:
+def row_mask(ids: Int[Array, " rows"], adapter: Array, columns: int) -> Bool[Array, "rows columns"]:
     """True in the rows of `adapter`; nowhere if that is -1."""
     adapter = jnp.where(adapter < 0, jnp.int32(-2), adapter)
-    return lax.broadcast_in_dim(ids == adapter, (TILE, columns), (0,))
+    return lax.broadcast_in_dim(ids == adapter, (ids.shape[0], columns), (0,))
 
 
 def pad_to(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
@@ -137,9 +158,9 @@ def store_rows(ref: Any, value: Array) -> None:
         ref[...] = value
 
 
-def accumulator(columns: int) -> Any:
-    """wgmma's accumulator: `[64, columns]` of float32 in registers."""
-    return plgpu.WGMMAAccumulatorRef((TILE, columns), jnp.float32)
+def accumulator(rows: int, columns: int) -> Any:
+    """wgmma's accumulator: `[rows, columns]` of float32 in registers, the tiles one by one."""
+    return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
 @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]

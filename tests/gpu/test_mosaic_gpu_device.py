@@ -221,6 +221,20 @@ def test_decode_against_float64(case: Case, change: dict[str, int], record: Any)
     check(case, record, dataclasses.replace(DECODE, **change), ops)
 
 
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize("rank", [8, 16, 48, 128, 256, 512])
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
+def test_two_tiles_share_what_a_block_loads(
+    rank: int, split: int, x_dtype: str, record: Any
+) -> None:
+    case = Case(300, 2048, 200, rank, 4, "zipf", x_dtype)
+    one = mosaic_gpu.Config(split=split, expand_columns=2)
+    two = dataclasses.replace(one, row_tiles=2, expand_row_tiles=2)
+    check(case, record, two, IN_PLACE)
+    for a, b in zip(run(case.arrays(), config=one), run(case.arrays(), config=two)):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
 @pytest.mark.parametrize("num_tokens", [64, 200])
 def test_nothing_leaks(rank: int, num_tokens: int) -> None:
