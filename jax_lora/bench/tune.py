@@ -35,6 +35,8 @@ _TRIED: dict[str, dict[str, tuple[int | None, ...]]] = {
     },
     "prefill": {
         "split": (1, 2, 4, 8),
+        "row_tiles": (1, 2),
+        "expand_row_tiles": (1, 2),
         "block_n": (32, 64, 128),
         "expand_stack": (1, 2),
         "expand_stages": (1, 2, 4),

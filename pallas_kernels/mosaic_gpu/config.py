@@ -41,7 +41,7 @@ class Config:
       expand_stages: pipeline stages of the expand, at most; in the decode kernel those of its
         highest rank, beside which lower ones may have up to four.
       expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
-        twice as many where more than two parts overlap.
+        where more than two parts overlap twice as many, up to 8.
       expand_row_tiles: as `row_tiles`, of the expand and B.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.
@@ -130,9 +130,34 @@ def default_config(
         expand_stages=max(1, min(6 if few else 2, pipeline)),
         expand_columns=columns,
     )
+    if rank >= 128 and not few:
+        config = _of_high_rank(config, num_tokens, width, rank)
     if not tuned or num_tokens <= MAX_DECODE_TOKENS:
         return config
     return _tuned(config, ShapeClass.of(num_tokens, features, width, rank))
+
+
+def _of_high_rank(config: Config, num_tokens: int, width: int, rank: int) -> Config:
+    """Of many tokens, what reads A, B and v less often: they come from the L2 cache, once per
+    block, and from rank 128 on take longer than x and y do from memory."""
+    pairs = -(-num_tokens // (2 * TILE))
+    # H100, T=4096, 8 adapters, R=256: 90.3 us with one tile and 2 columns in turn, 81.0 with two
+    # tiles in the shrink and 4 columns, 76.0 with two in both and 8 columns. R=512, where v of two
+    # tiles leaves the expand little room: 165.6, 119.8 with two in the shrink alone, 122.6 in both.
+    # T=8192, one adapter of R=128: 108.8, 98.1 with two in both.
+    rank_blocks = rank // rank_width(rank, config.rank_block)
+    fill = pairs * rank_blocks * config.split > MULTIPROCESSORS * 3 // 4
+    expand_row_tiles = 2 if rank <= 256 else 1
+    blocks = -(-num_tokens // (expand_row_tiles * TILE)) * -(-width // config.block_n)
+    return dataclasses.replace(
+        config,
+        row_tiles=2 if fill else 1,
+        expand_row_tiles=expand_row_tiles,
+        expand_columns=max(1, min(8, blocks // MULTIPROCESSORS)),
+        # There is one block on a multiprocessor in any case. R=512, one tile: 148.4 us with one
+        # stage, 132.7 with two.
+        expand_stages=2 if rank >= 192 else 1,
+    )
 
 
 def decode_config(

@@ -58,10 +58,10 @@ def expand_kernel(
     if columns > 1 and max(len(cut.parts) for cut in spans) > 2:
         # v and B of all of them fill shared memory, so that few blocks are there at once. H100,
         # T=4096, ranks 8, 16, 32, 64 and 128: 69.5 us with 4, 65.2 with 8, 76.8 with 16.
-        columns *= 2
+        columns = max(columns, min(2 * columns, 8))
     columns = max(1, min(columns, widest // min(part.config.block_n for part in parts)))
+    rows, block_n, columns, parts = _fitting(parts, spans, columns, itemsize)
     y_stages = min(_Y_STAGES, columns)
-    rows, block_n, parts = _fitting(parts, spans, y_stages * itemsize)
     wholes = [(cut.stop - cut.start) // block_n for cut in spans]
     groups = [-(-whole // columns) for whole in wholes]  # blocks of whole columns
     rests = [(cut.stop - cut.start) % block_n for cut in spans]
@@ -226,28 +226,33 @@ def _memory(part: ExpandPart, rows: int, width: int) -> tuple[Any, ...]:
 
 
 def _fitting(
-    parts: tuple[ExpandPart, ...], spans: list[Cut], y_bytes: int
-) -> tuple[int, int, tuple[ExpandPart, ...]]:
-    """Rows and columns of a block, and the parts with configs whose shared memory fits, with
-    `y_bytes` for each element of y."""
+    parts: tuple[ExpandPart, ...], spans: list[Cut], columns: int, itemsize: int
+) -> tuple[int, int, int, tuple[ExpandPart, ...]]:
+    """Rows and columns of a block, how many times it takes those in turn, and the parts, with
+    configs whose shared memory fits; `itemsize` is y's."""
     given, row_tiles = parts, min(part.config.expand_row_tiles for part in parts)
     rows = row_tiles * TILE
     block_n = min(MAX_COLUMNS // row_tiles, *(part.config.block_n for part in parts))
 
-    def nbytes(block_n: int, cut: Cut) -> int:
+    def nbytes(cut: Cut) -> int:
         memory = [ref for i in cut.parts for ref in _memory(parts[i], rows, block_n)]
         sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
-        return rows * block_n * y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
+        y_bytes = rows * block_n * min(_Y_STAGES, columns) * itemsize
+        return y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
 
-    while block_n > 8 and max(nbytes(block_n, cut) for cut in spans) > _SHARED_BYTES:
+    while max(map(nbytes, spans)) > _SHARED_BYTES:
         if any(part.config.expand_stages > 1 for part in parts):
             parts = _with(parts, expand_stages=1)
         elif row_tiles > 1 and block_n <= 32:
             # With still fewer columns, wgmma would mostly wait for v.
-            return _fitting(_with(given, expand_row_tiles=1), spans, y_bytes)
-        else:
+            return _fitting(_with(given, expand_row_tiles=1), spans, columns, itemsize)
+        elif block_n > 8:
             block_n = max(8, block_n // 16 * 8)
-    return rows, block_n, parts
+        elif columns > 1:
+            columns = 1
+        else:
+            break  # several parts of the highest ranks, which Mosaic refuses
+    return rows, block_n, columns, parts
 
 
 def _with(parts: tuple[ExpandPart, ...], **fields: int) -> tuple[ExpandPart, ...]:
