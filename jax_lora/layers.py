@@ -159,7 +159,7 @@ def _flat_size(shapes: Sequence[StackShape]) -> int:
     """Elements of a variable that holds these stacks."""
     size = shapes[-1].flat_offsets[1] + math.prod(shapes[-1].sizes[1])
     if size >= 2**31:  # places in it are int32
-        raise ValueError(f"flat stacks may hold less than 2**31 elements, these have {size:,}")
+        raise ValueError(f"flat stacks may hold fewer than 2**31 elements, these have {size:,}")
     return size
 
 
@@ -534,7 +534,9 @@ def apply_lora(
       dtype: dtype of the stacks; None for each kernel's own.
       flat: each layer holds its stacks in one variable, `flat` `[S]`, one behind the other. A step
         pays the host for each of its arguments: with five buckets an 8B Llama has 2,240 A and B,
-        flat 224. Decode steps on a GPU read them where they lie, all else cuts them out.
+        flat 224. Decode steps on a GPU read them where they lie, all else cuts them out. Such a
+        variable has no axis of adapters to mask or shard; `layer.matrices(stack)` says where its
+        stacks are.
 
     Returns:
       The bytes that the stacks take.
@@ -547,10 +549,7 @@ def apply_lora(
     by_bucket = check_slots(slots, buckets)
     layers = _matched_layers(model, target)
     for name, layer in layers.items():
-        _check_layer(name, layer, dtype)
-        if flat:
-            features = _LORA_CLASS[type(layer)].features(layer)
-            _flat_size(stack_shapes(features, by_bucket, buckets, features[1:]))
+        _check_layer(name, layer, by_bucket, dtype, flat)
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
@@ -601,7 +600,7 @@ def _has_kernel(module: nnx.Module) -> bool:
     return any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
-def _check_layer(name: str, layer: Any, dtype: Any) -> None:
+def _check_layer(name: str, layer: Any, slots: Mapping[int, int], dtype: Any, flat: bool) -> None:
     if isinstance(layer, nnx.Linear):
         expected: tuple[int, ...] = (layer.in_features, layer.out_features)
     elif isinstance(layer, nnx.LinearGeneral):
@@ -609,8 +608,10 @@ def _check_layer(name: str, layer: Any, dtype: Any) -> None:
     else:
         expected = tuple(layer.kernel_shape)
     try:
-        _LORA_CLASS[type(layer)].features(layer)
+        features = _LORA_CLASS[type(layer)].features(layer)
         stack_dtype(dtype or layer.kernel.dtype)
+        if flat:
+            _flat_size(stack_shapes(features, slots, tuple(slots), features[1:]))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if layer.kernel.shape != expected:

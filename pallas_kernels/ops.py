@@ -58,6 +58,8 @@ def _floats(name: str, value: ArrayLike, axes: str) -> Array:
 
 def _stack(name: str, value: Any, axes: str) -> Array:
     """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis."""
+    if isinstance(value, StackView):
+        raise TypeError(f"{name} must be an array; add_lora and add_lora_multi alone take views")
     if getattr(value, "ndim", 0) == 4 and value.shape[1] == 1:
         value = value.squeeze(1)
     stack = _floats(name, value, axes)
@@ -70,8 +72,9 @@ def _stack_or_view(name: str, value: Any, axes: str) -> Any:
     if not isinstance(value, StackView):
         return _stack(name, value, axes)
     array = _floats(f"{name}.array", value.array, "S")
-    first, shape = _static(f"{name}.first", value.first), tuple(value.shape)
-    if len(shape) != 3 or any(_static(f"{name}.shape", n) < 1 for n in shape):
+    first = _static(f"{name}.first", value.first)
+    shape: Any = tuple(_static(f"{name}.shape", n) for n in value.shape)
+    if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{name} must be a view of shape [{axes.replace(' ', ', ')}], got {shape}")
     view = StackView(array, first, shape)
     if not 0 <= first <= array.size - view.size:
@@ -608,8 +611,8 @@ def sgmv_expand_slice(
 def add_lora(
     y: ArrayLike,
     x: ArrayLike,
-    lora_a: ArrayLike,
-    lora_b: ArrayLike,
+    lora_a: ArrayLike | StackView,
+    lora_b: ArrayLike | StackView,
     indices: ArrayLike | Segments,
     *,
     scales: ArrayLike | None = None,
@@ -641,9 +644,9 @@ def add_lora(
     """
     part = LoRAPart(lora_a, lora_b, indices, scales)
     y = _floats("y", y, "T N")
-    lora_b = _stack("lora_b", lora_b, "L N R")
-    _same("y and lora_b differ in features N", y.shape[1], lora_b.shape[1])
-    if implementation is None and prefers_xla(y.shape[0], lora_b.shape[2], phase):
+    _, width, rank = _stack_or_view("lora_b", lora_b, "L N R").shape
+    _same("y and lora_b differ in features N", y.shape[1], width)
+    if implementation is None and prefers_xla(y.shape[0], rank, phase):
         implementation = "xla"
     return add_lora_multi(y, x, (part,), phase=phase, implementation=implementation, config=config)
 

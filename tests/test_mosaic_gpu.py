@@ -222,6 +222,7 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
         (Case(130, 256, 72, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
         (Case(200, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
+        (Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
         (Case(130, 64, 64, 16, 3, "none"), {}),
     ],

@@ -667,6 +667,17 @@ def test_views_that_leave_their_array_are_refused(changed, message):
         pk.add_lora_multi(y, x, [part])
 
 
+def test_add_lora_takes_views_and_other_ops_say_that_they_do_not():
+    array = jnp.arange(224, dtype=jnp.float32).astype(BF16)
+    a, b = pk.StackView(array, 0, (2, 8, 8)), pk.StackView(array, 128, (2, 6, 8))
+    x, y = jnp.ones((3, 8), BF16), jnp.ones((3, 6), BF16)
+    got = pk.add_lora(y, x, a, b, jnp.array([0, 1, -1]))
+    want = pk.add_lora(y, x, a.cut_out(), b.cut_out(), jnp.array([0, 1, -1]))
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(TypeError, match="lora_a must be an array; add_lora and add_lora_multi al"):
+        pk.bgmv_shrink(x, a, jnp.array([0, 1, -1]))
+
+
 def test_a_view_that_starts_amid_16_bytes_is_lacking():
     array = jnp.zeros(3000, BF16)
     a, b = pk.StackView(array, 4, (1, 8, 64)), pk.StackView(array, 1024, (1, 64, 8))

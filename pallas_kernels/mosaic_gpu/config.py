@@ -130,7 +130,7 @@ def default_config(
         expand_stages=max(1, min(6 if few else 2, pipeline)),
         expand_columns=columns,
     )
-    if rank >= 128 and not few:
+    if rank >= 128 and num_tokens >= 4096 and not few:  # fewer tokens have not been timed
         config = _of_high_rank(config, num_tokens, width, rank)
     if not tuned or num_tokens <= MAX_DECODE_TOKENS:
         return config
@@ -153,7 +153,7 @@ def _of_high_rank(config: Config, num_tokens: int, width: int, rank: int) -> Con
         config,
         row_tiles=2 if fill else 1,
         expand_row_tiles=expand_row_tiles,
-        expand_columns=max(1, min(8, blocks // MULTIPROCESSORS)),
+        expand_columns=max(1, min(8, -(-blocks // MULTIPROCESSORS))),
         # There is one block on a multiprocessor in any case. R=512, one tile: 148.4 us with one
         # stage, 132.7 with two.
         expand_stages=2 if rank >= 192 else 1,

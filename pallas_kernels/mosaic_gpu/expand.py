@@ -54,7 +54,10 @@ def expand_kernel(
     itemsize = y.dtype.itemsize
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
     widest = max(cut.stop - cut.start for cut in spans)
-    columns = max(part.config.expand_columns for part in parts)
+    configs = [part.config for part in parts]
+    row_tiles = min(part.config.expand_row_tiles for part in parts)
+    # Of the parts whose tiles the launch takes: others count on more rows for each load of B.
+    columns = max(c.expand_columns for c in configs if c.expand_row_tiles == row_tiles)
     if columns > 1 and max(len(cut.parts) for cut in spans) > 2:
         # v and B of all of them fill shared memory, so that few blocks are there at once. H100,
         # T=4096, ranks 8, 16, 32, 64 and 128: 69.5 us with 4, 65.2 with 8, 76.8 with 16.

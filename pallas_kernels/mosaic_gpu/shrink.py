@@ -89,7 +89,9 @@ def shrink_kernel(
     routes_bytes = sum(-(-4 * route_words(p.segments, rows) // 1024) * 1024 for p in parts)
     room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
     fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
-    block_k = 128 if fit >= 2 * 128 else 64
+    # Of several planes a block's are added one after the other: there block_k is part of the order,
+    # which must not follow from how much fits.
+    block_k = 128 if planes == 1 and fit >= 2 * 128 else 64
     steps = share // block_k
     stages = min(max(p.config.stages for p in parts), fit // block_k, steps)
     span_steps = _SPAN // block_k
