@@ -218,7 +218,6 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
     [
         (Case(70, 128, 96, 16, 3, "zipf"), {}),
         (Case(130, 64, 136, 8, 3, "uniform"), dict(expand_columns=3)),
-        (Case(70, 64, 64, 256, 2, "zipf"), dict(expand_columns=2)),
         (Case(130, 256, 72, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
         (Case(200, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
