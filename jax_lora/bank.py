@@ -461,10 +461,7 @@ class AdapterBank:
         arrays = _arrays_of(self._variables(bucket))
         stacks = [[s for s in layer.stacks if s.bucket == bucket] for layer in self._layers]
         firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in stacks]
-        matrices = [
-            [of for stack in some for of in layer.matrices(stack)]
-            for layer, some in zip(self._layers, stacks)
-        ]
+        matrices = [_matrices(layer, bucket) for layer in self._layers]
 
         def write_slot(
             arrays: list[_OfLayer], slot: jax.Array, values: list[_OfLayer]
@@ -495,9 +492,7 @@ class AdapterBank:
         return [
             (
                 layer.scales,
-                [layer.flat]
-                if layer.flat is not None
-                else [v for s in layer.stacks if s.bucket == bucket for v in (s.lora_a, s.lora_b)],
+                list({id(of.variable): of.variable for of in _matrices(layer, bucket)}.values()),
             )
             for layer in self._layers
         ]
@@ -516,6 +511,11 @@ class AdapterBank:
                 a, b = a[:rank], b[:, :rank]
                 modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
         return Adapter(entry.config, modules)
+
+
+def _matrices(layer: LoRALayer, bucket: int) -> list[Matrices]:
+    """A and B of each of a layer's stacks of a bucket."""
+    return [of for s in layer.stacks if s.bucket == bucket for of in layer.matrices(s)]
 
 
 def _is_variable(node: Any) -> bool:
