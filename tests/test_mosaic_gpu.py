@@ -553,6 +553,27 @@ def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: N
         assert np.isfinite(np.asarray(out, np.float32)).all()
 
 
+SCATTERED = [
+    (Case(3, 1024, 72, 128, 2), {}),  # as ranks of 128 are
+    (Case(9, 512, 64, 80, 3), {}),  # 20 columns in fours are three for each block, and then too few
+    (Case(5, 256, 64, 48, 2), dict(split=4, warps=8)),
+    (Case(4, 512, 64, 48, 2), dict(column_clusters=2)),  # two blocks add up nothing
+]
+
+
+@pytest.mark.parametrize(("case", "change"), SCATTERED, ids=str)
+def test_who_adds_up_sums_changes_no_bit(
+    case: Case, change: dict[str, int], emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, config, outs = case.arrays(), dataclasses.replace(DECODE, **change), []
+    for scatters in (True, False):
+        monkeypatch.setattr(decode_plan.Plan, "scatters", scatters)
+        outs.append(add_lora(as_jax(arrays), config=config, seated=True))
+    np.testing.assert_array_equal(bits(outs[0]), bits(outs[1]))
+    assert np.isfinite(np.asarray(outs[0], np.float32)).all()
+    assert not np.array_equal(bits(outs[0]), bits(arrays.y))
+
+
 @pytest.mark.parametrize("which", ["barrier", "warp_barrier", "cluster_barrier", "arrived"])
 def test_the_emulator_finds_a_missing_barrier(
     which: str, emulated: None, monkeypatch: pytest.MonkeyPatch
@@ -587,6 +608,26 @@ def test_the_emulator_finds_a_missing_barrier_between_jobs(
     monkeypatch.setattr(lanes.Emulator, "cluster_barrier", all_but_the_second)
     with pytest.raises(Exception, match="pushed without a barrier of the cluster"):
         add(y, x, parts)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_the_emulator_finds_a_missing_barrier_where_blocks_add_up_for_others(
+    missing: int, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_plan.Plan, "scatters", True)
+    z = as_jax(Case(3, 640, 64, 32, 1, "identical").arrays())
+    assert np.isfinite(np.asarray(add_lora(z, config=DECODE), np.float32)).all()
+    calls: collections.Counter[int] = collections.Counter()
+    barrier = lanes.Emulator.cluster_barrier
+
+    def all_but_one(self: Any) -> None:
+        calls[id(self)] += 1
+        if calls[id(self)] != missing:
+            barrier(self)
+
+    monkeypatch.setattr(lanes.Emulator, "cluster_barrier", all_but_one)
+    with pytest.raises(Exception, match="barrier"):
+        add_lora(z, config=DECODE)
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])

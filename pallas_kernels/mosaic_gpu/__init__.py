@@ -241,7 +241,8 @@ def _decode_plan(
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         shape = x.shape[0], x.shape[1], width, rank
-        config = decode_config(*shape, buckets=len(lists), exclusive=exclusive)
+        fuse = not add_inputs
+        config = decode_config(*shape, buckets=len(lists), exclusive=exclusive, fuse=fuse)
     ids = tuple(raw_ids(route) for route in lists)
     id_words = tuple(words.ndim for words in ids)
     # One key per token is what a table of them needs.

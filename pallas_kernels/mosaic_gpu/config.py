@@ -168,11 +168,13 @@ def decode_config(
     *,
     buckets: int = 1,
     exclusive: bool = False,
+    fuse: bool = False,
     tuned: bool = True,
 ) -> Config:
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
     is None where two launches are taken. `buckets` counts lists of ids, `exclusive` if no token is
-    in several; with one, the GPU's tuning table has the last word, if `tuned`."""
+    in several; with one, the GPU's tuning table has the last word, if `tuned`. `fuse` if XLA adds,
+    so that it may run beside what makes y."""
     if num_tokens > MAX_DECODE_TOKENS:
         return Config()
     config = _decode_config(num_tokens, width, rank, buckets)
@@ -181,8 +183,11 @@ def decode_config(
         # are done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer:
         # 124 us with 1, 96 with 2, 86 with 3, 88 with 4. Where low ranks need not have as many, a
         # layer takes in a step that runs LoRA beside the products 57 us more than without LoRA
-        # with 3, 53 with 4 (12 for gate and up).
-        clusters = (12 if width > 8192 else 4) if exclusive else 3
+        # with 3, 53 with 4 (12 for gate and up). Since blocks need less memory, and so find room
+        # beside a product, those wait that are too many for one wave: 44 so, 40 with 4 for gate and
+        # up; of another run, 42 with 4, 37 with 2 (56 and 52 with 2 for the others).
+        wide = 2 if fuse else 12
+        clusters = (wide if width > 8192 else 4) if exclusive else 3
         return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
     tuned = tuned and buckets == 1
     return _tuned(config, ShapeClass.of(num_tokens, features, width, rank)) if tuned else config

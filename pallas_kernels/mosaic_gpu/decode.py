@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -389,17 +390,17 @@ def _run_job(
 
     # ------------------------------------------------------------------- v, the sum of all shares
 
-    def quads(bundle: Bundle, times: int, do: Any, *, by_warp: bool = False) -> None:
-        """do(nth, token, column of v, where) for nth < times and 4 columns, dealt to the lanes of
-        the block, or if `by_warp`, to those of each warp."""
-        wide = 2 * len(bundle.tiles)
+    def quads(start: Any, columns: int, times: int, do: Any, *, by_warp: bool = False) -> None:
+        """do(nth, token, column of v, where) for nth < times and each 4 of `columns` from `start`
+        on, dealt to the lanes of the block, or if `by_warp`, to those of each warp."""
+        wide = columns // 4
         me, lanes = (lane, 32) if by_warp else (m.tid, threads)
         total = TOKENS * wide * times
         for first in range(0, total, lanes):
             i = me + first
             t = i // wide % TOKENS
             here = t < count if total % lanes == 0 else (t < count) & (i < total)
-            do(i // (wide * TOKENS), t, bundle.first + i % wide * 4, here)
+            do(i // (wide * TOKENS), t, i % wide * 4 + start, here)
 
     def added(place: Any, times: int, stride: int) -> list[Any]:
         total = [m.as_real(word) for word in m.get(place, 4)]
@@ -408,38 +409,56 @@ def _run_job(
             total = [a + b for a, b in zip(total, more)]
         return total
 
-    plane = TOKENS * plan.sum_stride
+    plane = TOKENS * plan.received_stride
     receivers = plan.split if plan.expands else 1
+    own = plan.own_columns(job)
 
-    def senders(bundle: Bundle) -> int:
-        """How many lanes send the same sums, each to its own blocks: as many as there are."""
-        most = min(receivers, threads // (TOKENS * 2 * len(bundle.tiles)))
+    def senders(columns: int) -> int:
+        """How many lanes send the same columns, each to its own blocks: as many as there are."""
+        most = min(receivers, threads // (TOKENS * columns // 4))
         return 1 << max(0, most.bit_length() - 1)
 
-    def send(to_each: int, nth: Any, t: Any, column: Any, here: Any) -> None:
-        at = t * plan.sum_stride + column
-        warps = added(plan.warp_first + plan.sums + at, plan.warps, plan.warp_words)
-        words = [m.as_word(s) for s in warps]
+    def to_blocks(to_each: int, nth: Any, place: Any, words: list[Any], here: Any) -> None:
         for n in range(to_each):
-            to = m.minimum(nth * to_each + n, receivers - 1)
-            m.push(to, plan.block_sums + share * plane + at, words, here)
+            m.push(m.minimum(nth * to_each + n, receivers - 1), place, words, here)
 
-    def keep(t: Any, column: Any, total: list[Any], here: Any) -> None:
-        """Makes these columns of v operands of the expand."""
-        words = [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
-        m.put(first_v + t * plan.v_stride + column // 2, words, here)
+    def send(to_each: int, nth: Any, t: Any, column: Any, here: Any) -> None:
+        at = plan.warp_first + plan.sums + t * plan.sum_stride + column
+        words = [m.as_word(s) for s in added(at, plan.warps, plan.warp_words)]
+        place = plan.block_sums + share * plane + t * plan.received_stride
+        if plan.scatters:
+            m.push(column // own, place + column % own, words, here)
+        else:
+            to_blocks(to_each, nth, place + column, words, here)
+
+    def operands(total: list[Any]) -> list[Any]:
+        """Columns of v as the expand takes them."""
+        return [m.pack(total[n], total[n + 1], plan.dtype) for n in (0, 2)]
+
+    def place_of_v(t: Any, column: Any) -> Any:
+        return first_v + t * plan.v_stride + column // 2
+
+    def scaled(place: Any, column: Any, some: Sequence[int]) -> list[Any]:
+        """Of columns of v that belong to one of these parts, what all blocks have together."""
+        scale = scales[some[0]]
+        for p in some[1:]:
+            scale = m.select(column < v_of[p], scale, scales[p])
+        return [s * scale for s in added(place, plan.split, plane)]
 
     def finish(bundle: Bundle, _: Any, t: Any, column: Any, here: Any) -> None:
-        total = added(plan.block_sums + t * plan.sum_stride + column, plan.split, plane)
-        in_bundle = sorted({p for p, _ in bundle.tiles})
-        scale = scales[in_bundle[0]]
-        for p in in_bundle[1:]:
-            scale = m.select(column < v_of[p], scale, scales[p])
-        total = [s * scale for s in total]
+        place = plan.block_sums + t * plan.received_stride + column
+        total = scaled(place, column, sorted({p for p, _ in bundle.tiles}))
         if plan.expands:
-            keep(t, column, total, here)
+            m.put(place_of_v(t, column), operands(total), here)
         else:
             add_to_v(t, column, total, here & (share == 0))
+
+    def tell(to_each: int, nth: Any, t: Any, column: Any, here: Any) -> None:
+        here = here & (column < plan.job_ranks(job))
+        total = scaled(
+            plan.block_sums + t * plan.received_stride + (column - share * own), column, job.parts
+        )
+        to_blocks(to_each, nth, place_of_v(t, column), operands(total), here)
 
     def words_of(ref: Any, width: int, t: Any, column: Any, here: Any) -> tuple[Any, list[Any]]:
         """A token's row, and in it the words of 4 columns."""
@@ -463,7 +482,7 @@ def _run_job(
 
     def load_v(_: Any, t: Any, column: Any, here: Any) -> None:
         _, words = words_of(x, plan.features, m.select(here, t, 0), column, here)
-        keep(t, column, floats(words, plan.x_dtype), here)
+        m.put(place_of_v(t, column), operands(floats(words, plan.x_dtype)), here)
 
     def put_sums(bundle: Bundle, acc: list[Any]) -> None:
         at = ring + plan.sums + g * plan.sum_stride + bundle.first + c * 2
@@ -489,18 +508,24 @@ def _run_job(
     if plan.shrinks:
         m.barrier()
         for bundle in job.bundles:
-            lanes = senders(bundle)
-            quads(bundle, lanes, functools.partial(send, receivers // lanes))
+            columns = 8 * len(bundle.tiles)
+            lanes = 1 if plan.scatters else senders(columns)
+            quads(bundle.first, columns, lanes, functools.partial(send, receivers // lanes))
         m.cluster_barrier()
-    for bundle in job.bundles:
-        do = functools.partial(finish, bundle) if plan.shrinks else load_v
-        quads(bundle, 1, do, by_warp=plan.own_v)
-    if not plan.expands:
-        return
-    if plan.own_v:
-        m.warp_barrier()
+    if plan.scatters:
+        lanes = senders(own)
+        quads(share * own, own, lanes, functools.partial(tell, receivers // lanes))
+        m.cluster_barrier()
     else:
-        m.barrier()
+        for bundle in job.bundles:
+            do = functools.partial(finish, bundle) if plan.shrinks else load_v
+            quads(bundle.first, 8 * len(bundle.tiles), 1, do, by_warp=plan.own_v)
+        if not plan.expands:
+            return
+        if plan.own_v:
+            m.warp_barrier()
+        else:
+            m.barrier()
 
     # ------------------------------------------------------------------------------- y += v B^T
 

@@ -27,6 +27,10 @@ _JOB_RANKS = 128  # of parts whose sums are exchanged together, unless one part 
 _AT_ONCE = 112
 # Of shared memory, for four, two or one block on a multiprocessor, each with 1 KiB of its own.
 _SHARED_BYTES = (55 * 1024, 112 * 1024, 225 * 1024)
+# From this many columns of v on each block adds up some for all, and its sums take 4 KiB, not 34.
+# H100, one call as fast either way; a step with LoRA of five buckets beside the products, 53 us a
+# layer to 44 and 50. Not where a warp's sums are in shared memory too: R=256, 19.6 us to 20.4.
+_SCATTER_FROM = 128
 # Up to this many columns of v each warp adds them up for itself. H100, R=16, T=64: q, k, v 6.1 us
 # otherwise, 5.9 so; gate, up 10.6 and 10.4.
 _OWN_V = 16
@@ -130,10 +134,14 @@ class Plan(NamedTuple):
     a_copies: int  # of the largest ones there is room for as many
     b_copies: int  # of B that a warp has on their way for the widest rows of B, at most
 
+    def job_ranks(self, job: Job) -> int:
+        """Columns of a job's v."""
+        return sum(self.parts[p].rank for p in job.parts)
+
     @property
     def ranks(self) -> int:
         """Columns of v, at most."""
-        return max(sum(self.parts[p].rank for p in job.parts) for job in self.jobs)
+        return max(map(self.job_ranks, self.jobs))
 
     @property
     def lists(self) -> dict[int, int]:
@@ -255,6 +263,17 @@ class Plan(NamedTuple):
         return self.expands and self.ranks <= _OWN_V
 
     @property
+    def scatters(self) -> bool:
+        """Whether each block of a cluster adds up some columns of v and tells the others, a
+        reduce-scatter and an all-gather; else each adds up all: one exchange, not two."""
+        both = self.shrinks and self.expands and self.split > 1
+        return both and self.holds_sums and self.ranks >= _SCATTER_FROM
+
+    def own_columns(self, job: Job) -> int:
+        """Columns of a job's v that each block adds up where it adds up some, in fours."""
+        return 4 * pl.cdiv(self.job_ranks(job), 4 * self.split)
+
+    @property
     def v_stride(self) -> int:
         return self.ranks // 2 + 4 if self.expands else 0
 
@@ -267,9 +286,14 @@ class Plan(NamedTuple):
         return self.ranks + 8 if self.shrinks else 0
 
     @property
+    def received_stride(self) -> int:
+        """From a token's sums to the next one's, of those that another block sent."""
+        return max(map(self.own_columns, self.jobs)) if self.scatters else self.sum_stride
+
+    @property
     def warp_first(self) -> int:
         """The first warp's copies, of A, then of B, and its sums behind them."""
-        return self.block_sums + self.split * TOKENS * self.sum_stride
+        return self.block_sums + self.split * TOKENS * self.received_stride
 
     @property
     def holds_sums(self) -> bool:
