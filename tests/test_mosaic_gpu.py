@@ -216,10 +216,9 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
 @pytest.mark.parametrize(
     ("case", "change"),
     [
-        (Case(70, 128, 96, 16, 3, "zipf"), {}),
-        (Case(130, 64, 136, 8, 3, "uniform"), dict(expand_columns=3)),
-        (Case(130, 256, 72, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
-        (Case(200, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
+        (Case(70, 64, 72, 8, 3, "zipf"), dict(expand_columns=3)),
+        (Case(130, 128, 64, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
+        (Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
@@ -471,7 +470,7 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
 
 
 @hypothesis.given(tokens=st.integers(1, 256), data=st.data())
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 def test_seating_gives_each_leader_its_clusters(tokens: int, data: Any) -> None:
     ranks = data.draw(st.lists(st.sampled_from([8, 16, 64, 128]), min_size=1, max_size=3))
     slots = [data.draw(st.sampled_from([1, 2, 3, 9, 40, 300])) for _ in ranks]

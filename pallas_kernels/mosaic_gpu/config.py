@@ -184,9 +184,9 @@ def decode_config(
         # 124 us with 1, 96 with 2, 86 with 3, 88 with 4. Where low ranks need not have as many, a
         # layer takes in a step that runs LoRA beside the products 57 us more than without LoRA
         # with 3, 53 with 4 (12 for gate and up). Since blocks need less memory, and so find room
-        # beside a product, those wait that are too many for one wave: 44 so, 40 with 4 for gate and
-        # up; of another run, 42 with 4, 37 with 2 (56 and 52 with 2 for the others).
-        wide = 2 if fuse else 12
+        # beside a product, clusters beyond one wave of them wait: 44 us with 12 for gate and up, 40
+        # with 4; of all 32 layers in another run 41 with 4, 31 with 3, 40 with 2.
+        wide = 3 if fuse else 12
         clusters = (wide if width > 8192 else 4) if exclusive else 3
         return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
     tuned = tuned and buckets == 1

@@ -41,8 +41,9 @@ from pallas_kernels.segments import Segments
 # the routes, in whole KiB; there are 227 KiB in all.
 _PIPELINE_BYTES = 208 * 1024
 _SHARED_BYTES = 226 * 1024
-# Columns of H that the tensor cores add up. They round towards zero, so that the error grows with
-# the number of additions (H100: 1.8e-5 of v after 16384 columns): spans are added in float32.
+# Columns of H, of all planes, that the tensor cores add up. They round towards zero, so that the
+# error grows with the number of additions (H100: 1.8e-5 of v after 16384 columns): spans are added
+# in float32.
 _SPAN = 2048
 
 
@@ -94,7 +95,7 @@ def shrink_kernel(
     block_k = 128 if planes == 1 and fit >= 2 * 128 else 64
     steps = share // block_k
     stages = min(max(p.config.stages for p in parts), fit // block_k, steps)
-    span_steps = _SPAN // block_k
+    span_steps = _SPAN // (planes * block_k)
     arrivals = planes + max(stacks)
     blocks = [chunk * rank_block for chunk, rank_block in zip(chunks, rank_blocks)]
     # Where tiles alone keep most multiprocessors busy, a tile's blocks take part after part: with a

@@ -13,6 +13,7 @@ from mosaic_cases import Case, as_jax, products, relative_error
 from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
 
 TWO_LAUNCHES = mosaic_gpu.Config(split=4, expand_columns=4)
+TWO_TILES = mosaic_gpu.Config(split=2, expand_columns=2, row_tiles=2, expand_row_tiles=2)
 
 
 @jax.jit
@@ -27,6 +28,7 @@ def run(y, x, a, b, scales, ids):
         mosaic_gpu.shrink(x, a, segments, scales, config=TWO_LAUNCHES),
         *mosaic_gpu.add_lora_multi((y,), x, (part,)),
         *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_LAUNCHES),
+        *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_TILES),
         *mosaic_gpu.add_lora_multi((y,), x, both, fuse=True, exclusive=True),
         mosaic_gpu.expand(v, b, segments, y, 0, add_inputs=True),
     )
@@ -36,6 +38,7 @@ for case in (
     Case(5, 1024, 200, 8, 3),
     Case(64, 2048, 1200, 16, 9),
     Case(150, 1024, 192, 64, 5),
+    Case(12, 2048, 200, 128, 3),  # blocks add up sums for each other
     Case(300, 512, 192, 16, 5),
     Case(3200, 256, 64, 16, 3),  # parts in turn
 ):

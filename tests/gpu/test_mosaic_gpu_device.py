@@ -129,7 +129,8 @@ def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OP
             assert out.dtype == np.float32
             record(op, case, error := relative_error(out[used], want))
             assert error < v_tolerance(case.features)
-            bound = v_tolerance(case.features) * (np.abs(before) + typical_v)[used]
+            # Four times the norm's, as wgmma rounds towards zero: large sums are off by more.
+            bound = 4 * v_tolerance(case.features) * (np.abs(before) + typical_v)[used]
             assert (np.abs(out[used] - want) <= bound).all()
             kept = arrays.v if name == "shrink+" else np.zeros_like(out)
             np.testing.assert_array_equal(bits(out)[~used], bits(kept)[~used])
