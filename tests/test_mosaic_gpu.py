@@ -535,7 +535,7 @@ def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:
     plan = plan_of(64, 8, 16, 32, 64, 128)
     assert [plan.a_stages(job) for job in plan.jobs[:4]] == [2] * 4
     assert [plan.b_stages(job, job.strips[0]) for job in plan.jobs[:4]] == [4, 4, 4, 2]
-    assert 2 * 4 * plan.words <= 226 * 1024
+    assert 4 * plan.words <= 80 * 1024  # what some products leave that it is to run beside
 
 
 def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: None) -> None:
