@@ -30,11 +30,22 @@ def _narrow(words: Array) -> Array:
     return words if words.ndim == 1 else WideIndices(words).narrow()
 
 
+def _clamped(words: Array) -> Array:
+    """int32 numbers; the nearest for those that do not fit."""
+    if words.ndim == 1:
+        return words
+    low, high = words[:, 0], words[:, 1]
+    nearest = jnp.where(high < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1))
+    return jnp.where(high == low >> 31, low, nearest)
+
+
 def _segments(
     weights: Array, num_tokens: int, starts: Array, lengths: Array, ids: Array
 ) -> kernels.Segments:
-    starts, lengths, ids = map(_narrow, (starts, lengths, ids))
-    return kernels.segments_from_lengths(starts, lengths, ids, num_tokens, weights.shape[0])
+    starts, lengths = map(_clamped, (starts, lengths))
+    return kernels.segments_from_lengths(
+        starts, lengths, _narrow(ids), num_tokens, weights.shape[0]
+    )
 
 
 def bgmv_shrink(output: Array, x: Array, lora_a: Array, ids: Array, scale: Array) -> Array:

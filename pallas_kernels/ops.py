@@ -1,7 +1,6 @@
 """The public ops: checks, the choice of an implementation, and one gradient for all of them."""
 
 import functools
-import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +14,14 @@ from jaxtyping import Array, ArrayLike
 from pallas_kernels import loop, mosaic_gpu, xla
 from pallas_kernels.parts import LoRAPart, StackView, apart, side_by_side
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
-from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, checked_indices
+from pallas_kernels.segments import (
+    Route,
+    Segments,
+    WideIndices,
+    as_segments,
+    checked_indices,
+    static,
+)
 
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "loop")
@@ -72,8 +78,8 @@ def _stack_or_view(name: str, value: Any, axes: str) -> Any:
     if not isinstance(value, StackView):
         return _stack(name, value, axes)
     array = _floats(f"{name}.array", value.array, "S")
-    first = _static(f"{name}.first", value.first)
-    shape: Any = tuple(_static(f"{name}.shape", n) for n in value.shape)
+    first = static(f"{name}.first", value.first)
+    shape: Any = tuple(static(f"{name}.shape", n) for n in value.shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{name} must be a view of shape [{axes.replace(' ', ', ')}], got {shape}")
     view = StackView(array, first, shape)
@@ -106,6 +112,8 @@ def _route(indices: Any, num_tokens: int, num_adapters: int) -> Any:
 
 
 def _scales(name: str, value: ArrayLike, *, per_adapter: int | None) -> Array:
+    if value is None:
+        raise TypeError(f"{name} must be real numbers, got None")
     scales = jnp.asarray(value)
     if not (
         jnp.issubdtype(scales.dtype, jnp.floating) or jnp.issubdtype(scales.dtype, jnp.integer)
@@ -123,7 +131,7 @@ def _scales_at(name: str, part: LoRAPart, num_adapters: int) -> tuple[Array, int
     if part.scales_offset is None:
         scales = 1.0 if part.scales is None else part.scales
         return _scales(f"{name}.scales", scales, per_adapter=num_adapters), None
-    offset = _static(f"{name}.scales_offset", part.scales_offset)
+    offset = static(f"{name}.scales_offset", part.scales_offset)
     shape = () if part.scales is None else jnp.shape(part.scales)
     size = shape[0] if len(shape) == 1 else 0
     if not 0 <= offset <= size - num_adapters:
@@ -134,13 +142,6 @@ def _scales_at(name: str, part: LoRAPart, num_adapters: int) -> tuple[Array, int
     return _scales(f"{name}.scales", part.scales, per_adapter=size), offset
 
 
-def _static(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a static int, got {value!r}") from None
-
-
 def _misaligned(stack: Any) -> str | None:
     """What mosaic_gpu lacks for a view: it copies 16 bytes at once."""
     if isinstance(stack, StackView) and (first := stack.first * stack.dtype.itemsize) % 16:
@@ -149,7 +150,7 @@ def _misaligned(stack: Any) -> str | None:
 
 
 def _columns(shape: Sequence[int], y_offset: int, size: int) -> int:
-    y_offset = _static("y_offset", y_offset)
+    y_offset = static("y_offset", y_offset)
     if not 0 <= y_offset <= shape[1] - size:
         raise ValueError(f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(shape)}")
     return y_offset
@@ -265,6 +266,7 @@ def shrink(
     spec: _Spec, v: Array | None, x: Array, lora_a: Array, route: Route, scale: Array
 ) -> Array:
     if spec.implementation == "mosaic_gpu":
+        x = mosaic_gpu.needs_hopper(x)
         return mosaic_gpu.shrink(x, lora_a, route, scale, v, config=spec.config)
     segments = as_segments(route, lora_a.shape[0])
     if spec.implementation == "loop":
@@ -297,6 +299,7 @@ _shrink.defvjp(_shrink_fwd, _shrink_bwd)
 def expand(spec: _Spec, v: Array, lora_b: Array, route: Route, y: Array) -> Array:
     (kernel,), (y_offset,), add_inputs = spec.kernels, spec.y_offsets, spec.add_inputs
     if spec.implementation == "mosaic_gpu":
+        v = mosaic_gpu.needs_hopper(v)
         return mosaic_gpu.expand(
             v, lora_b, route, y, y_offset, add_inputs=add_inputs, config=spec.config
         )
@@ -330,6 +333,7 @@ _expand.defvjp(_expand_fwd, _expand_bwd)
 
 def add_lora_parts(spec: _Spec, ys: tuple[Array, ...], x: Array, stacks: Any) -> tuple[Array, ...]:
     if spec.implementation == "mosaic_gpu":
+        x = mosaic_gpu.needs_hopper(x)
         how: Any = dict(fuse=spec.fuse, exclusive=spec.exclusive, config=spec.config)
         return mosaic_gpu.add_lora_multi(ys, x, _parts(spec, stacks), **how)
     y = side_by_side(ys)
@@ -431,13 +435,16 @@ def _expand_op(
     if columns is None:
         _same("y and lora_b differ in features N", y.shape[1], width)
         columns = 0, width
-    y_offset, y_slice_size = columns
+    y_offset, y_slice_size = columns[0], static("y_slice_size", columns[1])
     _same("y_slice_size and lora_b differ in features N", y_slice_size, width)
     y_offset = _columns(y.shape, y_offset, width)
     route = _route(route, v.shape[0], lora_b.shape[0])
     missing = mosaic_gpu.missing(
         lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
     )
+    if missing is None and v.dtype not in (jnp.float32, lora_b.dtype):
+        # LoRAX rounds float32 v alone to B's dtype.
+        missing = f"{v.dtype} v beside {lora_b.dtype} lora_b (it takes float32 v, or B's dtype)"
     implementation, config = how
     spec = _Spec(
         _choose(implementation, config, missing),
@@ -737,6 +744,7 @@ def add_lora_multi(
     scales_offsets: list[int | None] = []
     first_with_ids: list[int] = []
     seen: dict[tuple[int, int], int] = {}
+    parts = tuple(parts)  # keeps their ids alive, which are told apart by identity
     for n, part in enumerate(parts):
         if not isinstance(part, LoRAPart):
             raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(part).__name__}")
@@ -760,6 +768,13 @@ def add_lora_multi(
         for width in (*widths, shape[1])
     ]
     lacks += [_misaligned(stack) for a, b, *_ in stacks for stack in (a, b)]
+    lacks += [
+        f"{a.dtype} lora_a beside {b.dtype} lora_b (it takes both in one dtype)"
+        for a, b, *_ in stacks
+        if a.dtype != b.dtype
+    ]
+    spans = tuple((start, start + b.shape[1]) for (_, b, *_), start in zip(stacks, y_offsets))
+    lacks.append(mosaic_gpu.missing_together(spans))
     missing = next(filter(None, lacks), None)
     spec = _Spec(
         _choose(implementation, config, missing),

@@ -6,12 +6,21 @@ that use one adapter.
 
 import dataclasses
 import itertools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
+
+
+def static(name: str, value: Any) -> int:
+    """`value`, or a TypeError if it is no int that is known when JAX traces."""
+    try:
+        return operator.index(value)
+    except (TypeError, jax.errors.JAXTypeError):
+        raise TypeError(f"{name} must be a static int, got {value!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +152,10 @@ def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
       num_adapters: `L`, the slots of the stacks.
 
     Raises:
-      TypeError: `indices` are not integers.
+      TypeError: `indices` are not integers, or `num_adapters` is no static int.
       ValueError: `indices` are not one-dimensional, or `num_adapters` is below 1.
     """
+    num_adapters = static("num_adapters", num_adapters)
     if num_adapters < 1:
         raise ValueError(f"num_adapters must be at least 1, got {num_adapters}")
     return _sort(checked_indices(indices, num_adapters), num_adapters)
@@ -258,7 +268,7 @@ def segments_from_lengths(
       num_adapters: `L`.
 
     Raises:
-      TypeError: an array is not of integers.
+      TypeError: an array is not of integers, or a size no static int.
       ValueError: the shapes differ, or host arrays hold a segment outside `[0, num_tokens)` or two
         that overlap. Values of device arrays are not read: there a segment is clipped to the
         tokens, and ends at the latest where the next one starts.
@@ -273,6 +283,10 @@ def segments_from_lengths(
         if array.ndim != 1 or array.shape != arrays["starts"].shape:
             shapes = {k: list(v.shape) for k, v in arrays.items()}
             raise ValueError(f"starts, lengths and adapters must share one shape [S], got {shapes}")
+    num_tokens, num_adapters = (
+        static("num_tokens", num_tokens),
+        static("num_adapters", num_adapters),
+    )
     if num_tokens < 0 or num_adapters < 1:
         raise ValueError(
             f"need num_tokens >= 0 and num_adapters >= 1, got {num_tokens} and {num_adapters}"
@@ -282,7 +296,9 @@ def segments_from_lengths(
     adapter_of = checked_indices(arrays["adapters"], num_adapters)
     if adapter_of.shape[0] == 0:
         return _sort(jnp.full(num_tokens, -1, jnp.int32), num_adapters)
-    start, length = (jnp.asarray(arrays[k]).astype(jnp.int32) for k in ("starts", "lengths"))
+    start, length = (_nearest_int32(arrays[k]) for k in ("starts", "lengths"))
+    length = jnp.minimum(jnp.where(start < 0, length + start, length), num_tokens)
+    start = jnp.clip(start, 0, num_tokens)
     start = jnp.where(length > 0, start, num_tokens)  # empty segments hide no other
     order = jnp.argsort(start)
     start, length, adapter_of = start[order], length[order], adapter_of[order]
@@ -290,6 +306,13 @@ def segments_from_lengths(
     segment = jnp.searchsorted(start, token, side="right").astype(jnp.int32) - 1
     covered = (segment >= 0) & (token - start[segment] < length[segment])
     return _sort(jnp.where(covered, adapter_of[segment], -1), num_adapters)
+
+
+def _nearest_int32(values: Array | np.ndarray) -> Int[Array, " S"]:
+    bounds, wide = jnp.iinfo(np.int32), jnp.iinfo(values.dtype)
+    clip = np.clip if isinstance(values, np.ndarray) else jnp.clip
+    least, most = max(bounds.min, wide.min), min(bounds.max, wide.max)
+    return jnp.asarray(clip(values, least, most).astype(np.int32))
 
 
 def _check_host_segments(starts: np.ndarray, lengths: np.ndarray, num_tokens: int) -> None:

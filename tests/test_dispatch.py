@@ -170,3 +170,71 @@ def test_config_is_for_the_named_kernels_alone() -> None:
         add_lora("mosaic_gpu", config=3)(*arrays().values())
     module = for_cuda(add_lora("mosaic_gpu", config=Config(split=1)), *arrays().values())
     assert kernels(module) == {"lora_shrink_r16", "lora_expand_r16"}
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_kernels_say_that_they_need_a_gpu(jitted: bool) -> None:
+    """Where they are lowered for a CPU, not where they are traced."""
+    z, ids = arrays(), jnp.zeros(T, jnp.int32)
+    rest = z["x"], z["a"], z["b"]
+    calls: list[Any] = [
+        lambda: pk.bgmv_shrink(z["x"], z["a"], ids, implementation="mosaic_gpu"),
+        lambda: pk.bgmv_expand(z["x"][:, :16], z["b"], ids, implementation="mosaic_gpu"),
+        lambda: add_lora("mosaic_gpu")(*z.values()),
+        lambda: jax.vmap(add_lora("mosaic_gpu"), (0, None, None, None))(z["y"][None], *rest),
+    ]
+    for call in calls:
+        jax.make_jaxpr(call)()
+        with pytest.raises(NotImplementedError, match="'mosaic_gpu' needs a Hopper GPU, or plgpu"):
+            (jax.jit(call) if jitted else call)()
+
+
+def lacks(message: str, call: Any, *args: Any) -> None:
+    """A named mosaic_gpu refuses, and XLA takes the case on CUDA too."""
+    with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' lacks {message}"):
+        call("mosaic_gpu", *args)
+    module = for_cuda(functools.partial(call, None), *args)
+    assert kernels(module) == set()
+    assert "dot_general" in module
+
+
+@pytest.mark.parametrize("tokens", [8, 300])
+def test_a_and_b_of_different_dtypes(tokens: int) -> None:
+    def call(implementation: Any, y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
+        return pk.add_lora(y, x, a, b, ids, implementation=implementation)
+
+    z = {k: jnp.resize(v, (tokens, v.shape[1])) if k in "xy" else v for k, v in arrays().items()}
+    args = *z.values(), jnp.zeros(tokens, jnp.int32)
+    lacks("float16 lora_a beside bfloat16", call, *args[:2], z["a"].astype("float16"), *args[3:])
+
+
+def test_parts_that_overlap_between_the_kernels_columns() -> None:
+    def call(implementation: Any, y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
+        parts = [pk.LoRAPart(a, b, ids, None, start) for start in (0, 4)]
+        return pk.add_lora_multi(y, x, parts, implementation=implementation)
+
+    z = arrays()
+    y = jnp.zeros((T, N + 8), jnp.float32)  # 4 of its columns are the 16 bytes that TMA wants
+    args = y, z["x"], z["a"], z["b"], jnp.zeros(T, jnp.int32)
+    lacks(r"columns \[0, 4\) between edges of overlapping parts, 4 more than a multi", call, *args)
+
+
+def test_v_of_another_half_precision_is_not_rounded() -> None:
+    def call(implementation: Any, v: Any, b: Any, ids: Any, y: Any) -> Any:
+        return pk.bgmv_expand(v, b, ids, y, implementation=implementation)
+
+    v, y = jnp.full((T, 16), 1e5, jnp.bfloat16), jnp.zeros((T, N))
+    args = v, jnp.ones((L, N, 16), jnp.float16), jnp.zeros(T, jnp.int32), y
+    lacks("bfloat16 v beside float16 lora_b", call, *args)
+    np.testing.assert_allclose(call(None, *args), 16 * np.float32(v[0, 0]))
+
+
+@pytest.mark.parametrize("tokens", [8, 300])
+def test_the_kernels_lower_with_64_bits_enabled(tokens: int) -> None:
+    with jax.enable_x64(True):
+        z = arrays()
+        y, x = (jnp.resize(z[k], (tokens, z[k].shape[1])) for k in "yx")
+        ids = jnp.zeros(tokens, jnp.int64)
+        for dtype in ("bfloat16", "float32"):
+            module = for_cuda(pk.add_lora, y, x.astype(dtype), z["a"], z["b"], ids)
+            assert len(kernels(module)) == (1 if tokens == 8 and dtype == "bfloat16" else 2)

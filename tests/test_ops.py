@@ -827,3 +827,15 @@ def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, at=None, **op
 def test_errors_name_the_values(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_parts_may_come_one_by_one():
+    """Each with ids of its own, which nothing else keeps alive."""
+    rng = np.random.default_rng(0)
+    x, a, b = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (40, 4, 8), (40, 8, 4))
+    )
+    parts = [pk.LoRAPart(a, b, np.full(6, n)) for n in range(40)]
+    y = jnp.zeros((6, 8))
+    one_by_one = pk.add_lora_multi(y, x, (pk.LoRAPart(a, b, np.full(6, n)) for n in range(40)))
+    np.testing.assert_array_equal(one_by_one, pk.add_lora_multi(y, x, parts))

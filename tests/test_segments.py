@@ -123,6 +123,23 @@ def segmentations(draw):
 from_lengths = jax.jit(pk.segments_from_lengths, static_argnums=(3, 4))
 
 
+@pytest.mark.parametrize(
+    ("starts", "lengths", "covered"),
+    [
+        (jnp.array([-(2**31)]), jnp.array([2**31 - 1]), slice(0, 0)),
+        (jnp.array([-3]), jnp.array([5]), slice(0, 2)),
+        (jnp.array([5]), jnp.array([2**31 - 1]), slice(5, 7)),
+        (np.array([2**32]), jnp.array([3]), slice(0, 0)),
+        (jnp.array([2]), np.array([2**32 + 1]), slice(2, 7)),
+    ],
+)
+def test_segments_of_device_arrays_are_clipped_to_the_tokens(starts, lengths, covered):
+    segments = pk.segments_from_lengths(starts, lengths, jnp.array([1]), 7, 4)
+    want = np.full(7, -1)
+    want[covered] = 1
+    np.testing.assert_array_equal(segments.indices, want)
+
+
 @examples
 @given(segmentations())
 def test_segments_from_lengths(segmentation):
@@ -198,6 +215,16 @@ def test_segments_pass_through_jit_and_vmap():
             lambda: pk.segments_from_lengths([0.0], [1], [0], 9, 2),
             TypeError,
             "starts must be integers, got float64",
+        ),
+        (
+            lambda: pk.segments_from_lengths([0], [1], [0], 9.0, 2),
+            TypeError,
+            r"num_tokens must be a static int, got 9\.0",
+        ),
+        (
+            lambda: pk.make_segments([0], 2.5),
+            TypeError,
+            r"num_adapters must be a static int, got 2\.5",
         ),
         (
             lambda: pk.segments_from_lengths([0], [1], [0], -1, 2),

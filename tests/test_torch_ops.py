@@ -100,6 +100,19 @@ def test_segments_cover_what_they_say():
     assert same_bytes(out[:12], before[:12])
 
 
+def test_segments_beyond_int32_end_where_they_end():
+    t = Case(num_tokens=20).tensors()
+    starts = torch.tensor([2**32, -(2**32), 15])
+    lengths = torch.tensor([3, 5, 2**32 + 1])
+    ids = torch.full((20,), -1)
+    ids[15:] = 2
+    out = torch.randn(20, 16)
+    before = out.clone()
+    interop.sgmv_shrink(t.x, t.a, out, starts, lengths, torch.tensor([0, 1, 2]), 3, 8, 1.0)
+    assert relative_error(out, double(before) + products(t.x, t.a, ids)) < 2e-6
+    assert same_bytes(out[:15], before[:15])
+
+
 def test_ids_outside_the_stack_have_no_adapter():
     t = Case().tensors()
     ids = torch.tensor(

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from pallas_kernels import xla
@@ -36,7 +38,55 @@ from pallas_kernels.mosaic_gpu.tiles import cuts, interpreted, pad_rows, pad_to
 from pallas_kernels.parts import LoRAPart, apart, side_by_side
 from pallas_kernels.segments import Route, Segments, WideIndices, as_segments, raw_ids
 
-__all__ = ["Config", "add_lora_multi", "default_config", "expand", "missing", "shrink"]
+__all__ = [
+    "Config",
+    "add_lora_multi",
+    "default_config",
+    "expand",
+    "missing",
+    "missing_together",
+    "needs_hopper",
+    "shrink",
+]
+
+
+def missing_together(spans: tuple[tuple[int, int], ...]) -> str | None:
+    """What the kernels lack for parts that add to these columns, as `missing` does for one."""
+    for cut in cuts(spans):
+        if width := (cut.stop - cut.start) % 8:
+            what = f"columns [{cut.start}, {cut.stop}) between edges of overlapping parts"
+            return f"{what}, {width} more than a multiple of 8"
+    return None
+
+
+_needs_hopper_p = Primitive("lora_needs_hopper")
+_needs_hopper_p.def_abstract_eval(lambda x: x)
+_needs_hopper_p.def_impl(lambda x: jax.jit(_needs_hopper_p.bind)(x))
+batching.primitive_batchers[_needs_hopper_p] = lambda args, axes: (
+    _needs_hopper_p.bind(*args),
+    axes[0],
+)
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "implementation 'mosaic_gpu' needs a Hopper GPU, or plgpu.force_gpu_interpret_mode(...)"
+    )
+
+
+mlir.register_lowering(_needs_hopper_p, _refuse)
+mlir.register_lowering(_needs_hopper_p, lambda _, x: [x], platform="cuda")
+
+
+def needs_hopper(x: Array) -> Array:
+    """x; lowered for another platform than CUDA, outside of interpret mode, an error.
+
+    Pallas raises a ValueError there that doesn't say whose kernel it is, and what runs it.
+    """
+    if interpreted():
+        return x
+    out: Array = _needs_hopper_p.bind(x)
+    return out
 
 
 def shrink(

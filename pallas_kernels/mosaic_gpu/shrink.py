@@ -131,12 +131,13 @@ def shrink_kernel(
     ) -> None:  # fmt: skip
         stack, width, wide, dtype = stacks[i], widths[i], wides[i], outs[i].dtype
         tile, me = lax.axis_index("tile"), lax.axis_index("split")
-        chunk, rank_start = lax.div(block, rank_blocks[i]), lax.rem(block, rank_blocks[i]) * width
+        per_chunk = jnp.int32(rank_blocks[i])
+        chunk, rank_start = lax.div(block, per_chunk), lax.rem(block, per_chunk) * width
         row_start, k_start = tile * rows, me * share
         row_width = width if rank_blocks[i] > 1 else outs[i].shape[-1]
         cut = pieces(row_width, dtype.itemsize)
         own = rows if twin else rows // split  # rows that this block writes
-        out_start = 0 if out_rows == rows else lax.div(me * own, TILE) * TILE
+        out_start = 0 if out_rows == rows else lax.div(me * own, jnp.int32(TILE)) * TILE
 
         def with_memory(out_smem: Any) -> None:
             plgpu.barrier_wait(route_loaded)
@@ -168,7 +169,7 @@ def shrink_kernel(
                         plgpu.barrier_arrive(barrier)
 
                 def step(acc: Any, k: Array) -> None:
-                    slot = lax.rem(k, stages)
+                    slot = lax.rem(jnp.int32(k), jnp.int32(stages))
                     plgpu.barrier_wait(loaded.at[slot])
                     for p in range(planes):
                         plgpu.wgmma(acc, x_smem.at[slot, p], a_smem.at[slot].T)
@@ -179,7 +180,7 @@ def shrink_kernel(
                         plgpu.wgmma_wait(planes * running)
                         ahead = k + (stages - running)
                         pl.when((k >= running) & (ahead < steps))(
-                            lambda: fetch(ahead, lax.rem(ahead, stages))
+                            lambda: fetch(ahead, lax.rem(jnp.int32(ahead), jnp.int32(stages)))
                         )
 
                 def span(n: Array | int, total: Array) -> Array:
