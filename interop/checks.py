@@ -3,6 +3,7 @@
 Only metadata is read, so the same checks serve the fake tensors of torch.compile.
 """
 
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def hints(op: str, config: Mapping[str, int]) -> None:
 def number(name: str, value: Any) -> float:
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
 

@@ -13,6 +13,9 @@ import torch.utils.dlpack
 
 from interop import internals, native
 
+# What JAX narrows, by a copy, unless it is told to keep 64 bits.
+_WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
+
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """`tensor` as a JAX array on the same memory, ordered after torch's current stream.
@@ -25,8 +28,8 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
     Raises:
       TypeError: not a tensor, or a layout or dtype that JAX lacks.
-      ValueError: not contiguous, or JAX can't alias it (its address, its device). The message
-        says what to do; nothing is ever copied silently.
+      ValueError: not contiguous, a negated view, or JAX can't alias it (its address, its device).
+        The message says what to do; nothing is ever copied silently.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"to_jax takes a torch.Tensor, got {type(tensor).__name__}")
@@ -35,9 +38,15 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             f"to_jax takes dense tensors, got layout {tensor.layout}, dtype {tensor.dtype}; use "
             ".to_dense() or .dequantize()"
         )
-    if tensor.dtype in (torch.int64, torch.float64) and not jax.config.read("jax_enable_x64"):
+    if tensor.dtype in _WIDE and not jax.config.read("jax_enable_x64"):
         raise TypeError(
-            f"JAX has no {tensor.dtype} unless jax_enable_x64 is set; convert the tensor to 32 bits"
+            f"JAX has no {tensor.dtype} unless jax_enable_x64 is set; convert the tensor to a "
+            "narrower dtype"
+        )
+    if tensor.is_neg():
+        raise ValueError(
+            f"the {tensor.dtype} tensor of shape {list(tensor.shape)} is a view whose memory holds "
+            "the negated values; use .resolve_neg()"
         )
     if not tensor.is_contiguous():
         raise ValueError(

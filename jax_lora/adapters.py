@@ -365,7 +365,7 @@ def _read_config(values: dict[str, Any]) -> LoRAConfig:
             key, "this key is unknown, so that its meaning would be lost; remove it if it has none"
         )
         raise ValueError(f"{key}={value!r:.100}: {remedy}")
-    if values.get("bias", "none") != "none":
+    if values.get("bias") not in (None, "none"):
         raise ValueError(
             f"bias={values['bias']!r:.100}: trained biases are not supported; {_MERGE}"
         )

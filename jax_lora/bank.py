@@ -421,14 +421,14 @@ class AdapterBank:
         slots = [of.shape[1:] for of in matrices]
         if weights is None:
             return np.zeros(slots[0], dtype), np.zeros(slots[1], dtype)
-        try:
-            with np.errstate(over="raise"):
-                a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
-        except FloatingPointError:
-            raise ValueError(
-                f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
-                "apply_lora another dtype="
-            ) from None
+        with np.errstate(over="ignore"):
+            a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
+        for new, old in (a, weights.a), (b, weights.b):
+            if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
+                raise ValueError(
+                    f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
+                    "apply_lora another dtype="
+                )
         if weights.rank == bucket:
             return a, b
         a_slot, b_slot = (np.zeros(slot, dtype) for slot in slots)

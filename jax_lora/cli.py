@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from jax_lora.bench import Report
     from jax_lora.bench.tune import Tuned
 
-# The commands import what they need themselves: `--help` need not wait two seconds for JAX.
+# The commands import what they need themselves: `--help` need not wait for the bench or the model.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,10 +46,10 @@ class DType(StrEnum):
 def _progress() -> Iterator[Callable[[str], None]]:
     """Tells stderr what is being done: a spinner on a terminal, a line each elsewhere."""
     if not _stderr.is_terminal:
-        yield lambda text: _stderr.print(f"{text} ...", highlight=False)
+        yield lambda text: _stderr.print(f"{text} ...", highlight=False, markup=False)
         return
     with _stderr.status("starting") as status:
-        yield lambda text: status.update(f"{text} ...")
+        yield lambda text: status.update(Text(f"{text} ..."))
 
 
 @contextlib.contextmanager
@@ -56,16 +57,10 @@ def _input_errors() -> Iterator[None]:
     """Mistakes in what the user gave: the message alone, and status 2."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        _stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+        _stderr.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyError as error:
-        _stderr.print(f"[bold red]error:[/] {_escape(str(error.args[0]))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _print_json(value: Any) -> None:
@@ -100,7 +95,7 @@ def demo(as_json: Json = False) -> None:
             cells = [row.prompt, row.adapter or "(base)", row.rank, row.tier, row.bucket]
             cells += [row.decode_kernel, row.prefill_kernel, row.completion]
             right = "[green]yes[/]" if row.right else "[bold red]no[/]"
-            table.add_row(*("" if cell is None else _escape(str(cell)) for cell in cells), right)
+            table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells), right)
         _stdout.print(table)
         limit = job.MAX_LOGIT_DIFFERENCE
         _stdout.print(
@@ -179,12 +174,9 @@ def generate(
         _print_json({"completions": [dataclasses.asdict(c) for c in completions]})
         return
     for completion in completions:
-        _stdout.print(
-            f"[bold]{_escape(completion.adapter or '(base model)')}[/]: "
-            f"{_escape(completion.prompt)}[cyan]{_escape(completion.text)}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        name = (completion.adapter or "(base model)", "bold")
+        line = Text.assemble(name, ": ", completion.prompt, (completion.text, "cyan"))
+        _stdout.print(line, soft_wrap=True)
 
 
 def _split(item: str, separator: str, form: str) -> tuple[str, str]:
@@ -215,12 +207,9 @@ def inspect(
         _print_json({"adapters": [report.to_dict() for report in reports]})
         return
     for report in reports:
-        _stdout.print(
-            f"[bold]{_escape(str(report.path))}[/]: rank {report.rank}, "
-            f"{report.nbytes / 1e6:.2f} MB of {report.dtype}, {len(report.modules)} modules",
-            highlight=False,
-            soft_wrap=True,
-        )
+        size = f"{report.nbytes / 1e6:.2f} MB of {report.dtype}, {len(report.modules)} modules"
+        title = Text.assemble((str(report.path), "bold"), f": rank {report.rank}, {size}")
+        _stdout.print(title, soft_wrap=True)
         headings = "module rank scale tier bucket decode prefill padding kB".split()
         table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for column in table.columns[1:]:
@@ -233,7 +222,7 @@ def inspect(
         _stdout.print(table)
         for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
             for line in lines:
-                _stdout.print(f"  {label}: {_escape(line)}", highlight=False, soft_wrap=True)
+                _stdout.print(Text(f"  {label}: {line}"), soft_wrap=True)
         _stdout.print()
 
 
@@ -251,8 +240,8 @@ def bench(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: ranks 256 and '
-            "512, and 8192 tokens. Default: 35; with --tune 26 of them."
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: '
+            "ranks 256 and 512, and 8192 tokens. Default: 35; with --tune 26 of them."
         ),
     ] = None,
     plot: Annotated[
@@ -294,6 +283,9 @@ def bench(
         from jax_lora import bench as benchmark
         from jax_lora.bench import tune as tuning
 
+        if plot is not None:
+            benchmark.check_plot(plot)
+
         if cases is None:
             chosen = benchmark.CASES if tune is None else tuning.CASES
         else:
@@ -334,7 +326,7 @@ def _print_bench(report: "Report") -> None:
     _print_wide(table)
     for result in report.results:
         for note in result.notes:
-            _stdout.print(f"{result.case.label}: {_escape(note)}", highlight=False)
+            _stdout.print(Text(f"{result.case.label}: {note}"))
     for mean in report.means:
         _stdout.print(
             f"{mean.phase}, over the best peer: {mean.speed_up:.2f} in the geometric mean of "
@@ -351,7 +343,7 @@ def _print_bench(report: "Report") -> None:
         )
     _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
     if report.tuning is not None:
-        _stdout.print(f"Tuned by {_escape(report.tuning)}.", highlight=False, soft_wrap=True)
+        _stdout.print(Text(f"Tuned by {report.tuning}."), soft_wrap=True)
     if report.copy_rate is None or report.matmul_rate is None:
         _stdout.print(
             "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
@@ -394,12 +386,8 @@ def _print_tuned(tuned: "list[Tuned]", path: Path, as_json: bool) -> None:
     _print_wide(table)
     for each in tuned:
         for note in each.notes:
-            _stdout.print(_escape(note), highlight=False, soft_wrap=True)
-    _stdout.print(
-        f"JAX_LORA_TUNING={_escape(str(path))} gives the kernels this table.",
-        highlight=False,
-        soft_wrap=True,
-    )
+            _stdout.print(Text(note), soft_wrap=True)
+    _stdout.print(Text(f"JAX_LORA_TUNING={path} gives the kernels this table."), soft_wrap=True)
 
 
 @_bench.command()
@@ -450,11 +438,8 @@ def step(
         )
     for row in report.rows:
         for kernel in row.kernels[:15]:
-            _stdout.print(
-                f"{row.name}: {kernel.us:10.1f} us, {kernel.launches:g} x {_escape(kernel.name)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            us = f"{kernel.us:10.1f} us, {kernel.launches:g} x {kernel.name}"
+            _stdout.print(Text(f"{row.name}: {us}"), soft_wrap=True)
     _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
     if any(row.target_us is None for row in report.rows if row.target):
         _stdout.print(

@@ -104,7 +104,11 @@ class Matrices(NamedTuple):
 
     def _start(self, slot: Any) -> tuple[Any, ...]:
         _, rows, columns = self.shape
-        return (slot, 0, 0) if self.first is None else (self.first + slot * (rows * columns),)
+        if self.first is not None:
+            return (self.first + slot * (rows * columns),)
+        slot = jnp.asarray(slot)
+        zero = jnp.zeros_like(slot)  # a 0 would be of another dtype where jax_enable_x64 is set
+        return slot, zero, zero
 
     def slot(self, array: Array, slot: Any) -> Array:
         """One adapter's, where `array` is the variable's."""
@@ -530,6 +534,7 @@ def apply_lora(
       slots: adapters per bucket, an int or `{bucket: n}`.
       target: which layers: a regular expression, or several, that matches the end of a layer's
         dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
+        Of what an expression matches, layers of other types stay as they are.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
       flat: each layer holds its stacks in one variable, `flat` `[S]`, one behind the other. A step
@@ -542,7 +547,8 @@ def apply_lora(
       The bytes that the stacks take.
 
     Raises:
-      TypeError: `target` is of another type, or matches a layer with parameters of another type.
+      TypeError: `target` is of another type, or one of its expressions matches layers of other
+        types alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
         a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
     """
@@ -567,31 +573,48 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
     if target is None:
         matched = {name: modules[name] for name in linear}
     else:
-        pattern = _target_pattern(target)
-        matched = {
-            name: module
-            for name, module in modules.items()
-            if pattern.fullmatch(name) and not isinstance(module, LoRAStack) and _has_kernel(module)
-        }
+        found: set[str] = set()
+        for pattern in _target_patterns(target):
+            found |= _matched(modules, pattern)
+        matched = {name: module for name, module in modules.items() if name in found}
     if not matched:
-        raise ValueError(f"no layer matches target={target!r}; linear layers: {', '.join(linear)}")
+        done = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
+        have = f"; with LoRA already: {', '.join(done)}" if done else ""
+        there = f"linear layers: {', '.join(linear) or 'none'}{have}"
+        raise ValueError(f"no layer matches target={target!r}; {there}")
     for name, module in matched.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} has LoRA stacks already")
-        if type(module) not in _LORA_CLASS:
-            raise TypeError(
-                f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral "
-                "and nnx.Einsum. Narrow `target`"
-            )
     return matched
 
 
-def _target_pattern(target: str | Sequence[str]) -> re.Pattern[str]:
+def _matched(modules: Mapping[str, Any], pattern: re.Pattern[str]) -> set[str]:
+    """The linear layers that match, unless layers of other types alone do."""
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if pattern.fullmatch(name) and not isinstance(module, LoRAStack) and _has_kernel(module)
+    }
+    linear = {
+        name
+        for name, module in layers.items()
+        if type(module) in _LORA_CLASS or isinstance(module, LoRALayer)
+    }
+    if layers and not linear:
+        name, module = next(iter(layers.items()))
+        raise TypeError(
+            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral and "
+            "nnx.Einsum"
+        )
+    return linear
+
+
+def _target_patterns(target: str | Sequence[str]) -> list[re.Pattern[str]]:
     targets = [target] if isinstance(target, str) else target
     if not (isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)):
         raise TypeError(f"target must be a regular expression or a list of them, got {target!r}")
     try:
-        return re.compile(rf"(?:.*\.)?(?:{'|'.join(f'(?:{t})' for t in targets) or '(?!)'})")
+        return [re.compile(rf"(?:.*\.)?(?:{t})") for t in targets]
     except re.error as error:
         raise ValueError(f"target={target!r} is no regular expression: {error}") from None
 

@@ -237,11 +237,34 @@ def test_a_failed_load_of_files_leaves_the_bank_as_it_was(pair, tmp_path, damage
         np.testing.assert_array_equal(old, new)
 
 
-def test_weights_that_overflow_the_stacks_are_refused():
-    _, bank = make_bank(dtype=jnp.float16)
-    with pytest.raises(ValueError, match="weights of down overflow the stacks' float16"):
-        bank.load("a", filled_with(1e5))
+@pytest.mark.parametrize(
+    ("dtype", "weights", "value"),
+    [("float16", "float32", 1e5), ("float16", "bfloat16", 1e5), ("bfloat16", "float32", 3.4e38)],
+)
+def test_weights_that_overflow_the_stacks_are_refused(dtype, weights, value):
+    _, bank = make_bank(dtype=dtype)
+    config = LoRAConfig(1, 2.0)
+    modules = {"down": LoRAWeights(np.ones((1, 6), weights), np.full((4, 1), value, weights), 2.0)}
+    with pytest.raises(ValueError, match=f"weights of down overflow the stacks' {dtype}"):
+        bank.load("a", Adapter(config, modules))
     assert bank.names == ()
+    modules["down"].b[:] = np.inf  # what the file says
+    bank.load("a", Adapter(config, modules))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["own arrays", "flat"])
+def test_with_64_bits_enabled(flat):
+    """Integers that are not named otherwise have 64 bits there."""
+    with jax.enable_x64(True):
+        model, bank = make_bank(flat=flat)
+        adapters = [make_adapter(1, 3), make_adapter(2, 12)]
+        bank.load("a", adapters[0])
+        bank.load("b", adapters[1])
+        check_rows(model, bank, ["b", None, "a"], [adapters[1], None, adapters[0]])
+        saved = bank._adapter("b").modules["down"]
+        np.testing.assert_array_equal(saved.a, adapters[1].modules["down"].a)
+        nnx.update(model, bank.merge("a"))
+        assert model.down.kernel.dtype == jnp.float32
 
 
 def test_a_full_bank_says_who_fills_it(pair):

@@ -69,6 +69,24 @@ def test_malformed_case_files(text: str, tmp_path: Path) -> None:
         bench.read_cases(tmp_path / "cases.json")
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--plot", "x.foo"), "plot 'x.foo' must end with one of ."),
+        (("--plot", "no/such/x.png"), "there is no folder 'no/such'"),
+        (("--cases", "."), "Is a directory"),
+        (("--cases", '[{"T": 64}]'), "No such file"),
+    ],
+)
+def test_bad_files_are_refused_before_anything_is_timed(
+    args: tuple[str, str], message: str
+) -> None:
+    result = CliRunner().invoke(app, ["bench", *args])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "timing" not in result.stderr
+
+
 def test_without_a_gpu_xla_is_timed_and_the_rest_is_said_to_be_missing(tmp_path: Path) -> None:
     result = run(tmp_path, "--plot", tmp_path / "bench.png", "--json")
     assert result.exit_code == 0, result.output

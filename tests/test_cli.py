@@ -48,9 +48,21 @@ def test_generate_answers_each_prompt_with_its_adapter() -> None:
     ]
 
 
+def test_generate_prints_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax_lora import generation
+
+    texts = "\\[x^2\\]", "[/]", "a\\\\", "[bold]"
+    found = [generation.Completion("a\\", "p\\", text) for text in texts]
+    monkeypatch.setattr(generation, "complete", lambda *_, **__: found)
+    result = run("generate", "--base", BASE, "--prompt", ":p")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [f"a\\: p\\{text}" for text in texts]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--prompt", ":a", "--adapter", "x=/no/\\[/x]"], "no folder '/no/\\\\[/x]'"),
         (["--prompt", "x:hello"], "no --adapter is called 'x'; there are none"),
         (["--prompt", "hello"], "--prompt NAME:text is the form, got 'hello'"),
         (["--prompt", ":a", "--adapter", "x"], "--adapter NAME=DIR is the form, got 'x'"),

@@ -47,6 +47,9 @@ def test_gradients_are_detached() -> None:
         (torch.ones(4, 6).T, ValueError, r"strides \[1, 6\]; use .contiguous"),
         (torch.eye(3).to_sparse(), TypeError, "takes dense tensors, got layout torch.sparse_coo"),
         (torch.ones(3, dtype=torch.int64), TypeError, "no torch.int64 unless jax_enable_x64"),
+        (torch.ones(3, dtype=torch.complex128), TypeError, "no torch.complex128 unless jax_enab"),
+        (torch.arange(3).to(torch.uint64), TypeError, "no torch.uint64 unless jax_enable_x64"),
+        (torch._neg_view(torch.ones(16)), ValueError, r"negated values; use \.resolve_neg"),
         (torch.ones(65)[1:], ValueError, r"cannot alias .*; \.clone"),
     ],
 )

@@ -394,6 +394,7 @@ def test_every_linear_layer_is_converted_in_place():
         ("0.proj", {"blocks.0.proj"}),
         (["head", "mix"], {"head", "blocks.0.mix", "blocks.1.mix"}),
         ("blocks.1.(proj|wide)", {"blocks.1.proj", "blocks.1.wide"}),
+        ("blocks.1.(proj|conv)", {"blocks.1.proj"}),  # a convolution stays as it is
         (r"blocks\.\d\.wide", {"blocks.0.wide", "blocks.1.wide"}),
         (
             ("proj|wide", "head"),
@@ -441,7 +442,7 @@ REFUSED = {
     "targets' type": (Zoo, {"target": ["proj", 5]}, TypeError, "target must be a regular"),
     "no expression": (Zoo, {"target": "(proj"}, ValueError, "is no regular expression"),
     "embedding": (Zoo, {"target": "embed"}, TypeError, "embed is a Embed; LoRA covers nnx.Linear"),
-    "convolution": (Zoo, {"target": ["proj", "conv"]}, TypeError, r"conv is a Conv; .* Narrow"),
+    "convolution": (Zoo, {"target": ["proj", "conv"]}, TypeError, r"conv is a Conv; LoRA covers"),
     "norm": (Zoo, {"target": "norm"}, TypeError, "norm is a LayerNorm"),
     "slots": (Zoo, {"slots": 0}, ValueError, "at least 1 slot"),
     "buckets": (Zoo, {"buckets": (10,)}, ValueError, "multiples of 8"),

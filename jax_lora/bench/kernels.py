@@ -331,16 +331,33 @@ def _ragged_dots(segments: Segments, dot: Callable[..., jax.Array]) -> Callable[
     return call
 
 
+def check_plot(path: Path) -> None:
+    """Whether `plot` can write there, as a run may take minutes.
+
+    Raises:
+      ValueError: matplotlib is not installed, or does not know the file's ending, or there is no
+        such folder.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'jax-lora[plot]'") from None
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in endings:
+        raise ValueError(f"plot {str(path)!r} must end with one of .{', .'.join(endings)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"plot {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
 def plot(report: Report, path: Path) -> None:
     """Two pictures in one file: time against the floor, and speed-up over the best peer.
 
     Raises:
-      ValueError: matplotlib is not installed, or it does not know the file's ending.
+      ValueError: `check_plot` does.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'jax-lora[plot]'") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     labels = [result.case.label for result in report.results]
     rows = np.arange(len(labels))
     figure = Figure(figsize=(13, 1.5 + 0.26 * len(labels)), layout="constrained")
