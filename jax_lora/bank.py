@@ -30,6 +30,10 @@ _NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
 _OfLayer = tuple[Any, list[Any]]
 
 
+# The bank of each layer, by the layer's id: a bank that lives keeps its layers alive.
+_BANKS: weakref.WeakValueDictionary[int, "AdapterBank"] = weakref.WeakValueDictionary()
+
+
 class BankFullError(RuntimeError):
     """Every slot of a bucket is pinned or leased, so nothing may be evicted."""
 
@@ -72,7 +76,8 @@ class _Site:
 class AdapterBank:
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
-    A model has one bank: two would give the same slots away.
+    A model has one bank, as two would give the same slots away. A new one starts empty and takes
+    over: calls of the one before it raise RuntimeError, and what its batches lease stays leased.
 
     Example::
 
@@ -131,6 +136,13 @@ class AdapterBank:
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._writers = {bucket: self._compile_writer(bucket) for bucket in self._slots}
+        self._is_current = True
+        for layer in self._layers:
+            if (before := _BANKS.get(id(layer))) is not None:
+                with before._lock:
+                    before._is_current = False
+                    self._leases.update(before._leases)
+            _BANKS[id(layer)] = self
 
     # ------------------------------------------------------------------------------- what is there
 
@@ -346,8 +358,13 @@ class AdapterBank:
         if name in self._entries and not replace:
             raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
 
+    def _check_current(self) -> None:
+        if not self._is_current:
+            raise RuntimeError("another AdapterBank of this model has taken over its slots")
+
     def _entry(self, name: str) -> _Entry:
         with self._lock:
+            self._check_current()
             try:
                 return self._entries[name]
             except (KeyError, TypeError):
@@ -368,6 +385,7 @@ class AdapterBank:
             )
         values = self._values(name, adapter, bucket)
         with self._lock:
+            self._check_current()
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._find_slot(bucket, name)
             variables = self._variables(bucket)

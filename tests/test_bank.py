@@ -267,6 +267,34 @@ def test_with_64_bits_enabled(flat):
         assert model.down.kernel.dtype == jnp.float32
 
 
+def test_a_second_bank_takes_over_and_leaves_leased_slots_alone(pair):
+    model, first = pair
+    old, new = make_adapter(1, 4), make_adapter(2, 4)
+    first.load("old", old)
+    batch = first.batch(["old"])
+    second = AdapterBank(model)
+    assert second.names == ()
+    for call in (
+        lambda: first.load("a", new),
+        lambda: first.create("a", LoRAConfig(4, 4), rngs=nnx.Rngs(0)),
+        lambda: first.batch(["old"]),
+        lambda: first.pin("old"),
+        lambda: first.merge("old"),
+    ):
+        with pytest.raises(RuntimeError, match="another AdapterBank of this model has taken over"):
+            call()
+    second.load("new", new)
+    with pytest.raises(BankFullError, match="1 are leased by batches"):
+        second.pin("new")
+        second.load("newer", make_adapter(3, 4))
+    x = tokens(1)
+    np.testing.assert_allclose(forward(model, x, batch), expected(model, x, [old]), atol=1e-5)
+    check_rows(model, second, ["new"], [new])
+    del batch
+    second.load("newer", make_adapter(3, 4))
+    assert second.names == ("new", "newer")
+
+
 def test_a_full_bank_says_who_fills_it(pair):
     _, bank = pair
     bank.load("a", make_adapter(1, 4))
