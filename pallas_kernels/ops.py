@@ -442,9 +442,6 @@ def _expand_op(
     missing = mosaic_gpu.missing(
         lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
     )
-    if missing is None and v.dtype not in (jnp.float32, lora_b.dtype):
-        # LoRAX rounds float32 v alone to B's dtype.
-        missing = f"{v.dtype} v beside {lora_b.dtype} lora_b (it takes float32 v, or B's dtype)"
     implementation, config = how
     spec = _Spec(
         _choose(implementation, config, missing),
@@ -529,7 +526,8 @@ def bgmv_expand(
     """y'[t] = y[t] + v[t] @ lora_b[indices[t]].T; rows of -1 keep y.
 
     Args:
-      v: `[T, R]`. float32 is rounded to a half-precision `lora_b`'s dtype first, as LoRAX does.
+      v: `[T, R]`. float32 is rounded to a half-precision `lora_b`'s dtype first, as LoRAX does; by
+        "mosaic_gpu" so is the other half precision.
       lora_b: `[L, N, R]` or `[L, 1, N, R]`.
       indices: `[T]` integers. -1, and anything outside `[0, L)`, is no adapter.
       y: `[T, N]`, or None for zeros of `lora_b`'s dtype.

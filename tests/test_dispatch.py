@@ -219,16 +219,6 @@ def test_parts_that_overlap_between_the_kernels_columns() -> None:
     lacks(r"columns \[0, 4\) between edges of overlapping parts, 4 more than a multi", call, *args)
 
 
-def test_v_of_another_half_precision_is_not_rounded() -> None:
-    def call(implementation: Any, v: Any, b: Any, ids: Any, y: Any) -> Any:
-        return pk.bgmv_expand(v, b, ids, y, implementation=implementation)
-
-    v, y = jnp.full((T, 16), 1e5, jnp.bfloat16), jnp.zeros((T, N))
-    args = v, jnp.ones((L, N, 16), jnp.float16), jnp.zeros(T, jnp.int32), y
-    lacks("bfloat16 v beside float16 lora_b", call, *args)
-    np.testing.assert_allclose(call(None, *args), 16 * np.float32(v[0, 0]))
-
-
 @pytest.mark.parametrize("tokens", [8, 300])
 def test_the_kernels_lower_with_64_bits_enabled(tokens: int) -> None:
     with jax.enable_x64(True):
