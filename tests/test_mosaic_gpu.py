@@ -101,6 +101,8 @@ def add_lora(
     )
 
 
+# The emulated kernels take seconds for what a device test does too.
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TWO = mosaic_gpu.Config(split=2)  # launches
 DECODE = mosaic_gpu.Config(split=2, warps=4, stages=2, expand_stages=2)
 WAYS = pytest.mark.parametrize(
@@ -216,13 +218,16 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
 @pytest.mark.parametrize(
     ("case", "change"),
     [
-        (Case(70, 64, 72, 8, 3, "zipf"), dict(expand_columns=3)),
-        (Case(130, 128, 64, 48, 3, "uniform"), dict(stages=1, stack=2, chunks=2, expand_stack=2)),
+        slow(Case(70, 64, 72, 8, 3, "zipf"), dict(expand_columns=3)),
+        slow(
+            Case(130, 128, 64, 48, 3, "uniform"),
+            dict(stages=1, stack=2, chunks=2, expand_stack=2),
+        ),
         (Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
-        (Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
+        slow(Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
-        (Case(130, 64, 64, 16, 3, "none"), {}),
+        slow(Case(130, 64, 64, 16, 3, "none"), {}),
     ],
     ids=str,
 )
@@ -257,7 +262,7 @@ def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True)
     monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
 
 
-@pytest.mark.parametrize(("zero_rows", "row_tiles"), [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize(("zero_rows", "row_tiles"), [(False, 1), (True, 1), slow(True, 2)])
 def test_shrink_takes_parts_in_turn(
     zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +292,7 @@ def test_shrink_takes_parts_in_turn(
         assert not zero_rows or not v[~used].any()
 
 
-@pytest.mark.parametrize("row_tiles", [1, 2])
+@pytest.mark.parametrize("row_tiles", [1, slow(2)])
 def test_overlapping_parts_of_mixed_ranks(
     row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +475,7 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
 
 
 @hypothesis.given(tokens=st.integers(1, 256), data=st.data())
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_seating_gives_each_leader_its_clusters(tokens: int, data: Any) -> None:
     ranks = data.draw(st.lists(st.sampled_from([8, 16, 64, 128]), min_size=1, max_size=3))
     slots = [data.draw(st.sampled_from([1, 2, 3, 9, 40, 300])) for _ in ranks]

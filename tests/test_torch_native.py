@@ -312,10 +312,12 @@ def test_a_machine_without_the_cuda_plugin_says_so(monkeypatch):
 @pytest.mark.parametrize(("settings", "warns"), [
     ({}, True),
     ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, False),
-    ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, False),
     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".1"}, False),
-    ({"JAX_PLATFORMS": "cpu"}, False),
-    ({"JAX_PLATFORMS": "cuda,cpu"}, True),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, False),
+        ({"JAX_PLATFORMS": "cpu"}, False),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, True),
+    ]),
 ])  # fmt: skip
 def test_the_import_warns_once_of_jaxs_preallocation(settings, warns):
     code = (
