@@ -31,12 +31,7 @@ def _narrow(words: Array) -> Array:
 
 
 def _clamped(words: Array) -> Array:
-    """int32 numbers; the nearest for those that do not fit."""
-    if words.ndim == 1:
-        return words
-    low, high = words[:, 0], words[:, 1]
-    nearest = jnp.where(high < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1))
-    return jnp.where(high == low >> 31, low, nearest)
+    return words if words.ndim == 1 else WideIndices(words).nearest()
 
 
 def _segments(

@@ -137,12 +137,12 @@ class AdapterBank:
         self._lock = threading.RLock()
         self._writers = {bucket: self._compile_writer(bucket) for bucket in self._slots}
         self._is_current = True
-        for layer in self._layers:
-            if (before := _BANKS.get(id(layer))) is not None:
-                with before._lock:
-                    before._is_current = False
-                    self._leases.update(before._leases)
-            _BANKS[id(layer)] = self
+        there = (_BANKS.get(id(layer)) for layer in self._layers)
+        for before in {bank for bank in there if bank is not None}:
+            with before._lock:
+                before._is_current = False
+                self._leases.update(before._leases)
+        _BANKS.update((id(layer), self) for layer in self._layers)
 
     # ------------------------------------------------------------------------------- what is there
 

@@ -95,8 +95,16 @@ class WideIndices:
 
     def narrow(self) -> Int[Array, " T"]:
         """int32 ids; those that do not fit become -1."""
+        return self._or(-1)
+
+    def nearest(self) -> Int[Array, " T"]:
+        """int32 numbers; the nearest for those that do not fit."""
+        return self._or(jnp.where(self.words[:, 1] < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1)))
+
+    def _or(self, other: Any) -> Int[Array, " T"]:
+        """int32 numbers; `other` for those that do not fit."""
         low, high = self.words[:, 0], self.words[:, 1]
-        return jnp.where(high == low >> 31, low, jnp.int32(-1))
+        return jnp.where(high == low >> 31, low, jnp.asarray(other, jnp.int32))
 
 
 # The adapters of tokens, as ops pass them on: sorted, or ids of which any outside [0, L) is none.
@@ -283,10 +291,8 @@ def segments_from_lengths(
         if array.ndim != 1 or array.shape != arrays["starts"].shape:
             shapes = {k: list(v.shape) for k, v in arrays.items()}
             raise ValueError(f"starts, lengths and adapters must share one shape [S], got {shapes}")
-    num_tokens, num_adapters = (
-        static("num_tokens", num_tokens),
-        static("num_adapters", num_adapters),
-    )
+    num_tokens = static("num_tokens", num_tokens)
+    num_adapters = static("num_adapters", num_adapters)
     if num_tokens < 0 or num_adapters < 1:
         raise ValueError(
             f"need num_tokens >= 0 and num_adapters >= 1, got {num_tokens} and {num_adapters}"
