@@ -292,12 +292,15 @@ def test_shrink_takes_parts_in_turn(
         assert not zero_rows or not v[~used].any()
 
 
-@pytest.mark.parametrize("row_tiles", [1, slow(2)])
+@pytest.mark.parametrize(("exclusive", "row_tiles"), [(False, 1), (True, 1), slow(False, 2)])
 def test_overlapping_parts_of_mixed_ranks(
-    row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    exclusive: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_parts_in_turn(monkeypatch)
     ids, parts = ids_of_three_parts(), []
+    if exclusive:
+        for n in (1, 2):
+            ids[n][(ids[:n] >= 0).any(axis=0)] = -1
     first = Case(200, 128, 64, 8, 4, y_extra=16).arrays()
     want = first.y.astype(np.float64)
     for rank, offset, mine in zip((8, 16, 64), (0, 0, 16), ids):
@@ -309,15 +312,20 @@ def test_overlapping_parts_of_mixed_ranks(
     config = mosaic_gpu.Config(
         split=2, block_n=16, expand_columns=2, row_tiles=row_tiles, expand_row_tiles=row_tiles
     )
-    y = np.asarray(
-        pk.add_lora_multi(
+
+    def run(promise: bool) -> np.ndarray:
+        y = pk.add_lora_multi(
             jnp.asarray(first.y), jnp.asarray(first.x), tuple(parts),
-            implementation="mosaic_gpu", config=config,
-        )
-    )  # fmt: skip
+            implementation="mosaic_gpu", config=config, exclusive=promise,
+        )  # fmt: skip
+        return np.asarray(y)
+
+    y = run(exclusive)
     assert relative_error(y, want) < y_tolerance("bfloat16")
     unused = (ids < 0).all(axis=0)
     np.testing.assert_array_equal(bits(y)[unused], bits(first.y)[unused])
+    if exclusive:
+        np.testing.assert_array_equal(bits(y), bits(run(False)))
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def add_lora_multi(
     for group in _launches(parts):
         planned = _add_lora_plan((y,), x, group, config, exclusive=exclusive)
         if planned is None:
-            y = _two_launches(y, x, group, config)
+            y = _two_launches(y, x, group, config, exclusive)
         else:
             [y] = decode_kernel((y,), x, *planned)
     return apart(y, ys)
@@ -199,7 +199,9 @@ def _launches(parts: tuple[LoRAPart, ...]) -> list[tuple[LoRAPart, ...]]:
     return [tuple(parts[i] for i in launch) for launch in launches]
 
 
-def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None) -> Array:
+def _two_launches(
+    y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Config | None, exclusive: bool
+) -> Array:
     configs = [config or _config(x, p.lora_a, p.lora_b.shape[1]) for p in parts]
     vs = _shrink_parts(
         x,
@@ -209,7 +211,7 @@ def _two_launches(y: Array, x: Array, parts: tuple[LoRAPart, ...], config: Confi
     expands = tuple(
         ExpandPart(v, p.lora_b, p.indices, p.y_offset, c) for v, p, c in zip(vs, parts, configs)
     )
-    return expand_kernel(y, expands, add_inputs=True)
+    return expand_kernel(y, expands, add_inputs=True, exclusive=exclusive)
 
 
 def _list(part: LoRAPart) -> tuple[int, int]:

@@ -48,36 +48,46 @@ class ExpandPart(NamedTuple):
 
 
 def expand_kernel(
-    y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], *, add_inputs: bool
+    y: Float[Array, "T Ny"],
+    parts: tuple[ExpandPart, ...],
+    *,
+    add_inputs: bool,
+    exclusive: bool = False,
 ) -> Float[Array, "T Ny"]:
-    """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once."""
+    """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
+
+    `exclusive`: no token is in several lists of ids. A block then adds part after part.
+    """
     itemsize = y.dtype.itemsize
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
+    # What a block holds v and B of at once.
+    turns = {cut: [(i,) for i in cut.parts] if exclusive else [cut.parts] for cut in spans}
     widest = max(cut.stop - cut.start for cut in spans)
     configs = [part.config for part in parts]
     row_tiles = min(part.config.expand_row_tiles for part in parts)
     # Of the parts whose tiles the launch takes: others count on more rows for each load of B.
     columns = max(c.expand_columns for c in configs if c.expand_row_tiles == row_tiles)
-    if columns > 1 and max(len(cut.parts) for cut in spans) > 2:
+    if columns > 1 and max(len(turn) for cut in spans for turn in turns[cut]) > 2:
         # v and B of all of them fill shared memory, so that few blocks are there at once. H100,
         # T=4096, ranks 8, 16, 32, 64 and 128: 69.5 us with 4, 65.2 with 8, 76.8 with 16.
         columns = max(columns, min(2 * columns, 8))
     columns = max(1, min(columns, widest // min(part.config.block_n for part in parts)))
-    rows, block_n, columns, parts = _fitting(parts, spans, columns, itemsize)
+    at_once = {turn for cut in spans for turn in turns[cut]}
+    rows, block_n, columns, parts = _fitting(parts, at_once, columns, itemsize)
     y_stages = min(_Y_STAGES, columns)
     wholes = [(cut.stop - cut.start) // block_n for cut in spans]
     groups = [-(-whole // columns) for whole in wholes]  # blocks of whole columns
     rests = [(cut.stop - cut.start) % block_n for cut in spans]
 
-    def tile_copies(cut: Cut) -> int:
-        return sum(1 + route_copies(parts[i].segments, rows) for i in cut.parts)  # v and routes
+    def route_arrivals(cut: Cut) -> int:
+        return sum(route_copies(parts[i].segments, rows) for i in cut.parts)
 
-    tile_arrivals = max(map(tile_copies, spans))
+    most_routes, most_at_once = max(map(route_arrivals, spans)), max(map(len, at_once))
     y_arrivals = max(len(pieces(width, itemsize)) for width in (block_n, *rests))
 
     def body(y_ref: Any, *refs: Any) -> None:
         inputs = [refs[3 * i : 3 * i + 3] for i in range(len(parts))]
-        tile_loaded, y_loaded, *b_loaded = refs[3 * len(parts) :]
+        routes_loaded, v_loaded, y_loaded, *b_loaded = refs[3 * len(parts) :]
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
         row_start = tile * rows
 
@@ -89,7 +99,9 @@ def expand_kernel(
                 start = column + n * width + first
                 return y_ref.at[pl.ds(row_start, rows), pl.ds(start, size)]
 
-            def with_memory(y_smem: Any, memory: Any) -> None:
+            def with_memory(y_smem: Any, *all_routes: Any) -> None:
+                route_of = dict(zip(cut.parts, all_routes))
+
                 def fetch_y(n: Array | int, slot: Array | int) -> None:
                     for (first, size), piece in zip(y_cut, y_smem):
                         plgpu.copy_gmem_to_smem(
@@ -98,30 +110,29 @@ def expand_kernel(
                     for _ in range(len(y_cut), y_arrivals):
                         plgpu.barrier_arrive(y_loaded.at[slot])
 
-                for i, (route, v_smem, *_) in zip(cut.parts, memory):
-                    v_ref, _, route_ref = inputs[i]
-                    copy_route(route_ref, tile, route, tile_loaded)
-                    plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, rows)], v_smem, tile_loaded)
-                for _ in range(tile_copies(cut), tile_arrivals):
-                    plgpu.barrier_arrive(tile_loaded)
-                for n in range(y_stages):
-                    pl.when(n < count)(functools.partial(fetch_y, n, n))
-                plgpu.barrier_wait(tile_loaded)
+                def fetch_first_ys() -> None:
+                    for n in range(y_stages):
+                        pl.when(n < count)(functools.partial(fetch_y, n, n))
 
-                def update() -> None:
+                def update(turn: tuple[int, ...], memory: Any) -> None:
+                    for i, (v_smem, *_) in zip(turn, memory):
+                        v_ref = inputs[i][0]
+                        plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, rows)], v_smem, v_loaded)
+                    for _ in range(len(turn), most_at_once):
+                        plgpu.barrier_arrive(v_loaded)
                     deltas, used = [], []
-                    for i, (route, v_smem, *b_smem) in zip(cut.parts, memory):
-                        ids = plgpu.load(route.at[pl.ds(0, rows)], layout=ROWS)
+                    for i, (v_smem, *b_smem) in zip(turn, memory):
+                        ids = plgpu.load(route_of[i].at[pl.ds(0, rows)], layout=ROWS)
                         feature = column - parts[i].y_offset
-                        config, b_ref = parts[i].config, inputs[i][1]
                         deltas.append(
                             _deltas(
-                                v_smem, b_ref, ids, route, feature, width, count, b_loaded[i],
-                                b_smem, config,
+                                v_smem, inputs[i][1], ids, route_of[i], feature, width, count,
+                                b_loaded[i], b_smem, parts[i].config,
                             )
                         )  # fmt: skip
                         used.append(ids >= 0)
                     touched = functools.reduce(jnp.logical_or, used)
+                    plgpu.barrier_wait(v_loaded)
 
                     def add(n: Array, _: None) -> None:
                         delta = functools.reduce(jnp.add, [of(n) for of in deltas])
@@ -148,13 +159,31 @@ def expand_kernel(
                     lax.fori_loop(0, count, add, None)
                     plgpu.wait_smem_to_gmem(0)
 
-                counts = [route[rows] for route, *_ in memory]
-                is_used = functools.reduce(jnp.maximum, counts) > 0
-                pl.when(is_used)(update)
+                for i in cut.parts:
+                    copy_route(inputs[i][2], tile, route_of[i], routes_loaded)
+                for _ in range(route_arrivals(cut), most_routes):
+                    plgpu.barrier_arrive(routes_loaded)
+                fetch_first_ys()
+                plgpu.barrier_wait(routes_loaded)
+                is_used = [
+                    functools.reduce(jnp.maximum, [route_of[i][rows] for i in turn]) > 0
+                    for turn in turns[cut]
+                ]
+                for n, turn in enumerate(turns[cut]):
+
+                    @pl.when(is_used[n])
+                    def _(n: int = n, turn: tuple[int, ...] = turn) -> None:
+                        pl.run_scoped(
+                            functools.partial(update, turn),
+                            [_memory(parts[i], rows, width) for i in turn],
+                        )
+                        if later := is_used[n + 1 :]:
+                            pl.when(functools.reduce(jnp.logical_or, later))(fetch_first_ys)
 
                 # A block must not end before what it has copied is here.
+                unused = jnp.logical_not(functools.reduce(jnp.logical_or, is_used))
                 for n in range(y_stages):
-                    pl.when(jnp.logical_not(is_used) & (n < count))(
+                    pl.when(unused & (n < count))(
                         functools.partial(plgpu.barrier_wait, y_loaded.at[n])
                     )
 
@@ -166,7 +195,7 @@ def expand_kernel(
                     )
                     for _, size in y_cut
                 ],
-                [_memory(parts[i], rows, width) for i in cut.parts],
+                *(_route_memory(parts[i], rows) for i in cut.parts),
             )
 
         first = 0
@@ -191,7 +220,8 @@ def expand_kernel(
     kernel = plgpu.kernel(
         body,
         scratch_types=[
-            plgpu.Barrier(num_arrivals=tile_arrivals),
+            plgpu.Barrier(num_arrivals=most_routes),
+            plgpu.Barrier(num_arrivals=most_at_once),
             plgpu.Barrier(num_barriers=y_stages, num_arrivals=y_arrivals),
             *(
                 plgpu.Barrier(
@@ -214,41 +244,45 @@ def _stacked(config: Config, rows: int, width: int) -> int:
     return min(config.expand_stack, MAX_COLUMNS * TILE // rows // width)
 
 
+def _route_memory(part: ExpandPart, rows: int) -> Any:
+    return plgpu.SMEM((route_words(part.segments, rows),), jnp.int32)
+
+
 def _memory(part: ExpandPart, rows: int, width: int) -> tuple[Any, ...]:
-    """Of a part, in shared memory: route, v, a ring of B, and of rank 8 B as wgmma takes it."""
+    """Of a part, in shared memory: v, a ring of B, and of rank 8 B as wgmma takes it."""
     (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
     wide, stages = _stacked(part.config, rows, width) * width, part.config.expand_stages
-    route = plgpu.SMEM((route_words(part.segments, rows),), jnp.int32)
     v = plgpu.SMEM((rows, width_v), dtype, transforms=operand_layout(dtype, width_v))
     if rank > 8:
         layout = operand_layout(dtype, rank)
-        return route, v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout)
+        return v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout)
     wide = -(-wide // TILE) * TILE  # the WGMMA layout comes in 64 rows
     b16 = plgpu.SMEM((wide, 16), dtype, transforms=operand_layout(dtype, 16))
-    return route, v, plgpu.SMEM((stages, wide, rank), dtype), b16
+    return v, plgpu.SMEM((stages, wide, rank), dtype), b16
 
 
 def _fitting(
-    parts: tuple[ExpandPart, ...], spans: list[Cut], columns: int, itemsize: int
+    parts: tuple[ExpandPart, ...], at_once: set[tuple[int, ...]], columns: int, itemsize: int
 ) -> tuple[int, int, int, tuple[ExpandPart, ...]]:
     """Rows and columns of a block, how many times it takes those in turn, and the parts, with
-    configs whose shared memory fits; `itemsize` is y's."""
+    configs whose shared memory fits, of those that a block holds at once; `itemsize` is y's."""
     given, row_tiles = parts, min(part.config.expand_row_tiles for part in parts)
     rows = row_tiles * TILE
     block_n = min(MAX_COLUMNS // row_tiles, *(part.config.block_n for part in parts))
 
-    def nbytes(cut: Cut) -> int:
-        memory = [ref for i in cut.parts for ref in _memory(parts[i], rows, block_n)]
+    def nbytes(turn: tuple[int, ...]) -> int:
+        memory = [ref for i in turn for ref in _memory(parts[i], rows, block_n)]
+        memory += [_route_memory(part, rows) for part in parts]
         sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
         y_bytes = rows * block_n * min(_Y_STAGES, columns) * itemsize
         return y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
 
-    while max(map(nbytes, spans)) > _SHARED_BYTES:
+    while max(map(nbytes, at_once)) > _SHARED_BYTES:
         if any(part.config.expand_stages > 1 for part in parts):
             parts = _with(parts, expand_stages=1)
         elif row_tiles > 1 and block_n <= 32:
             # With still fewer columns, wgmma would mostly wait for v.
-            return _fitting(_with(given, expand_row_tiles=1), spans, columns, itemsize)
+            return _fitting(_with(given, expand_row_tiles=1), at_once, columns, itemsize)
         elif block_n > 8:
             block_n = max(8, block_n // 16 * 8)
         elif columns > 1:
