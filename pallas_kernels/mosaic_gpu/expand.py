@@ -114,12 +114,20 @@ def expand_kernel(
                     for n in range(y_stages):
                         pl.when(n < count)(functools.partial(fetch_y, n, n))
 
-                def update(turn: tuple[int, ...], memory: Any) -> None:
+                def fetch_v(turn: tuple[int, ...], memory: Any) -> None:
                     for i, (v_smem, *_) in zip(turn, memory):
                         v_ref = inputs[i][0]
                         plgpu.copy_gmem_to_smem(v_ref.at[pl.ds(row_start, rows)], v_smem, v_loaded)
                     for _ in range(len(turn), most_at_once):
                         plgpu.barrier_arrive(v_loaded)
+
+                def memory_of(turn: tuple[int, ...]) -> list[Any]:
+                    return [_memory(parts[i], rows, width) for i in turn]
+
+                def is_used(turn: tuple[int, ...]) -> Array:
+                    return functools.reduce(jnp.maximum, [route_of[i][rows] for i in turn]) > 0
+
+                def update(turn: tuple[int, ...], memory: Any) -> None:
                     deltas, used = [], []
                     for i, (v_smem, *b_smem) in zip(turn, memory):
                         ids = plgpu.load(route_of[i].at[pl.ds(0, rows)], layout=ROWS)
@@ -163,25 +171,34 @@ def expand_kernel(
                     copy_route(inputs[i][2], tile, route_of[i], routes_loaded)
                 for _ in range(route_arrivals(cut), most_routes):
                     plgpu.barrier_arrive(routes_loaded)
-                fetch_first_ys()
-                plgpu.barrier_wait(routes_loaded)
-                is_used = [
-                    functools.reduce(jnp.maximum, [route_of[i][rows] for i in turn]) > 0
-                    for turn in turns[cut]
-                ]
-                for n, turn in enumerate(turns[cut]):
+                if len(turns[cut]) == 1:
+                    [turn] = turns[cut]
 
-                    @pl.when(is_used[n])
-                    def _(n: int = n, turn: tuple[int, ...] = turn) -> None:
-                        pl.run_scoped(
-                            functools.partial(update, turn),
-                            [_memory(parts[i], rows, width) for i in turn],
-                        )
-                        if later := is_used[n + 1 :]:
-                            pl.when(functools.reduce(jnp.logical_or, later))(fetch_first_ys)
+                    def all_at_once(memory: Any) -> None:
+                        fetch_v(turn, memory)
+                        fetch_first_ys()
+                        plgpu.barrier_wait(routes_loaded)
+                        pl.when(is_used(turn))(functools.partial(update, turn, memory))
+                        pl.when(~is_used(turn))(lambda: plgpu.barrier_wait(v_loaded))
+
+                    pl.run_scoped(all_at_once, memory_of(turn))
+                else:
+                    fetch_first_ys()
+                    plgpu.barrier_wait(routes_loaded)
+                    for n, turn in enumerate(turns[cut]):
+
+                        def one(memory: Any, turn: tuple[int, ...] = turn) -> None:
+                            fetch_v(turn, memory)
+                            update(turn, memory)
+
+                        @pl.when(is_used(turn))
+                        def _(n: int = n, turn: tuple[int, ...] = turn, one: Any = one) -> None:
+                            pl.run_scoped(one, memory_of(turn))
+                            if later := [is_used(turn) for turn in turns[cut][n + 1 :]]:
+                                pl.when(functools.reduce(jnp.logical_or, later))(fetch_first_ys)
 
                 # A block must not end before what it has copied is here.
-                unused = jnp.logical_not(functools.reduce(jnp.logical_or, is_used))
+                unused = ~is_used(cut.parts)
                 for n in range(y_stages):
                     pl.when(unused & (n < count))(
                         functools.partial(plgpu.barrier_wait, y_loaded.at[n])

@@ -1,6 +1,7 @@
 """v = scale * x @ A[i].T: a cluster per 64 or 128 tokens splits H, sums through shared memory."""
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -81,11 +82,15 @@ def shrink_kernel(
     most = MAX_COLUMNS // row_tiles
     stacks = [min(p.config.stack, most // width) for p, width in zip(parts, widths)]
     wides = [stack * width for stack, width in zip(stacks, widths)]
-    items = [4 if twin else jnp.dtype(part.dtype).itemsize for part in parts]
+    dtypes = [jnp.dtype(jnp.float32 if twin else part.dtype) for part in parts]
     # A block without peers puts out all of its rows, others one tile, where those they own are.
     alone = twin or split == 1
     out_rows = rows if alone else TILE
-    out_bytes = out_rows * 128 * max(len(pieces(*of)) for of in zip(widths, items))
+    out_memory = [_out_memory(out_rows, max(16, width), of) for width, of in zip(widths, dtypes)]
+    out_bytes = max(
+        sum(math.prod(ref.shape) * dtype.itemsize for ref in itertools.chain(*memory))
+        for memory, dtype in zip(out_memory, dtypes)
+    )
     column_bytes = (planes * rows + max(wides)) * x.dtype.itemsize
     routes_bytes = sum(-(-4 * route_words(p.segments, rows) // 1024) * 1024 for p in parts)
     room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
@@ -209,12 +214,21 @@ def shrink_kernel(
                     v = jnp.where(row_mask(ids, adapter, width), mine, v)
                 return v
 
+            # Then a row without an adapter in this round has none: whole tiles may be stored.
+            whole = (route[rows] <= stack) & (outs[i].shape[-2] > 1)
+
             def stage_out(v: Array) -> None:
                 v = v.astype(dtype)
                 if row_width > width:  # rank 8 in half precision: the expand's K is 16
                     v = jnp.concatenate([v, jnp.zeros_like(v)], axis=1)
-                for (first, size), piece in zip(cut, out_smem):
-                    store_rows(piece.at[:, pl.ds(0, size)], v[:, first : first + size])
+                for (first, size), (piece, *tile) in zip(cut, out_smem):
+                    columns = v[:, first : first + size]
+                    by_row = functools.partial(store_rows, piece.at[:, pl.ds(0, size)], columns)
+                    if tile:
+                        pl.when(whole)(functools.partial(store_rows, tile[0], columns))
+                        pl.when(jnp.logical_not(whole))(by_row)
+                    else:
+                        by_row()
 
             def exchange(v: Array, part_smem: Any) -> None:
                 """Sums what the cluster's blocks have, in their order: of a tile, all rows."""
@@ -249,20 +263,31 @@ def shrink_kernel(
                     )
                 plgpu.commit_smem()
 
-                def store(r: Array, carry: None) -> None:
-                    row = r if twin else me * own + r
+                target = v_ref.at[me] if twin else v_ref
+                first_row = 0 if twin else me * own
+
+                def store_tile() -> None:
+                    for (first, size), memory in zip(cut, out_smem):
+                        plgpu.copy_smem_to_gmem(
+                            memory[-1].at[pl.ds(first_row - out_start, own)],
+                            target.at[
+                                pl.ds(row_start + first_row, own), pl.ds(rank_start + first, size)
+                            ],
+                        )
+
+                def store_row(r: Array, carry: None) -> None:
+                    row = first_row + r
                     adapter = route[row]
                     mine = [(adapter == a) & (a >= 0) for a in adapters]
                     if zero_rows:
                         mine.append((adapter < 0) & (n == 0))
-                    target = v_ref.at[me] if twin else v_ref
 
                     # TMA clips rows behind the last one, but not where there is one row in all.
                     @pl.when(
                         functools.reduce(jnp.logical_or, mine) & (row_start + row < num_tokens)
                     )
                     def _() -> None:
-                        for (first, size), piece in zip(cut, out_smem):
+                        for (first, size), (piece, *_) in zip(cut, out_smem):
                             plgpu.copy_smem_to_gmem(
                                 piece.at[pl.ds(row - out_start, 1), pl.ds(0, size)],
                                 target.at[
@@ -270,7 +295,8 @@ def shrink_kernel(
                                 ],
                             )
 
-                lax.fori_loop(0, own, store, None)
+                pl.when(whole)(store_tile)
+                pl.when(jnp.logical_not(whole))(lambda: lax.fori_loop(0, own, store_row, None))
                 plgpu.wait_smem_to_gmem(0)
 
             rounds = lax.div(route[rows] + (stack - 1), jnp.int32(stack))
@@ -282,15 +308,7 @@ def shrink_kernel(
 
         pl.run_scoped(
             with_memory,
-            [
-                # TMA wants its rows 128 bytes apart.
-                plgpu.SMEM(
-                    (out_rows, 128 // dtype.itemsize),
-                    dtype,
-                    transforms=plain_layout(128) if size * dtype.itemsize == 128 else (),
-                )
-                for _, size in cut
-            ],
+            _out_memory(out_rows, row_width, dtype),
         )
 
     layout = operand_layout(x.dtype, math.gcd(features, 64))
@@ -317,3 +335,15 @@ def shrink_kernel(
         kernel_name=f"lora_shrink_{ranks}",
         **place,
     )(x, *(array for p in parts for array in (p.lora_a, p.scales, routes(p.segments, rows))))
+
+
+def _out_memory(rows: int, columns: int, dtype: Any) -> list[list[Any]]:
+    """Per piece of the columns: to store row by row, and, if that is another array, whole tiles.
+    TMA wants rows that it copies one by one 128 bytes apart, those of a tile side by side."""
+    memory = []
+    for _, size in pieces(columns, dtype.itemsize):
+        nbytes = size * dtype.itemsize
+        tile = plgpu.SMEM((rows, size), dtype, transforms=plain_layout(nbytes))
+        by_row = plgpu.SMEM((rows, 128 // dtype.itemsize), dtype)
+        memory.append([tile] if nbytes == 128 else [by_row, tile])
+    return memory
