@@ -144,18 +144,18 @@ def _of_high_rank(config: Config, num_tokens: int, width: int, rank: int) -> Con
     # H100, T=4096, 8 adapters, R=256: 90.3 us with one tile and 2 columns in turn, 81.0 with two
     # tiles in the shrink and 4 columns. The expand alone 36.4 with two tiles and 8 columns, 34.3
     # with one, 16 columns, and room for two blocks on a multiprocessor. R=512, where v of two tiles
-    # leaves the expand little room: 165.6, 119.8 with two in the shrink alone, 122.6 in both.
+    # leaves the expand little room: 165.6, 119.8 with two in the shrink alone, 122.6 in both; the
+    # expand alone 58.2 with 8 columns, 54.9 with 16.
     # T=8192, one adapter of R=128: 108.8, 98.1 with two in both.
     rank_blocks = rank // rank_width(rank, config.rank_block)
     fill = pairs * rank_blocks * config.split > MULTIPROCESSORS * 3 // 4
     expand_row_tiles = 2 if rank < 192 else 1
-    two_blocks = 192 <= rank <= 320
     blocks = -(-num_tokens // (expand_row_tiles * TILE)) * -(-width // config.block_n)
     return dataclasses.replace(
         config,
         row_tiles=2 if fill else 1,
         expand_row_tiles=expand_row_tiles,
-        expand_columns=max(1, min(16 if two_blocks else 8, -(-blocks // MULTIPROCESSORS))),
+        expand_columns=max(1, min(8 if rank < 192 else 16, -(-blocks // MULTIPROCESSORS))),
         # Of higher ranks there is one block on a multiprocessor in any case. R=512, one tile: 148.4
         # us with one stage, 132.7 with two.
         expand_stages=2 if rank > 320 else 1,
