@@ -167,35 +167,33 @@ def expand_kernel(
                     lax.fori_loop(0, count, add, None)
                     plgpu.wait_smem_to_gmem(0)
 
+                def only_one(turn: tuple[int, ...], memory: Any) -> None:
+                    fetch_v(turn, memory)
+                    fetch_first_ys()
+                    plgpu.barrier_wait(routes_loaded)
+                    pl.when(is_used(turn))(functools.partial(update, turn, memory))
+                    pl.when(~is_used(turn))(lambda: plgpu.barrier_wait(v_loaded))
+
+                def one_of_several(n: int, turn: tuple[int, ...]) -> None:
+                    def run(memory: Any) -> None:
+                        fetch_v(turn, memory)
+                        update(turn, memory)
+
+                    pl.run_scoped(run, memory_of(turn))
+                    if later := [is_used(other) for other in turns[cut][n + 1 :]]:
+                        pl.when(functools.reduce(jnp.logical_or, later))(fetch_first_ys)
+
                 for i in cut.parts:
                     copy_route(inputs[i][2], tile, route_of[i], routes_loaded)
                 for _ in range(route_arrivals(cut), most_routes):
                     plgpu.barrier_arrive(routes_loaded)
                 if len(turns[cut]) == 1:
-                    [turn] = turns[cut]
-
-                    def all_at_once(memory: Any) -> None:
-                        fetch_v(turn, memory)
-                        fetch_first_ys()
-                        plgpu.barrier_wait(routes_loaded)
-                        pl.when(is_used(turn))(functools.partial(update, turn, memory))
-                        pl.when(~is_used(turn))(lambda: plgpu.barrier_wait(v_loaded))
-
-                    pl.run_scoped(all_at_once, memory_of(turn))
+                    pl.run_scoped(functools.partial(only_one, cut.parts), memory_of(cut.parts))
                 else:
                     fetch_first_ys()
                     plgpu.barrier_wait(routes_loaded)
                     for n, turn in enumerate(turns[cut]):
-
-                        def one(memory: Any, turn: tuple[int, ...] = turn) -> None:
-                            fetch_v(turn, memory)
-                            update(turn, memory)
-
-                        @pl.when(is_used(turn))
-                        def _(n: int = n, turn: tuple[int, ...] = turn, one: Any = one) -> None:
-                            pl.run_scoped(one, memory_of(turn))
-                            if later := [is_used(turn) for turn in turns[cut][n + 1 :]]:
-                                pl.when(functools.reduce(jnp.logical_or, later))(fetch_first_ys)
+                        pl.when(is_used(turn))(functools.partial(one_of_several, n, turn))
 
                 # A block must not end before what it has copied is here.
                 unused = ~is_used(cut.parts)
