@@ -699,7 +699,8 @@ def add_lora_multi(
 
     Parts may differ in rank, width and adapters, and may overlap. Where several adapters add to
     the same columns of a token, their float32 sum is rounded to y's dtype once, or after each
-    ("mosaic_gpu", up to 256 tokens). Parts that share ids are fastest with one `indices` object.
+    ("mosaic_gpu", up to 256 tokens; beyond, after each of several groups of parts, where a block's
+    memory does not hold all of them). Parts that share ids are fastest with one `indices` object.
 
     Args:
       y: `[T, Ny]`, or a tuple of such arrays of one dtype, whose columns are counted as if they

@@ -41,6 +41,7 @@ import pallas_kernels as pk
 from pallas_kernels import mosaic_gpu, ops
 from pallas_kernels.mosaic_gpu import decode_plan, lanes, tiles
 from pallas_kernels.mosaic_gpu.decode_tokens import seating
+from pallas_kernels.mosaic_gpu.expand import expand_kernel
 from pallas_kernels.mosaic_gpu.shrink import ShrinkPart, shrink_kernel
 from pallas_kernels.segments import WideIndices
 
@@ -292,11 +293,20 @@ def test_shrink_takes_parts_in_turn(
         assert not zero_rows or not v[~used].any()
 
 
-@pytest.mark.parametrize(("exclusive", "row_tiles"), [(False, 1), (True, 1), slow(False, 2)])
+@pytest.mark.parametrize(
+    ("exclusive", "row_tiles", "shared_bytes"),
+    [(False, 1, 2**20), (True, 1, 2**20), slow(False, 2, 2**20), (False, 1, 24 * 1024)],
+)
 def test_overlapping_parts_of_mixed_ranks(
-    exclusive: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    exclusive: bool,
+    row_tiles: int,
+    shared_bytes: int,
+    interpreted: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """All parts at once, or in turns: each alone, or as many as fit."""
     take_parts_in_turn(monkeypatch)
+    monkeypatch.setattr(sys.modules[expand_kernel.__module__], "_SHARED_BYTES", shared_bytes)
     ids, parts = ids_of_three_parts(), []
     if exclusive:
         for n in (1, 2):
@@ -333,6 +343,7 @@ def test_overlapping_parts_of_mixed_ranks(
     [
         ((512, 256, 128, 64), {}),
         ((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
+        ((512,) * 5, {}),  # in turns of three and two
         ((512, 384), dict(block_n=72, expand_columns=8)),  # 72 has no half that is a multiple of 8
         ((512, 64), dict(row_tiles=2, expand_row_tiles=2, expand_columns=8)),
         ((512, 384), dict(row_tiles=2, expand_row_tiles=2)),  # v of 128 rows does not fit
@@ -345,7 +356,7 @@ def test_overlapping_parts_of_high_ranks_fit_shared_memory(
     config = mosaic_gpu.Config(**change) if change else None
 
     def step(y: Any, x: Any, ids: Any, stacks: Any) -> Any:
-        parts = [pk.LoRAPart(a, b, ids, None, 64 * n) for n, (a, b) in enumerate(stacks)]
+        parts = [pk.LoRAPart(a, b, ids, None, 32 * n) for n, (a, b) in enumerate(stacks)]
         return pk.add_lora_multi(
             y, x, parts, phase="prefill", implementation="mosaic_gpu", config=config
         )

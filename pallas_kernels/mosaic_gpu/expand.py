@@ -56,12 +56,12 @@ def expand_kernel(
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
 
-    `exclusive`: no token is in several lists of ids. A block then adds part after part.
+    A block adds part after part if `exclusive`: no token is in several lists of ids. And so where
+    shared memory doesn't hold all of them: then it rounds after each of several turns.
     """
     itemsize = y.dtype.itemsize
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    # What a block holds v and B of at once.
-    turns = {cut: [(i,) for i in cut.parts] if exclusive else [cut.parts] for cut in spans}
+    turns = {cut: _turns(cut.parts, parts, exclusive, itemsize) for cut in spans}
     widest = max(cut.stop - cut.start for cut in spans)
     configs = [part.config for part in parts]
     row_tiles = min(part.config.expand_row_tiles for part in parts)
@@ -276,6 +276,33 @@ def _memory(part: ExpandPart, rows: int, width: int) -> tuple[Any, ...]:
     return v, plgpu.SMEM((stages, wide, rank), dtype), b16
 
 
+def _nbytes(
+    turn: tuple[int, ...], parts: tuple[ExpandPart, ...], rows: int, block_n: int, columns: int,
+    itemsize: int,
+) -> int:  # fmt: skip
+    """Of shared memory, in a turn of these parts."""
+    memory = [ref for i in turn for ref in _memory(parts[i], rows, block_n)]
+    memory += [_route_memory(part, rows) for part in parts]
+    sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
+    y_bytes = rows * block_n * min(_Y_STAGES, columns) * itemsize
+    return y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
+
+
+def _turns(
+    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], exclusive: bool, itemsize: int
+) -> list[tuple[int, ...]]:
+    """The parts that a block holds v and B of at once: as many as can fit, or each alone."""
+    least = _with(parts, expand_stages=1)
+    turns: list[tuple[int, ...]] = []
+    for i in of_cut:
+        together = (*turns[-1], i) if turns and not exclusive else ()
+        if together and _nbytes(together, least, TILE, 8, 1, itemsize) <= _SHARED_BYTES:
+            turns[-1] = together
+        else:
+            turns.append((i,))
+    return turns
+
+
 def _fitting(
     parts: tuple[ExpandPart, ...], at_once: set[tuple[int, ...]], columns: int, itemsize: int
 ) -> tuple[int, int, int, tuple[ExpandPart, ...]]:
@@ -285,14 +312,9 @@ def _fitting(
     rows = row_tiles * TILE
     block_n = min(MAX_COLUMNS // row_tiles, *(part.config.block_n for part in parts))
 
-    def nbytes(turn: tuple[int, ...]) -> int:
-        memory = [ref for i in turn for ref in _memory(parts[i], rows, block_n)]
-        memory += [_route_memory(part, rows) for part in parts]
-        sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
-        y_bytes = rows * block_n * min(_Y_STAGES, columns) * itemsize
-        return y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
-
-    while max(map(nbytes, at_once)) > _SHARED_BYTES:
+    while any(
+        _nbytes(turn, parts, rows, block_n, columns, itemsize) > _SHARED_BYTES for turn in at_once
+    ):
         if any(part.config.expand_stages > 1 for part in parts):
             parts = _with(parts, expand_stages=1)
         elif row_tiles > 1 and block_n <= 32:
@@ -303,7 +325,7 @@ def _fitting(
         elif columns > 1:
             columns = 1
         else:
-            break  # several parts of the highest ranks, which Mosaic refuses
+            break  # more adapters of the highest ranks at once than fit, which Mosaic refuses
     return rows, block_n, columns, parts
 
 
