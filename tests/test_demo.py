@@ -14,7 +14,7 @@ from jax_lora.demo.job import FOLDER, MAX_LOGIT_DIFFERENCE, MAX_NEW_TOKENS, adap
 from jax_lora.generation import decode, encode, fitting_slots, load_tokenizer
 from jax_lora.llama import Llama, generate
 
-PROMPTS, BATCH = 200, 110
+PROMPTS, BATCH = 100, 110
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
             dict(stages=1, stack=2, chunks=2, expand_stack=2),
         ),
         (Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
-        (Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
+        slow(Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         slow(Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
         slow(Case(130, 64, 64, 16, 3, "none"), {}),
@@ -263,7 +263,7 @@ def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True)
     monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
 
 
-@pytest.mark.parametrize(("zero_rows", "row_tiles"), [(False, 1), (True, 1), slow(True, 2)])
+@pytest.mark.parametrize(("zero_rows", "row_tiles"), [slow(False, 1), (True, 1), slow(True, 2)])
 def test_shrink_takes_parts_in_turn(
     zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1015,9 +1015,14 @@ def test_every_size_lowers(shape: tuple[int, int]) -> None:
     assert_kernels(lowered(9, *shape, 16, 3, config=TWO), 16)
 
 
-@pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
-@pytest.mark.parametrize("x", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("x", "weights", "y"),
+    [
+        (x, weights, y) if weights in (x, y) else slow(x, weights, y)
+        for weights in ("bfloat16", "float16")
+        for x, y in itertools.product(("bfloat16", "float16", "float32"), repeat=2)
+    ],
+)
 def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
     assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y)), 64, one=x == weights)
     assert_kernels(lowered(9, 128, 136, 64, 3, (x, weights, y), config=TWO), 64)
