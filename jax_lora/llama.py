@@ -211,7 +211,8 @@ def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def _rope(positions: Array, config: LlamaConfig) -> tuple[Array, Array]:
-    angles = positions.astype(jnp.float32)[:, :, None, None] * _rope_frequencies(config)
+    frequencies = _rope_frequencies(config)[None, None, None]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -232,7 +233,8 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
-        return jax.lax.optimization_barrier(self.scale[...] * x32.astype(x.dtype))
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        return jax.lax.optimization_barrier(scale * x32.astype(x.dtype))
 
 
 class Attention(nnx.Module):
@@ -359,7 +361,7 @@ class Decoder(nnx.Module):
         else:
             positions = cache.lengths[:, None]
             stored = jnp.arange(cache.keys[0].shape[2], dtype=jnp.int32)
-            mask = positions[:, :, None] >= stored
+            mask = positions[:, :, None] >= stored[None, None]
         rope = _rope(positions, self.config)
         x = self.embed_tokens(tokens)
         memories = []
@@ -570,7 +572,7 @@ def _first_token(
             model, model.init_cache(tokens.shape[0], max_length), tokens, lengths
         )
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return cache, token, (token[:, None] == eos).any(axis=-1)
+    return cache, token, (token[:, None] == eos[None]).any(axis=-1)
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
@@ -586,7 +588,7 @@ def _next_token(
     with use(adapters):
         logits, cache = decode(structure.merge(leaves), cache, token)
     token = jnp.where(done, token, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    return cache, token, done | (token[:, None] == eos).any(axis=-1)
+    return cache, token, done | (token[:, None] == eos[None]).any(axis=-1)
 
 
 def generate(

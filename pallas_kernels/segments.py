@@ -210,12 +210,12 @@ def _counted(indices: Int[Array, " T"], num_adapters: int) -> Segments:
     key = jnp.where(indices < 0, num_adapters, indices)
     # Of the slots up to L: tokens whose adapter is below, and adapters in use that are below.
     slot = jnp.arange(num_adapters + 1, dtype=jnp.int32)
-    tokens_below = _count(key < slot[:, None])
+    tokens_below = _count(key[None] < slot[:, None])
     is_used = tokens_below[1:] > tokens_below[:-1]
-    used_below = _count(is_used & (slot[:-1] < slot[:, None]))
+    used_below = _count(is_used[None] & (slot[None, :-1] < slot[:, None]))
     # The adapter of group g is the last slot below which at most g are in use.
     group = jnp.arange(groups + 1, dtype=jnp.int32)[:, None]
-    is_reached = used_below <= group
+    is_reached = used_below[None] <= group
     is_adapter = is_reached & (group < used_below[-1])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     rows = (
@@ -226,8 +226,8 @@ def _counted(indices: Int[Array, " T"], num_adapters: int) -> Segments:
     return Segments(
         indices=indices,
         rows=rows,
-        group_adapters=jnp.max(jnp.where(is_adapter, slot, -1)[:groups], axis=1),
-        group_starts=jnp.max(jnp.where(is_reached, tokens_below, 0), axis=1),
+        group_adapters=jnp.max(jnp.where(is_adapter, slot[None], -1)[:groups], axis=1),
+        group_starts=jnp.max(jnp.where(is_reached, tokens_below[None], 0), axis=1),
         num_adapters=num_adapters,
     )
 
@@ -240,14 +240,14 @@ def _places(
     padding = num_chunks * _CHUNK - key.shape[0]
     chunks = jnp.pad(key, (0, padding), constant_values=slot.shape[0] - 1)
     chunks = chunks.reshape(num_chunks, _CHUNK)
-    nth = jnp.arange(_CHUNK, dtype=jnp.int32)
-    is_before = (chunks[:, None, :] == chunks[:, :, None]) & (nth < nth[:, None])
-    behind = tokens_below
+    nth = jnp.arange(_CHUNK, dtype=jnp.int32)[None]
+    is_before = (chunks[:, None, :] == chunks[:, :, None]) & (nth < nth.T)[None]
+    behind = tokens_below[None]
     if num_chunks > 1:
         chunk = jnp.arange(num_chunks, dtype=jnp.int32)
-        counts = _count(chunks[:, None, :] == slot[:, None])
-        is_earlier = (chunk < chunk[:, None])[:, :, None]
-        behind += jnp.sum(jnp.where(is_earlier, counts, 0), axis=1, dtype=jnp.int32)
+        counts = _count(chunks[:, None, :] == slot[None, :, None])
+        is_earlier = (chunk[None] < chunk[:, None])[:, :, None]
+        behind += jnp.sum(jnp.where(is_earlier, counts[None], 0), axis=1, dtype=jnp.int32)
     behind = jnp.broadcast_to(behind, (num_chunks, *slot.shape))
     places = jnp.take_along_axis(behind, chunks, axis=1, mode="promise_in_bounds")
     return (places + _count(is_before)).reshape(-1)[: key.shape[0]]

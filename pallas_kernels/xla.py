@@ -57,7 +57,7 @@ def add_rows(v: Array, new: Array, segments: Segments) -> Array:
 
 def touches(part: LoRAPart, width: int) -> Array:
     """`[T, width]`: whether a part adds to that element of y."""
-    column = jnp.arange(width)
+    column = jnp.arange(width)[None]
     stop = part.y_offset + part.lora_b.shape[1]
     return (part.indices.indices >= 0)[:, None] & (part.y_offset <= column) & (column < stop)
 

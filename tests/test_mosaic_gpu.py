@@ -113,13 +113,13 @@ WAYS = pytest.mark.parametrize(
 )
 TINY = [
     Case(9, 72, 80, 8, 3, "uniform"),
-    Case(5, 256, 64, 16, 4, "distinct"),
-    Case(70, 128, 96, 16, 3, "zipf"),
+    slow(Case(5, 256, 64, 16, 4, "distinct")),
+    slow(Case(70, 128, 96, 16, 3, "zipf")),
     Case(130, 64, 64, 32, 2, "identical"),
     Case(66, 64, 64, 16, 3, "none"),
     Case(1, 128, 64, 64, 2, "identical"),
     Case(10, 64, 64, 48, 3, "out_of_range"),
-    Case(7, 384, 72, 272, 2, "uniform"),
+    slow(Case(7, 384, 72, 272, 2, "uniform")),
     Case(3, 128, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"),
     Case(9, 64, 64, 8, 2, "uniform", "float32", "float16", "float16"),
     Case(4, 64, 64, 16, 2, "uniform", "float16", "bfloat16", "bfloat16"),
@@ -186,7 +186,7 @@ def test_nothing_leaks(config: Any, fuse: bool, request: pytest.FixtureRequest) 
     ("case", "change"),
     [
         (Case(70, 64, 200, 16, 3, "zipf"), dict(expand_columns=5)),  # the last block has fewer
-        (Case(130, 64, 136, 32, 3, "uniform"), dict(expand_columns=3, expand_stages=3)),
+        slow(Case(130, 64, 136, 32, 3, "uniform"), dict(expand_columns=3, expand_stages=3)),
         (Case(9, 64, 96, 8, 4, "distinct", y_dtype="float32"), dict(expand_columns=6)),
         (Case(66, 64, 112, 16, 3, "uniform"), dict(expand_columns=7, expand_stack=2)),
         (Case(66, 64, 64, 16, 3, "none"), dict(expand_columns=4)),
@@ -224,7 +224,7 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
             Case(130, 128, 64, 48, 3, "uniform"),
             dict(stages=1, stack=2, chunks=2, expand_stack=2),
         ),
-        (Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
+        slow(Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         slow(Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         slow(Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
@@ -342,7 +342,7 @@ def test_overlapping_parts_of_mixed_ranks(
     ("ranks", "change"),
     [
         ((512, 256, 128, 64), {}),
-        ((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
+        slow((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
         ((512,) * 5, {}),  # in turns of three and two
         ((512, 384), dict(block_n=72, expand_columns=8)),  # 72 has no half that is a multiple of 8
         ((512, 64), dict(row_tiles=2, expand_row_tiles=2, expand_columns=8)),
@@ -373,6 +373,7 @@ def test_overlapping_parts_of_high_ranks_fit_shared_memory(
     assert name in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
     """In one config, other rows, their order and their number change no bit."""
     arrays = Case(70, 128, 64, 16, 3).arrays()
@@ -494,7 +495,7 @@ def test_decode_rows_depend_on_themselves_alone(emulated: None) -> None:
 
 
 @hypothesis.given(tokens=st.integers(1, 256), data=st.data())
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=10, deadline=None)
 def test_seating_gives_each_leader_its_clusters(tokens: int, data: Any) -> None:
     ranks = data.draw(st.lists(st.sampled_from([8, 16, 64, 128]), min_size=1, max_size=3))
     slots = [data.draw(st.sampled_from([1, 2, 3, 9, 40, 300])) for _ in ranks]
@@ -694,7 +695,7 @@ def test_parts_of_several_ys(
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("seated", [False, True], ids=["raw ids", "segments"])
-@pytest.mark.parametrize("column_clusters", [1, 3, 8])
+@pytest.mark.parametrize("column_clusters", [1, slow(3), 8])
 def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulated: None) -> None:
     """Rank buckets give the bits that they give without the promise, however they are dealt, and
     wherever the stacks lie."""
@@ -934,7 +935,7 @@ EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 256, 300, 8192])
+@pytest.mark.parametrize("num_tokens", [1, slow(64), 256, slow(300), 8192])
 @pytest.mark.parametrize("rank", [*BUCKETS, 144, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 256 else "prefill"
@@ -944,8 +945,9 @@ def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "x", "tokens_of_a_block"),
-    [(8, "bfloat16", (128, 128)), (16, "float16", (128, 128)), (128, "bfloat16", (128, 128)),
-     (144, "float32", (128, 128)), (496, "bfloat16", (64, 128)), (512, "float32", (128, 128))],
+    [(8, "bfloat16", (128, 128)), slow(16, "float16", (128, 128)),
+     slow(128, "bfloat16", (128, 128)), slow(144, "float32", (128, 128)),
+     (496, "bfloat16", (64, 128)), (512, "float32", (128, 128))],
 )  # fmt: skip
 def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int, int]) -> None:
     """Unless there are too many sums for a thread: 496 has no fair divisor below 248."""
@@ -982,7 +984,7 @@ def test_mosaic_waits_for_the_cluster_where_we_say(monkeypatch: pytest.MonkeyPat
         texts.clear()
 
 
-@pytest.mark.parametrize("num_tokens", [2, 16, 63, 256])
+@pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), 256])
 @pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
     config = dataclasses.replace(DECODE, split=8)
@@ -1039,7 +1041,7 @@ def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_tokens", [17, 130])
+@pytest.mark.parametrize("num_tokens", [slow(17), 130])
 def test_every_config_lowers(config: mosaic_gpu.Config, num_tokens: int) -> None:
     assert_kernels(lowered(num_tokens, 2048, 512, 64, config=config), 64)
 

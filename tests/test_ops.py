@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA runs as one dense product"),
     pytest.mark.filterwarnings("ignore:invalid value encountered"),  # numpy, of the poison
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_rank_promotion() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
 
 F32, BF16, F16 = np.dtype("float32"), jnp.dtype("bfloat16"), np.dtype("float16")
 
@@ -256,9 +264,16 @@ def check(op: str, case: Case, out: jax.Array, arrays: dict, indices: np.ndarray
     assert_close(got, want, max(TOLERANCE[t] for t in types))
 
 
-@pytest.mark.parametrize("which", POPULARITIES)
+def every_way():
+    """Of the loop, which is for comparison, two popularities; the others are slow."""
+    for (op, implementation), which in itertools.product(WAYS, POPULARITIES):
+        few = implementation == "loop" and which not in ("zipf", "out_of_range")
+        marks = [pytest.mark.slow] if few else []
+        yield pytest.param(op, implementation, which, marks=marks)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize(("op", "implementation"), WAYS)
+@pytest.mark.parametrize(("op", "implementation", "which"), every_way())
 def test_against_float64(op, implementation, case, which):
     indices = popularity(which, case.tokens, case.adapters)
     arrays = inputs(case, indices)

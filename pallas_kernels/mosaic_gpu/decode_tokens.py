@@ -47,12 +47,13 @@ def seating(
 
     Tokens of negative keys have no seat. Those with many shares come first, as they take longest.
     """
-    token = jnp.arange(keys.shape[0], dtype=jnp.int32)
-    is_before = token < token[:, None]
-    number = jnp.sum((keys == keys[:, None]) & is_before, axis=1, dtype=jnp.int32)
+    token = jnp.arange(keys.shape[0], dtype=jnp.int32)[None]
+    is_before = token < token.T
+    number = jnp.sum((keys[None] == keys[:, None]) & is_before, axis=1, dtype=jnp.int32)
     leads = (keys >= 0) & (number % TOKENS == 0)
-    is_ahead = (shares > shares[:, None]) | ((shares == shares[:, None]) & is_before)
-    start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)
+    keys, number, leads, shares = (z[None] for z in (keys, number, leads, shares))
+    is_ahead = (shares > shares.T) | ((shares == shares.T) & is_before)
+    start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)[None]
     column = jnp.arange(clusters, dtype=jnp.int32)[:, None] - start
     is_leader = leads & (column >= 0) & (column < shares)
 
@@ -60,9 +61,9 @@ def seating(
         return jnp.max(jnp.where(is_leader, values, none), axis=1, keepdims=True)
 
     key = of_leader(keys, -1)
-    seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[:, None]
-    is_mine = ((keys >= 0) & (keys == key))[:, None, :] & (number == seat)
-    tokens = jnp.max(jnp.where(is_mine, token, -1), axis=2)
+    seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[None, :, None]
+    is_mine = ((keys >= 0) & (keys == key))[:, None, :] & (number[None] == seat)
+    tokens = jnp.max(jnp.where(is_mine, token[None], -1), axis=2)
     return jnp.concatenate([tokens, key, of_leader(column, 0)], axis=1)
 
 

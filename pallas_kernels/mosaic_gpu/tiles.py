@@ -55,7 +55,7 @@ def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
         distinct = segments.group_adapters[None]
     else:
         earlier = jnp.tril(jnp.ones((rows, rows), bool), -1)
-        first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & earlier, axis=2)
+        first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & earlier[None], axis=2)
         place = jnp.where(first, jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, rows)
         slot = jnp.arange(min(rows, segments.num_adapters), dtype=jnp.int32)
         here = place[:, None, :] == slot[None, :, None]
