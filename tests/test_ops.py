@@ -273,7 +273,7 @@ def every_way():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize(("op", "implementation", "which"), every_way())
+@pytest.mark.parametrize(("op", "implementation", "which"), list(every_way()))
 def test_against_float64(op, implementation, case, which):
     indices = popularity(which, case.tokens, case.adapters)
     arrays = inputs(case, indices)
