@@ -41,7 +41,7 @@ class Config:
       expand_stages: pipeline stages of the expand, at most; in the decode kernel those of its
         highest rank, beside which lower ones may have up to four.
       expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
-        where more than two parts overlap twice as many, up to 8.
+        where it holds more than two parts at once twice as many, up to 8.
       expand_row_tiles: as `row_tiles`, of the expand and B.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,9 +23,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
     pieces,
     plain_layout,
     route_copies,
-    route_words,
+    route_memory,
     routes,
     row_mask,
+    shared_bytes,
 )
 from pallas_kernels.segments import Segments
 
@@ -67,12 +67,13 @@ def expand_kernel(
     row_tiles = min(part.config.expand_row_tiles for part in parts)
     # Of the parts whose tiles the launch takes: others count on more rows for each load of B.
     columns = max(c.expand_columns for c in configs if c.expand_row_tiles == row_tiles)
-    if columns > 1 and max(len(turn) for cut in spans for turn in turns[cut]) > 2:
+    at_once = {turn for of_cut in turns.values() for turn in of_cut}
+    most_at_once = max(map(len, at_once))
+    if columns > 1 and most_at_once > 2:
         # v and B of all of them fill shared memory, so that few blocks are there at once. H100,
         # T=4096, ranks 8, 16, 32, 64 and 128: 69.5 us with 4, 65.2 with 8, 76.8 with 16.
         columns = max(columns, min(2 * columns, 8))
     columns = max(1, min(columns, widest // min(part.config.block_n for part in parts)))
-    at_once = {turn for cut in spans for turn in turns[cut]}
     rows, block_n, columns, parts = _fitting(parts, at_once, columns, itemsize)
     y_stages = min(_Y_STAGES, columns)
     wholes = [(cut.stop - cut.start) // block_n for cut in spans]
@@ -82,7 +83,7 @@ def expand_kernel(
     def route_arrivals(cut: Cut) -> int:
         return sum(route_copies(parts[i].segments, rows) for i in cut.parts)
 
-    most_routes, most_at_once = max(map(route_arrivals, spans)), max(map(len, at_once))
+    most_routes = max(map(route_arrivals, spans))
     y_arrivals = max(len(pieces(width, itemsize)) for width in (block_n, *rests))
 
     def body(y_ref: Any, *refs: Any) -> None:
@@ -210,7 +211,7 @@ def expand_kernel(
                     )
                     for _, size in y_cut
                 ],
-                *(_route_memory(parts[i], rows) for i in cut.parts),
+                *(route_memory(parts[i].segments, rows) for i in cut.parts),
             )
 
         first = 0
@@ -259,10 +260,6 @@ def _stacked(config: Config, rows: int, width: int) -> int:
     return min(config.expand_stack, MAX_COLUMNS * TILE // rows // width)
 
 
-def _route_memory(part: ExpandPart, rows: int) -> Any:
-    return plgpu.SMEM((route_words(part.segments, rows),), jnp.int32)
-
-
 def _memory(part: ExpandPart, rows: int, width: int) -> tuple[Any, ...]:
     """Of a part, in shared memory: v, a ring of B, and of rank 8 B as wgmma takes it."""
     (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
@@ -282,10 +279,8 @@ def _nbytes(
 ) -> int:  # fmt: skip
     """Of shared memory, in a turn of these parts."""
     memory = [ref for i in turn for ref in _memory(parts[i], rows, block_n)]
-    memory += [_route_memory(part, rows) for part in parts]
-    sizes = [math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in memory]
-    y_bytes = rows * block_n * min(_Y_STAGES, columns) * itemsize
-    return y_bytes + sum(-(-size // 1024) * 1024 for size in sizes)
+    memory += [route_memory(part.segments, rows) for part in parts]
+    return shared_bytes(memory) + rows * block_n * min(_Y_STAGES, columns) * itemsize
 
 
 def _turns(

@@ -31,9 +31,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
     pieces,
     plain_layout,
     route_copies,
-    route_words,
+    route_memory,
     routes,
     row_mask,
+    shared_bytes,
     store_rows,
 )
 from pallas_kernels.segments import Segments
@@ -87,12 +88,9 @@ def shrink_kernel(
     alone = twin or split == 1
     out_rows = rows if alone else TILE
     out_memory = [_out_memory(out_rows, max(16, width), of) for width, of in zip(widths, dtypes)]
-    out_bytes = max(
-        sum(math.prod(ref.shape) * dtype.itemsize for ref in itertools.chain(*memory))
-        for memory, dtype in zip(out_memory, dtypes)
-    )
+    out_bytes = max(shared_bytes(itertools.chain(*memory)) for memory in out_memory)
     column_bytes = (planes * rows + max(wides)) * x.dtype.itemsize
-    routes_bytes = sum(-(-4 * route_words(p.segments, rows) // 1024) * 1024 for p in parts)
+    routes_bytes = shared_bytes(route_memory(p.segments, rows) for p in parts)
     room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
     fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
     # Of several planes a block's are added one after the other: there block_k is part of the order,
@@ -326,7 +324,7 @@ def shrink_kernel(
             plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
             [
                 (
-                    plgpu.SMEM((route_words(p.segments, rows),), jnp.int32),
+                    route_memory(p.segments, rows),
                     plgpu.Barrier(num_arrivals=route_copies(p.segments, rows)),
                 )
                 for p in parts

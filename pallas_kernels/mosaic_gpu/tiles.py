@@ -1,7 +1,8 @@
 """Pieces that the kernels share: the route of a tile, cuts of columns, layouts in shared memory."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,17 @@ def route_words(segments: Segments, rows: int) -> int:
     """W of `routes`: TMA wants whole 128 bytes."""
     words = rows + 1 + min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD
     return -(-words // 32) * 32
+
+
+def route_memory(segments: Segments, rows: int) -> Any:
+    """What holds a block's route."""
+    return plgpu.SMEM((route_words(segments, rows),), jnp.int32)
+
+
+def shared_bytes(arrays: Iterable[Any]) -> int:
+    """Of arrays in shared memory, where each takes whole KiB."""
+    sizes = (math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
+    return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
 def copy_route(table: Any, block: Array, route: Any, barrier: Any) -> None:
