@@ -295,7 +295,7 @@ def test_shrink_takes_parts_in_turn(
 
 @pytest.mark.parametrize(
     ("exclusive", "row_tiles", "shared_bytes"),
-    [(False, 1, 2**20), (True, 1, 2**20), slow(False, 2, 2**20), (False, 1, 24 * 1024)],
+    [(False, 1, 2**20), (True, 1, 2**20), slow(False, 2, 2**20), (False, 1, 20 * 1024)],
 )
 def test_overlapping_parts_of_mixed_ranks(
     exclusive: bool,
@@ -304,7 +304,7 @@ def test_overlapping_parts_of_mixed_ranks(
     interpreted: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All parts at once, or in turns: each alone, or as many as fit."""
+    """All parts at once, or in turns: each alone, or two and then one, as 20 KiB hold."""
     take_parts_in_turn(monkeypatch)
     monkeypatch.setattr(sys.modules[expand_kernel.__module__], "_SHARED_BYTES", shared_bytes)
     ids, parts = ids_of_three_parts(), []
