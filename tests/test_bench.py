@@ -103,12 +103,12 @@ def test_of_xla_only_the_better_form_is_timed_with_many_calls(
     asked: list[int] = []
     times: list[float] = []
 
-    def time_loop(loop: object, calls: int, *operands: object) -> float:
+    def loop_us(body: object, carry: object, calls: int) -> float:
         asked.append(calls)
         return times.pop(0)
 
     monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
-    monkeypatch.setattr(kernels, "time_loop", time_loop)
+    monkeypatch.setattr(kernels, "loop_us", loop_us)
     case = bench.Case(8, 4, 16, 64, 128, 8)
     times[:] = [900.0, 20.0, 7.0]
     assert kernels._time_case(case, False)[0]["xla"] == 7.0
@@ -126,7 +126,7 @@ def test_of_one_token_ours_is_the_form_that_add_lora_takes(
 ) -> None:
     left = list(times)
     monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
-    monkeypatch.setattr(kernels, "time_loop", lambda *args: left.pop(0))
+    monkeypatch.setattr(kernels, "loop_us", lambda *args: left.pop(0))
     found, [note] = kernels._time_case(bench.Case(1, 1, 64, 64, 128, 8), True)
     assert (found["xla"], found["ours"]) == (xla, ours)
     assert "XLA's form" in note

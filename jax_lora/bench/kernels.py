@@ -18,10 +18,9 @@ import numpy as np
 from jax_lora.bench.timing import (
     COPY_RATE,
     ceilings,
-    looped,
+    loop_us,
     rounds_of,
     sets_to_rotate,
-    time_loop,
     turn,
 )
 from pallas_kernels import Segments, add_lora, make_segments
@@ -288,7 +287,7 @@ def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
     rounds, times, notes = rounds_of(sets), {}, []
 
     def us(call: Callable[..., Any], rounds: int) -> float:
-        return time_loop(looped(turn(call, rounds)), rounds * len(sets), sets)
+        return loop_us(turn(call, rounds), sets, rounds * len(sets))
 
     for name, call in calls.items():
         try:

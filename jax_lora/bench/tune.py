@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_lora.bench import kernels
 from jax_lora.bench.kernels import Case, geometric_mean
-from jax_lora.bench.timing import looped, rounds_of, time_loop, turn
+from jax_lora.bench.timing import Loop, rounds_of, turn
 from pallas_kernels import Segments, add_lora
 from pallas_kernels.mosaic_gpu.config import Config, decode_config, default_config
 from pallas_kernels.mosaic_gpu.tuning import ORDER_FIELDS, ShapeClass, read
@@ -226,7 +226,7 @@ class CheckedTimer:
     def __init__(self) -> None:
         self._shape: Case | None = None
         self._sets: list[Any] = []
-        self._loops: dict[Config, Callable[..., Any]] = {}
+        self._loops: dict[Config, Loop] = {}
         self._first: dict[Case, tuple[Config, jax.Array]] = {}
 
     def __call__(self, case: Case, config: Config) -> float:
@@ -236,9 +236,9 @@ class CheckedTimer:
         sets, segments = self._sets, kernels.segments_of(case)
         rounds, call = rounds_of(sets), _call(config, case.phase)
         if config not in self._loops:
-            self._loops[config] = looped(turn(call, rounds))
+            self._loops[config] = Loop(turn(call, rounds), rounds * len(sets))
         loop = self._loops[config]
-        y = loop(jnp.int32(1), sets, segments)[0][0]
+        y = loop(sets, segments)[0][0]
         if case not in self._first:
             once = jax.jit(call)(*sets[0], segments)
             kernels.check("mosaic_gpu", case, once, kernels.expected(case, sets, segments))
@@ -248,7 +248,7 @@ class CheckedTimer:
         same_order = all(getattr(config, n) == getattr(first, n) for n in ORDER_FIELDS)
         if same_order and not jnp.array_equal(y, want):
             raise RuntimeError(f"{config} gives other bits than {first} at {case}")
-        return time_loop(loop, rounds * len(sets), sets, segments, least_ms=_LEAST_MS)
+        return loop.us(sets, segments, least_ms=_LEAST_MS)
 
 
 def _call(config: Config, phase: str) -> Callable[..., jax.Array]:
