@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from jax_lora import bench
-from jax_lora.bench import kernels, launches, step
+from jax_lora.bench import kernels, launches, step, timing
 from jax_lora.cli import app
 
 TINY = [
@@ -95,6 +96,20 @@ def test_without_a_gpu_xla_is_timed_and_the_rest_is_said_to_be_missing(tmp_path:
     assert [row["ours"] for row in report["results"]] == [None, None]
     assert all(row["xla"] > 0 for row in report["results"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("backend", "calls", "turns"), [("cpu", 1, 1), ("gpu", 64, 8), ("gpu", 999, 1)]
+)
+def test_a_loop_takes_turns_and_keeps_the_carry_that_it_was_given(
+    backend: str, calls: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    loop = timing.Loop(lambda carry, step: [carry[0] + step], calls)
+    carry = [jnp.zeros(3)]
+    assert loop.us(carry, jnp.float32(2), least_ms=1) > 0
+    np.testing.assert_array_equal(loop(carry, jnp.float32(2))[0], np.full(3, 2 * turns))
+    np.testing.assert_array_equal(carry[0], np.zeros(3))
 
 
 def test_of_xla_only_the_better_form_is_timed_with_many_calls(

@@ -100,8 +100,9 @@ class Loop:
         if once > _LONG_LOOP:
             return statistics.median([once, seconds(1), seconds(1)]) / self._calls * 1e6
         count = math.ceil(least_ms / 1e3 / max(once, 1e-6))
+        repeats = 7 if count > 1 else 3
         # The difference of two lengths leaves out what starting and ending take.
-        times = [(seconds(2 * count) - seconds(count)) / count for _ in range(7)]
+        times = [(seconds(2 * count) - seconds(count)) / count for _ in range(repeats)]
         # Where other work on a CPU hides the difference, the whole: too long rather than negative.
         whole = seconds(2 * count) / (2 * count)
         return (median if (median := statistics.median(times)) > 0 else whole) / self._calls * 1e6
