@@ -116,14 +116,14 @@ TINY = [
     slow(Case(5, 256, 64, 16, 4, "distinct")),
     slow(Case(70, 128, 96, 16, 3, "zipf")),
     Case(130, 64, 64, 32, 2, "identical"),
-    Case(66, 64, 64, 16, 3, "none"),
+    slow(Case(66, 64, 64, 16, 3, "none")),
     Case(1, 128, 64, 64, 2, "identical"),
     Case(10, 64, 64, 48, 3, "out_of_range"),
     slow(Case(7, 384, 72, 272, 2, "uniform")),
     Case(3, 128, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"),
     Case(9, 64, 64, 8, 2, "uniform", "float32", "float16", "float16"),
     Case(4, 64, 64, 16, 2, "uniform", "float16", "bfloat16", "bfloat16"),
-    Case(4, 64, 64, 16, 2, "uniform", "bfloat16", "float16", "bfloat16"),
+    slow(Case(4, 64, 64, 16, 2, "uniform", "bfloat16", "float16", "bfloat16")),
     Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16),
 ]
 
@@ -295,7 +295,7 @@ def test_shrink_takes_parts_in_turn(
 
 @pytest.mark.parametrize(
     ("exclusive", "row_tiles", "shared_bytes"),
-    [(False, 1, 2**20), (True, 1, 2**20), slow(False, 2, 2**20), (False, 1, 20 * 1024)],
+    [slow(False, 1, 2**20), (True, 1, 2**20), slow(False, 2, 2**20), (False, 1, 20 * 1024)],
 )
 def test_overlapping_parts_of_mixed_ranks(
     exclusive: bool,
@@ -343,7 +343,7 @@ def test_overlapping_parts_of_mixed_ranks(
     [
         ((512, 256, 128, 64), {}),
         slow((192, 160, 336, 448, 416), {}),  # arrays in shared memory take whole KiB
-        ((512,) * 5, {}),  # in turns of three and two
+        slow((512,) * 5, {}),  # in turns of three and two
         ((512, 384), dict(block_n=72, expand_columns=8)),  # 72 has no half that is a multiple of 8
         ((512, 64), dict(row_tiles=2, expand_row_tiles=2, expand_columns=8)),
         ((512, 384), dict(row_tiles=2, expand_row_tiles=2)),  # v of 128 rows does not fit
@@ -394,7 +394,7 @@ DECODE_TINY = [
     (Case(70, 128, 200, 32, 3, "zipf"), dict(warps=8)),
     (Case(20, 128, 192, 16, 2, "identical"), dict(split=4)),
     (Case(130, 64, 64, 16, 3, "none"), {}),
-    (Case(140, 64, 64, 16, 2, "uniform"), {}),
+    slow(Case(140, 64, 64, 16, 2, "uniform"), {}),
     (Case(10, 64, 64, 48, 3, "out_of_range"), dict(warps=16)),
     (Case(3, 1472, 64, 80, 2, "uniform"), dict(split=1)),  # 23 units of H: rings turn
     (Case(2, 256, 64, 272, 2, "uniform"), dict(expand_stages=3)),
@@ -656,7 +656,7 @@ def test_the_emulator_finds_a_missing_barrier_where_blocks_add_up_for_others(
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
-@pytest.mark.parametrize("column_clusters", [1, 2, 3, 7])
+@pytest.mark.parametrize("column_clusters", [1, 2, slow(3), 7])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
 def test_parts_of_several_ys(
     implementation: str, column_clusters: int, fuse: bool, emulated: None
@@ -695,7 +695,7 @@ def test_parts_of_several_ys(
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
 @pytest.mark.parametrize("seated", [False, True], ids=["raw ids", "segments"])
-@pytest.mark.parametrize("column_clusters", [1, slow(3), 8])
+@pytest.mark.parametrize("column_clusters", [slow(1), slow(3), 8])
 def test_exclusive_lists(column_clusters: int, seated: bool, fuse: bool, emulated: None) -> None:
     """Rank buckets give the bits that they give without the promise, however they are dealt, and
     wherever the stacks lie."""

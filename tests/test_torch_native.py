@@ -312,8 +312,8 @@ def test_a_machine_without_the_cuda_plugin_says_so(monkeypatch):
 @pytest.mark.parametrize(("settings", "warns"), [
     ({}, True),
     ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, False),
-    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".1"}, False),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".1"}, False),
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, False),
         ({"JAX_PLATFORMS": "cpu"}, False),
         ({"JAX_PLATFORMS": "cuda,cpu"}, True),

@@ -42,7 +42,8 @@ def test_shrinks_add_into_their_output(dtype, out_dtype, id_dtype, four_dim):
 
 @pytest.mark.parametrize("add_inputs", [True, False])
 @pytest.mark.parametrize(("dtype", "weight_dtype", "y_dtype"), [
-    *itertools.product([torch.float32], HALVES, FLOATS),
+    *itertools.product([torch.float32], [torch.bfloat16], FLOATS),
+    *(pytest.param(torch.float32, torch.float16, y, marks=pytest.mark.slow) for y in FLOATS),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16, torch.float16),
     (torch.float32, torch.float32, torch.float32),
