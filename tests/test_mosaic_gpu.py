@@ -1165,7 +1165,8 @@ def test_routes_list_the_adapters_of_each_block(
 ) -> None:
     ids = indices(popularity, num_tokens, 7)
     segments = pk.make_segments(ids, 7)
-    table = np.asarray(tiles.routes(segments, rows))
+    with jax.numpy_rank_promotion("raise"):
+        table = np.asarray(tiles.routes(segments, rows))
     assert table.shape[1] == tiles.route_words(segments, rows)
     checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % rows), constant_values=-1)
     np.testing.assert_array_equal(table[:, :rows], checked.reshape(-1, rows))

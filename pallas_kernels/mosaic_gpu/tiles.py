@@ -55,8 +55,8 @@ def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
     if segments.num_tokens <= rows:
         distinct = segments.group_adapters[None]
     else:
-        token = jnp.arange(rows, dtype=jnp.int32)
-        is_before = token < token[:, None]
+        token = jnp.arange(rows, dtype=jnp.int32)[None]
+        is_before = (token < token.T)[None]
         first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & is_before, axis=2)
         place = jnp.sum(first[:, None, :] & is_before, axis=2, dtype=jnp.int32)
         # XLA computed each place once per slot: T=4096, 1 slot, H100, 91 us.
