@@ -263,6 +263,30 @@ def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True)
     monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
 
 
+@pytest.mark.parametrize("planes", [1, slow(3)])
+def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
+    planes: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[shrink_kernel.__module__]
+    # Tiles with two adapters, one, three, and none.
+    ids = np.repeat([0, 1, 2, 0, 1, -1], [40, 24, 64, 20, 44, 60]).astype(np.int32)
+    ids[-61] = 2
+    dtype = "bfloat16" if planes == 1 else "float32"
+    case = Case(len(ids), 256, 64, 16, 3, "uniform", dtype, "bfloat16")
+    z = {**as_jax(case.arrays()), "ids": jnp.asarray(ids)}
+    # Columns of 64 in shared memory: three with one adapter, two with two.
+    room = 12 * 1024 + 3 * 64 * 2 * (planes * 64 + 16)
+    monkeypatch.setattr(module, "_PIPELINE_BYTES", room)
+    want = shrink(z, one := mosaic_gpu.Config(split=1))
+    seen, smem = set(), module.plgpu.SMEM
+    monkeypatch.setattr(
+        module.plgpu, "SMEM", lambda shape, *a, **k: seen.add(shape) or smem(shape, *a, **k)
+    )
+    v = shrink(z, dataclasses.replace(one, stack=2))
+    np.testing.assert_array_equal(bits(v), bits(want))
+    assert {(3, 16, 64), (2, 32, 64)} <= seen
+
+
 @pytest.mark.parametrize(("zero_rows", "row_tiles"), [slow(False, 1), (True, 1), slow(True, 2)])
 def test_shrink_takes_parts_in_turn(
     zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch

@@ -89,15 +89,21 @@ def shrink_kernel(
     out_rows = rows if alone else TILE
     out_memory = [_out_memory(out_rows, max(16, width), of) for width, of in zip(widths, dtypes)]
     out_bytes = max(shared_bytes(itertools.chain(*memory)) for memory in out_memory)
-    column_bytes = (planes * rows + max(wides)) * x.dtype.itemsize
     routes_bytes = shared_bytes(route_memory(p.segments, rows) for p in parts)
-    room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
-    fit = (room - out_bytes) // column_bytes  # columns of H in the pipeline, at most
+    room = min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes) - out_bytes
+
+    def fit(ranks: int) -> int:
+        """Columns of H in a pipeline with so many rows of A, at most."""
+        return room // ((planes * rows + ranks) * x.dtype.itemsize)
+
     # Of several planes a block's are added one after the other: there block_k is part of the order,
     # which must not follow from how much fits.
-    block_k = 128 if planes == 1 and fit >= 2 * 128 else 64
+    block_k = 128 if planes == 1 and fit(max(wides)) >= 2 * 128 else 64
     steps = share // block_k
-    stages = min(max(p.config.stages for p in parts), fit // block_k, steps)
+
+    def stages_of(ranks: int) -> int:
+        return min(max(p.config.stages for p in parts), fit(ranks) // block_k, steps)
+
     span_steps = _SPAN // (planes * block_k)
     arrivals = planes + max(stacks)
     blocks = [chunk * rank_block for chunk, rank_block in zip(chunks, rank_blocks)]
@@ -132,7 +138,7 @@ def shrink_kernel(
         i: int, block: Array, x_ref: Any, a_ref: Any, scale_ref: Any, route: Any,
         route_loaded: Any, v_ref: Any, loaded: Any,
     ) -> None:  # fmt: skip
-        stack, width, wide, dtype = stacks[i], widths[i], wides[i], outs[i].dtype
+        stack, width, dtype = stacks[i], widths[i], outs[i].dtype
         tile, me = lax.axis_index("tile"), lax.axis_index("split")
         per_chunk = jnp.int32(rank_blocks[i])
         chunk, rank_start = lax.div(block, per_chunk), lax.rem(block, per_chunk) * width
@@ -148,6 +154,7 @@ def shrink_kernel(
 
             def partial_v(adapters: list[Array], x_smem: Any, a_smem: Any) -> Array:
                 """This block's share of H: each row's sum with its own adapter, scaled, or zero."""
+                stages, wide = x_smem.shape[0], a_smem.shape[1]
 
                 def fetch(k: Array | int, slot: Array | int) -> None:
                     barrier, columns = loaded.at[slot], pl.ds(k_start + k * block_k, block_k)
@@ -168,7 +175,7 @@ def shrink_kernel(
                             )
 
                         pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(barrier))
-                    for _i in range(planes + stack, arrivals):
+                    for _i in range(planes + len(adapters), arrivals):
                         plgpu.barrier_arrive(barrier)
 
                 def step(acc: Any, k: Array) -> None:
@@ -244,8 +251,9 @@ def shrink_kernel(
 
                 cluster_barrier()  # peers read part_smem until here
 
-            def round_(n: Array) -> None:
-                adapters = [route[rows + 1 + n * stack + j] for j in range(stack)]
+            def round_of(count: int, n: Array) -> None:
+                adapters = [route[rows + 1 + n * stack + j] for j in range(count)]
+                stages, wide = stages_of(count * width), count * width
                 v = pl.run_scoped(
                     functools.partial(partial_v, adapters),
                     plgpu.SMEM((stages, planes, rows, block_k), x.dtype, transforms=layout),
@@ -297,6 +305,14 @@ def shrink_kernel(
                 pl.when(jnp.logical_not(whole))(lambda: lax.fori_loop(0, own, store_row, None))
                 plgpu.wait_smem_to_gmem(0)
 
+            def round_(n: Array) -> None:
+                if stages_of(width) == stages_of(stack * width):
+                    return round_of(stack, n)
+                # Room for more adapters costs stages, and most tiles have one.
+                is_one = route[rows] - n * stack <= 1
+                pl.when(is_one)(functools.partial(round_of, 1, n))
+                pl.when(~is_one)(functools.partial(round_of, stack, n))
+
             rounds = lax.div(route[rows] + (stack - 1), jnp.int32(stack))
             if zero_rows:
                 rounds = jnp.maximum(rounds, 1)
@@ -321,7 +337,7 @@ def shrink_kernel(
         body,
         out_type=outs,
         scratch_types=[
-            plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
+            plgpu.Barrier(num_barriers=max(map(stages_of, widths)), num_arrivals=arrivals),
             [
                 (
                     route_memory(p.segments, rows),
