@@ -107,7 +107,7 @@ def default_config(
     # A block's fixed cost (x, the exchange) wants many adapters in it: 64 of them, R=16, T=64: 28.9
     # us in stacks of 2, 21.9 of 8. With many tokens a tile seldom has more than two: 7 adapters,
     # T=4096, R=48 55.6 us with 1, 45.3 with 2.
-    stack = max(1, min(per_tile, 128 // part) if few else min(2, 256 // part))
+    stack = max(1, min(per_tile, 128 // part if few else min(2, 256 // part)))
     chunks = -(-per_tile // stack) if few else 1
     # Few tokens: narrow blocks, so that there are enough, and all of wgmma's N. Many: occupancy.
     block_n = 32 if few else 64
