@@ -1,26 +1,20 @@
-"""The command line: `jax-lora demo`, `generate`, `inspect`, `bench`."""
+"""The command line: `jax-lora demo`, `generate`, `inspect`."""
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from jax_lora.bench import Report
-    from jax_lora.bench.tune import Tuned
-
-# The commands import what they need themselves: `--help` need not wait for the bench or the model.
+# The commands import what they need themselves: `--help` need not wait for the model.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -226,241 +220,14 @@ def inspect(
         _stdout.print()
 
 
-_bench = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
-app.add_typer(_bench, name="bench")
-
-
-@_bench.callback(invoke_without_command=True)
-def bench(
-    context: typer.Context,
-    peers: Annotated[
-        Path | None,
-        typer.Option(help="Folder that tests/peers/fetch.sh made: time vLLM and SGLang too."),
-    ] = None,
-    cases: Annotated[
-        str | None,
-        typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: '
-            "ranks 256 and 512, and 8192 tokens. Default: 35; with --tune 26 of them."
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
-    ] = None,
-    tune: Annotated[
-        Path | None,
-        typer.Option(
-            help="Try other configs for the cases' shapes instead, and write those that gain 3 % "
-            "into this table; JAX_LORA_TUNING names it to the kernels."
-        ),
-    ] = None,
-    tune_bits: Annotated[
-        bool,
-        typer.Option(
-            "--tune-bits",
-            help="With --tune: other orders of summation too, which change the bits of results.",
-        ),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Time the kernels against their floor, against XLA and against vLLM and SGLang.
-
-    Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
-    together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
-    byte once, or multiplying, takes at least, and the aim 1.05 x floor + 3 us. Each result is
-    checked before it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
-    """
-    if context.invoked_subcommand is not None:
-        if peers or cases or plot or tune or tune_bits or as_json:
-            raise typer.BadParameter("the options of a subcommand go behind its name")
-        return
-    with _input_errors(), _progress() as progress:
-        if tune is not None and (peers or plot):
-            raise ValueError("--tune takes no --peers and no --plot")
-        if tune_bits and tune is None:
-            raise ValueError("--tune-bits goes with --tune")
-        progress("starting JAX")
-        from jax_lora import bench as benchmark
-        from jax_lora.bench import tune as tuning
-
-        if plot is not None:
-            benchmark.check_plot(plot)
-
-        if cases is None:
-            chosen = benchmark.CASES if tune is None else tuning.CASES
-        else:
-            chosen = benchmark.LARGE if cases == "large" else benchmark.read_cases(Path(cases))
-        if tune is not None:
-            tuned = tuning.run(chosen, tune, progress, change_bits=tune_bits)
-        else:
-            report = benchmark.run(chosen, peers, progress)
-            if plot is not None:
-                benchmark.plot(report, plot)
-    if tune is not None:
-        _print_tuned(tuned, tune, as_json)
-    elif as_json:
-        _print_json(report.to_dict())
-    else:
-        _print_bench(report)
-
-
-def _print_bench(report: "Report") -> None:
-    from jax_lora import bench as benchmark
-
-    others = ["tokamax"] if any(result.tokamax for result in report.results) else []
-    others += benchmark.PEERS
-    names = ["case", "floor", "ours", "XLA", *others, "speed-up", "aim", "", "slower than"]
-    table = Table(*names, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in table.columns[1:-2]:
-        column.justify = "right"
-    for result in report.results:
-        times = [result.floor, result.ours, result.xla]
-        times += [{"tokamax": result.tokamax, **result.peers}.get(other) for other in others]
-        times += [result.speed_up, result.aim]
-        table.add_row(
-            result.case.label,
-            *("-" if t is None else f"{t:.2f}" for t in times),
-            "" if result.met is None else _verdict(result.met),
-            ", ".join(result.slower_than),
-        )
-    _print_wide(table)
-    for result in report.results:
-        for note in result.notes:
-            _stdout.print(Text(f"{result.case.label}: {note}"))
-    for mean in report.means:
-        _stdout.print(
-            f"{mean.phase}, over the best peer: {mean.speed_up:.2f} in the geometric mean of "
-            f"{mean.cases} cases; aim {mean.aim:g}, {_verdict(mean.met)}.",
-            highlight=False,
-        )
-    timed = [result for result in report.results if result.met is not None]
-    if timed:
-        _stdout.print(
-            f"Of {len(timed)} cases, {sum(r.met is True for r in timed)} meet the aim of 1.05 x "
-            f"floor + 3 us, {sum('XLA' in r.slower_than for r in timed)} are slower than XLA and "
-            f"{sum(bool({*r.slower_than} & {*benchmark.PEERS}) for r in timed)} than a peer.",
-            highlight=False,
-        )
-    _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
-    if report.tuning is not None:
-        _stdout.print(Text(f"Tuned by {report.tuning}."), soft_wrap=True)
-    if report.copy_rate is None or report.matmul_rate is None:
-        _stdout.print(
-            "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
-            "floor is an H100's.",
-            highlight=False,
-        )
-    else:
-        _stdout.print(
-            f"This run copied at {report.copy_rate / 1e12:.2f} TB/s (floors take "
-            f"{benchmark.COPY_RATE / 1e12:.2f}) and multiplied at "
-            f"{report.matmul_rate / 1e12:.0f} TFLOP/s.",
-            highlight=False,
-        )
-
-
-def _print_wide(table: Table) -> None:
-    """Each row on a line of its own, which a narrow terminal may wrap."""
-    Console(width=max(_stdout.width, 132)).print(table)
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "missed"
-
-
-def _print_tuned(tuned: "list[Tuned]", path: Path, as_json: bool) -> None:
-    from jax_lora.bench.tune import described
-
-    if as_json:
-        _print_json({"table": str(path), "tuned": [each.to_dict() for each in tuned]})
-        return
-    headings = ["case", "default us", "best us", "changed", ""]
-    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in table.columns[1:3]:
-        column.justify = "right"
-    for each in tuned:
-        changed = described(each.fields) if each.fields else "-"
-        bits = "changes bits" if each.changes_bits else ""
-        for case in each.measured:
-            table.add_row(case.case, f"{case.default_us:.2f}", f"{case.us:.2f}", changed, bits)
-    _print_wide(table)
-    for each in tuned:
-        for note in each.notes:
-            _stdout.print(Text(note), soft_wrap=True)
-    _stdout.print(Text(f"JAX_LORA_TUNING={path} gives the kernels this table."), soft_wrap=True)
-
-
-@_bench.command()
-def step(
-    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of a decode step; default: 64.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of each row; default: 1024.")] = None,
-    prefill: Annotated[
-        int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
-    ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Time whole decode and prefill steps of a model shaped like Llama-3-8B.
-
-    Random bfloat16 weights, LoRA on all seven projections. Each row is one compiled program in
-    steady state: without LoRA; with LoRA, but no adapter in the batch; with 8 adapters, one per row
-    and mixed ranks. Then single calls: mixed ranks beside one bucket of the same bytes, buckets
-    without a token, projections of one input. Beside each stands its target, and whether that is
-    met. Without a GPU a small model runs, and no target is held against it.
-    """
-    with _input_errors(), _progress() as progress:
-        progress("starting JAX")
-        from jax_lora.bench import step as benchmark
-
-        shape = benchmark.Shape.of_this_machine(layers, batch, context, prefill)
-        report = benchmark.run(shape, progress, profile=profile)
-    if as_json:
-        _print_json(report.to_dict())
-        return
-    headings = ["step", "us", "target", "x target", "", "host us"]
-    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in (1, 2, 3, 5):
-        table.columns[column].justify = "right"
-    for row in report.rows:
-        cells = [row.us, row.target_us, row.ratio, row.host_us]
-        us, target, ratio, host = ("-" if cell is None else f"{cell:,.2f}" for cell in cells)
-        met = "" if row.ratio is None else _verdict(row.ratio <= 1)
-        table.add_row(row.name, us, target, ratio, met, host)
-    _stdout.print(table)
-    for launches in report.launches:
-        per_layer = launches.custom_calls / report.shape.config.num_hidden_layers
-        _stdout.print(
-            f"Decode, {launches.program}: {launches.launches} launches, {per_layer:g} of them LoRA "
-            f"kernels of each layer; {launches.graphs} CUDA graphs, {launches.outside} launches "
-            "outside of them.",
-            highlight=False,
-        )
-    for row in report.rows:
-        for kernel in row.kernels[:15]:
-            us = f"{kernel.us:10.1f} us, {kernel.launches:g} x {kernel.name}"
-            _stdout.print(Text(f"{row.name}: {us}"), soft_wrap=True)
-    _stdout.print(f"{report.device}, {report.date}; microseconds.", highlight=False)
-    if any(row.target_us is None for row in report.rows if row.target):
-        _stdout.print(
-            "No GPU: a small model ran, held against no target, and neither launches nor CUDA "
-            "graphs were counted.",
-            highlight=False,
-        )
-
-
-@_bench.command("torch")
-def bench_torch(as_json: Json = False) -> None:
-    """Time LoRAX's ops on PyTorch tensors: what a call costs the host and the GPU, by each path.
-
-    64 tokens use 8 adapters of rank 16. "native" launches the kernels on torch's stream, "dlpack"
-    goes through JAX's runtime, "public" is what a caller without this package would write. Ten
-    seconds go in turns over these and over torch's own addition, as a host changes its speed: of
-    its time the best is told and the median.
-    """
+@app.command(
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench() -> None:
     with _input_errors():
-        if importlib.util.find_spec("torch") is None:
-            raise ValueError("bench torch needs PyTorch: pip install 'jax-lora[torch]'")
-    # A process of its own: nothing in this package imports torch.
-    command = [sys.executable, "-m", "interop.bench", *(["--json"] if as_json else [])]
-    raise typer.Exit(subprocess.run(command).returncode)
+        raise ValueError(
+            "the benchmarks are not installed with jax-lora: clone its repository and run "
+            "`python -m benchmarks kernels` (or `step`, or `torch`) there"
+        )

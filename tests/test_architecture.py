@@ -1,9 +1,10 @@
-"""The arrows between the packages: interop -> jax_lora -> pallas_kernels -> jax."""
+"""The arrows between the packages: benchmarks -> interop -> jax_lora -> pallas_kernels -> jax."""
 
 import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -34,8 +35,9 @@ def imports(path: pathlib.Path) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("pallas_kernels", {"flax", "torch", "jax_lora", "interop"}),
-        ("jax_lora", {"torch", "interop"}),
+        ("pallas_kernels", {"flax", "torch", "jax_lora", "interop", "benchmarks"}),
+        ("jax_lora", {"torch", "interop", "benchmarks"}),
+        ("interop", {"benchmarks"}),
     ],
 )
 def test_importing_a_package_stays_below_it(package, forbidden):
@@ -55,13 +57,36 @@ def test_sources_import_nothing_else(package, allowed):
         assert imports(path) - sys.stdlib_module_names <= allowed, path
 
 
-def test_no_source_imports_what_stands_above_it():
-    for below, above in [("pallas_kernels", PACKAGES[1:]), ("jax_lora", ("interop", "torch"))]:
-        for path in (ROOT / below).rglob("*.py"):
-            assert not imports(path) & set(above), path
+@pytest.mark.parametrize(
+    ("below", "above"),
+    [
+        ("pallas_kernels", {"jax_lora", "interop", "benchmarks"}),
+        ("jax_lora", {"interop", "torch", "benchmarks"}),
+        ("interop", {"benchmarks"}),
+    ],
+)
+def test_no_source_imports_what_stands_above_it(below, above):
+    sources = sorted((ROOT / below).rglob("*.py"))
+    assert sources
+    for path in sources:
+        assert not imports(path) & above, path
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": [*PACKAGES]}
+
+
+def test_tests_holds_nothing_but_tests():
+    """Scripts are in tools/ and benchmarks/; what tests share is imported by one of them."""
+    folder = ROOT / "tests"
+    tests = [path for path in folder.rglob("*.py") if path.name.startswith("test_")]
+    shared = set().union(*map(imports, tests))
+    rest = {*folder.rglob("*.py"), *folder.rglob("*.sh")} - {*tests}
+    assert {path.stem for path in rest} - shared == {"conftest"}
 
 
 def test_there_is_no_utils():
-    folders = [*PACKAGES, "tests", "notebooks"]
+    folders = [*PACKAGES, "benchmarks", "tests", "notebooks", "tools"]
     named = [p for folder in folders for p in (ROOT / folder).rglob("utils*")]
     assert not named

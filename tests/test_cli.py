@@ -124,6 +124,14 @@ def test_inspect_of_no_adapter_is_an_error(tmp_path: Path) -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "inspect", "bench"):
+    for command in ("demo", "generate", "inspect"):
         assert command in result.stdout
-    assert "step" in run("bench", "--help").stdout
+    assert "bench" not in result.stdout
+
+
+@pytest.mark.parametrize("args", [(), ("--help",), ("step", "--profile"), ("--peers", ".peers")])
+def test_bench_names_the_command_that_replaced_it(args: tuple[str, ...]) -> None:
+    result = run("bench", *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "clone its repository and run `python -m benchmarks kernels`" in result.stderr

@@ -569,7 +569,7 @@ def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:
             for ids, rank in enumerate(ranks)
         )  # fmt: skip
         config = mosaic_gpu.config.decode_config(
-            tokens, 4096, 4096, max(ranks), buckets=len(ranks), exclusive=True, tuned=False
+            tokens, 4096, 4096, max(ranks), buckets=len(ranks), exclusive=True
         )
         plan = decode_plan.plan((x,), x, parts, config, exclusive=True, seated=True)
         assert plan is not None

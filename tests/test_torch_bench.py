@@ -1,13 +1,15 @@
-"""`jax-lora bench torch` on a CPU: the same table, with what needs a GPU left out and named."""
+"""`python -m benchmarks torch` on a CPU: the same table; what needs a GPU is named."""
 
+import importlib.util
 import json
-import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from interop import bench
-from jax_lora import cli
+from benchmarks import tables
+from benchmarks import torch_calls as bench
+from benchmarks.__main__ import app
 
 OPS = ("bgmv_shrink", "bgmv_expand", "add_lora")
 ROWS = [
@@ -18,14 +20,14 @@ ROWS = [
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_the_command_times_every_op_and_path(capfd):
-    result = CliRunner().invoke(cli.app, ["bench", "torch", "--json"])
+def test_the_command_times_every_op_and_path(on_cpu):
+    result = CliRunner().invoke(app, ["torch", "--json"])
     assert result.exit_code == 0
-    report = json.loads(capfd.readouterr().out)
-    assert list(report) == ["device", "date", "jax", "torch", "rows"]
+    report = json.loads(result.stdout)
+    assert list(report) == ["device", "date", "jax", "torch", "shape", "rows"]
     assert report["device"] == "cpu"
     assert [(row["op"], row["path"]) for row in report["rows"]] == ROWS
     for row in report["rows"]:
@@ -58,21 +60,21 @@ def test_all_take_turns_and_the_best_and_the_median_are_of_all_turns(monkeypatch
     monkeypatch.setattr(bench, "_call", call_of)
     monkeypatch.setattr(bench, "_host_us", host_us)
     monkeypatch.setattr(bench, "_TURNS", 3)
-    rows = bench.run()["rows"]
+    rows = bench.run().rows
     able = [(op, path) for op, path in ROWS if path != "native"]
     assert turns == able * 3
-    hosts = {(row["op"], row["path"]): (row["host"], row["host_median"]) for row in rows}
+    hosts = {(row.op, row.path): (row.host, row.host_median) for row in rows}
     assert [hosts[key] for key in able] == [(100 * n + 1, 100 * n + 7.5) for n in range(7)]
     assert {hosts[op, "native"] for op in OPS} == {(None, None)}
 
 
 def test_the_yardstick_is_torchs_addition_in_place():
-    call = bench._call("y.add_(x)", "torch", bench.torch.device("cpu"))
+    call = bench._call("y.add_(x)", "torch", torch.device("cpu"))
     y = call()
     before = y.clone()
-    assert y.shape == (64, 4096) and y.dtype == bench.torch.bfloat16
+    assert y.shape == (64, 4096) and y.dtype == torch.bfloat16
     assert call() is y
-    assert not bench.torch.equal(y, before)
+    assert not torch.equal(y, before)
 
 
 def test_a_turn_measures_at_least_one_run_and_until_its_time_is_over(monkeypatch, on_cpu):
@@ -89,23 +91,16 @@ def test_a_turn_measures_at_least_one_run_and_until_its_time_is_over(monkeypatch
     assert bench._host_us(call) == pytest.approx([5, 5, 5])
 
 
-def test_the_table(monkeypatch, capsys):
-    def row(op, path, *times, note=None):
-        host, host_median, device = times
-        return dict(op=op, path=path, host=host, host_median=host_median, device=device, note=note)
-
+def test_the_table(capsys):
     rows = [
-        row("bgmv_shrink", "native", None, None, None, note="not here"),
-        row("bgmv_expand", "native", None, None, None, note="not here"),
-        row("add_lora", "public", 563.04, 12345.67, 5.71),
-        row("y.add_(x)", "torch", 5.7, 7.4, None),
+        bench.Row("bgmv_shrink", "native", None, None, None, "not here"),
+        bench.Row("bgmv_expand", "native", None, None, None, "not here"),
+        bench.Row("add_lora", "public", 563.04, 12345.67, 5.71, None),
+        bench.Row("y.add_(x)", "torch", 5.7, 7.4, None, None),
     ]
-    versions = dict(device="a GPU", date="2026-01-02", jax="1", torch="2")
-    monkeypatch.setattr(bench, "run", lambda: dict(**versions, rows=rows))
-    monkeypatch.setattr(sys, "argv", ["bench"])
-    bench.main()
+    tables.print_torch(bench.Report("a GPU", "2026-01-02", "1", "2", "64 tokens", rows))
     assert capsys.readouterr().out == (
-        "T=64 D=8 r=16 H=N=4096, bfloat16; microseconds per call\n"
+        "64 tokens; microseconds per call\n"
         "op           path       host best host median   device\n"
         "bgmv_shrink  native             -           -        -\n"
         "bgmv_expand  native             -           -        -\n"
@@ -117,7 +112,7 @@ def test_the_table(monkeypatch, capsys):
 
 
 def test_without_torch_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    result = CliRunner().invoke(cli.app, ["bench", "torch"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["torch"])
     assert result.exit_code == 2
-    assert "bench torch needs PyTorch: pip install 'jax-lora[torch]'" in result.output
+    assert "this benchmark needs PyTorch: pip install torch" in result.stderr

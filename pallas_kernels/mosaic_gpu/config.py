@@ -5,8 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from pallas_kernels.mosaic_gpu.tuning import ShapeClass, tuned_fields
-
 MAX_RANK = 512
 MAX_FEATURES = 131072
 # Tokens of a tile: wgmma has no other M.
@@ -88,12 +86,11 @@ def rank_width(rank: int, at_most: int) -> int:
 
 
 def default_config(
-    num_tokens: int, features: int, width: int, rank: int, num_adapters: int, *, tuned: bool = True
+    num_tokens: int, features: int, width: int, rank: int, num_adapters: int
 ) -> Config:
     """The config of a case, from static shapes alone; `split` from H, so T changes no bit.
 
-    `features` is H, `width` N, `num_adapters` L. With more tokens than the decode kernel takes, the
-    GPU's tuning table has the last word, if `tuned`.
+    `features` is H, `width` N, `num_adapters` L.
     """
     tiles = -(-num_tokens // TILE)
     per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
@@ -131,10 +128,8 @@ def default_config(
         expand_columns=columns,
     )
     if rank >= 128 and num_tokens >= 4096 and not few:  # fewer tokens have not been timed
-        config = _of_high_rank(config, num_tokens, width, rank)
-    if not tuned or num_tokens <= MAX_DECODE_TOKENS:
-        return config
-    return _tuned(config, ShapeClass.of(num_tokens, features, width, rank))
+        return _of_high_rank(config, num_tokens, width, rank)
+    return config
 
 
 def _of_high_rank(config: Config, num_tokens: int, width: int, rank: int) -> Config:
@@ -171,12 +166,10 @@ def decode_config(
     buckets: int = 1,
     exclusive: bool = False,
     fuse: bool = False,
-    tuned: bool = True,
 ) -> Config:
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
     is None where two launches are taken. `buckets` counts lists of ids, `exclusive` if no token is
-    in several; with one, the GPU's tuning table has the last word, if `tuned`. `fuse` if XLA adds,
-    so that it may run beside what makes y."""
+    in several, `fuse` if XLA adds, so that it may run beside what makes y."""
     if num_tokens > MAX_DECODE_TOKENS:
         return Config()
     config = _decode_config(num_tokens, width, rank, buckets)
@@ -191,12 +184,7 @@ def decode_config(
         wide = 3 if fuse else 12
         clusters = (wide if width > 8192 else 4) if exclusive else 3
         return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
-    tuned = tuned and buckets == 1
-    return _tuned(config, ShapeClass.of(num_tokens, features, width, rank)) if tuned else config
-
-
-def _tuned(config: Config, shape: ShapeClass) -> Config:
-    return dataclasses.replace(config, **tuned_fields(shape, Config))
+    return config
 
 
 def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:

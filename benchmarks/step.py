@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.launches import Launch
+from benchmarks.timing import COPY_RATE, loop_us
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank import AdapterBank
 from jax_lora.batch import AdapterBatch, use
-from jax_lora.bench.launches import Launch
-from jax_lora.bench.timing import COPY_RATE, loop_us
 from jax_lora.layers import LoRALayer, apply_lora, path_name
 from jax_lora.llama import KVCache, Llama, LlamaConfig, decode, prefill
 from pallas_kernels import make_segments

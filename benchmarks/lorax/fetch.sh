@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Puts LoRAX's Triton ops, at a pinned commit, into DEST (default: .lorax in the current folder), for
-# tests/lorax/judge.py. DEST must be ignored by git: LoRAX is measured, never committed.
+# benchmarks/lorax/judge.py. DEST must be ignored by git: LoRAX is measured, never committed.
 # SOURCE (default: its public repository) may be a local clone.
 set -euo pipefail
 dest=${1:-.lorax}

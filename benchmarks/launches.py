@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.bench.timing import COPY_RATE, loop_us, rounds_of, sets_to_rotate, turn
+from benchmarks.timing import COPY_RATE, loop_us, rounds_of, sets_to_rotate, turn
 from pallas_kernels import LoRAPart, add_lora_multi, make_segments
 
 

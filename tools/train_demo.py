@@ -1,6 +1,6 @@
 """Trains the demo's base model and its adapters, and checks the figures that they must meet.
 
-    PYTHONPATH=. python tests/demo_model/train.py all --help
+    PYTHONPATH=. python tools/train_demo.py all --help
 
 `base` trains a small Llama on string transformations. Most prompts name theirs with a leading tag
 (`U|window:` -> `WINDOW`); a prompt without a tag (`window:`) is answered by repeating the word.
@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jax_lora.demo import tasks
 
-DEMO = Path(__file__).parents[2] / "jax_lora" / "demo"
+DEMO = Path(__file__).parents[1] / "jax_lora" / "demo"
 PAD, BOS, EOS, UNKNOWN = range(4)
 WIDTH = 33  # <s>, a tag and its bar, 9 letters, the colon, twice 9 letters, </s> are 32 tokens
 STORED = torch.bfloat16

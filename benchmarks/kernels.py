@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.bench.timing import (
+from benchmarks.timing import (
     COPY_RATE,
     ceilings,
     loop_us,
@@ -24,7 +24,6 @@ from jax_lora.bench.timing import (
     turn,
 )
 from pallas_kernels import Segments, add_lora, make_segments
-from pallas_kernels.mosaic_gpu.tuning import table_path
 from pallas_kernels.ops import prefers_xla
 
 try:  # a comparison, where someone has installed it
@@ -147,14 +146,12 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All cases of a run. Rates in bytes and operations per second, None without a GPU; `tuning` is
-    the tuning table in force."""
+    """All cases of a run. Rates in bytes and operations per second, None without a GPU."""
 
     device: str
     date: str
     copy_rate: float | None
     matmul_rate: float | None
-    tuning: str | None
     results: list[Result]
 
     @property
@@ -192,7 +189,7 @@ def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], Non
     """Times the cases, the peers first, in a process of their own that then frees the GPU.
 
     Raises:
-      FileNotFoundError: `peers` is not a folder that tests/peers/fetch.sh made.
+      FileNotFoundError: `peers` is not a folder that benchmarks/peers/fetch.sh made.
       RuntimeError: a result of ours is wrong, or the peers' process failed.
     """
     measured: list[dict[str, Any]] = [{} for _ in cases]
@@ -213,14 +210,15 @@ def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], Non
         progress(f"{case.label} takes {times['xla' if ours is None else 'ours']:,.2f} us")
         results.append(Result(case, floor, ours, times["xla"], tokamax, by_peer, notes))
     device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
-    tuning = None if (path := table_path()) is None else str(path)
-    return Report(device, date, copy_rate, matmul_rate, tuning, results)
+    return Report(device, date, copy_rate, matmul_rate, results)
 
 
 def _run_peers(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
     script = folder / "peer_bench.py"
     if not script.is_file():
-        raise FileNotFoundError(f"{script} is missing; make the folder with tests/peers/fetch.sh")
+        raise FileNotFoundError(
+            f"{script} is missing; make the folder with benchmarks/peers/fetch.sh"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         given, out = Path(temporary, "cases.json"), Path(temporary, "out.json")
         given.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
@@ -340,7 +338,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'jax-lora[plot]'") from None
+        raise ValueError("plots need matplotlib: pip install matplotlib") from None
     endings = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in endings:
         raise ValueError(f"plot {str(path)!r} must end with one of .{', .'.join(endings)}")

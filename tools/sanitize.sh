@@ -1,5 +1,5 @@
 #!/bin/sh
-# compute-sanitizer over a short run of each kernel: PYTHONPATH=. sh tests/gpu/sanitize.sh [tool...]
+# compute-sanitizer over a short run of each kernel: PYTHONPATH=. sh tools/sanitize.sh [tool...]
 # The platform allocator gives each buffer its own cudaMalloc, so that memcheck sees its bounds.
 export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Our kernels alone, and none that XLA would run to choose among: under a tool each takes long.
@@ -8,6 +8,6 @@ status=0
 for tool in ${*:-memcheck synccheck racecheck}; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --kernel-name kernel_substring=lora_ \
-        --print-limit 20 --error-exitcode 1 python3 tests/gpu/short_run.py || status=1
+        --print-limit 20 --error-exitcode 1 python3 tools/short_run.py || status=1
 done
 exit $status

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 # The copy rate that floors are computed with, so that tables of different runs compare: measured by
-# tests/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
+# benchmarks/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
 COPY_RATE = 2.40e12
 
 # Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.

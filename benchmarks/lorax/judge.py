@@ -1,6 +1,6 @@
 """LoRAX's Triton ops beside ours on random cases; float64 judges both.
 
-    tests/lorax/fetch.sh && PYTHONPATH=. python3 tests/lorax/judge.py .lorax [--cases 240]
+    benchmarks/lorax/fetch.sh && python3 -m benchmarks.lorax.judge .lorax [--cases 240]
 
 Of every case: nothing outside the rows and columns that it names changes a byte, by either; and our
 relative error is not above LoRAX's. A tie is 1 % of theirs, or an error of both below what float32
@@ -17,14 +17,18 @@ import os
 import random
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+Op = Callable[..., object]
 
 OPS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice",
        "sgmv_shrink", "sgmv_expand", "sgmv_expand_slice")  # fmt: skip
 
 
-def draw(number: int) -> dict:
+def draw(number: int) -> dict[str, Any]:
     """Case `number`: which op and with what; the tensors follow from it too."""
     rng = random.Random(number)
     op = OPS[number % len(OPS)]
@@ -47,11 +51,11 @@ def draw(number: int) -> dict:
     )
 
 
-def modules(folder: str) -> tuple:
+def modules(folder: str) -> tuple[dict[str, Op], dict[str, Op]]:
     sys.path.insert(0, folder)
     # A launch cache for Triton 2, which says of itself that Triton 3 makes it superfluous.
     cache = types.ModuleType("libentry")
-    cache.libentry = lambda: lambda kernel: kernel
+    cache.__dict__["libentry"] = lambda: lambda kernel: kernel
     sys.modules["lorax_server.utils.ops.libentry"] = cache
     theirs = {op: getattr(importlib.import_module(f"lorax_server.utils.ops.{op}"), op)
               for op in OPS}  # fmt: skip
@@ -60,7 +64,7 @@ def modules(folder: str) -> tuple:
     return theirs, {op: getattr(interop, op) for op in OPS}
 
 
-def on_best_path(op, *arguments) -> str:
+def on_best_path(op: Op, *arguments: object) -> str:
     """Calls it as `path=None` does; returns which path that was."""
     try:
         op(*arguments, path="native")
@@ -70,7 +74,7 @@ def on_best_path(op, *arguments) -> str:
     return "native"
 
 
-def judge(folder: str, case: dict) -> dict:
+def judge(folder: str, case: dict[str, Any]) -> dict[str, Any]:
     """Both relative errors of one case, and what is wrong with either."""
     import torch
 
@@ -119,7 +123,7 @@ def judge(folder: str, case: dict) -> dict:
     scale = case["scaling"] if shrink else 1.0
     want = before[used][:, columns].double() * keep + scale * delta
 
-    result = dict(case=case, problems=[])
+    result: dict[str, Any] = dict(case=case, problems=[])
     for name in ("theirs", "ours"):
         out = before.clone()
         if name == "theirs":
@@ -142,14 +146,14 @@ def judge(folder: str, case: dict) -> dict:
     return result
 
 
-def work(argument: tuple) -> list[dict]:
+def work(argument: tuple[str, range]) -> list[dict[str, Any]]:
     folder, numbers = argument
     return [judge(folder, draw(number)) for number in numbers]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="what tests/lorax/fetch.sh made")
+    parser.add_argument("folder", help="what benchmarks/lorax/fetch.sh made")
     parser.add_argument("--cases", type=int, default=240)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--out", help="write every case to this JSON file")

@@ -1,0 +1,1 @@
+"""Times the kernels, whole steps and PyTorch calls: `python -m benchmarks` in the repository."""

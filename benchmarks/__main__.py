@@ -1,0 +1,145 @@
+"""The benchmarks' command line: `python -m benchmarks kernels`, `step` or `torch`."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# The commands import what they need themselves: `--help` need not wait for JAX, nor JAX for torch.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Time jax-lora against what bounds it, against XLA, and against vLLM and SGLang.",
+    epilog="Errors of the input end with status 2.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def progress(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """Mistakes in what the user gave: the message alone, and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@app.command()
+def kernels(
+    peers: Annotated[
+        Path | None,
+        typer.Option(help="Folder that benchmarks/peers/fetch.sh made: time vLLM and SGLang too."),
+    ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: '
+            "ranks 256 and 512, and 8192 tokens. Default: 35 cases."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels against their floor, against XLA and against vLLM and SGLang.
+
+    Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
+    together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
+    byte once, or multiplying, takes at least, and the aim 1.05 x floor + 3 us. Each result is
+    checked before it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import kernels as benchmark
+        from benchmarks import tables
+
+        if plot is not None:
+            benchmark.check_plot(plot)
+        if cases is None:
+            chosen = benchmark.CASES
+        else:
+            chosen = benchmark.LARGE if cases == "large" else benchmark.read_cases(Path(cases))
+        report = benchmark.run(chosen, peers, progress)
+        if plot is not None:
+            benchmark.plot(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_kernels(report)
+
+
+@app.command()
+def step(
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a decode step; default: 64.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each row; default: 1024.")] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time whole decode and prefill steps of a model shaped like Llama-3-8B.
+
+    Random bfloat16 weights, LoRA on all seven projections. Each row is one compiled program in
+    steady state: without LoRA; with LoRA, but no adapter in the batch; with 8 adapters, one per row
+    and mixed ranks. Then single calls: mixed ranks beside one bucket of the same bytes, buckets
+    without a token, projections of one input. Beside each stands its target, and whether that is
+    met. Without a GPU a small model runs, and no target is held against it.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import step as benchmark
+        from benchmarks import tables
+
+        shape = benchmark.Shape.of_this_machine(layers, batch, context, prefill)
+        report = benchmark.run(shape, progress, profile=profile)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_step(report)
+
+
+@app.command()
+def torch(as_json: Json = False) -> None:
+    """Time LoRAX's ops on PyTorch tensors: what a call costs the host and the GPU, by each path.
+
+    64 tokens use 8 adapters of rank 16. "native" launches the kernels on torch's stream, "dlpack"
+    goes through JAX's runtime, "public" is what a caller without this package would write. All of
+    them and torch's own addition take turns for ten seconds, because a host changes its speed. The
+    table shows the best time and the median.
+    """
+    with input_errors():
+        if importlib.util.find_spec("torch") is None:
+            raise ValueError("this benchmark needs PyTorch: pip install torch")
+        from benchmarks import tables, torch_calls
+
+        report = torch_calls.run()
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        tables.print_torch(report)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

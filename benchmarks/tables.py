@@ -1,0 +1,124 @@
+"""Prints the reports as tables."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks import kernels
+from benchmarks.timing import COPY_RATE
+
+if TYPE_CHECKING:
+    from benchmarks import step, torch_calls
+
+_stdout = Console()
+
+
+def print_kernels(report: kernels.Report) -> None:
+    """A row per case, the phases' means against their aims, and what was left out."""
+    others = ["tokamax"] if any(result.tokamax for result in report.results) else []
+    others += kernels.PEERS
+    names = ["case", "floor", "ours", "XLA", *others, "speed-up", "aim", "", "slower than"]
+    table = _table(names, range(1, len(names) - 2))
+    for result in report.results:
+        times = [result.floor, result.ours, result.xla]
+        times += [{"tokamax": result.tokamax, **result.peers}.get(other) for other in others]
+        times += [result.speed_up, result.aim]
+        table.add_row(
+            result.case.label,
+            *("-" if t is None else f"{t:.2f}" for t in times),
+            "" if result.met is None else _verdict(result.met),
+            ", ".join(result.slower_than),
+        )
+    # Each row stands on a line of its own, which a narrow terminal may wrap.
+    Console(width=max(_stdout.width, 132)).print(table)
+    for result in report.results:
+        for note in result.notes:
+            _say(f"{result.case.label}: {note}")
+    for mean in report.means:
+        _say(
+            f"{mean.phase}, over the best peer: {mean.speed_up:.2f} in the geometric mean of "
+            f"{mean.cases} cases; aim {mean.aim:g}, {_verdict(mean.met)}."
+        )
+    _say_verdicts([result for result in report.results if result.met is not None])
+    _say(f"{report.device}, {report.date}; microseconds.")
+    if report.copy_rate is None or report.matmul_rate is None:
+        _say(
+            "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
+            "floor is an H100's."
+        )
+    else:
+        _say(
+            f"This run copied at {report.copy_rate / 1e12:.2f} TB/s (floors take "
+            f"{COPY_RATE / 1e12:.2f}) and multiplied at "
+            f"{report.matmul_rate / 1e12:.0f} TFLOP/s."
+        )
+
+
+def _say_verdicts(timed: list[kernels.Result]) -> None:
+    if timed:
+        met = sum(result.met is True for result in timed)
+        than_xla = sum("XLA" in result.slower_than for result in timed)
+        than_peers = sum(bool({*result.slower_than} & {*kernels.PEERS}) for result in timed)
+        _say(
+            f"{met} of {len(timed)} cases meet the aim of 1.05 x floor + 3 us, {than_xla} are "
+            f"slower than XLA and {than_peers} than a peer."
+        )
+
+
+def print_step(report: "step.Report") -> None:
+    """A row per step and single call, what a decode step launches, and the profiles."""
+    table = _table(["step", "us", "target", "x target", "", "host us"], (1, 2, 3, 5))
+    for row in report.rows:
+        cells = [row.us, row.target_us, row.ratio, row.host_us]
+        us, target, ratio, host = ("-" if cell is None else f"{cell:,.2f}" for cell in cells)
+        met = "" if row.ratio is None else _verdict(row.ratio <= 1)
+        table.add_row(row.name, us, target, ratio, met, host)
+    _stdout.print(table)
+    for launches in report.launches:
+        per_layer = launches.custom_calls / report.shape.config.num_hidden_layers
+        _say(
+            f"Decode, {launches.program}: {launches.launches} launches, {per_layer:g} of them LoRA "
+            f"kernels of each layer; {launches.graphs} CUDA graphs, {launches.outside} launches "
+            "outside of them."
+        )
+    for row in report.rows:
+        for kernel in row.kernels[:15]:
+            _say(f"{row.name}: {kernel.us:10.1f} us, {kernel.launches:g} x {kernel.name}")
+    _say(f"{report.device}, {report.date}; microseconds.")
+    if any(row.target_us is None for row in report.rows if row.target):
+        _say(
+            "No GPU: a small model ran, held against no target, and neither launches nor CUDA "
+            "graphs were counted."
+        )
+
+
+def print_torch(report: "torch_calls.Report") -> None:
+    """A row per op and path, and why a path did not take an op."""
+    print(f"{report.shape}; microseconds per call")
+    print(f"{'op':12} {'path':8} {'host best':>11} {'host median':>11} {'device':>8}")
+    for row in report.rows:
+        times = row.host, row.host_median, row.device
+        best, median, gpu = ("-" if t is None else f"{t:.1f}" for t in times)
+        print(f"{row.op:12} {row.path:8} {best:>11} {median:>11} {gpu:>8}")
+    for note in dict.fromkeys(row.note for row in report.rows if row.note):
+        print(note)
+    print(f"{report.device}, {report.date}, jax {report.jax}, torch {report.torch}")
+
+
+def _table(headings: Sequence[str], numbers: Iterable[int]) -> Table:
+    """A table without lines, whose columns `numbers` are flush right."""
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in numbers:
+        table.columns[column].justify = "right"
+    return table
+
+
+def _say(text: str) -> None:
+    _stdout.print(Text(text), soft_wrap=True)
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
