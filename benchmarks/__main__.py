@@ -52,8 +52,9 @@ def kernels(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large`: '
-            "ranks 256 and 512, and 8192 tokens. Default: 35 cases."
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large` '
+            "(ranks 256 and 512, and 8192 tokens) or `between` (256 to 2048 tokens). "
+            "Default: 35 cases."
         ),
     ] = None,
     plot: Annotated[
@@ -75,11 +76,7 @@ def kernels(
 
         if plot is not None:
             benchmark.check_plot(plot)
-        if cases is None:
-            chosen = benchmark.CASES
-        else:
-            chosen = benchmark.LARGE if cases == "large" else benchmark.read_cases(Path(cases))
-        report = benchmark.run(chosen, peers, progress)
+        report = benchmark.run(benchmark.cases_of(cases), peers, progress)
         if plot is not None:
             benchmark.plot(report, plot)
     if as_json:

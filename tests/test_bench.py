@@ -228,7 +228,7 @@ def test_the_report_holds_geometric_means_against_the_aims(monkeypatch: pytest.M
     monkeypatch.setattr(kernels, "run", lambda cases, *_: asked.append(cases) or report)
     printed = CliRunner().invoke(app, ["kernels", "--cases", "large"])
     assert printed.exit_code == 0, printed.output
-    assert asked == [kernels.LARGE]
+    assert asked == [kernels.SETS["large"]]
     lines = printed.stdout.splitlines()
     assert lines[1].split()[3:] == "10.00 13.50 20.00 27.00 - 40.00 2.00 13.50 met".split()
     row = "10.00 20.00 15.00 10.00 19.00 30.00 0.50 13.50 missed XLA, vllm, csgmv"
@@ -243,11 +243,18 @@ def test_the_report_holds_geometric_means_against_the_aims(monkeypatch: pytest.M
         assert line in told
 
 
-def test_the_large_cases() -> None:
-    assert {(c.T, c.D, c.r) for c in kernels.LARGE} == {
+def test_the_sets_of_cases_that_have_a_name() -> None:
+    assert {(c.T, c.D, c.r) for c in kernels.SETS["large"]} == {
         (64, 8, 256), (64, 8, 512), (4096, 8, 256), (4096, 8, 512), (8192, 32, 16), (8192, 1, 128),
     }  # fmt: skip
-    assert not set(kernels.LARGE) & set(kernels.CASES)
+    assert {(c.T, c.D, c.r) for c in kernels.SETS["between"]} == {
+        (256, 8, 128), (512, 4, 16), (512, 32, 16), (512, 8, 64),
+        (1024, 8, 16), (1024, 64, 64), (2048, 8, 16),
+    }  # fmt: skip
+    for name, cases in kernels.SETS.items():
+        assert kernels.cases_of(name) is cases
+        assert not set(cases) & set(kernels.CASES)
+    assert kernels.cases_of(None) is kernels.CASES
 
 
 def test_help_names_the_commands() -> None:
