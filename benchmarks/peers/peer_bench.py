@@ -13,12 +13,16 @@ sgl_v2 (SGLang's plan-driven backend), base_gemm (the dense projection the LoRA 
 import argparse
 import json
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import stubs  # noqa: F401  (must come first)
 import torch
 
 DEV = "cuda"
+Case = dict[str, int]
+Set = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x, A, B, y
+Call = Callable[[], object]
 CASES = [
     dict(T=t, D=d, r=r, H=4096, N=4096, L=64)
     for r in (8, 16, 64, 128)
@@ -29,7 +33,7 @@ CASES += [
 ]
 
 
-def graph_us(fns, reps=20):
+def graph_us(fns: Sequence[Call], reps: int = 20) -> float:
     """Median microseconds per closure when all closures are replayed as one CUDA graph."""
     for fn in fns:
         fn()
@@ -56,13 +60,13 @@ def graph_us(fns, reps=20):
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth():
+def copy_bandwidth() -> float:
     src = torch.empty(1 << 30, device=DEV, dtype=torch.uint8).random_()
     dst = torch.empty_like(src)
     return 2 * src.numel() / (graph_us([lambda: dst.copy_(src)]) * 1e-6)
 
 
-def make(case):
+def make(case: Case) -> tuple[list[Set], torch.Tensor]:
     adapter_bytes = 2 * case["L"] * case["r"] * (case["H"] + case["N"])
     sets = []
     for _ in range(max(4, min(16, -(-200_000_000 // adapter_bytes)))):
@@ -79,7 +83,7 @@ def make(case):
     return sets, ids
 
 
-def rel_error(fn, tensors, ids):
+def rel_error(fn: Call, tensors: Set, ids: torch.Tensor) -> float:
     x, a, b, y = tensors
     before, want = y.clone(), y.float().clone()
     for i in ids.unique().tolist():
@@ -92,7 +96,7 @@ def rel_error(fn, tensors, ids):
     return error
 
 
-def vllm(case, sets, ids):
+def vllm(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
@@ -101,7 +105,7 @@ def vllm(case, sets, ids):
     meta.prepare_tensors(ids)
     args = meta.meta_args(case["T"], True)
 
-    def one(x, a, b, y):
+    def one(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> Call:
         v = torch.empty(1, case["T"], case["r"], device=DEV, dtype=torch.float32)
         return lambda: (
             _lora_shrink(x, [a], v, *args, 1.0),
@@ -111,7 +115,7 @@ def vllm(case, sets, ids):
     return [one(*s) for s in sets]
 
 
-def csgmv(case, sets, ids):
+def csgmv(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
         chunked_sgmv_lora_expand_forward as expand,
     )
@@ -129,34 +133,40 @@ def csgmv(case, sets, ids):
             ptr.append(ptr[-1] + step)
             which.append(adapter)
             count -= step
-    i32 = dict(device=DEV, dtype=torch.int32)
+
+    def i32(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=DEV, dtype=torch.int32)
+
     info = LoRABatchInfo(
         use_cuda_graph=False,
         bs=len(which),
         num_segments=len(which),
         max_len=chunk,
         seg_lens=None,
-        seg_indptr=torch.tensor(ptr, **i32),
-        weight_indices=torch.tensor(which, **i32),
-        lora_ranks=torch.full((case["L"],), case["r"], **i32),
+        seg_indptr=i32(ptr),
+        weight_indices=i32(which),
+        lora_ranks=i32([case["r"]] * case["L"]),
         scalings=torch.ones(case["L"], device=DEV),
-        permutation=torch.arange(case["T"], **i32),
+        permutation=i32([*range(case["T"])]),
     )
-    offsets = torch.tensor([0, case["N"]], **i32)
-    return [
-        (lambda x=x, a=a, b=b, y=y: expand(shrink(x, a, info, 1), b, info, offsets, case["N"], y))
-        for x, a, b, y in sets
-    ]
+    offsets = i32([0, case["N"]])
+
+    def one(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> Call:
+        return lambda: expand(shrink(x, a, info, 1), b, info, offsets, case["N"], y)
+
+    return [one(*s) for s in sets]
 
 
-def sgl_v2(case, sets, ids):
+def sgl_v2(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     import sglang.srt.lora.dense.runner as runner_module
     from sglang.kernels.ops.lora.common.route_view import RouteView, RouteViewKind
     from sglang.srt.lora.dense.plan import DenseLoraKind
     from sglang.srt.lora.utils import Phase
     from sglang.srt.lora.workspace import LoraWorkspace
 
-    def build_route(token_slots, *, max_loras, block_size, **_):
+    def build_route(
+        token_slots: torch.Tensor, *, max_loras: int, block_size: int, **_: object
+    ) -> RouteView:
         """The aligned route, built on the host: routing is metadata, prepared once per step and not timed."""
         slots, pairs, buckets = token_slots.tolist(), [], []
         for slot in range(max_loras):
@@ -196,7 +206,7 @@ def sgl_v2(case, sets, ids):
     if plan.needs_aligned_route:
         runner.route(plan.block_size)
 
-    def one(x, a, b, y):
+    def one(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> Call:
         return lambda: runner.run_b(
             runner.run_a(x, a, stack=1, plan=plan), b, y, offsets=(0, case["N"]), plan=plan
         )
@@ -204,7 +214,11 @@ def sgl_v2(case, sets, ids):
     return [one(*s) for s in sets]
 
 
-def main():
+def product(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> Call:
+    return lambda: torch.mm(x, w.T, out=y)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases")
     parser.add_argument("--out")
@@ -225,7 +239,7 @@ def main():
             case["D"] * case["r"] * (case["H"] + case["N"])
             + case["T"] * (case["H"] + 2 * case["N"])
         )
-        row = dict(case, floor_us=round(moved / bandwidth * 1e6, 2))
+        row: dict[str, object] = {**case, "floor_us": round(moved / bandwidth * 1e6, 2)}
         for peer in (vllm, csgmv, sgl_v2):
             try:
                 fns = peer(case, sets, ids)
@@ -237,15 +251,8 @@ def main():
                 row[peer.__name__] = f"fails: {type(e).__name__}"
                 traceback.print_exc(limit=1)
         weights = [torch.randn(case["N"], case["H"], device=DEV).bfloat16() for _ in sets[:4]]
-        row["base_gemm"] = round(
-            graph_us(
-                [
-                    (lambda x=x, y=y, w=w: torch.mm(x, w.T, out=y))
-                    for (x, _, _, y), w in zip(sets, weights)
-                ]
-            ),
-            2,
-        )
+        us = graph_us([product(x, y, w) for (x, _, _, y), w in zip(sets, weights)])
+        row["base_gemm"] = round(us, 2)
         print(json.dumps(row), flush=True)
         rows.append(row)
         del sets, weights

@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import types
+from collections.abc import Sequence
+from typing import Any, Never
 
 import torch
 import triton
@@ -20,26 +22,26 @@ sys.path.insert(0, HERE)
 
 
 class _Inert:
-    def __init__(self, *a, **k):
+    def __init__(self, *a: object, **k: object) -> None:
         pass
 
-    def __call__(self, *a, **k):
+    def __call__(self, *a: object, **k: object) -> "_Inert":
         return _Inert()
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return False
 
-    def get(self, *a, **k):
+    def get(self, *a: object, **k: object) -> None:
         return None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "_Inert":
         if name.startswith("__"):
             raise AttributeError(name)
         return _Inert()
 
 
 class _InertModule(types.ModuleType):
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> _Inert:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Inert()
@@ -48,23 +50,26 @@ class _InertModule(types.ModuleType):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Last resort: any missing vllm/sglang submodule becomes an inert module."""
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] in ("vllm", "sglang", "msgspec"):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = _InertModule(spec.name)
         module.__path__ = []
         return module
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
 sys.meta_path.append(_Finder())
 
 
-def put(name, path=(), **names):
+def put(name: str, path: Sequence[str] = (), **names: object) -> types.ModuleType:
     module = _InertModule(name)
     module.__path__ = list(path)
     module.__dict__.update(names)
@@ -72,34 +77,34 @@ def put(name, path=(), **names):
     return module
 
 
-def _refuse(*a, **k):
+def _refuse(*a: object, **k: object) -> Never:
     raise AttributeError(
         "no custom-op registration here"
     )  # the peers then call the function itself
 
 
 class _Logger(logging.Logger):
-    def warning_once(self, *a, **k):
+    def warning_once(self, *a: object, **k: object) -> None:
         pass
 
-    def info_once(self, *a, **k):
+    def info_once(self, *a: object, **k: object) -> None:
         pass
 
 
 class _Platform:
-    def is_cuda(self):
+    def is_cuda(self) -> bool:
         return True
 
-    def is_rocm(self):
+    def is_rocm(self) -> bool:
         return False
 
-    def _cc(self):
+    def _cc(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability()
 
-    def is_device_capability(self, c):
+    def is_device_capability(self, c: int | tuple[int, int]) -> bool:
         return self._cc() == (c if isinstance(c, tuple) else divmod(c, 10))
 
-    def has_device_capability(self, c):
+    def has_device_capability(self, c: int | tuple[int, int]) -> bool:
         return self._cc() >= (c if isinstance(c, tuple) else divmod(c, 10))
 
 
@@ -128,7 +133,7 @@ put("vllm.lora.ops.triton_ops", path=[os.path.join(HERE, "vllm/lora/ops/triton_o
 
 
 class _Envs:
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(get=lambda: None)
 
 
@@ -142,10 +147,10 @@ put("sglang.kernels.jit.utils", is_arch_support_pdl=lambda: False)
 
 
 class _Struct:
-    def __init_subclass__(cls, **k):
+    def __init_subclass__(cls, **k: object) -> None:
         pass
 
-    def __init__(self, **fields):
+    def __init__(self, **fields: object) -> None:
         self.__dict__.update(fields)
 
 
@@ -153,7 +158,7 @@ put("msgspec", Struct=_Struct)
 
 
 class _BaseModel:
-    def __init__(self, **fields):
+    def __init__(self, **fields: object) -> None:
         for cls in reversed(type(self).__mro__):
             for name in getattr(cls, "__annotations__", {}):
                 default = getattr(type(self), name, None)
@@ -162,11 +167,11 @@ class _BaseModel:
                 )
                 setattr(self, name, fields.get(name, value))
 
-    def model_dump(self):
+    def model_dump(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k != "model_config"}
 
     @classmethod
-    def model_validate(cls, raw):
+    def model_validate(cls, raw: dict[str, Any]) -> "_BaseModel":
         from sglang.srt.lora.dense import plan
         from sglang.srt.lora.utils import Phase
 
