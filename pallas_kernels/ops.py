@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, ArrayLike
 
-from pallas_kernels import loop, mosaic_gpu, xla
+from pallas_kernels import derivatives, loop, mosaic_gpu, xla
 from pallas_kernels.parts import LoRAPart, StackView, apart, side_by_side
 from pallas_kernels.ranks import check_phase, kernels_disabled, select_kernel
 from pallas_kernels.segments import (
@@ -34,6 +34,7 @@ _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 class _Spec(NamedTuple):
     """What is static about a call: which code runs, and where its columns start."""
 
+    op: str
     implementation: str
     kernels: tuple[str, ...]
     y_offsets: tuple[int, ...] = ()
@@ -286,8 +287,9 @@ def _shrink_fwd(spec: _Spec, *args: Any) -> Any:
     return _shrink(spec, *args), args
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _shrink_bwd(spec: _Spec, residuals: Any, dv: Array) -> Any:
-    v, x, lora_a, route, scale = residuals
+    v, x, lora_a, route, scale = derivatives.cotangents(spec.op, residuals)
     segments = as_segments(route, lora_a.shape[0])
     dx, da, ds = xla.shrink_grad(dv.astype(jnp.float32), x, lora_a, segments, scale)
     return None if v is None else dv, dx, da, None, ds
@@ -319,8 +321,9 @@ def _expand_fwd(spec: _Spec, *args: Any) -> Any:
     return _expand(spec, *args), args[:3]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _expand_bwd(spec: _Spec, residuals: Any, dy: Array) -> Any:
-    v, lora_b, route = residuals
+    v, lora_b, route = derivatives.cotangents(spec.op, residuals)
     segments = as_segments(route, lora_b.shape[0])
     dv, db, dy = xla.expand_grad(
         dy, v, lora_b, segments, spec.y_offsets[0], add_inputs=spec.add_inputs
@@ -372,8 +375,9 @@ def _add_lora_fwd(spec: _Spec, *args: Any) -> Any:
     return _add_lora(spec, *args), args[1:]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _add_lora_bwd(spec: _Spec, residuals: Any, dys: tuple[Array, ...]) -> Any:
-    x, stacks = residuals
+    x, stacks = derivatives.cotangents(spec.op, residuals)
     dx, dstacks, dy = jnp.zeros(x.shape, jnp.float32), [], side_by_side(dys)
     for n, part in enumerate(_parts(spec, stacks, ordered=True)):
         dx_part, da, db, ds = xla.add_lora_grad(dy, x, part)
@@ -406,14 +410,15 @@ def _shrink_op(
     _, rank, features = lora_a.shape
     missing = mosaic_gpu.missing(lora_a.dtype, rank, features)
     implementation, config = how
-    spec = _Spec(_choose(implementation, config, missing), (kernel,), config=config)
+    op = f"{kernel}_shrink"
+    spec = _Spec(op, _choose(implementation, config, missing), (kernel,), config=config)
     if v is not None:
         v = _floats("v", v, "T R")
         _same("v and x differ in tokens T", v.shape[0], x.shape[0])
         _same("v and lora_a differ in rank R", v.shape[1], rank)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
-    return _shrink(spec, v, x, lora_a, route, scale)
+    return _shrink(spec, *derivatives.operands(op, (v, x, lora_a, route, scale)))
 
 
 def _expand_op(
@@ -443,7 +448,9 @@ def _expand_op(
         lora_b.dtype, lora_b.shape[2], None, width, y.dtype, y.shape[1], y_offset
     )
     implementation, config = how
+    op = f"{kernel}_expand"
     spec = _Spec(
+        op,
         _choose(implementation, config, missing),
         (kernel,),
         (y_offset,),
@@ -452,7 +459,7 @@ def _expand_op(
     )
     if v.shape[0] == 0:
         return y
-    return _expand(spec, v, lora_b, route, y)
+    return _expand(spec, *derivatives.operands(op, (v, lora_b, route, y)))
 
 
 def _need_segments(segments: Any) -> Segments:
@@ -776,6 +783,7 @@ def add_lora_multi(
     lacks.append(mosaic_gpu.missing_together(spans))
     missing = next(filter(None, lacks), None)
     spec = _Spec(
+        "add_lora",
         _choose(implementation, config, missing),
         tuple(kernels),
         tuple(y_offsets),
@@ -786,5 +794,5 @@ def add_lora_multi(
         config=config,
     )
     if stacks and shape[0] * shape[1]:
-        ys = _add_lora(spec, ys, x, tuple(stacks))
+        ys = _add_lora(spec, *derivatives.operands("add_lora", (ys, x, tuple(stacks))))
     return ys if isinstance(y, tuple) else ys[0]
