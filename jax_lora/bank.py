@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
-from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.batch import AdapterBatch, Guard, Lease, host_int32
 from jax_lora.layers import LoRALayer, LoRAScale, LoRAStack, Matrices, path_name
+from jax_lora.process import check_process, undivided
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
@@ -32,6 +33,10 @@ _OfLayer = tuple[Any, list[Any]]
 
 # The bank of each layer, by the layer's id: a bank that lives keeps its layers alive.
 _BANKS: weakref.WeakValueDictionary[int, "AdapterBank"] = weakref.WeakValueDictionary()
+
+
+# Of so many adapters that were loaded, a bank knows why they are not any more.
+_MAX_GONE = 256
 
 
 class BankFullError(RuntimeError):
@@ -97,21 +102,40 @@ class AdapterBank:
     `peft_names`: a mapping from such a path to PEFT's name or, for a layer with `slices`, to a
     tuple of names, one per slice.
 
-    Threads may share a bank, but not start a step while another loads: the step would find some
-    of its stacks donated, which JAX reports as deleted arrays.
+    Threads may share a bank. A load donates the stacks that it writes, so a step must not read them
+    meanwhile. Where one thread loads while another steps, hold `bank.stepping` around the step::
+
+        with bank.stepping:              # loads wait until the call returns, not for the device
+            y = step(bank.state, rest, x, batch)
+
+    So must `nnx.jit` steps, which read the model's variables and write them back. Without it, a
+    step may find deleted arrays, which is JAX's RuntimeError, and `nnx.jit` may write back what was
+    there before the load.
+
+    A load either happens or does not: no exception of a signal handler (Ctrl-C, an alarm) divides
+    it, nor does a failure of the device before its last operation. If that fails, and has consumed
+    the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
+    another adapter's.
+
+    An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
+    moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
 
     Attributes:
+      stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
+        raises RuntimeError. Clones of the model and its later banks have the same one.
       state: the live `nnx.State` of all stacks and scales, equal in structure to the first state of
         `nnx.split(model, (nnx.LoRAParam, jax_lora.LoRAScale), ...)`. A `jax.jit` loop over pure
         arrays takes it as an argument at each step and so sees every load; arrays taken out of it
-        earlier are donated by the next load.
+        earlier are donated by the next load: JAX then calls them deleted.
 
     Raises:
-      ValueError: the model has no LoRA layers, its layers differ in buckets or slots, or
-        `peft_names` does not fit it.
+      RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
+      ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
+        by `nnx.vmap`, or `peft_names` does not fit it.
     """
 
     def __init__(self, model: nnx.Module) -> None:
+        check_process()
         layers = {
             path_name(path): module
             for path, module in nnx.iter_modules(model)
@@ -122,6 +146,8 @@ class AdapterBank:
         self._model = model
         self._layers = list(layers.values())
         self._slots = _common_slots(layers)
+        for name, layer in layers.items():
+            _check_unstacked(name, layer)
         self._sites = _sites(layers, getattr(model, "peft_names", {}))
         self.state = nnx.from_flat_state(
             [
@@ -133,16 +159,40 @@ class AdapterBank:
             ]
         )
         self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
-        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        self._lock = threading.RLock()
+        self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._lock = threading.RLock()  # of what the host knows; taken after `stepping`
         self._writers = {bucket: self._compile_writer(bucket) for bucket in self._slots}
         self._is_current = True
-        there = (_BANKS.get(id(layer)) for layer in self._layers)
-        for before in {bank for bank in there if bank is not None}:
-            with before._lock:
-                before._is_current = False
-                self._leases.update(before._leases)
+        self._guard = undivided(self._take_over)
+
+    def _take_over(self) -> Guard:
+        """Ends the banks that had the layers before, and keeps what their batches lease."""
+        before = self._banks_before()
+        first = self._layers[0]
+        if before:
+            guard = before[0]._guard
+        else:
+            guard = next((g for layer in self._layers if (g := layer.guard)), Guard())
+            if not guard.claim(first):
+                guard = Guard()  # a copy of a model that has a bank: another model from now on
+        guard.claim(first)
+        for bank in before:
+            with bank._lock:
+                bank._is_current = False
+                guard.leases.update(bank._guard.leases)
+        for layer in self._layers:
+            if layer.guard is not guard:
+                layer.guard = guard
         _BANKS.update((id(layer), self) for layer in self._layers)
+        return guard
+
+    def _banks_before(self) -> list["AdapterBank"]:
+        there = (_BANKS.get(id(layer)) for layer in self._layers)
+        return list(dict.fromkeys(bank for bank in there if bank is not None))
+
+    @property
+    def stepping(self) -> Any:
+        return self._guard.lock
 
     # ------------------------------------------------------------------------------- what is there
 
@@ -178,7 +228,7 @@ class AdapterBank:
 
         Args:
           name: any text without `/`, `\\` and control characters.
-          adapter: a PEFT folder, or an `Adapter`.
+          adapter: a PEFT folder, or an `Adapter`, whose arrays are read before `load` returns.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
 
@@ -187,6 +237,7 @@ class AdapterBank:
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket are pinned or leased.
+          RuntimeError: the thread holds `stepping`.
           In each case the bank is as it was.
         """
         self._check_name(name, replace)
@@ -202,8 +253,15 @@ class AdapterBank:
         A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
-        so give them a mask, or train the adapters of one optimizer together. `nnx.update` writes
-        all slots: load nothing between `nnx.split` and the `nnx.update` that ends a training run.
+        so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
+        slot inherits the optimizer's moments of the one before it: make a new optimizer state, or
+        zero that slot's. `nnx.update` writes all slots: load nothing between `nnx.split` and the
+        `nnx.update` that ends a training run.
+
+        An optimizer that moves what has no gradient at all (`optax.yogi`, `optax.noisy_sgd`) also
+        fills the columns between an adapter's rank and its bucket, which then count: `save` writes
+        and `merge` folds them too. To stay at the rank, mask them, or multiply them with zero after
+        each step.
 
         Args:
           name: as in `load`.
@@ -228,7 +286,8 @@ class AdapterBank:
             modules[module] = LoRAWeights(a, b, config.scale_of(module))
         if not modules:
             raise ValueError(
-                f"target_modules={config.target_modules!r} names none of {', '.join(self._sites)}"
+                f"target_modules={config.target_modules!r:.300} names none of "
+                f"{_some(self._sites, str)}"
             )
         self._install(name, Adapter(config, modules), replace)
 
@@ -240,7 +299,7 @@ class AdapterBank:
         """
         with self._lock:
             self._entry(name)
-            del self._entries[name]
+            self._forget(name, "unloaded")
 
     def pin(self, name: str) -> None:
         """Keeps an adapter from being evicted. KeyError if it is not loaded."""
@@ -274,6 +333,7 @@ class AdapterBank:
           KeyError: an adapter is not loaded.
           TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
         """
+        self._check_current()
         distinct = _distinct(names_per_row)
         order = {bucket: k for k, bucket in enumerate(self._slots)}
         indices = np.full((len(order), len(names_per_row)), -1, np.int32)
@@ -291,17 +351,25 @@ class AdapterBank:
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
             # of the time that a batch takes.
             batch = AdapterBatch(
-                indices, row_lengths, buckets=tuple(order), phase=phase, lease=lease
+                indices,
+                row_lengths,
+                buckets=tuple(order),
+                phase=phase,
+                lease=lease,
+                guard=self._guard,
             )
             for name in distinct:
                 self._entries.move_to_end(name)
-            self._leases.add(lease)
+            self._guard.leases.add(lease)
         return batch
 
     # ------------------------------------------------------------------------- getting weights out
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """Writes an adapter, as it is now, to a folder that PEFT reads.
+
+        What is written computes what the adapter's rows do, so its rank is larger than the config's
+        where training has filled columns behind that (see `create`).
 
         Raises:
           KeyError: it is not loaded.
@@ -349,7 +417,7 @@ class AdapterBank:
 
     def _check_name(self, name: str, replace: bool) -> None:
         if not isinstance(name, str):
-            raise TypeError(f"an adapter's name must be a str, got {name!r}")
+            raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
@@ -359,17 +427,40 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
 
     def _check_current(self) -> None:
+        check_process()
         if not self._is_current:
             raise RuntimeError("another AdapterBank of this model has taken over its slots")
 
     def _entry(self, name: str) -> _Entry:
         with self._lock:
             self._check_current()
-            try:
+            if isinstance(name, str) and name in self._entries:
                 return self._entries[name]
-            except (KeyError, TypeError):
-                loaded = ", ".join(map(repr, self._entries)) or "none"
-                raise KeyError(f"no adapter {name!r}; loaded: {loaded}") from None
+            gone = self._gone.get(name) if isinstance(name, str) else None
+            why = "" if gone is None else f" ({gone})"
+            raise KeyError(f"no adapter {name!r:.300}{why}; loaded: {_some(self._entries)}")
+
+    def _forget(self, name: str, why: str) -> None:
+        del self._entries[name]
+        self._gone[name] = why
+        self._gone.move_to_end(name)
+        if len(self._gone) > _MAX_GONE:
+            self._gone.popitem(last=False)
+
+    def _write(self, commit: Callable[[], None]) -> None:
+        """`commit()`, with both locks, and not divided by what signal handlers raise."""
+        if self.stepping._is_owned():
+            raise RuntimeError(
+                "this thread holds bank.stepping, so nothing can be loaded: a load deletes the "
+                "arrays that the step reads; load outside of the block"
+            )
+
+        def locked() -> None:
+            with self.stepping, self._lock:
+                self._check_current()
+                commit()
+
+        undivided(locked)
 
     def _dtype(self, module: str) -> Any:
         site = self._sites[module]
@@ -383,28 +474,46 @@ class AdapterBank:
                 f"adapter {name!r} has rank {adapter.rank} and needs bucket {bucket}; the model "
                 f"has buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
             )
-        values = self._values(name, adapter, bucket)
-        with self._lock:
-            self._check_current()
+        # On the device before anything changes: what follows allocates nothing to speak of.
+        values = jax.block_until_ready(jax.device_put(self._values(name, adapter, bucket)))
+        modules = frozenset(adapter.modules)
+
+        def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._find_slot(bucket, name)
-            variables = self._variables(bucket)
-            updated = self._writers[bucket](_arrays_of(variables), np.int32(slot), values)
-            jax.tree.map(lambda v, new: v.set_value(new), variables, updated, is_leaf=_is_variable)
+            self._write_slot(bucket, slot, values)
             if evicted is not None:
-                del self._entries[evicted]
+                self._forget(evicted, f"evicted by the load of {name!r}")
             old = self._entries.pop(name, None)
             pinned = old is not None and old.pinned
-            modules = frozenset(adapter.modules)
             self._entries[name] = _Entry(bucket, slot, adapter.config, modules, pinned)
+            self._gone.pop(name, None)
+
+        self._write(commit)
+
+    def _write_slot(self, bucket: int, slot: int, values: list[_OfLayer]) -> None:
+        variables = self._variables(bucket)
+        arrays = _arrays_of(variables)
+        try:
+            updated = self._writers[bucket](arrays, np.int32(slot), values)
+        except Exception as error:
+            if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
+                raise RuntimeError(
+                    f"the stacks of bucket {bucket} are lost: the device failed while it wrote "
+                    "them, or a step kept arrays from before a load; build the model and its bank "
+                    "anew, and step under `with bank.stepping`"
+                ) from error
+            raise
+        finally:
+            self._guard.writes += 1
+        jax.tree.map(lambda v, new: v.set_value(new), variables, updated, is_leaf=_is_variable)
 
     def _check_fit(self, name: str, adapter: Adapter) -> None:
         unknown = sorted(set(adapter.modules) - set(self._sites))
         if unknown:
-            some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
             raise ValueError(
-                f"adapter {name!r} adapts modules without LoRA in this model: {some}; it has "
-                f"{', '.join(list(self._sites)[:8])}{', ...' if len(self._sites) > 8 else ''}"
+                f"adapter {name!r} adapts modules without LoRA in this model: "
+                f"{_some(unknown, str)}; it has {_some(self._sites, str)}"
             )
         for module, weights in adapter.modules.items():
             in_features, out_features = self._sites[module].features
@@ -435,7 +544,7 @@ class AdapterBank:
         weights: LoRAWeights | None,
         matrices: tuple[Matrices, Matrices],
     ) -> tuple[np.ndarray, np.ndarray]:
-        dtype, (_, bucket, _) = matrices[0].variable.dtype, matrices[0].shape
+        dtype = matrices[0].variable.dtype
         slots = [of.shape[1:] for of in matrices]
         if weights is None:
             return np.zeros(slots[0], dtype), np.zeros(slots[1], dtype)
@@ -447,15 +556,14 @@ class AdapterBank:
                     f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
                     "apply_lora another dtype="
                 )
-        if weights.rank == bucket:
-            return a, b
+        # Always copies: JAX reads them later, or for ever, and the caller may go on writing his.
         a_slot, b_slot = (np.zeros(slot, dtype) for slot in slots)
         a_slot[: weights.rank], b_slot[:, : weights.rank] = a, b
         return a_slot, b_slot
 
     def _find_slot(self, bucket: int, name: str) -> tuple[int, str | None]:
         """A slot to write, and whom that evicts. Never a leased one."""
-        leased = {slot for lease in self._leases if lease.is_open for slot in lease.slots}
+        leased = {slot for lease in self._guard.leases if lease.is_open for slot in lease.slots}
         here = {other: e for other, e in self._entries.items() if e.bucket == bucket}
         usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
         taken = {entry.slot for entry in here.values()}
@@ -471,7 +579,7 @@ class AdapterBank:
         raise BankFullError(
             f"no slot for {name!r}: of the {self._slots[bucket]} of bucket {bucket}, "
             f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
-            f"({', '.join(map(repr, pinned)) or 'none'}); drop batches, unpin, or give apply_lora "
+            f"({_some(pinned)}); drop batches, unpin, or give apply_lora "
             "more slots="
         )
 
@@ -516,19 +624,86 @@ class AdapterBank:
         ]
 
     def _adapter(self, name: str) -> Adapter:
-        """The adapter as it stands in the stacks, at its true rank."""
-        with self._lock:
+        """The adapter as it stands in the stacks, at the rank at which it stands there."""
+        with self.stepping, self._lock:
             entry = self._entry(name)
-            modules, slot = {}, np.int32(entry.slot)
+            slots, slot = {}, np.int32(entry.slot)
             for module in sorted(entry.modules):
                 matrices = self._sites[module].matrices(entry.bucket)
-                rank = entry.config.rank_of(module)
                 # Slots are fetched whole, as a slice by the true rank would compile for each rank,
                 # but alone: what NumPy sees of a stack on the CPU could not be updated in place.
                 a, b = (np.asarray(of.slot(of.variable.get_value(), slot)) for of in matrices)
-                a, b = a[:rank], b[:, :rank]
-                modules[module] = LoRAWeights(a, b, entry.config.scale_of(module))
-        return Adapter(entry.config, modules)
+                slots[module] = a, b
+        ranks = {
+            module: max(entry.config.rank_of(module), _rank_of(a, b))
+            for module, (a, b) in slots.items()
+        }
+        config = _widened(entry.config, ranks)
+        modules = {
+            module: LoRAWeights(a[: ranks[module]], b[:, : ranks[module]], config.scale_of(module))
+            for module, (a, b) in slots.items()
+        }
+        return Adapter(config, modules)
+
+
+def guard_of(model: nnx.Module) -> Guard:
+    """What the banks of the model share, those to come too; a guard of nothing if it has no LoRA.
+
+    For code that steps while other threads load and does not know the bank::
+
+        guard = guard_of(model)
+        with guard.lock:                       # each step
+            if guard.writes != seen:
+                seen, arrays = guard.writes, [variable.get_value() for variable in variables]
+            y = step(arrays, x, batch)
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoRALayer) and module.guard is not None:
+            return module.guard
+    return Guard()
+
+
+def _rank_of(a: np.ndarray, b: np.ndarray) -> int:
+    """The rank of whole slots: behind it, each column is zero in A or in B."""
+    live = np.flatnonzero((a != 0).any(axis=1) & (b != 0).any(axis=0))
+    return int(live[-1]) + 1 if live.size else 0
+
+
+def _widened(config: LoRAConfig, ranks: Mapping[str, int]) -> LoRAConfig:
+    """`config` with these ranks, and the scales that it has."""
+    if all(config.rank_of(module) == rank for module, rank in ranks.items()):
+        return config
+    # The first pattern that matches counts, and a name also matches longer ones that end in it.
+    order = sorted(ranks, key=len, reverse=True)
+    alphas = {
+        module: config.scale_of(module)
+        * (math.sqrt(ranks[module]) if config.rslora else ranks[module])
+        for module in order
+    }
+    return dataclasses.replace(
+        config,
+        rank_pattern={re.escape(module): ranks[module] for module in order},
+        alpha_pattern={re.escape(module): alphas[module] for module in order},
+    )
+
+
+def _some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """The names, or the first of many."""
+    shown = [f"{show(name):.80}" for name in names]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return (", ".join(shown[:8]) or "none") + more
+
+
+def _check_unstacked(name: str, layer: LoRALayer) -> None:
+    for stack in layer.stacks:
+        for of in layer.matrices(stack):
+            shape = of.variable.get_value().shape
+            is_one = shape == of.shape if of.first is None else len(shape) == 1
+            if not is_one:
+                raise ValueError(
+                    f"{name}: its stacks are {list(shape)} and should be {list(of.shape)}; layers "
+                    "stacked by nnx.vmap or for a scan are not covered yet"
+                )
 
 
 def _matrices(layer: LoRALayer, bucket: int) -> list[Matrices]:

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -35,6 +36,37 @@ _LOST = Lease(frozenset())
 _LOST.is_open = False
 
 
+class Guard:
+    """Stands for the stacks of a model: what its banks, layers and batches have in common.
+
+    A static attribute of the layers, so that clones and what is split and merged share it, and part
+    of a batch's treedef. It refers to no bank, as jit keeps both for ever.
+
+    Attributes:
+      lock: held while a bank writes the stacks. Whoever reads them for a step holds it until the
+        step's call returns.
+      writes: how often a bank has written them.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # its `with` is C, which no signal's exception divides
+        self.writes = 0
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._owner: weakref.ref[object] | None = None
+
+    def claim(self, layer: object) -> bool:
+        """Whether the guard is of this layer's model, and not of one that it was copied from."""
+        if self._owner is None or self._owner() is None:
+            self._owner = weakref.ref(layer)
+        return self._owner() is layer
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()  # in another process, its stacks are others
+
+
 class _LeaseRef:
     """A lease inside a treedef. All are equal, so that a new lease never retraces anything, and
     none owns its lease, because jit keeps the treedefs of its first call for ever."""
@@ -64,13 +96,18 @@ class AdapterBatch:
 
     Row b of `x` `[B, H]` or `[B, S, H]` uses `indices[:, b]`; with `lengths`, the rows are laid out
     flat, `lengths[b]` tokens of row b after those of row b - 1, in `x` of `[T, H]`; tokens behind
-    the last row have no adapter.
+    the last row have no adapter. Lengths that sum to more than T are an error where their values
+    are known; inside a compiled function, which does not know them, rows end at T.
 
     Attributes:
       indices: `[K, B]` int32: slot of row b in bucket k, or -1. A row has at most one slot.
       lengths: `[B]` int32 tokens of each row, or None.
       buckets: the `K` rank buckets (static).
       phase: "decode" or "prefill" (static).
+      guard: of the bank that made it (static). Layers of another bank's model refuse the batch.
+        None, for a batch made by hand, is any model's.
+
+    NumPy arrays are copied, as a step reads them after its call has returned.
 
     Raises:
       TypeError: `indices` or `lengths` are not integers.
@@ -85,8 +122,10 @@ class AdapterBatch:
         buckets: Sequence[int],
         phase: str = "decode",
         lease: Lease | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self.indices, self.lengths, self._lease = indices, lengths, lease
+        indices, lengths = _own(indices), _own(lengths)
+        self.indices, self.lengths, self._lease, self.guard = indices, lengths, lease, guard
         self.buckets, self.phase = check_buckets(buckets), check_phase(phase)
         for name, array in (("indices", indices), ("lengths", lengths)):
             dtype = getattr(array, "dtype", type(array))
@@ -113,14 +152,14 @@ class AdapterBatch:
             )
         # Where tracers lie in the tree, it may become the output of every call of a function.
         ref = _LeaseRef(_LOST if is_traced else lease)
-        return (self.indices, self.lengths), (self.buckets, self.phase, ref)
+        return (self.indices, self.lengths), (self.buckets, self.phase, self.guard, ref)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], leaves: Sequence[Any]) -> Self:
         # No checks: JAX unflattens with leaves that are no arrays.
         batch = object.__new__(cls)
         batch.indices, batch.lengths = leaves
-        batch.buckets, batch.phase, ref = aux
+        batch.buckets, batch.phase, batch.guard, ref = aux
         batch._lease, batch._segments = ref.lease(), []
         return batch
 
@@ -128,8 +167,38 @@ class AdapterBatch:
         """The same rows, each now one token (`lengths` are dropped for "decode"), on one lease."""
         lengths = None if phase == "decode" else self.lengths
         return AdapterBatch(
-            self.indices, lengths, buckets=self.buckets, phase=phase, lease=self._lease
+            self.indices,
+            lengths,
+            buckets=self.buckets,
+            phase=phase,
+            lease=self._lease,
+            guard=self.guard,
         )
+
+    def check_guard(self, guard: Guard | None, layer: str) -> None:
+        """Raises ValueError if the batch is of another bank than the layer's."""
+        if None not in (self.guard, guard) and self.guard is not guard:
+            raise ValueError(
+                f"the batch is of another AdapterBank than the {layer} that it is given to; make "
+                "it with the bank of this model (and split a model after its bank is built)"
+            )
+
+    def _untraced(self) -> "AdapterBatch":
+        """Itself, or what it wraps where a gradient that is not compiled traces concrete arrays.
+
+        Such tracers are new in each step, and so would be all that is compiled under their key.
+        """
+        leaves = [_concrete(leaf) for leaf in (self.indices, self.lengths)]
+        if not isinstance(self.indices, jax.core.Tracer) or leaves[0] is None:
+            return self
+        if self.lengths is not None and leaves[1] is None:
+            return self
+        batch = object.__new__(type(self))
+        batch.__dict__.update(self.__dict__, _segments=[])
+        batch.indices, batch.lengths = leaves
+        if batch._lease is _LOST:
+            batch._lease = None  # whoever began the trace holds it
+        return batch
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +242,8 @@ class AdapterBatch:
         if is_constant and self is current():
             raise RuntimeError(
                 "jax_lora.use was entered outside of the function that is being compiled; give "
-                "that function the batch as an argument and enter use inside it"
+                "that function the batch as an argument and enter use inside it, or jit the whole "
+                "step"
             )
         self._segments.append((trace, key, segments))
         return segments
@@ -193,6 +263,10 @@ class AdapterBatch:
                 "a batch with lengths takes flat x of [T, features], got "
                 f"[{', '.join(map(str, (*lead, 'features')))}]"
             )
+        if (lengths := _concrete(self.lengths)) is not None:
+            total = int(np.sum(np.asarray(lengths), dtype=np.int64))
+            if total > num_tokens:
+                raise ValueError(f"lengths sum to {total}, but x has {num_tokens} tokens")
         ends = jnp.cumsum(self.lengths)
         row = jnp.searchsorted(ends, jnp.arange(num_tokens, dtype=ends.dtype), side="right")
         return jnp.append(rows, -1)[row]
@@ -225,6 +299,8 @@ def use(batch: AdapterBatch | None) -> Iterator[None]:
     """
     if not isinstance(batch, AdapterBatch | None):
         raise TypeError(f"use takes an AdapterBatch, got {type(batch).__name__}")
+    if batch is not None:
+        batch = batch._untraced()
     token = _ambient.set(batch)
     try:
         is_traced = batch is not None and isinstance(batch.indices, jax.core.Tracer)
@@ -239,6 +315,20 @@ def current() -> AdapterBatch | None:
     return _ambient.get()
 
 
+def _concrete(array: Any) -> Any:
+    """The values of `array`; None where they are not known while a function is traced."""
+    return array.to_concrete_value() if isinstance(array, jax.core.Tracer) else array
+
+
+def _own(array: Any) -> Any:
+    """`array`, or a copy that nobody can write if it is NumPy's."""
+    if not isinstance(array, np.ndarray):
+        return array
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
 def host_int32(name: str, values: Sequence[int]) -> np.ndarray:
     """`values` as an int32 vector; a TypeError or ValueError where they are none."""
     array = np.asarray(values)
@@ -247,5 +337,7 @@ def host_int32(name: str, values: Sequence[int]) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1 or (array < 0).any() or (array > np.iinfo(np.int32).max).any():
-        raise ValueError(f"{name} must be a list of non-negative int32, got {array.tolist()}")
+        raise ValueError(
+            f"{name} must be a list of non-negative int32, got {array.tolist()!r:.300}"
+        )
     return array.astype(np.int32)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.batch import AdapterBatch, current, use
+from jax_lora.batch import AdapterBatch, Guard, current, use
+from jax_lora.process import check_process
 from pallas_kernels import LoRAPart, StackView, add_lora_multi
 from pallas_kernels.ranks import DEFAULT_BUCKETS, check_buckets
 
@@ -176,8 +177,12 @@ class LoRALayer(nnx.Module):
     """What the LoRA layers share; mixed in before the layer of Flax that each extends.
 
     A subclass says how its `x` and `y` read as `[T, H]` and `[T, N]` matrices.
+
+    Attributes:
+      guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
     """
 
+    guard: Guard | None
     stacks: nnx.List[LoRAStack]
     flat: nnx.LoRAParam[Array] | None
     scales: LoRAScale
@@ -221,10 +226,11 @@ class LoRALayer(nnx.Module):
         flat: bool = False,
     ) -> None:
         """Allocates empty stacks, one per bucket and slice; if `flat`, in one variable."""
+        check_process()
         slices = (self.features()[1],) if slices is None else tuple(slices)
         shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
-        self.slices = slices
+        self.slices, self.guard = slices, None
         self.stacks = nnx.List(LoRAStack(shape, dtype, flat=flat) for shape in shapes)
         self.flat = nnx.LoRAParam(jnp.zeros(_flat_size(shapes), dtype)) if flat else None
         self.scales = LoRAScale(empty_scales(shapes))
@@ -240,6 +246,7 @@ class LoRALayer(nnx.Module):
 
     def parts(self, batch: AdapterBatch, lead: tuple[int, ...]) -> list[LoRAPart]:
         """What the stacks add to the output, for an `x` of `[*lead, H]`."""
+        batch.check_guard(self.guard, type(self).__name__)
         scales, parts = self.scales[...], []
         for stack in self.stacks:
             a, b = (matrices.value for matrices in self.matrices(stack))
@@ -258,7 +265,7 @@ class LoRALayer(nnx.Module):
 
         Raises:
           TypeError: `adapters` is no AdapterBatch.
-          ValueError: it does not fit the layer's buckets or the rows of x.
+          ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x.
         """
         adapters = batch_for(self, adapters)
         base = cast(Any, super())
@@ -284,6 +291,7 @@ class LoRALayer(nnx.Module):
 
 def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:
     """The batch that a layer was called with, or the ambient one."""
+    check_process()
     if not isinstance(adapters, AdapterBatch | None):
         raise TypeError(
             f"{type(layer).__name__} takes an AdapterBatch as its second argument, got "
@@ -556,10 +564,12 @@ def apply_lora(
     layers = _matched_layers(model, target)
     for name, layer in layers.items():
         _check_layer(name, layer, by_bucket, dtype, flat)
+    guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, flat=flat)
+        layer.guard = guard
     return sum(
         variable.nbytes
         for layer in layers.values()
@@ -640,5 +650,5 @@ def _check_layer(name: str, layer: Any, slots: Mapping[int, int], dtype: Any, fl
     if layer.kernel.shape != expected:
         raise ValueError(
             f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; layers stacked "
-            "for a scan are not covered"
+            "for a scan are not covered yet"
         )

@@ -1,16 +1,19 @@
 """LoRA for Flax Linen: the layer, and the bank over a Linen model's variables."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jax_lora import bank
-from jax_lora.batch import AdapterBatch
+from jax_lora.batch import AdapterBatch, Guard
 from jax_lora.layers import (
     LoRALayer,
     Slots,
@@ -22,6 +25,26 @@ from jax_lora.layers import (
 )
 from pallas_kernels import add_lora_multi
 from pallas_kernels.ranks import DEFAULT_BUCKETS
+
+
+@jax.tree_util.register_static
+class _Held:
+    """A guard as a part of variables: a pytree without leaves."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and other.guard is self.guard
+
+    def __hash__(self) -> int:
+        return hash(self.guard)
+
+
+# What a checkpoint holds of a guard, which is of one process: nothing.
+serialization.register_serialization_state(
+    _Held, ty_to_state_dict=lambda held: {}, ty_from_state_dict=lambda held, state: held
+)
 
 
 class LoRADense(nn.Dense):
@@ -77,6 +100,8 @@ class LoRADense(nn.Dense):
         scales = self.variable("lora_scale", "scales", empty_scales, shapes).value
         if adapters is None:
             return y
+        held: _Held | None = self.get_variable("lora_scale", "guard", None)
+        adapters.check_guard(None if held is None else held.guard, type(self).__name__)
         parts = [
             stack_part(
                 **stacks[i], scales=scales, shape=shape, batch=adapters, lead=inputs.shape[:-1]
@@ -96,7 +121,7 @@ class _Dense(LoRALayer):
         if kernel.ndim != 2:
             raise ValueError(
                 f"{path}: kernel {list(kernel.shape)} should have 2 axes; layers stacked for a "
-                "scan are not covered"
+                "scan are not covered yet"
             )
         self.kernel = nnx.Param(kernel)
         ordered = [stacks[i] for i in range(len(stacks))]
@@ -108,12 +133,21 @@ class _Dense(LoRALayer):
         self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
         for stack, values in zip(self.stacks, ordered):
             for matrices, name in zip(self.matrices(stack), ("lora_a", "lora_b")):
-                matrices.variable.set_value(values[name])
-        self.scales.set_value(scales)
+                matrices.variable.set_value(_own(values[name]))
+        self.scales.set_value(_own(scales))
 
     def features(self) -> tuple[int, int]:
         in_features, out_features = self.kernel.shape
         return in_features, out_features
+
+
+def _own(value: Any) -> Array:
+    """`value` as JAX's: a copy where it is NumPy's, which others may write."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(np.array(value))
+
+
+# Those that live, to find the one that has taken over some variables.
+_LINEN_BANKS: weakref.WeakSet["AdapterBank"] = weakref.WeakSet()
 
 
 class AdapterBank(bank.AdapterBank):
@@ -126,9 +160,12 @@ class AdapterBank(bank.AdapterBank):
         in `bank.variables`.
       peft_names: where names differ; as the model's attribute in `jax_lora.AdapterBank`.
 
+    Variables have one bank. A new one over the same takes over from it, as for an NNX model; it
+    must be given `bank.variables` once the first has loaded something.
+
     Raises:
-      ValueError: there are no LoRA layers, or they are stacked for a scan, or lack scales; and as
-        `jax_lora.AdapterBank`.
+      ValueError: there are no LoRA layers, or they are stacked for a scan, or lack scales; another
+        bank has taken the variables over and changed them; and as `jax_lora.AdapterBank`.
     """
 
     def __init__(
@@ -141,6 +178,14 @@ class AdapterBank(bank.AdapterBank):
         layers = flatten_dict(variables.get("lora", {}), is_leaf=is_layer)
         scales = flatten_dict(variables.get("lora_scale", {}))
         params = flatten_dict(variables.get("params", {}))
+        if any(
+            isinstance(leaf, jax.Array) and leaf.is_deleted()
+            for leaf in jax.tree.leaves((layers, scales))
+        ):
+            raise ValueError(
+                "the stacks in variables were deleted, by a load of the bank that took them over, "
+                "or by a step that donated them; give that bank's `variables`"
+            )
         if () in layers:
             raise ValueError("a LoRADense alone has no path for PEFT to name; put it in a module")
         for path, layer in layers.items():
@@ -155,6 +200,15 @@ class AdapterBank(bank.AdapterBank):
             setattr(parent, path[-1], _Dense(".".join(path), *arrays))
         model.peft_names = nnx.static(dict(peft_names or {}))
         super().__init__(model)
+        _LINEN_BANKS.add(self)
+
+    def _banks_before(self) -> list[bank.AdapterBank]:
+        mine = {id(array) for array in jax.tree.leaves(self.state)}
+        return [
+            other
+            for other in list(_LINEN_BANKS)
+            if other._is_current and mine & {id(array) for array in jax.tree.leaves(other.state)}
+        ]
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -166,6 +220,7 @@ class AdapterBank(bank.AdapterBank):
         for path, variable in nnx.to_flat_state(self.state):
             if path[-1] == "scales":
                 scales[path] = variable.get_value()
+                scales[*path[:-1], "guard"] = _Held(self._guard)
             else:
                 lora[path] = variable.get_value()
         return {"lora": unflatten_dict(lora), "lora_scale": unflatten_dict(scales)}
@@ -173,18 +228,29 @@ class AdapterBank(bank.AdapterBank):
     def update(self, lora: Mapping[str, Any]) -> None:
         """Takes the collection `lora` back after training.
 
+        NumPy arrays are copied. JAX's become the bank's: the next load donates them.
+
         Raises:
-          ValueError: it is not of the structure and shapes of `variables["lora"]`.
+          ValueError: it is not of the structure and shapes of `variables["lora"]`, or arrays in it
+            are deleted.
+          RuntimeError: the thread holds `stepping`.
+          In each case the bank is as it was.
         """
-        new = flatten_dict(lora)
-        with self._lock:
-            stacks = {k: v for k, v in nnx.to_flat_state(self.state) if k[-1] != "scales"}
+        stacks = {k: v for k, v in nnx.to_flat_state(self.state) if k[-1] != "scales"}
+        new = {path: _own(value) for path, value in flatten_dict(lora).items()}
+
+        def commit() -> None:
             if {k: (v.shape, v.dtype) for k, v in stacks.items()} != {
                 k: (v.shape, v.dtype) for k, v in new.items()
             }:
                 raise ValueError("lora must have the paths, shapes and dtypes of the bank's stacks")
+            if any(value.is_deleted() for value in new.values()):
+                raise ValueError("lora has deleted arrays; a load, or a donating step, took them")
+            self._guard.writes += 1
             for path, variable in stacks.items():
                 variable.set_value(new[path])
+
+        self._write(commit)
 
     def merged_params(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with an adapter folded into the kernels; see `merge`."""
