@@ -29,16 +29,22 @@ from pallas_kernels.ranks import DEFAULT_BUCKETS
 
 @jax.tree_util.register_static
 class _Held:
-    """A guard as a part of variables: a pytree without leaves."""
+    """A guard as a part of variables: a pytree without leaves. None where no bank has them yet.
 
-    def __init__(self, guard: Guard) -> None:
+    None equals any guard, so that what `init` returns has the structure of a bank's variables; the
+    guards of two banks differ, so that a function is traced for each.
+    """
+
+    def __init__(self, guard: Guard | None = None) -> None:
         self.guard = guard
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and other.guard is self.guard
+        if not isinstance(other, _Held):
+            return False
+        return self.guard is other.guard or None in (self.guard, other.guard)
 
     def __hash__(self) -> int:
-        return hash(self.guard)
+        return hash(_Held)
 
 
 # What a checkpoint holds of a guard, which is of one process: nothing.
@@ -98,10 +104,12 @@ class LoRADense(nn.Dense):
 
         stacks = self.variable("lora", "stacks", empty).value
         scales = self.variable("lora_scale", "scales", empty_scales, shapes).value
+        if self.is_initializing():
+            self.variable("lora_scale", "guard", _Held)
         if adapters is None:
             return y
-        held: _Held | None = self.get_variable("lora_scale", "guard", None)
-        adapters.check_guard(None if held is None else held.guard, type(self).__name__)
+        held = self.get_variable("lora_scale", "guard", _Held())
+        adapters.check_guard(held.guard, type(self).__name__)
         parts = [
             stack_part(
                 **stacks[i], scales=scales, shape=shape, batch=adapters, lead=inputs.shape[:-1]

@@ -3,6 +3,10 @@
 import copy
 import gc
 import pickle
+import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -21,6 +25,7 @@ import jax_lora
 from jax_lora import (
     Adapter,
     AdapterBank,
+    AdapterBatch,
     BankFullError,
     LoRAConfig,
     LoRADense,
@@ -995,3 +1000,262 @@ def test_an_adapter_is_checked_before_it_reaches_the_bank():
     weights = LoRAWeights(np.zeros((4, 4), np.float32), np.zeros((6, 3), np.float32), 1.0)
     with pytest.raises(ValueError, match="lora_A must be"):
         Adapter(LoRAConfig(4, 4), {"up": weights})
+
+
+# ------------------------------------------------------------- other threads, signals and processes
+
+
+@pytest.mark.parametrize("rank", [16, 12])
+def test_a_load_has_read_the_arrays_when_it_returns(rank):
+    """The caller may be a trainer that goes on writing them."""
+    size = 512
+    model = nnx.Linear(size, size, rngs=nnx.Rngs(0))
+    parent = nnx.Module()
+    parent.up = model
+    apply_lora(parent, slots=2, buckets=(16,))
+    bank = AdapterBank(parent)
+    adapter = make_adapter(1, rank, features={"up": (size, size)})
+    weights = adapter.modules["up"]
+    for step in range(5):
+        weights.a[:], weights.b[:] = step + 1, step + 2
+        bank.load("policy", adapter, replace=True)
+        weights.a[:], weights.b[:] = -1, -1
+        held = bank._adapter("policy").modules["up"]
+        assert (held.a == step + 1).all() and (held.b == step + 2).all()
+
+
+def test_a_batch_made_by_hand_copies_its_arrays():
+    indices, lengths = np.zeros((1, 2), np.int32), np.ones(2, np.int32)
+    batch = AdapterBatch(indices, lengths, buckets=(8,))
+    indices[:], lengths[:] = 1, 7
+    assert batch.indices.tolist() == [[0, 0]] and batch.lengths.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        batch.indices[0, 0] = 1
+
+
+class _TimeLimit(BaseException):
+    pass
+
+
+def test_an_exception_of_a_signal_handler_divides_no_load():
+    model, bank = make_bank()
+    adapters = {name: make_adapter(n, 5) for n, name in enumerate("abcd")}
+    bank.load("a", adapters["a"])
+    bank.load("b", adapters["b"])
+    start = time.perf_counter()
+    bank.load("c", adapters["c"])
+    took, rng, interrupted = time.perf_counter() - start, random.Random(0), 0
+
+    def on_alarm(*_):
+        raise _TimeLimit
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        for n in range(200):
+            new = next(name for name in adapters if name not in bank.names)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + rng.random() * took)
+                if n % 2:
+                    bank.load(new, adapters[new])
+                else:
+                    bank.load(bank.names[0], adapters[bank.names[0]], replace=True)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except _TimeLimit:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if n % 5 == 0:
+                names = list(bank.names)
+                assert len(names) == 2
+                check_rows(model, bank, names, [adapters[name] for name in names])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
+
+
+def test_a_load_that_the_device_fails(pair, monkeypatch):
+    model, bank = pair
+    old = make_adapter(1, 5)
+    bank.load("a", old)
+    write = bank._writers[8]
+
+    def fail_before(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    def fail_after(*arguments):
+        write(*arguments)
+        raise RuntimeError("device is gone")
+
+    monkeypatch.setitem(bank._writers, 8, fail_before)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        bank.load("b", make_adapter(2, 5))
+    assert bank.names == ("a",)
+    check_rows(model, bank, ["a"], [old])
+    monkeypatch.setitem(bank._writers, 8, fail_after)
+    with pytest.raises(RuntimeError, match="the stacks of bucket 8 are lost"):
+        bank.load("b", make_adapter(2, 5))
+    assert bank.names == ("a",)
+
+
+def test_a_load_waits_for_the_block_of_a_step_of_another_thread(pair):
+    model, bank = pair
+    right = make_adapter(1, 5)
+    bank.load("a", right)
+    bank.pin("a")
+    batch, x = bank.batch(["a"]), tokens(1)
+    forward(model, x, batch)
+    loader = threading.Thread(
+        target=lambda: [bank.load(f"{n}", make_adapter(n, 5 + 8 * (n % 2))) for n in range(40)]
+    )
+    loader.start()
+    while loader.is_alive():
+        with bank.stepping:
+            y = forward(model, x, batch)
+        np.testing.assert_allclose(y, expected(model, x, [right]), atol=1e-5)
+    loader.join()
+    assert bank.names[-1] == "39"
+
+
+def test_a_load_inside_of_the_block_of_a_step_is_refused(pair):
+    model, bank = pair
+    with bank.stepping, pytest.raises(RuntimeError, match="this thread holds"):
+        bank.load("a", make_adapter(1, 5))
+    guard = jax_lora.bank.guard_of(nnx.clone(model))
+    assert guard.lock is bank.stepping
+    writes = guard.writes
+    bank.load("a", make_adapter(1, 5))
+    assert guard.writes == writes + 1
+    assert jax_lora.bank.guard_of(Mlp(nnx.Rngs(0))).writes == 0
+
+
+_FORK = """
+import os, warnings
+warnings.simplefilter("ignore")
+from jax_lora import AdapterBank
+from tiny import forward, make_adapter, make_bank, tokens
+model, bank = make_bank()
+bank.load("a", make_adapter(1, 4))
+batch = bank.batch(["a"])
+if os.fork() == 0:
+    refused = 0
+    for call in (
+        lambda: bank.load("b", make_adapter(2, 4)), lambda: bank.batch([None]),
+        lambda: AdapterBank(model), lambda: bank.merge("a"), lambda: model.up(tokens(1), batch),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            refused += "forked from one that had used JAX" in str(error)
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_the_child_of_a_fork_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=150, cwd="tests"
+    )
+    assert done.stdout.strip() == "5", done.stderr[-2000:]
+
+
+# --------------------------------------------------------------------------- batches of other banks
+
+
+def _explicitly(model, x, batch):
+    return model.up(x, batch)
+
+
+def _eagerly(model, x, batch):
+    with use(batch):
+        return model(x)
+
+
+@pytest.mark.parametrize("call", [forward, _explicitly, _eagerly])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda batch: batch,
+        jax.device_put,
+        lambda batch: jax.tree.map(jnp.asarray, batch),
+        lambda batch: batch.with_phase("prefill"),
+        copy.deepcopy,
+    ],
+)
+def test_a_batch_of_another_models_bank_is_refused(call, copied):
+    (mine, bank), (other, second) = make_bank(), make_bank()
+    bank.load("tenant a", make_adapter(1, 4))
+    second.load("tenant b", make_adapter(2, 4))
+    batch, x = copied(bank.batch(["tenant a"])), tokens(1)
+    call(mine, x, batch)
+    with pytest.raises(ValueError, match="the batch is of another AdapterBank"):
+        call(other, x, batch)
+
+
+def test_copies_of_a_model_take_its_batches_until_they_have_a_bank(pair):
+    model, bank = pair
+    adapter = make_adapter(1, 4)
+    bank.load("a", adapter)
+    batch, x = bank.batch(["a"]), tokens(1)
+    twin = nnx.merge(*nnx.split(nnx.clone(model)))
+    np.testing.assert_allclose(forward(twin, x, batch), expected(model, x, [adapter]), atol=1e-5)
+    second = AdapterBank(twin)
+    second.load("b", make_adapter(2, 4))
+    for of, wrong in ((twin, batch), (model, second.batch(["b"]))):
+        with pytest.raises(ValueError, match="the batch is of another AdapterBank"):
+            forward(of, x, wrong)
+    check_rows(model, bank, ["a"], [adapter])
+
+
+def test_layers_made_by_hand_know_their_bank():
+    parents = [nnx.Module(), nnx.Module()]
+    for parent in parents:
+        parent.up = LoRADense(4, 6, slots=2, buckets=(8,), rngs=nnx.Rngs(0))
+    banks = list(map(AdapterBank, parents))
+    banks[0].load("a", make_adapter(1, 4, features={"up": (4, 6)}))
+    with pytest.raises(ValueError, match="the batch is of another AdapterBank than the LoRADense"):
+        parents[1].up(tokens(1), banks[0].batch(["a"]))
+
+
+def test_guards_keep_no_bank_alive():
+    model, bank = make_bank()
+    forward(model, tokens(1), bank.batch([None]))
+    gone = weakref.ref(bank)
+    del bank
+    gc.collect()
+    assert gone() is None
+    AdapterBank(model).load("a", make_adapter(1, 4))
+
+
+# --------------------------------------------------------------------------------- what errors say
+
+
+def test_an_adapter_that_is_gone_says_why(pair):
+    _, bank = pair
+    for n in range(3):
+        bank.load(f"{n}", make_adapter(n, 4))
+    with pytest.raises(KeyError, match=r"no adapter '0' \(evicted by the load of '2'\); loaded"):
+        bank.batch(["0"])
+    bank.unload("1")
+    with pytest.raises(KeyError, match=r"no adapter '1' \(unloaded\)"):
+        bank.pin("1")
+    for n in range(300):
+        bank.load("again", make_adapter(1, 4), replace=True)
+        bank._entries[f"{n}"] = bank._entries.pop("again")
+        bank.unload(f"{n}")
+    assert len(bank._gone) == 256
+    with pytest.raises(KeyError) as raised:
+        bank.batch(["x" * 100_000 + "\x1b"])
+    assert len(str(raised.value)) < 2000
+
+
+def test_stacked_layers_are_refused_by_name():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.up = LoRADense(16, 16, slots=2, buckets=(8,), rngs=rngs)
+
+    model = nnx.Module()
+    model.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,)))(nnx.Rngs(0))
+    message = r"blocks.up: its stacks are \[3, 2, 8, 16\] .* stacked by nnx.vmap .* not covered yet"
+    with pytest.raises(ValueError, match=message):
+        AdapterBank(model)

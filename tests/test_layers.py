@@ -307,6 +307,17 @@ def test_a_batch_of_another_bank_is_refused(layer):
         layer[0](tokens(5, features=5), batch_of(ROWS, buckets=(8, 64)))
 
 
+def test_lengths_beyond_x(layer):
+    """Refused where their values are known; in a compiled function, rows end with x."""
+    x = tokens(4, features=5)
+    for lengths in ([1, 1, 1, 1, 1], [2**31 - 1] * 5):
+        with pytest.raises(ValueError, match=rf"lengths sum to {sum(lengths)}, but x has 4 tokens"):
+            layer[0](x, batch_of(ROWS, lengths))
+    cut = jax.jit(lambda x, batch: layer[0](x, batch))(x, batch_of(ROWS, [2, 5, 1, 1, 1]))
+    right = layer[0](x, batch_of(ROWS, [2, 2, 0, 0, 0]))
+    np.testing.assert_allclose(cut, right, atol=1e-5)
+
+
 @pytest.mark.parametrize("adapters", ["a", 0, np.zeros((2, 5), np.int32), ROWS])
 def test_other_second_arguments_are_refused_by_name(layer, adapters):
     with pytest.raises(TypeError, match="LoRADense takes an AdapterBatch as its second argument"):

@@ -251,3 +251,45 @@ def test_nested_modules_have_dotted_names():
         if (leaf != flatten_dict(variables["params"])[path]).any()
     }
     assert changed == {("mlp", "up", "kernel")}
+
+
+def test_a_batch_of_another_bank_is_refused(pair):
+    params, bank = pair
+    other = linen.AdapterBank(Model().init(jax.random.key(1), tokens(1)))
+    bank.load("a", make_adapter(1, 4))
+    other.load("b", make_adapter(2, 4))
+    x, batch = tokens(1), jax.device_put(bank.batch(["a"]))
+    for call in (apply, Model().apply):
+        with pytest.raises(ValueError, match="the batch is of another AdapterBank"):
+            call({"params": params, **other.variables}, x, batch)
+    got = apply({"params": params, **bank.variables}, x, batch)
+    np.testing.assert_allclose(got, right(x, [make_adapter(1, 4)]), atol=1e-5)
+
+
+def test_variables_have_one_bank(pair):
+    """Two would give the same slots away, and delete each other's arrays."""
+    params, first = pair
+    adapter = make_adapter(1, 4)
+    first.load("a", adapter)
+    batch, x = first.batch(["a"]), tokens(1)
+    second = linen.AdapterBank({"params": params, **first.variables})
+    with pytest.raises(RuntimeError, match="has taken over its slots"):
+        first.load("b", adapter)
+    second.load("b", make_adapter(2, 4))
+    got = apply({"params": params, **second.variables}, x, batch)  # what it leases stays
+    np.testing.assert_allclose(got, right(x, [adapter]), atol=1e-5)
+    old = second.variables
+    second.load("c", make_adapter(3, 4), replace=True)
+    with pytest.raises(ValueError, match="the stacks in variables were deleted"):
+        linen.AdapterBank({"params": params, **old})
+
+
+def test_arrays_of_the_caller_are_copied():
+    variables = Model().init(jax.random.key(0), tokens(1))
+    host = jax.tree.map(np.array, variables)
+    bank = linen.AdapterBank(host)
+    lora = jax.tree.map(np.array, bank.variables["lora"])
+    bank.update(lora)
+    for leaf in (*jax.tree.leaves(host["lora"]), *jax.tree.leaves(lora)):
+        leaf[:] = 7
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(bank.variables["lora"]))

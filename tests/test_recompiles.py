@@ -4,6 +4,7 @@ import contextlib
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -153,4 +154,23 @@ def test_saving_compiles_no_program_per_rank(tmp_path):
         for rank in (1, 5, 9, 15):
             bank.load("a", make_adapter(rank, rank), replace=True)
             bank.save("a", tmp_path / f"{rank}")
+    assert not compiled
+
+
+def test_a_gradient_that_is_not_compiled_compiles_once(served):
+    """Its tracers are new in each step, but the batch that they wrap is not."""
+
+    def loss(x, batch):
+        with use(batch):
+            return jnp.where(x > 0, x, 0).sum() + jnp.sum(jnp.cumsum(x))
+
+    def step(names):
+        batch = served.bank.batch(names)
+        jax.vjp(loss, jnp.asarray(served.x), batch)
+        return jax.grad(loss, allow_int=True)(jnp.asarray(served.x), batch)
+
+    step([None] * 4)
+    with compilations() as compiled:
+        for _ in range(3):
+            step([None] * 4)
     assert not compiled

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from tiny import FEATURES, Mlp, forward, make_adapter, tokens
+from tiny import FEATURES, Mlp, expected, forward, make_adapter, tokens
 
 import jax_lora
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, load_peft, use
@@ -263,3 +263,22 @@ def test_stacks_are_what_nnx_calls_lora_params(pair):
     state = nnx.to_flat_state(nnx.state(model))
     assert {type(v) for path, v in state if "stacks" in path} == {nnx.LoRAParam}
     assert {type(v) for path, v in state if path[-1] == "scales"} == {jax_lora.LoRAScale}
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.yogi(1e-2), optax.noisy_sgd(5e-2, key=0)], ids=["yogi", "noisy_sgd"]
+)
+def test_what_moves_without_gradient_is_saved_and_merged_as_it_computes(pair, tmp_path, tx):
+    """These optimizers fill the columns behind an adapter's rank, which then count."""
+    model, bank = pair
+    train(model, bank.batch(NAMES), tx, 25)
+    for name, config in CONFIGS.items():
+        live = forward(model, X, bank.batch([name] * ROWS))
+        bank.save(name, tmp_path / name)
+        saved = load_peft(tmp_path / name)
+        assert saved.rank == bank.bucket(name) and saved.config.rslora == config.rslora
+        plain = Mlp(nnx.Rngs(0))
+        np.testing.assert_allclose(live, expected(plain, X, [saved] * ROWS), atol=2e-5)
+        nnx.update(plain, bank.merge(name))
+        np.testing.assert_allclose(plain(X), live, atol=2e-5)
+        assert bank.config(name) == config
