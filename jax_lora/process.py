@@ -1,7 +1,7 @@
 """What threads, signals and forks ask of code that changes a model in place."""
 
-import _thread
 import os
+import threading
 from collections.abc import Callable
 
 from jax._src import xla_bridge  # whether JAX has started its threads; there is no public getter
@@ -44,8 +44,8 @@ class _Call[T]:
 
     def __init__(self, work: Callable[[], T]) -> None:
         self.work = work
-        self.claim = _thread.allocate_lock()  # whoever takes it runs the work, or gives it up
-        self.ended = _thread.allocate_lock()
+        self.claim = threading.Lock()  # whoever takes it runs the work, or gives it up
+        self.ended = threading.Lock()
         self.ended.acquire()
         self.has_ended = False
         self.error: BaseException | None = None
@@ -81,9 +81,9 @@ def undivided[T](work: Callable[[], T]) -> T:
     """
     call = _Call(work)
     try:
-        # Of `_thread` and with bare locks: an exception inside of `threading.Thread.start` or
-        # `Event.wait`, which are Python, would leave their locks taken.
-        _thread.start_new_thread(call.run, ())
+        # Bare locks tell its end: an exception inside of `Event.wait`, which is Python, could leave
+        # the event's lock taken. Inside of `start` that costs the thread, which then never begins.
+        threading.Thread(target=call.run, daemon=True).start()
         call.ended.acquire()
     except BaseException as interrupt:
         if call.claim.acquire(blocking=False):
