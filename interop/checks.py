@@ -5,10 +5,12 @@ Only metadata is read, so the same checks serve the fake tensors of torch.compil
 
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from torch._C import DispatchKey
 
 PATHS = (None, "dlpack", "native")
 
@@ -62,13 +64,105 @@ def count(name: str, value: Any) -> int:
     return value
 
 
+def _transform(tensor: torch.Tensor) -> str | None:
+    """The transform of torch.func that wraps a tensor, which has no memory then."""
+    if torch._is_functional_tensor(tensor):
+        return "functionalize"
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return "vmap"
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return "grad, vjp or jvp" if is_wrapped else None
+
+
+def no_transforms(op: str, tensors: Any) -> None:
+    """Refuses what torch.func and forward-mode differentiation pass, which no op here follows."""
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if transform := _transform(tensor):
+            raise NotImplementedError(
+                f"{op} does not run under torch.func ({transform}), got a wrapped tensor of shape "
+                f"{list(tensor.shape)}; call it outside of the transform"
+            )
+        if has_tangent(tensor):
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative, got a tensor of shape "
+                f"{list(tensor.shape)} with a tangent; use reverse mode (backward), or pass "
+                "unpack_dual(tensor).primal"
+            )
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    # An integer has none, and outside of a level nothing has.
+    if forward_ad._current_level < 0 or not tensor.is_floating_point():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    return bool(torch._C._dispatch_keys(tensor).has(DispatchKey.Python))
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage is as long as the tensor needs: FSDP frees storages under tensors."""
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return not tensor.numel() or tensor.untyped_storage().nbytes() >= needed
+
+
+def only_memory(name: str, tensor: torch.Tensor) -> None:
+    """Refuses tensors whose values are not, or not only, what their memory holds.
+
+    Raises:
+      TypeError: a nested tensor or a wrapper, such as a fake tensor.
+      ValueError: a negated or conjugated view, or memory that was freed or never was.
+    """
+    if tensor.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor; use .unbind() or .to_padded_tensor()")
+    what = f"{name} of shape {list(tensor.shape)}"
+    if transform := _transform(tensor):
+        raise TypeError(
+            f"{what} is wrapped by torch.func ({transform}) and has no memory of its own"
+        )
+    if _is_wrapper(tensor):
+        raise TypeError(f"{what} is a {type(tensor).__name__}, a wrapper without memory of its own")
+    _plain_view(what, tensor)
+    if tensor.layout == torch.strided and tensor.device.type != "meta" and not has_memory(tensor):
+        raise ValueError(
+            f"{what} has no memory: its storage was freed or shrunk to "
+            f"{tensor.untyped_storage().nbytes()} bytes; restore the storage before the call"
+        )
+
+
+def need_memory(tensors: Sequence[torch.Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if not has_memory(tensor):
+            only_memory(f"tensor {i}", tensor)
+
+
+def _plain_view(what: str, tensor: torch.Tensor) -> None:
+    if tensor._is_zerotensor():
+        raise ValueError(f"{what} is a ZeroTensor, which has no memory; use .clone()")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{what} is a view whose memory holds the negated values; use .resolve_neg()"
+        )
+    if tensor.is_conj():
+        raise ValueError(
+            f"{what} is a view whose memory holds the conjugate values; use .resolve_conj()"
+        )
+
+
 def _dense(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor; use .unbind() or .to_padded_tensor()")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got layout {value.layout}; use .to_dense()")
     if value.is_quantized:
         raise TypeError(f"{name} must not be quantised, got {value.dtype}; use .dequantize()")
+    if not _is_wrapper(value):  # torch's own dispatch unwraps those, or takes them to be fake
+        only_memory(name, value)
     return value
 
 

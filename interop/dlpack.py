@@ -1,9 +1,10 @@
 """Zero-copy exchange of arrays between PyTorch and JAX, and torch tensors that JAX updates."""
 
 import functools
+import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.dlpack
 import torch
 import torch.utils.dlpack
 
-from interop import internals, native
+from interop import checks, internals, native
 
 # What JAX narrows, by a copy, unless it is told to keep 64 bits.
 _WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
@@ -20,19 +21,33 @@ _WIDE = (torch.int64, torch.uint64, torch.float64, torch.complex128)
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """`tensor` as a JAX array on the same memory, ordered after torch's current stream.
 
-    Gradients end here: a tensor that requires them is detached. What torch writes later is seen
-    by JAX, which takes arrays to be constant: do not change the tensor while the array is in use.
+    Gradients end here: a tensor that requires them is detached. The array is not a copy. JAX takes
+    arrays to be constant and computes later than Python calls it, so while the array is in use
+    torch must not write to the memory: a computation that was called before such a write may read
+    what was there before, what was written, or a mix. Wait for its result first, or pass
+    `tensor.clone()`.
 
     Args:
       tensor: dense and contiguous, on a CPU or CUDA device that JAX has.
 
     Raises:
-      TypeError: not a tensor, or a layout or dtype that JAX lacks.
-      ValueError: not contiguous, a negated view, or JAX can't alias it (its address, its device).
-        The message says what to do; nothing is ever copied silently.
+      TypeError: not a tensor, a nested, wrapped or fake one, or a layout or dtype that JAX lacks.
+      ValueError: not contiguous, a negated or conjugated view, memory that was freed, a
+        forward-mode tangent, or JAX can't alias it (its address, its device). The message says what
+        to do; nothing is ever copied silently.
+      RuntimeError: the process was forked from one that had used JAX.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"to_jax takes a torch.Tensor, got {type(tensor).__name__}")
+    internals.refuse_forked()
+    checks.only_memory("to_jax: the tensor", tensor)
+    if checks.has_tangent(tensor):
+        raise ValueError(
+            f"the tensor of shape {list(tensor.shape)} has a forward-mode tangent, which JAX would "
+            "not see; use unpack_dual(tensor).primal"
+        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"to_jax takes tensors on a CPU or CUDA device, got {tensor.device}")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise TypeError(
             f"to_jax takes dense tensors, got layout {tensor.layout}, dtype {tensor.dtype}; use "
@@ -42,11 +57,6 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
         raise TypeError(
             f"JAX has no {tensor.dtype} unless jax_enable_x64 is set; convert the tensor to a "
             "narrower dtype"
-        )
-    if tensor.is_neg():
-        raise ValueError(
-            f"the {tensor.dtype} tensor of shape {list(tensor.shape)} is a view whose memory holds "
-            "the negated values; use .resolve_neg()"
         )
     if not tensor.is_contiguous():
         raise ValueError(
@@ -71,7 +81,9 @@ def to_torch(array: jax.Array) -> torch.Tensor:
     Raises:
       TypeError: not a concrete JAX array.
       ValueError: the array lies on several devices, or torch lacks its dtype.
+      RuntimeError: the process was forked from one that had used JAX.
     """
+    internals.refuse_forked()
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         raise TypeError(f"to_torch takes a concrete jax.Array, got {type(array).__name__}")
     if len(array.devices()) != 1:
@@ -104,8 +116,10 @@ def update(
     Raises:
       RuntimeError: a CUDA graph is being captured, of which JAX's work cannot be part.
       ValueError: a CUDA tensor's address is not a multiple of 16; inputs of integers are copied.
+        A tensor's memory was freed.
     """
     device = outputs[0].device
+    checks.need_memory((*outputs, *inputs))
     jax_device, ready = on_jax(device)
     if ready is None:
         # XLA wants 64-byte addresses, which slices seldom have: unlike in to_jax, they are copied.
@@ -138,6 +152,56 @@ def update(
         # XLA may decline a donation, and on a CPU it does.
         if result.unsafe_buffer_pointer() != output.data_ptr():
             output.detach().copy_(torch.utils.dlpack.from_dlpack(result))
+
+
+# JAX keeps all that it compiled, some 1.4 MB each. So programs are of few sizes: on a CPU always,
+# where tensors are copied anyway; on a GPU, where they are not, from this many exact ones on.
+_MOST_EXACT = 256
+_exact: set[tuple[Any, ...]] = set()
+
+
+def may_be_exact(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether `function` is to be compiled for these shapes as they are, or padded."""
+    if on_jax(tensors[0].device)[1] is None:  # a CPU
+        return False
+    key = function, *[(t.shape, t.dtype, t.device) for t in tensors]
+    if len(_exact) < _MOST_EXACT:
+        _exact.add(key)
+    return key in _exact
+
+
+def padded_rows(rows: int) -> int:
+    """The next of 1, 2, 4, 8, 10, 12, 14, 16, 20, ...: four sizes from each power of two on."""
+    step = 1 << max((rows - 1).bit_length() - 3, 0)
+    return rows if rows < 3 else 4 * -(-rows // 4) if rows <= 8 else -(-rows // step) * step
+
+
+def update_padded(
+    function: Callable[..., Sequence[jax.Array]],
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    rows: Mapping[int, int],
+    arrays: Sequence[jax.Array] = (),
+) -> None:
+    """`update` by a program of a size that others use too: no result depends on other rows.
+
+    Args:
+      rows: numbers among `(*outputs, *inputs)` of the tensors that get more rows, with what these
+        hold: adapter -1, or segments of no tokens.
+    """
+    tensors = [*outputs, *inputs]
+    checks.need_memory(tensors)
+    for i, fill in rows.items():
+        tensor = tensors[i].detach()
+        size = tensor.shape[0]
+        if (padded := padded_rows(size)) != size:
+            tensors[i] = tensor.new_full((padded, *tensor.shape[1:]), fill)
+            tensors[i][:size].copy_(tensor)
+    results = tensors[: len(outputs)]
+    update(function, results, tensors[len(outputs) :], arrays)
+    for output, result in zip(outputs, results):
+        if result is not output:
+            output.detach().copy_(result[: output.shape[0]])
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
@@ -208,7 +272,9 @@ def on_jax(device: torch.device) -> tuple[jax.Device, torch.cuda.ExternalStream 
 
     Raises:
       ValueError: JAX does not have it.
+      RuntimeError: the process was forked from one that had used JAX.
     """
+    internals.refuse_forked()
     try:
         jax_device = next(
             d
@@ -224,3 +290,7 @@ def on_jax(device: torch.device) -> tuple[jax.Device, torch.cuda.ExternalStream 
         return jax_device, None
     ready = jax_device.get_stream_for_external_ready_events()
     return jax_device, torch.cuda.ExternalStream(ready, device)
+
+
+# A forked child asks anew, and is refused.
+os.register_at_fork(after_in_child=on_jax.cache_clear)

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,44 @@ try:
     )
 except (ImportError, AttributeError):
     AVAILABLE = False
+
+
+class _Fork:
+    """Whether JAX had started in a process before it forked.
+
+    No fork copies JAX's threads, and a lock that one of them held is never released in the child.
+    """
+
+    jax_started = False
+    in_child = False
+
+    @classmethod
+    def before(cls) -> None:
+        cls.jax_started = cls.jax_started or _jax_started()
+
+    @classmethod
+    def after_in_child(cls) -> None:
+        cls.in_child = cls.jax_started
+
+
+def _jax_started() -> bool:
+    try:
+        return bool(_internal("jax._src.xla_bridge").backends_are_initialized())
+    except (ImportError, AttributeError):  # another JAX, which may have
+        return True
+
+
+os.register_at_fork(before=_Fork.before, after_in_child=_Fork.after_in_child)
+
+
+def refuse_forked() -> None:
+    """Raises RuntimeError where JAX would wait for ever."""
+    if _Fork.in_child:
+        raise RuntimeError(
+            f"process {os.getpid()} was forked from one that had used JAX, whose threads a fork "
+            "does not copy, so JAX would hang here; start workers by multiprocessing's 'spawn' or "
+            "'forkserver' (DataLoader: multiprocessing_context='spawn')"
+        )
 
 
 def alias(tensor: torch.Tensor, device: jax.Device, stream: int | None, copy: bool | None) -> Any:

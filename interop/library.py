@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from interop import checks, functions, ops
-from interop.dlpack import update
+from interop.dlpack import may_be_exact, update, update_padded
 
 _SEGMENTS = "Tensor starts, Tensor lengths, Tensor ids"
 _SHRINK = "float scale, str? path"
@@ -86,7 +86,11 @@ def _add_lora_backward(
     gradients = tuple(torch.empty_like(t) for t in (x, lora_a, lora_b, scales))
     call = functions.bound(functions.add_lora_backward, offset=offset or 0, phase=phase)
     inputs = (dy.contiguous(), x, lora_a, lora_b, ids, scales)
-    update(functions.jitted(call, len(gradients)), gradients, inputs)
+    function = functions.jitted(call, len(gradients))
+    if may_be_exact(function, inputs):
+        update(function, gradients, inputs)
+    else:
+        update_padded(function, gradients, inputs, {0: 0, 4: 0, 5: 0, 8: -1})
     return gradients
 
 
@@ -94,6 +98,16 @@ def _add_lora_backward(
 def _fake_add_lora_backward(dy: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     x, lora_a, lora_b, _ids, scales, *_static = args
     return tuple(torch.empty_like(t) for t in (x, lora_a, lora_b, scales))
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "add_lora has no second derivative: its gradients are constants to autograd; call backward "
+        "or grad once, without differentiating their results"
+    )
+
+
+_add_lora_backward.register_autograd(_no_second_derivative)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

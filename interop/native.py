@@ -19,10 +19,12 @@ import jax
 import numpy as np
 import torch
 
-from interop import internals
+from interop import checks, internals
 
 ALIGNMENT = 16  # bytes: TMA's, and what XLA assumes of its parameters
 _BLOCK = 256  # bytes: buffers of the scratch memory start at multiples of it
+# A tensor whose storage was freed starts at its offset in bytes, and no tensor has so many.
+_OFFSETS = 2**40
 
 Program = Callable[..., Any]  # what `compile` returns
 
@@ -220,6 +222,8 @@ def _link(plan: _Plan, specs: Sequence[Any], device: torch.device) -> Program:
             _thread.has_context = True
         pointers = [tensor.data_ptr() for tensor in tensors]
         for pointer in pointers:
+            if pointer < _OFFSETS:
+                checks.need_memory(tensors)
             if pointer % ALIGNMENT:
                 raise ValueError(misaligned(pointers.index(pointer), pointer))
         pointers += kept

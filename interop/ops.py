@@ -2,16 +2,18 @@
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 import pallas_kernels
 from interop import checks, functions, internals, native
-from interop.dlpack import identity, on_jax, update
+from interop.dlpack import identity, may_be_exact, on_jax, update, update_padded
 
 Path = Literal["dlpack", "native"]
 Config = Mapping[str, int] | None
@@ -22,39 +24,61 @@ class Op(NamedTuple):
 
     It takes up to `tensors` tensors, `scaled` ones a scale besides. `torch.ops.jax_lora` has it by
     `name`, with None for what may be left out, and beside the differentiable one `add_lora`, which
-    autograd follows.
+    autograd follows. `rows` numbers the tensors whose first axis is tokens or segments, each with
+    what a row holds that changes nothing.
     """
 
     name: str
     check: Callable[..., None]
     function: Callable[..., Any]
     tensors: int
+    rows: Mapping[int, int]
     scaled: bool = False
     static: tuple[str, ...] = ()
     differentiable: bool = False
 
 
-BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, 4, scaled=True)
-SGMV_SHRINK = Op("sgmv_shrink", checks.sgmv_shrink, functions.sgmv_shrink, 6, scaled=True)
+_TOKENS, _SEGMENTS = {0: 0, 1: 0, 3: -1}, {0: 0, 1: 0, 3: 0, 4: 0, 5: -1}
+BGMV_SHRINK = Op("bgmv_shrink", checks.bgmv_shrink, functions.bgmv_shrink, 4, _TOKENS, scaled=True)
+SGMV_SHRINK = Op(
+    "sgmv_shrink", checks.sgmv_shrink, functions.sgmv_shrink, 6, _SEGMENTS, scaled=True
+)
 _EXPAND = ("offset", "add_inputs")
-BGMV_EXPAND = Op("bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, 4, static=_EXPAND)
-SGMV_EXPAND = Op("sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, 6, static=_EXPAND)
+BGMV_EXPAND = Op(
+    "bgmv_expand", checks.bgmv_expand, functions.bgmv_expand, 4, _TOKENS, static=_EXPAND
+)
+SGMV_EXPAND = Op(
+    "sgmv_expand", checks.sgmv_expand, functions.sgmv_expand, 6, _SEGMENTS, static=_EXPAND
+)
 _ADD_LORA = ("offset", "phase")
-ADD_LORA = Op("add_lora_", checks.add_lora, functions.add_lora, 6, True, _ADD_LORA, True)
+ADD_LORA = Op(
+    "add_lora_", checks.add_lora, functions.add_lora, 6, {0: 0, 1: 0, 4: -1}, True, _ADD_LORA, True
+)
 
 Tensors = tuple[torch.Tensor, ...]
 _Route = Callable[[Tensors, float | None], None]  # runs an op, as autograd's versions tell
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# What checks and compiled code depend on, with `is_contiguous`.
+# What checks and compiled code depend on, with `is_contiguous` and torch's dispatch keys, which
+# tell of negated views, ZeroTensors and wrappers.
 _metadata = operator.attrgetter("shape", "dtype", "device")
 _is_contiguous = torch.Tensor.is_contiguous
+_is_nested = operator.attrgetter("is_nested")
 _routes: dict[Any, _Route] = {}
+
+
+def _dispatch_keys(tensor: torch.Tensor) -> int:
+    return int(torch._C._dispatch_keys(tensor).raw_repr())
+
+
 _changed = torch._C._increment_version
 
 # What each stack of weights was last called with, and where that went.
 _last: dict[Any, tuple[Callable[..., bool], _Route]] = {}
 _MOST_KEPT = 4096
+# A forked child chooses anew, and is told if JAX cannot run in it.
+os.register_at_fork(after_in_child=_last.clear)
+os.register_at_fork(after_in_child=_routes.clear)
 
 
 def dispatch(
@@ -70,11 +94,15 @@ def dispatch(
         key = op.name, path, static, grad, len(tensors), identity(tensors[2])
         try:
             is_like, route = _last[key]
-        except (KeyError, TypeError):  # new, or unhashable
+            # Likeness tells of negated views and torch.func's wrappers, not of tangents, and torch
+            # ends the process where it is asked of a nested tensor.
+            may_ask = forward_ad._current_level < 0 and not any(map(_is_nested, tensors))
+        except (KeyError, TypeError, AttributeError):  # new, unhashable, or no tensor
             pass
         else:
-            if is_like(*tensors):
+            if may_ask and is_like(*tensors):
                 return route(tensors, scale)
+        checks.no_transforms(op.name.rstrip("_"), tensors)
     scales = (scale,) if op.scaled else ()
     recorded = *_in_full(op, tensors), *scales, *static, path
     if op.differentiable and grad and any(getattr(t, "requires_grad", False) for t in tensors):
@@ -83,7 +111,7 @@ def dispatch(
         getattr(torch.ops.jax_lora, op.name)(*recorded)
     else:
         route = run(op, tensors, scale, path, static)
-        if len(_last) == _MOST_KEPT:
+        if len(_last) >= _MOST_KEPT:
             _last.clear()
         _last[key] = internals.likeness(tensors), route
 
@@ -94,13 +122,17 @@ def run(
     """Runs `op` on tensors[1:], changing tensors[0]; returns the way it went."""
     try:
         key = op.name, path, static, *map(_metadata, tensors), *map(_is_contiguous, tensors)
+        key += (*map(_dispatch_keys, tensors),)
         route = _routes.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensors, unhashable, sparse
         route = None
     if route is None:
         checks.path(path)
         op.check(*_in_full(op, tensors), *static)
-        route = _routes[key] = _choose(op, tensors, scale, path, static)
+        route = _choose(op, tensors, scale, path, static)
+        if len(_routes) >= _MOST_KEPT:
+            _routes.clear()
+        _routes[key] = route
     route(tensors, scale)
     return route
 
@@ -110,7 +142,7 @@ def _in_full(op: Op, tensors: Tensors) -> tuple[torch.Tensor | None, ...]:
 
 
 def _is_traced(tensors: Tensors) -> bool:
-    is_plain = all(type(t) in _PLAIN for t in tensors)
+    is_plain = all(type(t) in _PLAIN for t in tensors) and not torch._C._len_torch_dispatch_stack()
     return not is_plain and all(isinstance(t, torch.Tensor) for t in tensors)
 
 
@@ -121,6 +153,7 @@ def _choose(
         return lambda tensors, scale: None
     arguments = {name: value or 0 if name == "offset" else value
                  for name, value in zip(op.static, static)}  # fmt: skip
+    internals.refuse_forked()
     call = functions.bound(op.function, **arguments)
     if path != "dlpack":
         try:
@@ -128,21 +161,25 @@ def _choose(
         except NotImplementedError:
             if path == "native":
                 raise
-    return _by_dlpack(call, tensors[0].device)
+    return _by_dlpack(op, call, tensors)
 
 
 # ---------------------------------------------------------------------------------------- by DLPack
 
 
-def _by_dlpack(call: Any, device: torch.device) -> _Route:
-    function = functions.jitted(call, 1)
+def _by_dlpack(op: Op, call: Any, tensors: Tensors) -> _Route:
+    function, device = functions.jitted(call, 1), tensors[0].device
+    exact = may_be_exact(function, tensors)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=64)
     def arrays(scale: float | None) -> tuple[jax.Array, ...]:
         return () if scale is None else (jax.device_put(np.float32(scale), on_jax(device)[0]),)
 
     def route(tensors: Tensors, scale: float | None) -> None:
-        update(function, tensors[:1], tensors[1:], arrays(scale))
+        if exact:
+            update(function, tensors[:1], tensors[1:], arrays(scale))
+        else:
+            update_padded(function, tensors[:1], tensors[1:], op.rows, arrays(scale))
         _changed((tensors[0],))
 
     return route
@@ -187,7 +224,7 @@ def _program(call: Any, specs: tuple[Any, ...], device: torch.device) -> native.
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     """Indices at addresses that GPU code cannot take, as slices have, are copied; they are few."""
-    return t if t.is_floating_point() else t.clone()
+    return t if t.is_floating_point() or not checks.has_memory(t) else t.clone()
 
 
 def _spec(t: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -236,11 +273,13 @@ def bgmv_shrink(
         the case.
 
     Raises:
-      TypeError: no tensor, a sparse or quantised one, or a dtype that is not listed above.
+      TypeError: no tensor, a sparse, nested or quantised one, or a dtype that is not listed above.
       ValueError: shapes that do not fit, tensors that are not contiguous or on several devices,
-        unknown hints or path.
-      NotImplementedError: `path` is "native" and lacks what the case needs.
-      RuntimeError: a CUDA graph is being captured and the case is not native, or is new.
+        negated views, memory that was freed, unknown hints or path.
+      NotImplementedError: `path` is "native" and lacks what the case needs; a tensor of torch.func
+        or with a forward-mode tangent.
+      RuntimeError: a CUDA graph is being captured and the case is not native, or is new; the
+        process was forked from one that had used JAX.
 
     Source: LoRAX, server/lorax_server/utils/ops/bgmv_shrink.py.
     """

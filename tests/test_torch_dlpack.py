@@ -9,7 +9,7 @@ import torch
 from torch_cases import Case, products, relative_error
 
 import interop
-from interop import dlpack, internals
+from interop import dlpack, internals, ops
 
 
 @pytest.fixture
@@ -27,6 +27,9 @@ def aliased(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(internals, "alias", on_cpu)
     monkeypatch.setattr(internals, "wait", lambda array, stream: array.block_until_ready())
+    # Ways that a CPU's tensors went are not a GPU's, nor the reverse.
+    monkeypatch.setattr(ops, "_routes", {})
+    monkeypatch.setattr(ops, "_last", {})
     return found
 
 

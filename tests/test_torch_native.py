@@ -217,6 +217,12 @@ def test_a_launch_gets_the_addresses_in_the_kernels_order(launches):
     assert launches[2][1] == shifted
     with pytest.raises(ValueError, match=r"tensor 1 starts at .*needs a multiple of 16"):
         program((y, torch.ones(129)[1:]))
+    freed = torch.ones(256)[128:]
+    freed.untyped_storage().resize_(0)
+    assert freed.data_ptr() == 512  # an offset into nothing
+    with pytest.raises(ValueError, match=r"tensor 1 of shape \[128\] has no memory"):
+        program((y, freed))
+    assert len(launches) == 4
 
 
 def test_a_thread_has_a_context_before_its_first_launch(launches, driver):
