@@ -129,7 +129,13 @@ def generate(
         list[str] | None,
         typer.Option(help="NAME=DIR, a PEFT adapter folder under a name of yours. Repeat it."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per completion at most.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per completion at most; default: 64, or what the model has room for.",
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Of weights and arithmetic; default: as stored.")
     ] = None,

@@ -65,11 +65,14 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    max_position_embeddings: int | None = None
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             _check_size(name, getattr(self, name))
+        if self.max_position_embeddings is not None:
+            _check_size("max_position_embeddings", self.max_position_embeddings)
         for name in ("rms_norm_eps", "rope_theta"):
             _check_positive(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
@@ -107,25 +110,36 @@ class LlamaConfig:
         heads = found["num_attention_heads"]
         found.setdefault("num_key_value_heads", heads)
         found.setdefault("head_dim", found["hidden_size"] // heads)
-        eos = found.get("eos_token_id", ())
-        eos = (eos,) if type(eos) is int else eos
-        if not (isinstance(eos, list | tuple) and all(type(token) is int for token in eos)):
-            raise ValueError(f"eos_token_id must be an integer or several, got {eos!r}")
-        # Transformers 5 writes rope_parameters, which hold rope_theta too; older ones rope_scaling.
-        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        rope = _rope_values(values)
         return cls(
             **found
             | {
                 "rope_theta": rope.get("rope_theta", found.get("rope_theta", 10000.0)),
                 "rope_scaling": _rope_scaling(rope, values),
-                "eos_token_id": tuple(eos),
+                "eos_token_id": end_tokens(found.get("eos_token_id", ())),
             }
         )
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:
-        """From the folder that holds `config.json`."""
-        return cls.from_dict(read_json(Path(path), "config.json"))
+        """From a folder's `config.json`, with the end tokens of its `generation_config.json`.
+
+        As in Transformers, the `eos_token_id` of the latter replaces that of the former.
+
+        Raises:
+          FileNotFoundError: there is no such folder, or no `config.json` in it.
+          ValueError: a file is malformed, or asks for something that is not implemented.
+        """
+        folder, generation = Path(path), "generation_config.json"
+        config = cls.from_dict(read_json(folder, "config.json"))
+        if not os.path.lexists(folder / generation):
+            return config
+        if (ends := read_json(folder, generation).get("eos_token_id")) is None:
+            return config
+        try:
+            return dataclasses.replace(config, eos_token_id=end_tokens(ends))
+        except ValueError as error:
+            raise ValueError(f"{folder / generation}: {error}") from None
 
 
 _SIZES = (
@@ -148,6 +162,38 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1.0, None),
 }
+
+
+def end_tokens(value: object) -> tuple[int, ...]:
+    """One token, or several, as an `eos_token_id` gives them.
+
+    Raises:
+      ValueError: it holds something else than integers.
+    """
+    tokens = (value,) if isinstance(value, int | np.integer) else value
+    if isinstance(tokens, np.ndarray):
+        tokens = tokens.tolist()
+    if not isinstance(tokens, list | tuple):
+        raise ValueError(f"eos_token_id must be an integer or several, got {value!r:.100}")
+    for token in tokens:
+        is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not (is_integer and abs(token) <= _INT32_MAX):
+            raise ValueError(f"eos_token_id must hold integers of 32 bits, got {token!r:.100}")
+    return tuple(map(int, tokens))
+
+
+_INT32_MAX = 2**31 - 1
+
+
+def _rope_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Transformers 5 writes rope_parameters, with rope_theta among them; older versions rope_scaling
+    # beside rope_theta. Where a config has both, both versions read rope_scaling alone.
+    for key in ("rope_scaling", "rope_parameters"):
+        if rope := values.get(key):
+            if not isinstance(rope, dict):
+                raise ValueError(f"{key} must be an object, got {rope!r:.100}")
+            return rope
+    return {}
 
 
 def _rope_scaling(rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling | None:
@@ -591,6 +637,36 @@ def _next_token(
     return cache, token, done | (token[:, None] == eos[None]).any(axis=-1)
 
 
+def check_prompts(
+    config: LlamaConfig, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int
+) -> None:
+    """Whether `generate` takes these arguments for a model of this config; raises as it does."""
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or tokens.size == 0:
+        raise ValueError(
+            f"tokens must be [B, S] and lengths [B], got {tokens.shape} and {lengths.shape}"
+        )
+    if not (np.issubdtype(tokens.dtype, np.integer) and np.issubdtype(lengths.dtype, np.integer)):
+        raise TypeError(f"tokens and lengths must be integers, got {tokens.dtype}, {lengths.dtype}")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"tokens must lie in [0, {config.vocab_size}), got {tokens.min()} to {tokens.max()}"
+        )
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(
+            f"lengths must lie in [1, {tokens.shape[1]}], got {lengths.min()} to {lengths.max()}"
+        )
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r:.100}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    positions = config.max_position_embeddings
+    if positions is not None and lengths.max() > positions:
+        raise ValueError(
+            f"the prompt of row {lengths.argmax()} has {lengths.max()} tokens; the model takes at "
+            f"most {positions} (max_position_embeddings)"
+        )
+
+
 def generate(
     model: Llama,
     tokens: ArrayLike,
@@ -609,33 +685,23 @@ def generate(
       tokens: `[B, S]` prompts, padded on the right with any valid tokens.
       lengths: `[B]` true lengths, 1 to S.
       adapters: each row's adapter, in either phase; None for the plain model.
-      max_new_tokens: columns of the result; fewer are computed if all rows end before.
+      max_new_tokens: columns of the result; fewer are computed if all rows end before. It may lead
+        beyond the config's `max_position_embeddings`, where a model computes what it was not
+        trained for.
       eos_id: the token, or tokens, that end a row; None for those of the config, `()` for none.
 
     Returns:
       `[B, max_new_tokens]` int32. A row that has ended repeats its last token.
 
     Raises:
-      ValueError: shapes, lengths or tokens out of range.
+      TypeError: tokens, lengths or `max_new_tokens` are not integers.
+      ValueError: shapes, lengths or tokens are out of range; or a prompt is longer than the
+        config's `max_position_embeddings`.
     """
     prompts, sizes = np.asarray(tokens), np.asarray(lengths)
-    vocabulary = model.config.vocab_size
-    if prompts.ndim != 2 or sizes.shape != prompts.shape[:1] or prompts.size == 0:
-        raise ValueError(
-            f"tokens must be [B, S] and lengths [B], got {prompts.shape} and {sizes.shape}"
-        )
-    if not (np.issubdtype(prompts.dtype, np.integer) and np.issubdtype(sizes.dtype, np.integer)):
-        raise TypeError(f"tokens and lengths must be integers, got {prompts.dtype}, {sizes.dtype}")
-    if prompts.min() < 0 or prompts.max() >= vocabulary:
-        raise ValueError(
-            f"tokens must lie in [0, {vocabulary}), got {prompts.min()} to {prompts.max()}"
-        )
-    if sizes.min() < 1 or sizes.max() > prompts.shape[1]:
-        raise ValueError(f"lengths must lie in [1, {prompts.shape[1]}], got {sizes.tolist()}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ends = model.config.eos_token_id if eos_id is None else eos_id
-    eos = np.atleast_1d(np.asarray(ends if np.size(ends) else -1, np.int32))
+    check_prompts(model.config, prompts, sizes, max_new_tokens)
+    ends = model.config.eos_token_id if eos_id is None else end_tokens(eos_id)
+    eos = np.asarray(ends or (-1,), np.int32)
     by_phase = (
         {"prefill": None, "decode": None}
         if adapters is None
@@ -656,7 +722,7 @@ def generate(
         max_length=prompts.shape[1] + max_new_tokens,
     )
     columns = [token]
-    while len(columns) < max_new_tokens and not (np.size(ends) and np.asarray(done).all()):
+    while len(columns) < max_new_tokens and not (ends and np.asarray(done).all()):
         cache, token, done = _next_token(
             structure, leaves, cache, token, done, eos, by_phase["decode"]
         )

@@ -99,6 +99,50 @@ def test_the_old_form_of_rope_scaling_is_the_same(tmp_path):
     np.testing.assert_allclose(logits, reference_logits(reference, tokens), atol=1e-4)
 
 
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(tmp_path):
+    save_reference(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    file, tokens = tmp_path / "config.json", tokens_of((1, 40))
+    saved = json.loads(file.read_text())
+    scaling = {name: value for name, value in ROPE3.items() if name != "rope_theta"}
+    results = []
+    for changes in ({}, {"rope_scaling": scaling}, {"rope_scaling": scaling, "rope_theta": 300.0}):
+        file.write_text(json.dumps(saved | changes))
+        reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        results.append(llama.Llama.from_pretrained(tmp_path)(tokens))
+        np.testing.assert_allclose(results[-1], reference_logits(reference, tokens), atol=1e-4)
+    assert np.abs(results[0] - results[1]).max() > 0.1 < np.abs(results[1] - results[2]).max()
+    file.write_text(json.dumps(saved | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
+    with pytest.raises(ValueError, match="rope_type='linear' is not supported"):
+        llama.Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, (2,)),
+        ("{}", (2,)),
+        ('{"eos_token_id": null}', (2,)),
+        ('{"eos_token_id": 7}', (7,)),
+        ('{"eos_token_id": [7, 2, 9]}', (7, 2, 9)),
+    ],
+)
+def test_end_tokens_of_generation_config_replace_those_of_config(tmp_path, generation, expected):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": 2}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(generation)
+    assert llama.LlamaConfig.from_json(tmp_path).eos_token_id == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}']
+)
+def test_a_malformed_generation_config_is_refused_by_name(tmp_path, text):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        llama.LlamaConfig.from_json(tmp_path)
+
+
 def test_sharded_checkpoint(tmp_path):
     reference = save_reference(tmp_path / "whole")
     reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -312,7 +356,7 @@ def test_a_decode_without_adapters_in_its_batch_runs_the_plain_model(pair):
 @pytest.mark.parametrize(
     ("tokens", "lengths", "new", "message"),
     [
-        ([[1, 2]], [3], 1, r"lengths must lie in \[1, 2\], got \[3\]"),
+        ([[1, 2]], [3], 1, r"lengths must lie in \[1, 2\], got 3 to 3"),
         ([[1, 2]], [0], 1, "lengths must lie in"),
         ([[1, 61]], [2], 1, r"tokens must lie in \[0, 61\), got 1 to 61"),
         ([[1, -1]], [1], 1, "tokens must lie in"),
@@ -320,6 +364,7 @@ def test_a_decode_without_adapters_in_its_batch_runs_the_plain_model(pair):
         ([[1, 2]], [2, 2], 1, r"lengths \[B\]"),
         (np.zeros((0, 2), int), [], 1, "tokens must be"),
         ([[1, 2]], [2], 0, "max_new_tokens must be at least 1, got 0"),
+        (np.ones((2, 70), int), [3, 65], 1, "prompt of row 1 has 65 tokens; .* at most 64"),
     ],
 )
 def test_generate_refuses(pair, tokens, lengths, new, message):
@@ -327,7 +372,18 @@ def test_generate_refuses(pair, tokens, lengths, new, message):
         llama.generate(pair[1], tokens, lengths, max_new_tokens=new)
 
 
+def test_new_tokens_may_lead_beyond_the_positions(pair):
+    prompt = tokens_of((1, 60))
+    short = llama.generate(pair[1], prompt, [60], max_new_tokens=4, eos_id=())
+    long = llama.generate(pair[1], prompt, [60], max_new_tokens=8, eos_id=())
+    np.testing.assert_array_equal(long[:, :4], short)
+
+
 def test_types_and_sizes_are_checked(pair):
+    with pytest.raises(TypeError, match=r"must be an integer, got 2\.5"):
+        llama.generate(pair[1], [[1]], [1], max_new_tokens=2.5)
+    with pytest.raises(ValueError, match=r"must hold integers of 32 bits, got 1\.5"):
+        llama.generate(pair[1], [[1]], [1], max_new_tokens=1, eos_id=[1, 1.5])
     with pytest.raises(TypeError, match="must be integers, got float64"):
         llama.generate(pair[1], [[1.0]], [1], max_new_tokens=1)
     with pytest.raises(ValueError, match="prompts of 9 tokens exceed the cache's 8 positions"):
@@ -378,6 +434,16 @@ def test_config_defaults():
             "high_freq_factor=1.0 must exceed",
         ),
         ({"eos_token_id": "end"}, "eos_token_id must be .* got 'end'"),
+        (
+            {"eos_token_id": [2, 2**31]},
+            "eos_token_id must hold integers of 32 bits, got 2147483648",
+        ),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be a positive integer"),
+        ({"rope_scaling": [2.0]}, r"rope_scaling must be an object, got \[2.0\]"),
+        (
+            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}},
+            "rope_type='linear'",
+        ),
     ],
 )
 def test_config_refuses(changes, message):
