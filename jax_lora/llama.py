@@ -8,7 +8,7 @@ adapters fit as they are.
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +21,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.adapters import read_json, read_safetensors
+from jax_lora.bank import guard_of
 from jax_lora.batch import AdapterBatch, current, use
 from jax_lora.layers import call_packed
+from jax_lora.process import check_process
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -583,10 +585,8 @@ class _Structure:
     digest: int
 
     @classmethod
-    def split(cls, model: Llama) -> tuple[Self, list[Array]]:
-        graphdef, state = nnx.split(model)
-        leaves, treedef = jax.tree.flatten(state)
-        return cls(graphdef, treedef, hash((graphdef, treedef))), leaves
+    def of(cls, graphdef: nnx.GraphDef[Llama], treedef: jax.tree_util.PyTreeDef) -> Self:
+        return cls(graphdef, treedef, hash((graphdef, treedef)))
 
     def merge(self, leaves: list[Array]) -> Llama:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
@@ -600,6 +600,27 @@ class _Structure:
             and (self.digest, self.treedef, self.graphdef)
             == (other.digest, other.treedef, other.graphdef)
         )
+
+
+class _LiveModel:
+    """A model whose stacks other threads may load while it steps."""
+
+    def __init__(self, model: Llama) -> None:
+        self.guard = guard_of(model)
+        with self.guard.lock:
+            graphdef, self.state = nnx.split(model)  # holds the model's own variables
+            self.writes = self.guard.writes
+            self.leaves, treedef = jax.tree.flatten(self.state)
+        self.structure = _Structure.of(graphdef, treedef)
+
+    def call(
+        self, step: Callable[..., tuple[KVCache, Array, Array]], *args: object
+    ) -> tuple[KVCache, Array, Array]:
+        """`step` of the arrays that the variables hold now; a load waits until it is launched."""
+        with self.guard.lock:
+            if self.guard.writes != self.writes:
+                self.writes, self.leaves = self.guard.writes, jax.tree.leaves(self.state)
+            return step(self.structure, self.leaves, *args)
 
 
 @partial(jax.jit, static_argnames=("structure", "max_length"))
@@ -678,7 +699,8 @@ def generate(
 ) -> np.ndarray:
     """Greedy completions of a batch of prompts, by one compiled prefill and one compiled decode.
 
-    Nothing compiles again for another batch of the same shape, whatever its adapters.
+    Nothing compiles again for another batch of the same shape, whatever its adapters. Other threads
+    may load and evict adapters meanwhile; those of the batch stay as they are.
 
     Args:
       model: see `Llama`; with LoRA layers or without.
@@ -697,9 +719,12 @@ def generate(
       TypeError: tokens, lengths or `max_new_tokens` are not integers.
       ValueError: shapes, lengths or tokens are out of range; or a prompt is longer than the
         config's `max_position_embeddings`.
+      RuntimeError: this process was forked from one that had used JAX.
     """
+    check_process()
     prompts, sizes = np.asarray(tokens), np.asarray(lengths)
     check_prompts(model.config, prompts, sizes, max_new_tokens)
+    max_new_tokens = int(max_new_tokens)
     ends = model.config.eos_token_id if eos_id is None else end_tokens(eos_id)
     eos = np.asarray(ends or (-1,), np.int32)
     by_phase = (
@@ -711,21 +736,18 @@ def generate(
             for phase in ("prefill", "decode")
         }
     )
-    structure, leaves = _Structure.split(model)
-    cache, token, done = _first_token(
-        structure,
-        leaves,
+    live = _LiveModel(model)
+    first_token = partial(_first_token, max_length=prompts.shape[1] + max_new_tokens)
+    cache, token, done = live.call(
+        first_token,
         prompts.astype(np.int32),
         sizes.astype(np.int32),
         eos,
         by_phase["prefill"],
-        max_length=prompts.shape[1] + max_new_tokens,
     )
     columns = [token]
     while len(columns) < max_new_tokens and not (ends and np.asarray(done).all()):
-        cache, token, done = _next_token(
-            structure, leaves, cache, token, done, eos, by_phase["decode"]
-        )
+        cache, token, done = live.call(_next_token, cache, token, done, eos, by_phase["decode"])
         columns.append(token)
     columns += [token] * (max_new_tokens - len(columns))
     return np.stack([np.asarray(column) for column in columns], axis=1)

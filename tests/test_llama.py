@@ -3,6 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +333,69 @@ def test_generate_with_adapters_equals_merged_models(pair):
         expected = llama.generate(merged, prompt, lengths, max_new_tokens=6, eos_id=())
         np.testing.assert_array_equal(together[row], expected[row])
         assert not np.array_equal(expected[row], plain[row])
+
+
+def test_threads_may_load_while_others_generate(pair):
+    model = nnx.clone(pair[1])
+    jax_lora.apply_lora(model, slots={8: 3, 16: 1}, buckets=(8, 16))
+    bank = jax_lora.AdapterBank(model)
+    bank.load("mine", random_adapter(0, 8, "q_proj"))
+    bank.load("theirs", random_adapter(1, 5, "down_proj"))
+    prompt, lengths = tokens_of((3, 6)), [6, 3, 4]
+
+    def run(batch):
+        return llama.generate(model, prompt, lengths, adapters=batch, max_new_tokens=30, eos_id=())
+
+    batch = bank.batch(["mine", None, "theirs"])
+    expected = run(batch)
+    bank.unload("mine")  # its slot and that of "theirs" stay leased: one is left, and the bucket 16
+    bank.unload("theirs")
+    others = [random_adapter(seed, rank, "q_proj") for seed, rank in ((2, 8), (3, 6), (4, 12))]
+    loads, stop = [0], threading.Event()
+
+    def load():
+        while not stop.is_set():
+            for name, adapter in zip("abc", others, strict=True):  # a and b evict each other
+                bank.load(name, adapter, replace=True)
+                loads[0] += 1
+
+    with ThreadPoolExecutor(3) as threads:
+        loading = threads.submit(load)
+        try:
+            results = [run(batch), *threads.map(run, [batch, batch])]
+        finally:
+            stop.set()
+        loading.result()
+    assert loads[0] > 10
+    for got in results:
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_generate_takes_what_is_loaded_between_its_calls(pair):
+    model = nnx.clone(pair[1])
+    jax_lora.apply_lora(model, slots=1, buckets=(8,))
+    bank, prompt = jax_lora.AdapterBank(model), tokens_of((1, 6))
+    results = []
+    for seed in (0, 1):
+        bank.load("a", random_adapter(seed, 8, "q_proj"), replace=True)
+        with bank.batch(["a"]) as batch:
+            results.append(
+                llama.generate(model, prompt, [6], adapters=batch, max_new_tokens=8, eos_id=())
+            )
+    assert not np.array_equal(*results)
+
+
+def test_generate_in_a_forked_child_is_refused(pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python and JAX warn of the fork itself
+        child = os.fork()
+    if child == 0:
+        try:
+            llama.generate(pair[1], [[3]], [1], max_new_tokens=1)
+        except RuntimeError as error:
+            os._exit(0 if "forked from one that had used JAX" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_decode_without_adapters_in_its_batch_runs_the_plain_model(pair):
