@@ -6,10 +6,10 @@ adapters fit as they are.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.adapters import read_json, read_safetensors
 from jax_lora.bank import guard_of
 from jax_lora.batch import AdapterBatch, current, use
+from jax_lora.compiling import step_options
 from jax_lora.layers import call_packed
 from jax_lora.process import check_process
 
@@ -602,6 +603,9 @@ class _Structure:
         )
 
 
+_Stepped = tuple[KVCache, Array, Array]  # the cache, each row's token, and whether it has ended
+
+
 class _LiveModel:
     """A model whose stacks other threads may load while it steps."""
 
@@ -613,9 +617,7 @@ class _LiveModel:
             self.leaves, treedef = jax.tree.flatten(self.state)
         self.structure = _Structure.of(graphdef, treedef)
 
-    def call(
-        self, step: Callable[..., tuple[KVCache, Array, Array]], *args: object
-    ) -> tuple[KVCache, Array, Array]:
+    def call(self, step: Callable[..., _Stepped], *args: object) -> _Stepped:
         """`step` of the arrays that the variables hold now; a load waits until it is launched."""
         with self.guard.lock:
             if self.guard.writes != self.writes:
@@ -623,7 +625,6 @@ class _LiveModel:
             return step(self.structure, self.leaves, *args)
 
 
-@partial(jax.jit, static_argnames=("structure", "max_length"))
 def _first_token(
     structure: _Structure,
     leaves: list[Array],
@@ -632,7 +633,7 @@ def _first_token(
     eos: Array,
     adapters: AdapterBatch | None,
     max_length: int,
-) -> tuple[KVCache, Array, Array]:
+) -> _Stepped:
     model = structure.merge(leaves)
     with use(adapters):
         logits, cache = prefill(
@@ -642,7 +643,6 @@ def _first_token(
     return cache, token, (token[:, None] == eos[None]).any(axis=-1)
 
 
-@partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def _next_token(
     structure: _Structure,
     leaves: list[Array],
@@ -651,11 +651,24 @@ def _next_token(
     done: Array,
     eos: Array,
     adapters: AdapterBatch | None,
-) -> tuple[KVCache, Array, Array]:
+) -> _Stepped:
     with use(adapters):
         logits, cache = decode(structure.merge(leaves), cache, token)
     token = jnp.where(done, token, jnp.argmax(logits, axis=-1).astype(jnp.int32))
     return cache, token, done | (token[:, None] == eos[None]).any(axis=-1)
+
+
+@functools.cache
+def _steps() -> tuple[Callable[..., _Stepped], Callable[..., _Stepped]]:
+    # Jitted by the first call: before, nobody knows whether JAX will run on a GPU.
+    options = step_options()
+    first = jax.jit(
+        _first_token, static_argnames=("structure", "max_length"), compiler_options=options
+    )
+    following = jax.jit(
+        _next_token, static_argnames="structure", donate_argnames="cache", compiler_options=options
+    )
+    return first, following
 
 
 def check_prompts(
@@ -737,9 +750,9 @@ def generate(
         }
     )
     live = _LiveModel(model)
-    first_token = partial(_first_token, max_length=prompts.shape[1] + max_new_tokens)
+    first_token, next_token = _steps()
     cache, token, done = live.call(
-        first_token,
+        functools.partial(first_token, max_length=prompts.shape[1] + max_new_tokens),
         prompts.astype(np.int32),
         sizes.astype(np.int32),
         eos,
@@ -747,7 +760,7 @@ def generate(
     )
     columns = [token]
     while len(columns) < max_new_tokens and not (ends and np.asarray(done).all()):
-        cache, token, done = live.call(_next_token, cache, token, done, eos, by_phase["decode"])
+        cache, token, done = live.call(next_token, cache, token, done, eos, by_phase["decode"])
         columns.append(token)
     columns += [token] * (max_new_tokens - len(columns))
     return np.stack([np.asarray(column) for column in columns], axis=1)

@@ -18,6 +18,7 @@ from flax import nnx
 
 import jax_lora
 from jax_lora import llama
+from jax_lora.compiling import step_options
 
 ROPE3 = {
     "rope_type": "llama3",
@@ -275,6 +276,15 @@ def test_generate_compiles_once_per_shape(pair):
         assert not compiled
         llama.generate(model, tokens_of((2, 5)), [5, 5], max_new_tokens=3)
         assert compiled
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("cpu", {}), ("gpu", {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"})],
+)
+def test_only_a_gpu_gets_compiler_options(monkeypatch, backend, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert step_options() == expected
 
 
 def random_adapter(seed, rank, target):
