@@ -174,7 +174,11 @@ class AdapterBank:
         else:
             guard = next((g for layer in self._layers if (g := layer.guard)), Guard())
             if not guard.claim(first):
-                guard = Guard()  # a copy of a model that has a bank: another model from now on
+                # A copy of a model that has a bank: from now on another model, with its own arrays,
+                # as `nnx.clone` shares them and a load would delete both.
+                guard = Guard()
+                for _, variable in nnx.to_flat_state(self.state):
+                    variable.set_value(jnp.copy(variable.get_value()))
         guard.claim(first)
         for bank in before:
             with bank._lock:
