@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jax_lora.text import printable, shown, without_controls
+
 # The commands import what they need themselves: `--help` need not wait for the model.
 
 app = typer.Typer(
@@ -28,6 +30,15 @@ app = typer.Typer(
 _stdout, _stderr = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+Links = Annotated[
+    bool,
+    typer.Option(
+        "--allow-links",
+        help="Follow symbolic links out of adapters' folders, such as Hugging Face's cache has.",
+    ),
+]
 
 
 class DType(StrEnum):
@@ -53,6 +64,7 @@ def _input_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, KeyError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+        text = without_controls(text)
         _stderr.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
         raise typer.Exit(2) from None
 
@@ -139,6 +151,7 @@ def generate(
     dtype: Annotated[
         DType | None, typer.Option(help="Of weights and arithmetic; default: as stored.")
     ] = None,
+    allow_links: Links = False,
     as_json: Json = False,
 ) -> None:
     """Complete prompts with **your** base model and adapters, all in one batch, greedily.
@@ -168,6 +181,7 @@ def generate(
             [(name or None, text) for name, text in asked],
             max_new_tokens=max_new_tokens,
             dtype=None if dtype is None else dtype.value,
+            allow_links=allow_links,
             progress=progress,
         )
     if as_json:
@@ -175,14 +189,15 @@ def generate(
         return
     for completion in completions:
         name = (completion.adapter or "(base model)", "bold")
-        line = Text.assemble(name, ": ", completion.prompt, (completion.text, "cyan"))
+        answer = without_controls(completion.text), "cyan"
+        line = Text.assemble(name, ": ", without_controls(completion.prompt), answer)
         _stdout.print(line, soft_wrap=True)
 
 
 def _split(item: str, separator: str, form: str) -> tuple[str, str]:
     name, found, rest = item.partition(separator)
     if not found or (separator == "=" and not (name and rest)):
-        raise ValueError(f"{form} is the form, got {item!r}")
+        raise ValueError(f"{form} is the form, got {shown(item)}")
     return name, rest
 
 
@@ -191,6 +206,7 @@ def inspect(
     adapters: Annotated[
         list[Path], typer.Argument(help="PEFT adapter folders.", show_default=False)
     ],
+    allow_links: Links = False,
     as_json: Json = False,
 ) -> None:
     """Show what adapters hold, which kernels would run them, and what to change for speed.
@@ -202,13 +218,13 @@ def inspect(
     from jax_lora.inspection import inspect_adapter
 
     with _input_errors():
-        reports = [inspect_adapter(path) for path in adapters]
+        reports = [inspect_adapter(path, allow_links=allow_links) for path in adapters]
     if as_json:
         _print_json({"adapters": [report.to_dict() for report in reports]})
         return
     for report in reports:
         size = f"{report.nbytes / 1e6:.2f} MB of {report.dtype}, {len(report.modules)} modules"
-        title = Text.assemble((str(report.path), "bold"), f": rank {report.rank}, {size}")
+        title = Text.assemble((printable(report.path), "bold"), f": rank {report.rank}, {size}")
         _stdout.print(title, soft_wrap=True)
         headings = "module rank scale tier bucket decode prefill padding kB".split()
         table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -218,7 +234,7 @@ def inspect(
             cells = [f"{group.kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
             cells += [group.bucket, group.decode_kernel, group.prefill_kernel]
             cells += [f"{group.padding:.0%}", f"{count * group.nbytes / 1e3:.0f}"]
-            table.add_row(*map(str, cells))
+            table.add_row(*(Text(str(cell)) for cell in cells))
         _stdout.print(table)
         for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
             for line in lines:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import load_peft
+from jax_lora.adapters import peft_header
 from pallas_kernels import (
     BGMV_MAX_RANK,
     padded_rank,
@@ -58,34 +58,34 @@ class AdapterReport:
         return [(count, module) for module, count in same.items()]
 
 
-def inspect_adapter(path: Path) -> AdapterReport:
-    """Reads a PEFT folder and reports on it.
+def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
+    """Reports on a PEFT folder; reads its config and the header of its weights.
 
     All modules live in the bucket of the adapter's largest rank, out of the default buckets.
 
     Raises:
       FileNotFoundError, ValueError: see `load_peft`.
     """
-    adapter = load_peft(path)
-    bucket = rank_bucket(adapter.rank)
+    header = peft_header(path, allow_links=allow_links)
+    bucket = rank_bucket(header.rank)
     modules = [
         ModuleReport(
             name=name,
             kind=name.rpartition(".")[2],
-            rank=weights.rank,
-            scale=weights.scale,
-            tier=rank_tier(weights.rank).value,
+            rank=lora.rank,
+            scale=lora.scale,
+            tier=rank_tier(lora.rank).value,
             bucket=bucket,
             decode_kernel=select_kernel(bucket, "decode"),
             prefill_kernel=select_kernel(bucket, "prefill"),
-            padding=1 - weights.rank / bucket,
-            nbytes=weights.a.nbytes + weights.b.nbytes,
+            padding=1 - lora.rank / bucket,
+            nbytes=lora.nbytes,
         )
-        for name, weights in adapter.modules.items()
+        for name, lora in header.modules.items()
     ]
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
-        path, adapter.rank, str(adapter.dtype), adapter.nbytes, modules,
+        path, header.rank, str(header.dtype), header.nbytes, modules,
         _lorax(ranks), _advice(ranks, bucket),
     )  # fmt: skip
 

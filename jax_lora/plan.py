@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jax_lora.adapters import Adapter, load_peft
+from jax_lora.adapters import Adapter, AdapterHeader, peft_header
 from jax_lora.layers import stack_dtype
+from jax_lora.text import shown
 from pallas_kernels.ranks import rank_bucket
 
 
@@ -26,6 +27,7 @@ def plan_slots(
     memory: int,
     *,
     dtype: Any = None,
+    allow_links: bool = False,
 ) -> Plan:
     """Proposes buckets and slots for `apply_lora`, so that its stacks fit into `memory`.
 
@@ -36,12 +38,14 @@ def plan_slots(
     One slot for each adapter where that fits; else each bucket holds about the same share of its
     adapters, at least one slot, and the others take turns. Where not even that fits, the smallest
     buckets are given up, and their adapters run in the next larger one. A slot takes
-    `bucket * (H + N)` elements in each module that any of the adapters adapts.
+    `bucket * (H + N)` elements in each module that any of the adapters adapts. Of files only configs
+    and headers are read, no weights.
 
     Args:
       adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.
       memory: bytes that the stacks may take.
       dtype: dtype of the stacks; None for the adapters' own (float32 where they differ).
+      allow_links: see `load_peft`.
 
     Returns:
       `apply_lora`'s `buckets`, `slots`, `target` (the modules that the adapters name, so that no
@@ -55,21 +59,21 @@ def plan_slots(
       FileNotFoundError: see `load_peft`.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory must be an int, in bytes, got {memory!r}")
-    loaded = _load(adapters)
+        raise TypeError(f"memory must be an int, in bytes, got {shown(memory)}")
+    headers = _headers(adapters, allow_links)
     shapes: dict[str, tuple[int, int]] = {}
-    for adapter in loaded:
-        for module, weights in adapter.modules.items():
-            shape = weights.a.shape[1], weights.b.shape[0]
+    for header in headers:
+        for module, lora in header.modules.items():
+            shape = lora.in_features, lora.out_features
             if shapes.setdefault(module, shape) != shape:
                 raise ValueError(
                     f"adapters disagree about {module}: {shapes[module]} and {shape} features; "
                     "they belong to different models"
                 )
-    dtypes = {adapter.dtype for adapter in loaded}
+    dtypes = {header.dtype for header in headers}
     dtype = stack_dtype(dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"))
     bytes_per_rank = dtype.itemsize * sum(h + n for h, n in shapes.values())
-    wanted = Counter(rank_bucket(adapter.rank) for adapter in loaded)
+    wanted = Counter(rank_bucket(header.rank) for header in headers)
     while sum(wanted) * bytes_per_rank > memory and len(wanted) > 1:
         smallest, larger = sorted(wanted)[:2]
         wanted[larger] += wanted.pop(smallest)
@@ -78,7 +82,7 @@ def plan_slots(
         raise ValueError(
             f"memory={memory} bytes hold no slot: one of bucket {bucket} takes "
             f"{bucket * bytes_per_rank}, {dtype} in {len(shapes)} modules. Give more, a smaller "
-            f"dtype=, or leave out the adapters of rank {max(a.rank for a in loaded)}"
+            f"dtype=, or leave out the adapters of rank {max(h.rank for h in headers)}"
         )
     slots = dict.fromkeys(sorted(wanted), 1)
     left = memory - sum(slots) * bytes_per_rank
@@ -94,16 +98,20 @@ def plan_slots(
     return {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
 
 
-def _load(adapters: Any) -> list[Adapter]:
+def _headers(adapters: Any, allow_links: bool) -> list[AdapterHeader]:
     if isinstance(adapters, str | os.PathLike):
         folder = Path(adapters)
-        inside = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        # A hidden one is what a save has not finished.
+        inside = sorted(file.parent for file in folder.glob("[!.]*/adapter_config.json"))
         adapters = inside or [folder]
     elif isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
         raise TypeError(
-            f"adapters must be a folder, or a list of folders and Adapters, got {adapters!r:.100}"
+            f"adapters must be a folder, or a list of folders and Adapters, got {shown(adapters)}"
         )
-    loaded = [a if isinstance(a, Adapter) else load_peft(a) for a in adapters]
-    if not loaded:
+    headers = [
+        a.header if isinstance(a, Adapter) else peft_header(a, allow_links=allow_links)
+        for a in adapters
+    ]
+    if not headers:
         raise ValueError("there are no adapters to plan for")
-    return loaded
+    return headers

@@ -150,7 +150,8 @@ def run(progress: Callable[[str], None]) -> Report:
     tokenizer = load_tokenizer(FOLDER / "base")
     eos_ids = np.atleast_1d(model.config.eos_token_id)
     plain_graphdef, plain_state = nnx.split(nnx.clone(model))
-    adapters = {name: load_peft(path) for name, path in adapter_paths().items()}
+    # Installers may link a package's files to their cache.
+    adapters = {name: load_peft(path, allow_links=True) for name, path in adapter_paths().items()}
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     slots = fitting_slots(list(ranks.values()))
     apply_lora(model, slots=slots, buckets=tuple(slots))
