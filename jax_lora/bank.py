@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -16,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
+from jax_lora.adapters import (
+    Adapter,
+    AdapterHeader,
+    LoRAConfig,
+    LoRAWeights,
+    load_peft,
+    save_peft,
+)
 from jax_lora.batch import AdapterBatch, Guard, Lease, host_int32
 from jax_lora.layers import LoRALayer, LoRAScale, LoRAStack, Matrices, path_name
 from jax_lora.process import check_process, undivided
@@ -226,7 +234,14 @@ class AdapterBank:
     # ------------------------------------------------------------------------ loading and evicting
 
     def load(
-        self, name: str, adapter: str | os.PathLike[str] | Adapter, *, replace: bool = False
+        self,
+        name: str,
+        adapter: str | os.PathLike[str] | Adapter,
+        *,
+        replace: bool = False,
+        max_bytes: int | None = None,
+        allow_links: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Puts an adapter into a slot, under `name`.
 
@@ -235,6 +250,8 @@ class AdapterBank:
           adapter: a PEFT folder, or an `Adapter`, whose arrays are read before `load` returns.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
+          max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
+            checked against the model before a tensor is read.
 
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
@@ -246,7 +263,14 @@ class AdapterBank:
         """
         self._check_name(name, replace)
         if not isinstance(adapter, Adapter):
-            adapter = load_peft(adapter)
+            adapter = load_peft(
+                adapter,
+                check=functools.partial(self._check_header, name),
+                base_weight=self._base_weight,
+                max_bytes=max_bytes,
+                allow_links=allow_links,
+                allow_nonfinite=allow_nonfinite,
+            )
         self._install(name, adapter, replace)
 
     def create(
@@ -470,14 +494,33 @@ class AdapterBank:
         site = self._sites[module]
         return site.matrices(next(iter(site.stacks)))[0].variable.dtype
 
-    def _install(self, name: str, adapter: Adapter, replace: bool) -> None:
-        self._check_fit(name, adapter)
-        bucket = rank_bucket(adapter.rank, buckets=tuple(self._slots))
+    def _check_header(self, name: str, header: AdapterHeader) -> None:
+        """Whether the model has room for an adapter, before its weights are read."""
+        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
+        self._check_fit(name, features)
+        self._bucket_for(name, header.rank)
+
+    def _bucket_for(self, name: str, rank: int) -> int:
+        bucket = rank_bucket(rank, buckets=tuple(self._slots))
         if bucket not in self._slots:
             raise ValueError(
-                f"adapter {name!r} has rank {adapter.rank} and needs bucket {bucket}; the model "
-                f"has buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
+                f"adapter {name!r} has rank {rank} and needs bucket {bucket}; the model has "
+                f"buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
             )
+        return bucket
+
+    def _base_weight(self, module: str) -> np.ndarray:
+        """The model's own weight of a PEFT module, `[N, H]`."""
+        site = self._sites[module]
+        return np.asarray(site.layer.kernel_matrix()[:, site.columns]).T
+
+    def _install(self, name: str, adapter: Adapter, replace: bool) -> None:
+        features = {
+            module: (weights.a.shape[1], weights.b.shape[0])
+            for module, weights in adapter.modules.items()
+        }
+        self._check_fit(name, features)
+        bucket = self._bucket_for(name, adapter.rank)
         # On the device before anything changes: what follows allocates nothing to speak of.
         values = jax.block_until_ready(jax.device_put(self._values(name, adapter, bucket)))
         modules = frozenset(adapter.modules)
@@ -512,19 +555,19 @@ class AdapterBank:
             self._guard.writes += 1
         jax.tree.map(lambda v, new: v.set_value(new), variables, updated, is_leaf=_is_variable)
 
-    def _check_fit(self, name: str, adapter: Adapter) -> None:
-        unknown = sorted(set(adapter.modules) - set(self._sites))
+    def _check_fit(self, name: str, features: Mapping[str, tuple[int, int]]) -> None:
+        unknown = sorted(set(features) - set(self._sites))
         if unknown:
             raise ValueError(
                 f"adapter {name!r} adapts modules without LoRA in this model: "
                 f"{_some(unknown, str)}; it has {_some(self._sites, str)}"
             )
-        for module, weights in adapter.modules.items():
+        for module, (inputs, outputs) in features.items():
             in_features, out_features = self._sites[module].features
-            if (weights.a.shape[1], weights.b.shape[0]) != (in_features, out_features):
+            if (inputs, outputs) != (in_features, out_features):
                 raise ValueError(
                     f"adapter {name!r}: {module} maps {in_features} to {out_features} features, "
-                    f"but lora_A is {list(weights.a.shape)} and lora_B {list(weights.b.shape)}"
+                    f"but the adapter's lora_A has {inputs} and its lora_B {outputs}"
                 )
 
     def _values(self, name: str, adapter: Adapter, bucket: int) -> list[_OfLayer]:

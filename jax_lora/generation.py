@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from jax_lora.adapters import load_peft
+from jax_lora.adapters import peft_header
 from jax_lora.bank import AdapterBank
 from jax_lora.layers import apply_lora
 from jax_lora.llama import Llama, LlamaConfig, check_prompts
@@ -154,6 +154,7 @@ def complete(
     *,
     max_new_tokens: int | None = None,
     dtype: DTypeLike | None = None,
+    allow_links: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Completion]:
     """Greedy completions of `(adapter, text)` prompts, all in one batch.
@@ -161,6 +162,7 @@ def complete(
     Args:
       max_new_tokens: of each completion, at most; None for 64, or for what the longest prompt
         leaves of the model's positions if that is less.
+      allow_links: read adapters' files that are links out of their folder.
 
     Raises:
       FileNotFoundError, ValueError: see `load_tokenizer`, `encode`, `load_peft`,
@@ -176,17 +178,17 @@ def complete(
     config = LlamaConfig.from_json(base)
     max_new_tokens = _new_tokens(config, lengths, max_new_tokens)
     check_prompts(config, tokens, lengths, max_new_tokens)
-    loaded = {name: load_peft(path) for name, path in adapters.items()}
+    headers = {name: peft_header(path, allow_links=allow_links) for name, path in adapters.items()}
     progress(f"loading {base}")
     model = Llama.from_pretrained(base, dtype=dtype)
     batch = None
-    if loaded:
-        slots = fitting_slots([adapter.rank for adapter in loaded.values()])
+    if headers:
+        slots = fitting_slots([header.rank for header in headers.values()])
         apply_lora(model, slots=slots, buckets=tuple(slots))
         bank = AdapterBank(model)
-        for name, adapter in loaded.items():
+        for name, path in adapters.items():
             progress(f"loading adapter {name}")
-            bank.load(name, adapter)
+            bank.load(name, path, allow_links=allow_links)
         batch = bank.batch([name for name, _ in prompts])
     progress("compiling and generating")
     new_tokens = generate_tokens(

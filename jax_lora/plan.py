@@ -38,8 +38,8 @@ def plan_slots(
     One slot for each adapter where that fits; else each bucket holds about the same share of its
     adapters, at least one slot, and the others take turns. Where not even that fits, the smallest
     buckets are given up, and their adapters run in the next larger one. A slot takes
-    `bucket * (H + N)` elements in each module that any of the adapters adapts. Of files only configs
-    and headers are read, no weights.
+    `bucket * (H + N)` elements in each module that any of the adapters adapts. Only configs and
+    headers of files are read, no weights.
 
     Args:
       adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.

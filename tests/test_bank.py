@@ -187,7 +187,7 @@ def foreign():
 BAD_LOADS = {
     "taken": ("a", make_adapter(1, 4), ValueError, "'a' is loaded; unload it first, or give repl"),
     "no str": (5, make_adapter(1, 4), TypeError, "name must be a str, got 5"),
-    "shape": ("b", narrow(), ValueError, r"up maps 4 to 6 features, but lora_A is \[4, 5\]"),
+    "shape": ("b", narrow(), ValueError, r"up maps 4 to 6 features, but the adapter's lora_A has 5"),
     "module": (
         "b",
         foreign(),
