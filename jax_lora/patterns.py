@@ -27,7 +27,8 @@ MAX_EXPRESSIONS = 1 << 16
 MAX_WORK = 1 << 22
 """Most steps of all patterns of a config over all modules of an adapter: about a second."""
 
-_PLAIN = re.compile(r"[\w.-]*", re.ASCII)
+_PLAIN = re.compile(r"(?:[\w.-]|\\[.-])*", re.ASCII)
+_UNIT = re.compile(r"\\?.")
 _TOKEN = re.compile(
     r"\\[dwsDWSbB]|\\[^\w\s]|\[\^?(?:\w(?:-\w)?|[._]|\\[dws.-])+\]|\(\?[:=!]|[()|.^$]|[*+?]\??"
     r"|\{\d{1,3}(?:,\d{0,3})?\}\??|[\w/ -]",
@@ -366,9 +367,11 @@ class Patterns[T]:
             if not isinstance(pattern, str):
                 raise TypeError(f"a pattern must be a string, got {shown(pattern)}")
             if len(pattern) <= MAX_PATTERN and _PLAIN.fullmatch(pattern):  # nearly all are
-                # A dot in them still is any character: the form says where the dots are.
-                dots = (i for i, char in enumerate(pattern) if char == ".")
-                self._plain.setdefault((len(pattern), *dots), {})[pattern] = order
+                # A dot in them still is any character, but for an escaped one: the form says where.
+                units = _UNIT.findall(pattern)
+                anything = (i for i, unit in enumerate(units) if unit == ".")
+                text = "".join(unit[-1] for unit in units)
+                self._plain.setdefault((len(units), *anything), {}).setdefault(text, order)
                 continue
             special += len(pattern)
             if special > MAX_EXPRESSIONS:
@@ -393,10 +396,10 @@ class Patterns[T]:
         best = len(self.values)
         if self._plain:
             ends = {len(end): end for end in _ends(name)}
-            for (length, *dots), patterns in self._plain.items():
+            for (length, *anything), patterns in self._plain.items():
                 if (end := ends.get(length)) is not None:
                     chars = list(end)
-                    for i in dots:
+                    for i in anything:
                         chars[i] = "."
                     best = min(best, patterns.get("".join(chars), best))
         if self._special:

@@ -277,20 +277,23 @@ def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:
                 f"{module}: lora_{half} has dtype {t.dtype}; adapters are float32, float16 or "
                 "bfloat16"
             )
-    shapes = f"{shown([*a.shape])} and {shown([*b.shape])}"
     if len(a.shape) == len(b.shape) == 4:
         raise ValueError(
-            f"{module}: LoRA of a convolution ({shapes}) is not supported; train without this "
-            "target module"
+            f"{module}: LoRA of a convolution ({_shapes(a, b)}) is not supported; train without "
+            "this target module"
         )
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
-        raise ValueError(f"{module}: lora_A must be [r, H] and lora_B [N, r], got {shapes}")
+        raise ValueError(f"{module}: lora_A must be [r, H] and lora_B [N, r], got {_shapes(a, b)}")
     rank = config.rank_of(module)
     if a.shape[0] != rank:
         raise ValueError(
             f"{module}: the config says rank {rank} but lora_A is {[*a.shape]}, lora_B "
             f"{[*b.shape]}, which is rank {a.shape[0]}; correct r or rank_pattern"
         )
+
+
+def _shapes(a: Matrix, b: Matrix) -> str:
+    return f"{shown([*a.shape])} and {shown([*b.shape])}"
 
 
 _MODULE = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)

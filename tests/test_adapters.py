@@ -2,15 +2,20 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
 import pickle
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -22,7 +27,7 @@ from hypothesis import given, settings
 from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 
-from jax_lora import adapters, peft_files
+from jax_lora import adapters, files, peft_files
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
 
 H, N = 12, 10
@@ -771,3 +776,366 @@ def test_saving_over_a_file(tmp_path):
     (tmp_path / "folder" / CONFIG).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"adapter_config.json is a folder; remove it"):
         save_peft(adapter, tmp_path / "folder")
+
+
+# ------------------------------------------------------------------------------------------------
+# Saves that are read meanwhile, or that end half-way
+# ------------------------------------------------------------------------------------------------
+
+
+def version(k, **config):
+    """Weights and alpha are both `k`, so that a mix shows."""
+    options = LoRAConfig(2, float(k), **config)
+    halves_ = np.full((2, H), k, np.float32), np.full((N, 2), k, np.float32)
+    return Adapter(options, {"q": LoRAWeights(*halves_, options.scale_of("q"))})
+
+
+def test_a_read_during_a_save_gets_the_old_or_the_new(tmp_path):
+    save_peft(version(1), tmp_path)
+    stop = threading.Event()
+
+    def write_on():
+        for k in itertools.cycle((2, 3, 1)):
+            if stop.is_set():
+                return
+            save_peft(version(k), tmp_path)
+
+    writers = [threading.Thread(target=write_on) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(ValueError):  # the writers never pause
+                adapter = load_peft(tmp_path)
+                assert adapter.config.alpha == adapter.modules["q"].a[0, 0]
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    last = load_peft(tmp_path)
+    assert last.config.alpha == last.modules["q"].a[0, 0]
+
+
+def test_a_save_that_ended_between_its_files_is_refused_until_the_next(tmp_path):
+    save_peft(version(1), tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    save_peft(version(2), tmp_path / "new")
+    shutil.copy(tmp_path / "old" / CONFIG, tmp_path / "new" / CONFIG)  # not yet replaced
+    with pytest.raises(ValueError, match=r"that of an earlier save.*save the adapter again"):
+        load_peft(tmp_path / "new")
+    save_peft(version(3), tmp_path / "new")
+    assert load_peft(tmp_path / "new").config.alpha == 3
+
+
+def test_a_config_edited_by_hand_or_files_that_peft_saved_again_load(tmp_path):
+    save_peft(version(2), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 6}))
+    assert load_peft(tmp_path).modules["q"].scale == 3
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert load_peft(tmp_path).modules["q"].scale == 3
+
+
+def test_files_have_the_permissions_of_others(tmp_path):
+    save_peft(version(1), tmp_path)
+    (tmp_path / "other").write_text("")
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# PEFT's choice of modules
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"target_modules": ".*q"}, False),
+        ({"target_modules": "q"}, True),  # of the whole name
+        ({"target_modules": r"(?!.*vision).*\.(?:q|k)\b.{0,1}"}, False),
+        ({"target_modules": r"(?!.*layers).*\.(?:q|k)"}, True),
+        ({"exclude_modules": ".*q"}, True),
+        ({"exclude_modules": "q"}, False),
+        ({"target_modules": "All-Linear"}, False),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, False),
+        ({"layers_to_transform": [2], "layers_pattern": ["h", "layers"]}, True),
+        ({"layers_to_transform": 1, "layers_pattern": "h"}, True),
+    ],
+)
+def test_modules_are_chosen_as_peft_does(tmp_path, changes, left_out):
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    name = "model.layers.1.q"
+    options = {"target_modules": ["q"]} | changes
+    if options["target_modules"] != "All-Linear":  # PEFT makes names of it
+        theirs = check_target_module_exists(peft.LoraConfig(**options), name)
+        assert bool(theirs) != left_out
+    refused = pytest.raises(ValueError, match=f"leaves {name} out")
+    with refused if left_out else contextlib.nullcontext():
+        load_peft(write(tmp_path, halves(name), **options))
+
+
+@pytest.mark.parametrize("spelling", ["all-linear", "All-Linear", "ALL-LINEAR"])
+def test_all_linear_leaves_out_the_output_layer(spelling):
+    config = LoRAConfig(2, 4, target_modules=spelling)
+    names = ("model.layers.0.q_proj", "lm_head", "gpt.embed_out", "lm_head.q")
+    assert [config.targets(name) for name in names] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_copy_of_the_output_layer_is_left_out_if_it_is_the_bases(tmp_path, dtype):
+    weight = np.random.default_rng(0).standard_normal((N, H)).astype(np.float32)
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors = halves("lm_head") | {key: weight.astype(dtype)}
+    write(tmp_path, tensors, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="save_embedding_layers=False"):
+        load_peft(tmp_path)
+    assert [*load_peft(tmp_path, base_weight=lambda name: weight).modules] == ["lm_head"]
+    for other in (weight + 0.1, weight[1:], np.zeros((N, H), np.float32)):
+        with pytest.raises(ValueError, match="is a saved or resized output layer"):
+            load_peft(tmp_path, base_weight=lambda name, other=other: other)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile folders
+# ------------------------------------------------------------------------------------------------
+
+
+def test_check_and_max_bytes_come_before_the_tensors(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(files.TensorFile, "read", lambda *_: pytest.fail("a tensor is read"))
+    seen = []
+
+    def check(header):
+        seen.append(header)
+        raise LookupError("no")
+
+    with pytest.raises(LookupError, match="no"):
+        load_peft(tmp_path, check=check)
+    assert seen[0].modules["q"] == adapters.LoRAShape(H, N, 2, 2.0, np.dtype("f4"), 8 * (H + N))
+    with pytest.raises(ValueError, match=rf"has {8 * (H + N)} bytes of weights; max_bytes=100"):
+        load_peft(tmp_path, max_bytes=100)
+    assert adapters.peft_header(tmp_path) == seen[0]
+
+
+def test_a_file_of_holes_is_refused(tmp_path):
+    write(tmp_path)
+    wide = 50_000_000
+    header = json.dumps(
+        {
+            A: entry(shape=(2, wide), end=8 * wide),
+            B: entry(shape=(N, 2), begin=8 * wide, end=8 * wide + 8 * N),
+        }
+    ).encode()
+    with open(tmp_path / WEIGHTS, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 8 * wide + 8 * N)
+    with pytest.raises(ValueError, match="are on the disk; if this is meant"):
+        load_peft(tmp_path)
+
+
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
+    wide = {A: np.ones((2, 100_000), np.float32), B: np.ones((N, 2), np.float32)}
+    write(tmp_path, wide)
+    with pytest.raises(ValueError, match="became shorter while it was read"):
+        load_peft(tmp_path, check=lambda header: os.truncate(tmp_path / WEIGHTS, 300))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("half", "AB")
+def test_weights_that_are_not_finite(tmp_path, value, dtype, half):
+    tensors = halves(dtype=dtype)
+    tensors[KEY.format("q", half)][-1, -1] = value
+    write(tmp_path, tensors)
+    with pytest.raises(ValueError, match=f"q has NaN or infinite weights in lora_{half}"):
+        load_peft(tmp_path)
+    assert load_peft(tmp_path, allow_nonfinite=True).rank == 2
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_links_out_of_the_folder_are_refused(tmp_path, name):
+    outside, folder = write(tmp_path / "outside"), write(tmp_path / "folder")
+    (folder / name).unlink()
+    (tmp_path / "chain").symlink_to(outside / name)
+    for target in (outside / name, f"../outside/{name}", tmp_path / "chain"):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=r"link out of its folder.*allow_links=True"):
+            load_peft(folder)
+        assert load_peft(folder, allow_links=True).rank == 2
+        (folder / name).unlink()
+    (folder / "inside").write_bytes((outside / name).read_bytes())
+    (folder / name).symlink_to("inside")
+    (tmp_path / "linked").symlink_to(folder)  # the user's own
+    assert load_peft(tmp_path / "linked").rank == 2
+    (folder / "inside").unlink()
+    with pytest.raises(FileNotFoundError, match="is a link to a file that is missing"):
+        load_peft(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    with pytest.raises(ValueError, match="is a link that can't be followed"):
+        load_peft(folder)
+
+
+def test_shards_and_their_index_are_no_links_out_of_the_folder(tmp_path):
+    for lost in ("adapter_model-00001-of-00002.safetensors", f"{WEIGHTS}.index.json"):
+        folder = tmp_path / lost
+        folder.mkdir()
+        shards(folder)
+        (folder / lost).rename(tmp_path / "elsewhere")
+        (folder / lost).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="link out of its folder"):
+            load_peft(folder)
+        assert load_peft(folder, allow_links=True).rank == 2
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_pointers_of_git_lfs(tmp_path, name):
+    write(tmp_path)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["score", "classifier", "classifier.out_proj", "model.score"])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_heads_are_trained_modules(tmp_path, head, kind):
+    tensors = halves() | {f"base_model.model.{head}.{kind}": np.ones((2, 2), np.float32)}
+    with pytest.raises(ValueError, match="is a fully trained module, which is not supported"):
+        load_peft(write(tmp_path, tensors))
+
+
+EVIL = "\x1b[2J\n\u202e\ud800" + "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": {EVIL: 1}},
+        {"alpha_pattern": {"q": EVIL}},
+        {"rank_pattern": EVIL},
+        {"target_modules": EVIL},
+        {"target_modules": [EVIL]},
+        {"exclude_modules": EVIL},
+        {"layers_to_transform": EVIL},
+        {"layers_to_transform": 1, "layers_pattern": EVIL},
+        {"init_lora_weights": EVIL},
+        {"peft_type": EVIL},
+        {"bias": EVIL},
+        {"use_rslora": [EVIL]},
+        {"use_dora": {EVIL: [EVIL]}},
+        {EVIL: EVIL},
+        {"r": EVIL},
+    ],
+)
+def test_messages_about_configs_are_short_and_printable(tmp_path, changes):
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_peft(write(tmp_path, **changes))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("key", [EVIL, KEY.format(EVIL, "A"), KEY.format(EVIL[:200], "A")])
+def test_messages_about_weights_are_short_and_printable(tmp_path, key):
+    write(tmp_path)
+    header = json.dumps({key: entry()}).encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8 * H))
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_peft(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
+
+
+def test_messages_about_folders_are_printable(tmp_path):
+    folder = tmp_path / "a\x1b[2J\nb"
+    for path in (folder, write(folder, r=0)):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load_peft(path)
+        assert str(caught.value).isprintable()
+
+
+HOSTILE_JSON = {
+    "lists": b"[" + b"[]," * 1_300_000 + b"[]]",
+    "nested": b"[" * 50_000 + b"]" * 50_000,
+    "objects": b"[" + b'{"a":0},' * 450_000 + b"{}]",
+    "integers": b"[" + (b"9" * 4000 + b",") * 900 + b"1]",
+    "twice": b'1,"r":2',
+    "strings": b"[" + b'"ab",' * 750_000 + b'"a"]',
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_JSON)
+def test_hostile_json_costs_little(tmp_path, case):
+    write(tmp_path)
+    text = (tmp_path / CONFIG).read_bytes().rstrip(b"}\n")
+    (tmp_path / CONFIG).write_bytes(text + b', "task_type": ' + HOSTILE_JSON[case] + b"}")
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with contextlib.suppress(ValueError):
+            load_peft(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200e6 and time.perf_counter() - start < 10  # traced, so slower than it is
+
+
+def test_keys_that_come_twice_are_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / CONFIG).write_text('{"r": 2, "r": 3}')
+    with pytest.raises(ValueError, match="it has 'r' twice"):
+        load_peft(tmp_path)
+
+
+def many(count, folder, prefix="m", **config):
+    """`count` modules of rank 2 with one input and one output."""
+    tensors = {}
+    for i in range(count):
+        tensors[KEY.format(f"{prefix}{i}", "A")] = np.ones((2, 1), np.float32)
+        tensors[KEY.format(f"{prefix}{i}", "B")] = np.ones((1, 2), np.float32)
+    return write(folder, tensors, **({"target_modules": None} | config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {f"{i:04}q": 2 for i in range(8192)}},
+        {"alpha_pattern": {"(?:" + ".?" * 200 + f")*x{i}": 4 for i in range(100)}},
+        {"rank_pattern": {"a" * (i % 64) + "." + "b" * (i // 64) + "?": 4 for i in range(900)}},
+        {"target_modules": "|".join(f"x{i}.*" for i in range(1500))},
+        {"target_modules": [f"x.{i}" for i in range(100_000)]},
+        {"exclude_modules": [f"x.{i}" for i in range(100_000)]},
+        {"target_modules": ["m0"], "layers_to_transform": [*range(200_000)]},
+        {"layers_pattern": ["a"] * 100_000},
+    ],
+)
+def test_patterns_and_names_cost_little(tmp_path, config):
+    many(3000, tmp_path, **config)
+    start = time.perf_counter()
+    with contextlib.suppress(ValueError):
+        load_peft(tmp_path)
+    assert time.perf_counter() - start < 4  # alone one, but others use the processor too
+
+
+def test_escaped_names_are_as_cheap_as_names():
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(5000)]
+    config = LoRAConfig(1, 1, rank_pattern={re.escape(n): i % 9 + 2 for i, n in enumerate(names)})
+    start = time.perf_counter()
+    assert [config.rank_of(name) for name in names] == [i % 9 + 2 for i in range(5000)]
+    assert config.rank_of(names[3].replace(".", "x")) == 1
+    assert time.perf_counter() - start < 4
+
+
+def test_configs_can_be_pickled_and_copied():
+    config = LoRAConfig(2, 4, target_modules=".*q", rank_pattern={"(a|b)+": 3})
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config and again.rank_of("ab") == 3 and again.targets("a.q")

@@ -135,3 +135,38 @@ def test_bench_names_the_command_that_replaced_it(args: tuple[str, ...]) -> None
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "clone its repository and run `python -m benchmarks kernels`" in result.stderr
+
+
+def test_no_escape_code_of_an_upload_reaches_the_terminal(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a\x1b[2Jb", 4)
+    result = run("inspect", folder)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output and "\\x1b[2Jb" in result.output
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "\x1b[2J\u202e\nAll right.": 1}))
+    result = run("inspect", folder)
+    assert result.exit_code == 2
+    assert not {"\x1b", "\u202e"} & set(result.output)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_generate_escapes_codes_that_a_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax_lora import generation
+
+    found = [generation.Completion(None, "p", "a\x1b[2J\u202e\tb\nc")]
+    monkeypatch.setattr(generation, "complete", lambda *_, **__: found)
+    result = run("generate", "--base", BASE, "--prompt", ":p")
+    assert "a\\x1b[2J\\u202e" in result.stdout and "b\nc" in result.stdout
+
+
+def test_links_out_of_a_folder_need_an_option(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", 4)
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    refused = run("inspect", folder)
+    assert refused.exit_code == 2 and "--allow-links" in refused.stderr
+    assert run("inspect", folder, "--allow-links").exit_code == 0
+    command = ["generate", "--base", BASE, "--prompt", "a:x", "--adapter", f"a={folder}"]
+    assert "--allow-links" in run(*command).stderr
+    assert "--allow-links" not in run(*command, "--allow-links").stderr

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from tiny import FEATURES, Mlp, make_adapter
 
-from jax_lora import AdapterBank, apply_lora, plan_slots, save_peft
+from jax_lora import AdapterBank, apply_lora, files, plan_slots, save_peft
 
 PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
 
@@ -124,3 +124,23 @@ def test_bad_arguments(tmp_path):
     message = r"adapters disagree about up: \(4, 6\) and \(4, 7\) features"
     with pytest.raises(ValueError, match=message):
         plan_slots([one, other], 1 << 20)
+
+
+def test_weights_are_not_read(tmp_path, monkeypatch):
+    for n, rank in enumerate((4, 12)):
+        save_peft(make_adapter(n, rank), tmp_path / f"{n}")
+    right = plan_slots(adapters_of(4, 12), 1 << 20)
+    monkeypatch.setattr(files.TensorFile, "read", lambda *_: pytest.fail("a tensor is read"))
+    assert plan_slots(tmp_path, 1 << 20) == right
+
+
+def test_links_and_unfinished_saves(tmp_path):
+    save_peft(make_adapter(0, 4), tmp_path / "a")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".saving-1" / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="link out of its folder"):
+        plan_slots(tmp_path, 1 << 20)
+    assert plan_slots(tmp_path, 1 << 20, allow_links=True)["slots"] == {8: 1}
