@@ -1,4 +1,4 @@
-"""The benchmarks' command line: `python -m benchmarks kernels`, `step` or `torch`."""
+"""The benchmarks' command line: `python -m benchmarks kernels`, `step`, `torch` or `bits`."""
 
 import contextlib
 import dataclasses
@@ -115,6 +115,22 @@ def step(
         print_json(report.to_dict())
     else:
         tables.print_step(report)
+
+
+@app.command()
+def bits(
+    before: Annotated[Path, typer.Option(help="Folder of another checkout of jax-lora.")],
+) -> None:
+    """Say which cases have other bits than another checkout gives them, on this GPU.
+
+    For a refactoring of the kernels: no case may differ. Exits with 1 where one does.
+    """
+    from benchmarks import bits as comparison
+
+    with input_errors():
+        differ = comparison.compare(before)
+    if differ:
+        raise typer.Exit(1)
 
 
 @app.command()

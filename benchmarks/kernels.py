@@ -24,7 +24,7 @@ from benchmarks.timing import (
     turn,
 )
 from pallas_kernels import Segments, add_lora, make_segments
-from pallas_kernels.ops import prefers_xla
+from pallas_kernels.dispatch import prefers_xla
 
 try:  # a comparison, where someone has installed it
     from tokamax import ragged_dot  # type: ignore[import-not-found,unused-ignore]
@@ -32,7 +32,7 @@ except ImportError:
     ragged_dot = None
 
 PEERS = ("vllm", "csgmv", "sgl_v2")
-# Of the geometric means over the best peer, by phase.
+# What the geometric mean over the best peer is to be, by phase.
 AIMS = {"decode": 1.8, "prefill": 1.15}
 
 # Each call in a turn takes time to compile: one round of the sets does where it is this long.
@@ -162,7 +162,7 @@ class Report:
 
     @property
     def means(self) -> list[Mean]:
-        """Of the phases with cases that ours and a peer ran."""
+        """For the phases with cases that ours and a peer ran."""
         means = []
         for phase, aim in AIMS.items():
             ratios = [r.speed_up for r in self.results if r.case.phase == phase and r.speed_up]

@@ -42,25 +42,32 @@ class Launch:
         activations = self.tokens * (self.features + 2 * sum(self.widths))
         return 1e6 * 2 * (weights + activations) / COPY_RATE
 
-    def indices(self) -> dict[int, np.ndarray]:
-        """By bucket the slot of each token, -1 for none."""
+    def slots(self) -> dict[int, int]:
+        """Slots of each bucket, in the order of ids."""
+        return {rank: max(1, self.ranks.count(rank)) for rank in sorted({*self.ranks, *self.empty})}
+
+    def first_slots(self) -> dict[int, int]:
+        """The id of each bucket's first slot."""
+        slots = self.slots()
+        return dict(zip(slots, itertools.accumulate(slots.values(), initial=0)))
+
+    def indices(self) -> np.ndarray:
+        """The id of each token."""
         token = np.arange(self.tokens)
         count = len(self.ranks)
         adapter = token % count if self.phase == "decode" else token * count // self.tokens
-        slots: collections.Counter[int] = collections.Counter()
-        lists = {
-            rank: np.full(self.tokens, -1, np.int32) for rank in sorted({*self.ranks, *self.empty})
-        }
+        taken = collections.Counter(self.first_slots())
+        ids = np.full(self.tokens, -1, np.int32)
         for n, rank in enumerate(self.ranks):
-            lists[rank][adapter == n] = slots[rank]
-            slots[rank] += 1
-        return lists
+            ids[adapter == n] = taken[rank]
+            taken[rank] += 1
+        return ids
 
     def time(self) -> float:
         """Microseconds of the call in steady state, with cold adapters."""
-        lists = self.indices()
-        slots = {rank: max(1, self.ranks.count(rank)) for rank in lists}
-        segments = {rank: make_segments(ids, slots[rank]) for rank, ids in lists.items()}
+        slots, first_slots = self.slots(), self.first_slots()
+        segments = make_segments(self.indices(), sum(slots.values()))
+        segments = segments.split((first_slots[rank], n) for rank, n in slots.items())
         shapes = [
             ((count, rank, self.features), (count, width, rank))
             for rank, count in slots.items()
@@ -87,11 +94,13 @@ class Launch:
             ys: tuple[jax.Array, ...], x: jax.Array, stacks: list[tuple[jax.Array, jax.Array]]
         ) -> tuple[jax.Array, ...]:
             parts = [
-                LoRAPart(*stacks[n * len(offsets) + i], segments[rank], y_offset=offset)
+                LoRAPart(
+                    *stacks[n * len(offsets) + i], first_slot=first_slots[rank], y_offset=offset
+                )
                 for n, rank in enumerate(slots)
                 for i, offset in enumerate(offsets)
             ]
-            return add_lora_multi(ys, x, parts, phase=self.phase, exclusive=True)
+            return add_lora_multi(ys, x, parts, segments, phase=self.phase)
 
         rounds = rounds_of(sets)
         return loop_us(turn(call, rounds), sets, rounds * len(sets))

@@ -21,8 +21,10 @@ from benchmarks.timing import COPY_RATE, loop_us
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank import AdapterBank
 from jax_lora.batch import AdapterBatch, use
-from jax_lora.layers import LoRALayer, apply_lora, path_name
 from jax_lora.llama import KVCache, Llama, LlamaConfig, decode, prefill
+from jax_lora.nn.apply import apply_lora
+from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.serving.options import step_options
 from pallas_kernels import make_segments
 
 LLAMA_3_8B = LlamaConfig(
@@ -53,7 +55,6 @@ PROMPTS = len(MIXED_RANKS)  # of a prefill; also the adapters of the rows with s
 PROJECTIONS = (r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj")
 # What does not wait for each other runs side by side in a CUDA graph: LoRA beside the product that
 # it is added to. XLA's default orders all launches of a step one behind the other.
-COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 SEGMENTS = {256: 10.0, 8192: 25.0}  # microseconds at most, by tokens
 _SEGMENT_SLOTS = 64
 
@@ -97,7 +98,7 @@ class Shape:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the keys and values that a decode step reads."""
+        """Bytes of the keys and values that a decode step reads."""
         config = self.config
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return 2 * self.batch * self.context * per_token
@@ -134,7 +135,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Of the time to the target: 1 or less is met."""
+        """The time over the target: 1 or less is met."""
         return None if self.target_us is None else self.us / self.target_us
 
     def to_dict(self) -> dict[str, Any]:
@@ -289,7 +290,7 @@ class _Bench:
         self.progress(f"loading {len(ranks)} adapters")
         model = nnx.merge(self.graphdef, self.weights)
         slots = collections.Counter(ranks)
-        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS, flat=True)
+        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
         bank = AdapterBank(model)
         adapters = {rank: _random_adapter(model, rank) for rank in slots}
         names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
@@ -403,7 +404,7 @@ class _Program:
         # XLA tells what it launches, and captures into CUDA graphs, in its dump alone.
         with tempfile.TemporaryDirectory() as folder:
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
-            self._compiled = lowered.compile({**COMPILER_OPTIONS, **dump} if _on_gpu() else None)
+            self._compiled = lowered.compile({**step_options(), **dump} if _on_gpu() else None)
             self.thunks = "".join(
                 file.read_text()
                 for file in Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")

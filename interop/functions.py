@@ -18,7 +18,7 @@ from jax import Array
 
 import pallas_kernels as kernels
 from pallas_kernels.ops import add_shrink
-from pallas_kernels.segments import WideIndices
+from pallas_kernels.routing import WideIndices
 from pallas_kernels.xla import add_rows
 
 
@@ -78,8 +78,8 @@ def add_lora(
     y: Array, x: Array, lora_a: Array, lora_b: Array, ids: Array, scales: Array,
     *, offset: int, phase: str,
 ) -> Array:  # fmt: skip
-    part = kernels.LoRAPart(lora_a, lora_b, _ids(ids), scales, offset)
-    return kernels.add_lora_multi(y, x, [part], phase=phase)
+    part = kernels.LoRAPart(lora_a, lora_b, scales, y_offset=offset)
+    return kernels.add_lora_multi(y, x, [part], _ids(ids), phase=phase)
 
 
 def add_lora_backward(

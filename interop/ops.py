@@ -94,9 +94,10 @@ def dispatch(
         key = op.name, path, static, grad, len(tensors), identity(tensors[2])
         try:
             is_like, route = _last[key]
-            # Likeness tells of negated views and torch.func's wrappers, not of tangents, and torch
-            # ends the process where it is asked of a nested tensor.
-            may_ask = forward_ad._current_level < 0 and not any(map(_is_nested, tensors))
+            # Likeness tells of negated views and torch.func's wrappers, not of tangents nor of
+            # modes that record, and torch ends the process where it is asked of a nested tensor.
+            is_plain = forward_ad._current_level < 0 and not torch._C._len_torch_dispatch_stack()
+            may_ask = is_plain and not any(map(_is_nested, tensors))
         except (KeyError, TypeError, AttributeError):  # new, unhashable, or no tensor
             pass
         else:

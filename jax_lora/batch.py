@@ -2,12 +2,13 @@
 
 import contextlib
 import contextvars
+import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import jax
 import jax.extend.core
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ranks import check_buckets, check_phase
-from pallas_kernels.segments import Segments, make_segments
+from pallas_kernels.renamed import removed_keywords
+from pallas_kernels.routing import Segments, make_segments, static
 
 
 class Lease:
@@ -36,6 +38,22 @@ _LOST = Lease(frozenset())
 _LOST.is_open = False
 
 
+class Lock(Protocol):
+    """A re-entrant lock, as `threading.RLock` makes it."""
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def _is_owned(self) -> bool:
+        """Whether this thread holds it."""
+
+
 class Guard:
     """Stands for the stacks of a model: what its banks, layers and batches have in common.
 
@@ -49,7 +67,8 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # its `with` is C, which no signal's exception divides
+        # Its `with` is C, which no signal's exception divides. The stubs lack `_is_owned`.
+        self.lock = cast(Lock, threading.RLock())
         self.writes = 0
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._owner: weakref.ref[object] | None = None
@@ -94,15 +113,19 @@ class AdapterBatch:
     ends. From then on its use is an error. What a compiled function returns is no copy: keep the
     batch that went in. Nor do rows put together from several batches keep more than one's lease.
 
-    Row b of `x` `[B, H]` or `[B, S, H]` uses `indices[:, b]`; with `lengths`, the rows are laid out
+    Ids count through all slots of the model, bucket after bucket: with ranges `((16, 4), (64, 2))`
+    ids 0 to 3 are the slots of bucket 16, and 4 and 5 those of bucket 64. Layers take from `ranges`
+    which ids are those of their stacks.
+
+    Row b of `x` `[B, H]` or `[B, S, H]` uses `indices[b]`; with `lengths`, the rows are laid out
     flat, `lengths[b]` tokens of row b after those of row b - 1, in `x` of `[T, H]`; tokens behind
     the last row have no adapter. Lengths that sum to more than T are an error where their values
     are known; inside a compiled function, which does not know them, rows end at T.
 
     Attributes:
-      indices: `[K, B]` int32: slot of row b in bucket k, or -1. A row has at most one slot.
+      indices: `[B]` int32, the id of each row's adapter, or -1.
       lengths: `[B]` int32 tokens of each row, or None.
-      buckets: the `K` rank buckets (static).
+      ranges: `(bucket, slots)` of each rank bucket of the model, in the order of ids (static).
       phase: "decode" or "prefill" (static).
       guard: of the bank that made it (static). Layers of another bank's model refuse the batch.
         None, for a batch made by hand, is any model's.
@@ -111,34 +134,36 @@ class AdapterBatch:
 
     Raises:
       TypeError: `indices` or `lengths` are not integers.
-      ValueError: shapes that do not fit `buckets`, or an unknown phase.
+      ValueError: `indices` are not `[B]`, `lengths` not as many, `ranges` can't be, or an unknown
+        phase.
     """
 
+    @removed_keywords(
+        buckets="indices are [B] ids that count through the slots of all buckets; give "
+        "ranges=((bucket, slots), ...)"
+    )
     def __init__(
         self,
         indices: Any,
         lengths: Any = None,
         *,
-        buckets: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
         phase: str = "decode",
         lease: Lease | None = None,
         guard: Guard | None = None,
     ) -> None:
         indices, lengths = _own(indices), _own(lengths)
         self.indices, self.lengths, self._lease, self.guard = indices, lengths, lease, guard
-        self.buckets, self.phase = check_buckets(buckets), check_phase(phase)
+        self.ranges, self.phase = _check_ranges(ranges), check_phase(phase)
         for name, array in (("indices", indices), ("lengths", lengths)):
             dtype = getattr(array, "dtype", type(array))
             if array is not None and getattr(dtype, "kind", "") not in ("i", "u"):
                 raise TypeError(f"{name} must be an array of integers, got {dtype}")
-        if indices.ndim != 2 or indices.shape[0] != len(self.buckets):
+        if indices.ndim != 1:
+            raise ValueError(f"indices must have shape [B], got {list(indices.shape)}")
+        if lengths is not None and lengths.shape != indices.shape:
             raise ValueError(
-                f"indices must have shape [{len(self.buckets)}, B] for buckets {self.buckets}, "
-                f"got {list(indices.shape)}"
-            )
-        if lengths is not None and lengths.shape != indices.shape[1:]:
-            raise ValueError(
-                f"lengths must have shape {list(indices.shape[1:])}, got {list(lengths.shape)}"
+                f"lengths must have shape {list(indices.shape)}, got {list(lengths.shape)}"
             )
         self._segments: list[tuple[Any, tuple[Any, ...], Segments]] = []
 
@@ -150,16 +175,17 @@ class AdapterBatch:
                 "this batch's `with` block has ended, or a compiled function returned it: nothing "
                 "keeps its adapters in their slots; ask the bank for a new one"
             )
-        # Where tracers lie in the tree, it may become the output of every call of a function.
+        # A tree of tracers may be that of a function's output. JAX uses it again for each call, so
+        # it must not carry the lease of the first one.
         ref = _LeaseRef(_LOST if is_traced else lease)
-        return (self.indices, self.lengths), (self.buckets, self.phase, self.guard, ref)
+        return (self.indices, self.lengths), (self.ranges, self.phase, self.guard, ref)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], leaves: Sequence[Any]) -> Self:
         # No checks: JAX unflattens with leaves that are no arrays.
         batch = object.__new__(cls)
         batch.indices, batch.lengths = leaves
-        batch.buckets, batch.phase, batch.guard, ref = aux
+        batch.ranges, batch.phase, batch.guard, ref = aux
         batch._lease, batch._segments = ref.lease(), []
         return batch
 
@@ -169,7 +195,7 @@ class AdapterBatch:
         return AdapterBatch(
             self.indices,
             lengths,
-            buckets=self.buckets,
+            ranges=self.ranges,
             phase=phase,
             lease=self._lease,
             guard=self.guard,
@@ -184,9 +210,10 @@ class AdapterBatch:
             )
 
     def _untraced(self) -> "AdapterBatch":
-        """Itself, or what it wraps where a gradient that is not compiled traces concrete arrays.
+        """Itself; with the values behind its tracers where they are known.
 
-        Such tracers are new in each step, and so would be all that is compiled under their key.
+        They are where `jax.grad` runs without `jit`. Its tracers are new in each step. As keys of
+        JAX's caches they would have everything compiled anew in each step.
         """
         leaves = [_concrete(leaf) for leaf in (self.indices, self.lengths)]
         if not isinstance(self.indices, jax.core.Tracer) or leaves[0] is None:
@@ -214,28 +241,47 @@ class AdapterBatch:
 
     def __repr__(self) -> str:
         rows = "?" if not hasattr(self.indices, "shape") else self.indices.shape[-1]
-        return f"AdapterBatch({rows} rows, buckets={self.buckets}, phase={self.phase!r})"
+        return f"AdapterBatch({rows} rows, ranges={self.ranges}, phase={self.phase!r})"
 
-    def segments(self, bucket: int, lead: tuple[int, ...], num_adapters: int) -> Segments:
-        """The Segments of one bucket for an `x` of shape `[*lead, H]`.
+    @property
+    def num_slots(self) -> int:
+        """Slots of all buckets."""
+        return sum(slots for _, slots in self.ranges)
+
+    def first_slots(self, slots: Mapping[int, int]) -> dict[int, int]:
+        """The id of each bucket's first slot, for a layer with these `{bucket: slots}`.
+
+        Raises:
+          ValueError: the layer's buckets or slots are not those of the batch's model.
+        """
+        if dict(self.ranges) != slots:
+            raise ValueError(
+                f"the layer has slots {dict(slots)}, but the batch is of a model with "
+                f"{dict(self.ranges)}"
+            )
+        starts = itertools.accumulate((n for _, n in self.ranges), initial=0)
+        return {bucket: start for (bucket, _), start in zip(self.ranges, starts)}
+
+    def segments(self, lead: tuple[int, ...]) -> Segments:
+        """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
 
         Sorted once per trace and shared by all layers that ask for the same shape.
 
         Raises:
-          ValueError: the rows do not spread over `lead`, or `bucket` is not among `buckets`.
+          ValueError: the rows do not spread over `lead`.
         """
-        if bucket not in self.buckets:
-            raise ValueError(f"the batch has buckets {self.buckets}, the layer has {bucket}")
         tree = jax.tree.structure(self)  # an ended lease is an error here too
-        key = (bucket, lead, num_adapters, tree)
+        key = (lead, tree)
         # A sort made inside one trace (a scan's body, say) must not leak into another.
         trace = jax.extend.core.get_opaque_trace_state(convention="nnx")
         self._segments = [known for known in self._segments if known[0] == trace]
         for _, known_key, segments in self._segments:
             if known_key == key:
                 return segments
-        rows = self.indices[self.buckets.index(bucket)]
-        segments = make_segments(self._spread(rows, lead), num_adapters)
+        segments = make_segments(self._spread(lead), self.num_slots)
+        if len(self.ranges) > 1:
+            starts = itertools.accumulate((n for _, n in self.ranges), initial=0)
+            segments = segments.split(zip(starts, (n for _, n in self.ranges)))
         is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
             self.indices, jax.core.Tracer
         )
@@ -248,8 +294,10 @@ class AdapterBatch:
         self._segments.append((trace, key, segments))
         return segments
 
-    def _spread(self, rows: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-        num_tokens, num_rows = math.prod(lead), self.indices.shape[1]
+    def _spread(self, lead: tuple[int, ...]) -> jax.Array:
+        """The id of each token."""
+        rows = jnp.asarray(self.indices)
+        num_tokens, num_rows = math.prod(lead), rows.shape[0]
         if self.lengths is None:
             if (lead[0] if lead else 1) != num_rows:
                 raise ValueError(
@@ -275,8 +323,9 @@ class AdapterBatch:
 _ambient: contextvars.ContextVar[AdapterBatch | None] = contextvars.ContextVar(
     "jax_lora_batch", default=None
 )
-# Part of the keys of JAX's caches, so that no function traced under one batch, or none, serves
-# another. A traced batch is a key of its own, weakly, as those caches last; the others share one.
+# Part of the keys of JAX's caches: a function that was traced under one batch, or under none, must
+# not serve another. Each traced batch is a key of its own. The key is a weak reference, because the
+# caches last. All batches that are not traced share one key.
 _cache_key = jax.make_user_context(None)
 
 
@@ -327,6 +376,18 @@ def _own(array: Any) -> Any:
     array = array.copy()
     array.flags.writeable = False
     return array
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """`ranges` as a tuple of pairs, or an error."""
+    try:
+        checked = tuple((static("a bucket", b), static("slots", n)) for b, n in ranges)
+    except ValueError:
+        raise ValueError(f"ranges must be pairs (bucket, slots), got {ranges!r:.300}") from None
+    check_buckets([bucket for bucket, _ in checked])
+    if any(n < 1 for _, n in checked):
+        raise ValueError(f"each bucket must have at least 1 slot, got ranges={checked}")
+    return checked
 
 
 def host_int32(name: str, values: Sequence[int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jax_lora.text import printable, shown, without_controls
+from jax_lora.messages import printable, shown, without_controls
 
 # The commands import what they need themselves: `--help` need not wait for the model.
 

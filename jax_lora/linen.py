@@ -13,17 +13,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jax_lora import bank
+from jax_lora.bank.owner import StackOwner
 from jax_lora.batch import AdapterBatch, Guard
-from jax_lora.layers import (
-    LoRALayer,
-    Slots,
-    batch_for,
-    empty_scales,
-    stack_dtype,
-    stack_part,
-    stack_shapes,
-)
-from pallas_kernels import add_lora_multi
+from jax_lora.nn.layer import LoRALayer, batch_for
+from jax_lora.nn.stacks import Slots, empty_scales, slots_of, stack_dtype, stack_part, stack_shapes
+from pallas_kernels.ops import add_in_step
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 
 
@@ -110,15 +104,20 @@ class LoRADense(nn.Dense):
             return y
         held = self.get_variable("lora_scale", "guard", _Held())
         adapters.check_guard(held.guard, type(self).__name__)
+        first_slots = adapters.first_slots(slots_of(shapes))
         parts = [
             stack_part(
-                **stacks[i], scales=scales, shape=shape, batch=adapters, lead=inputs.shape[:-1]
+                **stacks[i], scales=scales, shape=shape, first_slot=first_slots[shape.bucket]
             )
             for i, shape in enumerate(shapes)
         ]
-        x = jnp.asarray(inputs, y.dtype).reshape(-1, in_features)
-        matrix = y.reshape(-1, self.features)
-        out = add_lora_multi(matrix, x, parts, phase=adapters.phase, fuse=True, exclusive=True)
+        [out] = add_in_step(
+            (y.reshape(-1, self.features),),
+            jnp.asarray(inputs, y.dtype).reshape(-1, in_features),
+            parts,
+            adapters.segments(inputs.shape[:-1]),
+            phase=adapters.phase,
+        )
         return out.reshape(y.shape)
 
 
@@ -140,8 +139,8 @@ class _Dense(LoRALayer):
         slots = {bucket: s["lora_a"].shape[0] for s, bucket in zip(ordered, buckets)}
         self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
         for stack, values in zip(self.stacks, ordered):
-            for matrices, name in zip(self.matrices(stack), ("lora_a", "lora_b")):
-                matrices.variable.set_value(_own(values[name]))
+            for variable, name in zip(stack.variables, ("lora_a", "lora_b")):
+                variable.set_value(_own(values[name]))
         self.scales.set_value(_own(scales))
 
     def features(self) -> tuple[int, int]:
@@ -210,7 +209,7 @@ class AdapterBank(bank.AdapterBank):
         super().__init__(model)
         _LINEN_BANKS.add(self)
 
-    def _banks_before(self) -> list[bank.AdapterBank]:
+    def _owners_before(self) -> list[StackOwner]:
         mine = {id(array) for array in jax.tree.leaves(self.state)}
         return [
             other

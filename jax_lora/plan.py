@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
-from jax_lora.layers import stack_dtype
-from jax_lora.text import shown
+from jax_lora.messages import shown
+from jax_lora.nn.stacks import stack_dtype
 from pallas_kernels.ranks import rank_bucket
 
 

@@ -10,11 +10,10 @@ from pallas_kernels.ops import add_lora_multi as add_lora_multi
 from pallas_kernels.ops import bgmv_expand as bgmv_expand
 from pallas_kernels.ops import bgmv_expand_slice as bgmv_expand_slice
 from pallas_kernels.ops import bgmv_shrink as bgmv_shrink
+from pallas_kernels.ops import lora_delta as lora_delta
 from pallas_kernels.ops import sgmv_expand as sgmv_expand
 from pallas_kernels.ops import sgmv_expand_slice as sgmv_expand_slice
 from pallas_kernels.ops import sgmv_shrink as sgmv_shrink
-from pallas_kernels.parts import LoRAPart as LoRAPart
-from pallas_kernels.parts import StackView as StackView
 from pallas_kernels.ranks import BGMV_MAX_RANK as BGMV_MAX_RANK
 from pallas_kernels.ranks import DEFAULT_BUCKETS as DEFAULT_BUCKETS
 from pallas_kernels.ranks import MAX_RANK_CUSTOM as MAX_RANK_CUSTOM
@@ -30,6 +29,13 @@ from pallas_kernels.ranks import rank_bucket as rank_bucket
 from pallas_kernels.ranks import rank_tier as rank_tier
 from pallas_kernels.ranks import select_kernel as select_kernel
 from pallas_kernels.ranks import use_cutlass_shrink as use_cutlass_shrink
-from pallas_kernels.segments import Segments as Segments
-from pallas_kernels.segments import make_segments as make_segments
-from pallas_kernels.segments import segments_from_lengths as segments_from_lengths
+from pallas_kernels.renamed import removed_names
+from pallas_kernels.routing import Segments as Segments
+from pallas_kernels.routing import make_segments as make_segments
+from pallas_kernels.routing import segments_from_lengths as segments_from_lengths
+from pallas_kernels.stacks import LoRAPart as LoRAPart
+
+__getattr__ = removed_names(
+    __name__,
+    {"StackView": "a part takes a stack as an array, [L, R, H] or [L, N, R]"},
+)

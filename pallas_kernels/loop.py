@@ -1,25 +1,64 @@
 """The originals' fallback: one dense product per adapter, over all tokens, masked.
 
 Its time grows with the number of slots. It exists to switch kernels off
-(`JAX_LORA_DISABLE_KERNELS=1`) and as a second opinion, and shares no code path with the others.
+(`JAX_LORA_DISABLE_KERNELS=1`) and as a second opinion: its forward shares no code path with the
+others. Its gradients are XLA's.
 """
-
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.parts import LoRAPart
-from pallas_kernels.segments import Segments
-from pallas_kernels.xla import Scale, cast_v, dot, touches
+from pallas_kernels.call import Call
+from pallas_kernels.routing import Segments, SlotRange, TokenIds, local_segments
+from pallas_kernels.stacks import LoRAPart, apart, side_by_side
+from pallas_kernels.xla import LocalPart, Scale, add_rows, cast_v, dot, local_parts, touches
+from pallas_kernels.xla import add_lora_grad as add_lora_grad
+from pallas_kernels.xla import expand_grad as expand_grad
+from pallas_kernels.xla import shrink_grad as shrink_grad
+
+
+def shrink(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> Array:
+    """v[t] + scale * x[t] @ lora_a[i].T, rounded once; rows of -1 keep v. None is zeros."""
+    segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
+    new = _shrink(x, lora_a, segments, scale)
+    return new if v is None else add_rows(v, new, segments)
+
+
+def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+    """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
+    segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
+    return _expand(v, lora_b, segments, y, call.y_offset, add_inputs=call.add_inputs)
+
+
+def add_lora(
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """The ys plus both halves of each part, in order. A token's sum is rounded once."""
+    y, locals_ = side_by_side(ys), local_parts(parts, token_ids)
+    acc, touched = _add_parts(y if len(parts) == 1 else y.astype(jnp.float32), x, locals_)
+    if acc.dtype != y.dtype:
+        acc = jnp.where(touched, acc.astype(y.dtype), y)
+    return apart(acc, tuple(one.shape[1] for one in ys))
+
+
+def lora_delta(
+    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
+    zeros = jnp.zeros((x.shape[0], sum(call.widths)), jnp.float32)
+    total, touched = _add_parts(zeros, x, local_parts(parts, token_ids))
+    total = total.astype(call.dtype)
+    return apart(jnp.where(touched, total, jnp.asarray(-0.0, total.dtype)), call.widths)
 
 
 def _select(mask: Array, new: Array, old: Array) -> Array:
     return jnp.where(mask[:, None], new, old)
 
 
-def shrink(
+def _shrink(
     x: Float[Array, "T H"],
     lora_a: Float[Array, "L R H"],
     segments: Segments,
@@ -33,7 +72,7 @@ def shrink(
     return lax.fori_loop(0, lora_a.shape[0], adapter, v)
 
 
-def expand(
+def _expand(
     v: Float[Array, "T R"],
     lora_b: Float[Array, "L N R"],
     segments: Segments,
@@ -54,14 +93,10 @@ def expand(
     return lax.dynamic_update_slice_in_dim(y, new, y_offset, axis=1)
 
 
-def add_lora_multi(
-    y: Float[Array, "T Ny"], x: Float[Array, "T H"], parts: tuple[LoRAPart, ...]
-) -> Float[Array, "T Ny"]:
-    acc = y if len(parts) == 1 else y.astype(jnp.float32)
-    touched = jnp.zeros(y.shape, bool)
-    part: Any
+def _add_parts(acc: Array, x: Array, parts: list[LocalPart]) -> tuple[Array, Array]:
+    touched = jnp.zeros(acc.shape, bool)
     for part in parts:
-        v = shrink(x, part.lora_a, part.indices, part.scales)
-        acc = expand(v, part.lora_b, part.indices, acc, part.y_offset, add_inputs=True)
-        touched |= touches(part, y.shape[1])
-    return acc if acc.dtype == y.dtype else jnp.where(touched, acc.astype(y.dtype), y)
+        v = _shrink(x, part.lora_a, part.segments, part.scales)
+        acc = _expand(v, part.lora_b, part.segments, acc, part.y_offset, add_inputs=True)
+        touched |= touches(part, acc.shape[1])
+    return acc, touched

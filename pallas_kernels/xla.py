@@ -6,17 +6,19 @@ tile of tokens that share an adapter. Neither reads a slot that no token uses, s
 the number of slots. Operands of unequal dtypes meet in float32; products accumulate in float32.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.parts import LoRAPart
+from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
-from pallas_kernels.segments import Segments
+from pallas_kernels.routing import Segments, SlotRange, TokenIds, local_segments
+from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
 # and wants them in its cache: docs/performance.md has the times. On a GPU each step costs launches.
@@ -55,11 +57,37 @@ def add_rows(v: Array, new: Array, segments: Segments) -> Array:
     return jnp.where((segments.indices >= 0)[:, None], total, v)
 
 
-def touches(part: LoRAPart, width: int) -> Array:
-    """`[T, width]`: whether a part adds to that element of y."""
+class LocalPart(NamedTuple):
+    """A part with the tokens of its own adapters, whose ids count from its first slot."""
+
+    lora_a: Float[Array, "L R H"]
+    lora_b: Float[Array, "L N R"]
+    scales: Scale
+    segments: Segments
+    y_offset: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.y_offset, self.y_offset + self.lora_b.shape[1])
+
+
+def local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalPart]:
+    """The parts, each with its own tokens and its own scales alone."""
+    found = []
+    for part in parts:
+        a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
+        if (first := part.scales_offset) is not None:
+            scales = scales[first : first + a.shape[0]]
+        segments = local_segments(token_ids, SlotRange(part.first_slot, a.shape[0]))
+        found.append(LocalPart(a, b, scales, segments, part.y_offset))
+    return found
+
+
+def touches(part: LocalPart, width: int) -> Bool[Array, "T width"]:
+    """Whether a part adds to each element of y."""
     column = jnp.arange(width)[None]
-    stop = part.y_offset + part.lora_b.shape[1]
-    return (part.indices.indices >= 0)[:, None] & (part.y_offset <= column) & (column < stop)
+    inside = (part.columns.start <= column) & (column < part.columns.stop)
+    return (part.segments.indices >= 0)[:, None] & inside
 
 
 def _rows(y: Array, rows: Array, columns: slice) -> Array:
@@ -117,6 +145,15 @@ def _scale_of(scale: Scale, adapter: Array) -> Array:
 
 
 def shrink(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> Array:
+    """v[t] + scale * x[t] @ lora_a[i].T, rounded once; rows of -1 keep v. None is zeros."""
+    segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
+    new = _shrink(x, lora_a, segments, scale, kernel=call.kernels[0])
+    return new if v is None else add_rows(v, new, segments)
+
+
+def _shrink(
     x: Float[Array, "T H"],
     lora_a: Float[Array, "L R H"],
     segments: Segments,
@@ -124,7 +161,6 @@ def shrink(
     *,
     kernel: str,
 ) -> Float[Array, "T R"]:
-    """v[t] = scale * x[t] @ lora_a[indices[t]].T in float32; zero in rows of -1."""
     if kernel == "bgmv":
         ids = slots_of(segments.indices, lora_a.shape[0])
         v = _per_token(lambda xs, a: dot("th,trh->tr", xs, a), lora_a, x, ids)
@@ -139,7 +175,14 @@ def shrink(
     return _over_tiles(segments, _block(segments), tile, v)
 
 
-def expand(
+def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+    """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
+    segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
+    how = {"add_inputs": call.add_inputs, "is_bgmv": call.kernels[0] == "bgmv"}
+    return _expand(v, lora_b, segments, y, call.y_offset, **how)
+
+
+def _expand(
     v: Float[Array, "T R"],
     lora_b: Float[Array, "L N R"],
     segments: Segments,
@@ -147,9 +190,8 @@ def expand(
     y_offset: int,
     *,
     add_inputs: bool,
-    kernel: str,
+    is_bgmv: bool,
 ) -> Float[Array, "T Ny"]:
-    """y[t, y_offset:][:N] (+)= v[t] @ lora_b[indices[t]].T, rounded once; rows of -1 keep y."""
     v = cast_v(v, lora_b)
     columns = slice(y_offset, y_offset + lora_b.shape[1])
 
@@ -157,7 +199,7 @@ def expand(
         new = old.astype(jnp.float32) + delta if add_inputs else delta
         return new.astype(y.dtype)
 
-    if kernel == "bgmv":
+    if is_bgmv:
         ids = slots_of(segments.indices, lora_b.shape[0])
         delta = _per_token(lambda vs, b: dot("tr,tnr->tn", vs, b), lora_b, v, ids)
         old = y[:, columns]
@@ -176,47 +218,66 @@ def expand(
     return _over_tiles(segments, _block(segments), tile, y)
 
 
-def add_lora_multi(
-    y: Float[Array, "T Ny"],
-    x: Float[Array, "T H"],
-    parts: tuple[LoRAPart, ...],
-    *,
-    kernels: tuple[str, ...],
-) -> Float[Array, "T Ny"]:
-    """Both halves of each part, in order. Where parts overlap their sum is rounded once."""
+def add_lora(
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """The ys plus both halves of each part, in order. A token's sum is rounded once."""
+    y = side_by_side(ys)
+    locals_ = local_parts(parts, token_ids)
     acc = y if len(parts) == 1 else y.astype(jnp.float32)
+    acc = _add_parts(acc, x, locals_, call.kernels)
+    if acc.dtype != y.dtype:
+        # Through float32 and back, a NaN may lose its payload: rows without adapter keep y's bytes.
+        acc = jnp.where(_touched(locals_, y), acc.astype(y.dtype), y)
+    return apart(acc, tuple(one.shape[1] for one in ys))
+
+
+def lora_delta(
+    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
+    locals_ = local_parts(parts, token_ids)
+    zeros = jnp.zeros((x.shape[0], sum(call.widths)), jnp.float32)
+    total = _add_parts(zeros, x, locals_, call.kernels).astype(call.dtype)
+    total = jnp.where(_touched(locals_, total), total, jnp.asarray(-0.0, total.dtype))
+    return apart(total, call.widths)
+
+
+def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
     touched = jnp.zeros(y.shape, bool)
+    for part in parts:
+        touched |= touches(part, y.shape[1])
+    return touched
+
+
+def _add_parts(acc: Array, x: Array, parts: list[LocalPart], kernels: tuple[str, ...]) -> Array:
     for part, kernel in zip(parts, kernels):
         if kernel == "bgmv":
             acc = lax.cond(
-                jnp.any(part.indices.indices >= 0),
+                jnp.any(part.segments.indices >= 0),
                 lambda acc, part=part: _add_bgmv(acc, x, part),
                 lambda acc: acc,
                 acc,
             )
         else:
             acc = _add_sgmv(acc, x, part)
-        touched |= touches(part, y.shape[1])
-    # Through float32 and back, a NaN may lose its payload: rows without adapter keep y's bytes.
-    return acc if acc.dtype == y.dtype else jnp.where(touched, acc.astype(y.dtype), y)
+    return acc
 
 
-def _add_bgmv(y: Array, x: Array, part: Any) -> Array:
-    v = shrink(x, part.lora_a, part.indices, part.scales, kernel="bgmv")
-    return expand(v, part.lora_b, part.indices, y, part.y_offset, add_inputs=True, kernel="bgmv")
+def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
+    v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv")
+    return _expand(v, part.lora_b, part.segments, y, part.y_offset, add_inputs=True, is_bgmv=True)
 
 
-def _add_sgmv(y: Array, x: Array, part: Any) -> Array:
-    columns = slice(part.y_offset, part.y_offset + part.lora_b.shape[1])
-
+def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
         v = dot("th,rh->tr", take(x, rows), part.lora_a[adapter])
         v = cast_v(v * _scale_of(part.scales, adapter), part.lora_b)
         delta = dot("tr,nr->tn", v, part.lora_b[adapter])
-        new = _rows(y, rows, columns).astype(jnp.float32) + delta
-        return y.at[rows, columns].set(new.astype(y.dtype), mode="drop")
+        new = _rows(y, rows, part.columns).astype(jnp.float32) + delta
+        return y.at[rows, part.columns].set(new.astype(y.dtype), mode="drop")
 
-    return _over_tiles(part.indices, _block(part.indices), tile, y)
+    return _over_tiles(part.segments, _block(part.segments), tile, y)
 
 
 # Gradients. One walk over the tiles each; sums over tokens are kept in float32, in the order of the
@@ -232,15 +293,14 @@ def _scale_grad(ds: Array, adapter: Array, update: Array) -> Array:
 
 
 def shrink_grad(
-    dv: Float[Array, "T R"],
-    x: Float[Array, "T H"],
-    lora_a: Float[Array, "L R H"],
-    segments: Segments,
-    scale: Scale,
+    call: Call, dv: Array, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients of `shrink` in x, lora_a and scale."""
+    segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
 
-    def tile(carry: tuple[Array, Array, Array], rows: Array, adapter: Array) -> Any:
+    def tile(
+        carry: tuple[Array, Array, Array], rows: Array, adapter: Array
+    ) -> tuple[Array, Array, Array]:
         dx, da, ds = carry
         xs, a, dvs = take(x, rows), lora_a[adapter], take(dv, rows)
         u, du = dot("th,rh->tr", xs, a), dvs * _scale_of(scale, adapter)
@@ -254,19 +314,14 @@ def shrink_grad(
 
 
 def expand_grad(
-    dy: Float[Array, "T Ny"],
-    v: Float[Array, "T R"],
-    lora_b: Float[Array, "L N R"],
-    segments: Segments,
-    y_offset: int,
-    *,
-    add_inputs: bool,
+    call: Call, dy: Array, v: Array, lora_b: Array, token_ids: TokenIds
 ) -> tuple[Array, Array, Array]:
     """Gradients of `expand` in v, lora_b and y."""
-    columns = slice(y_offset, y_offset + lora_b.shape[1])
+    segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
     operand = cast_v(v, lora_b)
 
-    def tile(carry: tuple[Array, Array], rows: Array, adapter: Array) -> Any:
+    def tile(carry: tuple[Array, Array], rows: Array, adapter: Array) -> tuple[Array, Array]:
         dv, db = carry
         dys = _rows(dy, rows, columns)
         dv = dv.at[rows].set(dot("tn,nr->tr", dys, lora_b[adapter]).astype(v.dtype), mode="drop")
@@ -274,23 +329,35 @@ def expand_grad(
 
     zeros = (jnp.zeros_like(v), jnp.zeros(lora_b.shape, jnp.float32))
     dv, db = _over_tiles(segments, _block(segments), tile, zeros)
-    if not add_inputs:
+    if not call.add_inputs:
         kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
         dy = dy.at[:, columns].set(kept)
     return dv, db.astype(lora_b.dtype), dy
 
 
 def add_lora_grad(
-    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LoRAPart
-) -> tuple[Array, Array, Array, Array]:
-    """Gradients of one part of `add_lora_multi` in x (float32), lora_a, lora_b and scales."""
-    lora_a, lora_b, segments, scales, y_offset, _ = part
-    columns = slice(y_offset, y_offset + lora_b.shape[1])
+    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, tuple[LoRAPart, ...]]:
+    """Gradients of `add_lora` in x (float32), and in each part's stacks and own scales."""
+    dx, dparts = jnp.zeros(x.shape, jnp.float32), []
+    for part, local in zip(parts, local_parts(parts, token_ids)):
+        dx_part, da, db, ds = _part_grad(dy, x, local)
+        dx += dx_part
+        dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
+    return dx, tuple(dparts)
 
-    def tile(carry: tuple[Array, Array, Array, Array], rows: Array, adapter: Array) -> Any:
+
+def _part_grad(
+    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart
+) -> tuple[Array, Array, Array, Array]:
+    lora_a, lora_b, scales = part.lora_a, part.lora_b, part.scales
+
+    def tile(
+        carry: tuple[Array, Array, Array, Array], rows: Array, adapter: Array
+    ) -> tuple[Array, Array, Array, Array]:
         dx, da, db, ds = carry
-        xs, dys, scale = take(x, rows), _rows(dy, rows, columns), _scale_of(scales, adapter)
-        a, b = lora_a[adapter], lora_b[adapter]
+        xs, scale = take(x, rows), _scale_of(scales, adapter)
+        dys, a, b = _rows(dy, rows, part.columns), lora_a[adapter], lora_b[adapter]
         u = dot("th,rh->tr", xs, a)
         dvs = dot("tn,nr->tr", dys, b)
         db = _add_at(db, adapter, dot("tn,tr->nr", dys, cast_v(u * scale, b)))
@@ -305,5 +372,5 @@ def add_lora_grad(
         jnp.zeros(lora_b.shape, jnp.float32),
         jnp.zeros_like(scales),
     )
-    dx, da, db, ds = _over_tiles(segments, _block(segments), tile, zeros)
+    dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)
     return dx, da.astype(lora_a.dtype), db.astype(lora_b.dtype), ds

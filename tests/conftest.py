@@ -5,7 +5,10 @@ import importlib.util
 if importlib.util.find_spec("beartype"):  # absent on some GPU machines
     from jaxtyping import install_import_hook
 
-    install_import_hook(["pallas_kernels.xla", "pallas_kernels.loop"], "beartype.beartype")
+    # Ops and `checks` refuse wrong types themselves, and tests hold what they say. Protocols and
+    # Pallas's types, of which the kernels are full, can't be checked at run time.
+    CHECKED = ("autodiff", "derivatives", "loop", "mosaic_gpu.backend", "xla")
+    install_import_hook([f"pallas_kernels.{name}" for name in CHECKED], "beartype.beartype")
 
 import jax
 import pytest

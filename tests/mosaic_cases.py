@@ -1,14 +1,14 @@
 """Cases, float64 oracle and tolerances of the Mosaic kernels' tests, on CPU and on a device."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import LoRAPart, StackView
+import pallas_kernels as pk
 
 POPULARITIES = ("distinct", "uniform", "zipf", "identical", "none", "out_of_range")
 
@@ -140,13 +140,52 @@ def as_jax(arrays: Arrays) -> dict[str, jnp.ndarray]:
     return {f.name: jnp.asarray(getattr(arrays, f.name)) for f in dataclasses.fields(arrays)}
 
 
-def in_one_array(parts: Sequence[LoRAPart], align: int = 64) -> list[LoRAPart]:
-    """The parts as views into one flat array of all stacks, with NaN between them."""
-    flat, views = [], []
-    for stack in (np.asarray(stack) for part in parts for stack in (part.lora_a, part.lora_b)):
-        views.append((sum(map(len, flat)), stack.shape))
-        gap = np.full(align - stack.size % align, np.nan, stack.dtype)
-        flat += [stack.reshape(-1), gap]
-    array = jnp.asarray(np.concatenate(flat))
-    stacks = itertools.batched((StackView(array, *view) for view in views), 2)
-    return [part._replace(lora_a=a, lora_b=b) for part, (a, b) in zip(parts, stacks)]
+def of_integers(arrays: Arrays) -> Arrays:
+    """The case with small integers, whose float32 sums are exact: every order of additions gives
+    the same bits. The interpreter multiplies by numpy, whose order follows from the shapes.
+    float32 x has 12 bits, more than a plane of bfloat16 holds."""
+
+    def whole(values: np.ndarray, most: int, factor: float = 1.0) -> np.ndarray:
+        numbers = np.clip(np.rint(values.astype(np.float64) * factor), -most, most)
+        return numbers.astype(values.dtype)
+
+    x = whole(arrays.x, 4095, 1000) if arrays.x.dtype == np.float32 else whole(arrays.x, 3)
+    return dataclasses.replace(
+        arrays,
+        x=x,
+        a=whole(arrays.a, 2, arrays.a.shape[2] ** 0.5),
+        b=whole(arrays.b, 2, arrays.b.shape[2] ** 0.5),
+        scales=np.maximum(whole(arrays.scales, 2), 1),
+    )
+
+
+def local_ids(ids: np.ndarray, part: pk.LoRAPart) -> np.ndarray:
+    """The part's own ids, -1 for those of other ranges."""
+    local = ids.astype(np.int64) - part.first_slot
+    return np.where((local >= 0) & (local < len(np.asarray(part.lora_a))), local, -1)
+
+
+def parts_in_float64(
+    x: np.ndarray, parts: Sequence[pk.LoRAPart], ids: np.ndarray, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What parts add, and which elements they add to."""
+    delta, used = np.zeros((len(x), columns)), np.zeros((len(x), columns), bool)
+    for part in parts:
+        a, b, scales = (np.asarray(z) for z in (part.lora_a, part.lora_b, part.scales))
+        local, where = local_ids(ids, part), slice(part.y_offset, part.y_offset + b.shape[1])
+        own = scales[part.scales_offset or 0 :][: len(a)]
+        v = products(x, a, local) * own[np.maximum(local, 0)][:, None]
+        delta[:, where] += products(v, b, local)
+        used[:, where] |= (local >= 0)[:, None]
+    return delta, used
+
+
+def add_parts(y: Any, x: Any, parts: Any, ids: Any, *, delta: bool = False, **how: Any) -> Any:
+    """`add_lora_multi`, or the sums of y and what `lora_delta` makes of its dtype."""
+    if not delta:
+        return pk.add_lora_multi(y, x, parts, ids, **how)
+    ys = y if isinstance(y, tuple) else (y,)
+    widths = tuple(one.shape[1] for one in ys)
+    deltas = pk.lora_delta(x, parts, ids, widths, dtype=ys[0].dtype, **how)
+    sums = tuple(jnp.asarray(one) + more for one, more in zip(ys, deltas))
+    return sums if isinstance(y, tuple) else sums[0]

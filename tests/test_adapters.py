@@ -27,8 +27,9 @@ from hypothesis import given, settings
 from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 
-from jax_lora import adapters, files, peft_files
-from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
+from jax_lora import adapters
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, files, load_peft, save_peft
+from jax_lora.adapters import peft as peft_files
 
 H, N = 12, 10
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -298,6 +299,7 @@ def test_missing_files(tmp_path):
         load_peft(tmp_path / CONFIG)
 
 
+@pytest.mark.ci
 def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
     folder = tmp_path / "it's a $HOME"
     write(folder)

@@ -51,6 +51,7 @@ def exact_match() -> dict[tuple[str | None, str], float]:
     }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_exact_match_on_held_out_prompts(
     exact_match: dict[tuple[str | None, str], float], task: str
@@ -60,6 +61,7 @@ def test_exact_match_on_held_out_prompts(
     assert max(others.values()) <= 0.10, others
 
 
+@pytest.mark.ci
 def test_demo_reports_what_it_checked() -> None:
     result = CliRunner().invoke(app, ["demo", "--json"])
     assert result.exit_code == 0, result.output

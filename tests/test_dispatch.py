@@ -13,7 +13,7 @@ from flax import nnx
 
 import jax_lora
 import pallas_kernels as pk
-from pallas_kernels import ops
+from pallas_kernels import dispatch
 
 T, H, N, L = 8, 64, 128, 3
 SHAPES = {"y": (T, N), "x": (T, H), "a": (L, 16, H), "b": (L, N, 16)}
@@ -78,7 +78,7 @@ def test_a_token_or_two_of_high_ranks_run_as_xla_unless_told_otherwise(
     assert kernels(for_cuda(one("mosaic_gpu"), y, x, a, b, ids))
 
     def multi(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids)], phase=phase)
+        return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b)], ids, phase=phase)
 
     assert kernels(for_cuda(multi, y, x, a, b, ids))
 
@@ -123,8 +123,8 @@ def test_a_slice_that_tma_cannot_address_runs_as_xla() -> None:
 
 
 def test_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_gpu_capability", lambda: "8.0")
-    ops._warn_no_hopper.cache_clear()
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: "8.0")
+    dispatch.warn_other_gpu.cache_clear()
     with pytest.warns(UserWarning, match=r"compute capability 8\.0"):
         module = for_cuda(add_lora(), *arrays().values())
     assert kernels(module) == set()
@@ -210,8 +210,8 @@ def test_a_and_b_of_different_dtypes(tokens: int) -> None:
 
 def test_parts_that_overlap_between_the_kernels_columns() -> None:
     def call(implementation: Any, y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        parts = [pk.LoRAPart(a, b, ids, None, start) for start in (0, 4)]
-        return pk.add_lora_multi(y, x, parts, implementation=implementation)
+        parts = [pk.LoRAPart(a, b, y_offset=start) for start in (0, 4)]
+        return pk.add_lora_multi(y, x, parts, ids, implementation=implementation)
 
     z = arrays()
     y = jnp.zeros((T, N + 8), jnp.float32)  # 4 of its columns are the 16 bytes that TMA wants

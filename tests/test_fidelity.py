@@ -239,6 +239,7 @@ def check(served, right, inputs, names):
 NEIGHBOURS = ("alpha_pattern", "rank_pattern")  # of buckets 8 and 16
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [*CONFIGS, *FILES])
 def test_rows_equal_peft(served, saved, inputs, name):
     """In a mixed batch with other adapters and base rows; and again after evict and reload."""
@@ -259,6 +260,7 @@ def test_rows_equal_peft(served, saved, inputs, name):
     check(served, right, inputs, [None, name])
 
 
+@pytest.mark.ci
 def test_fan_in_fan_out(tmp_path, inputs):
     """Transformers' Conv1D stores its weight transposed; PEFT's A and B are as ever."""
     torch_model = TorchModel(lambda n_in, n_out: Conv1D(n_out, n_in))

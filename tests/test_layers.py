@@ -1,6 +1,7 @@
 """The LoRA layers and apply_lora: what is covered, what is refused, how a batch reaches them."""
 
 import functools
+import re
 import threading
 
 import jax
@@ -22,7 +23,9 @@ from jax_lora import (
     call_packed,
     use,
 )
-from pallas_kernels import segments
+from jax_lora.nn import layer as one_layer
+from jax_lora.nn import packed as packed_layers
+from pallas_kernels import routing
 
 HALF_ULP = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
@@ -71,12 +74,16 @@ def added(layer, x, batch):
     return got - base
 
 
-def batch_of(indices, lengths=None, *, buckets=(8, 16), phase="decode"):
+def batch_of(rows, lengths=None, *, slots={8: 3, 16: 3}, phase="decode"):  # noqa: B006
+    """A batch of `rows` `[K, B]`, the slot of each row in each bucket."""
+    starts = np.cumsum([0, *slots.values()])[:-1, None]
+    ids = np.where(np.asarray(rows) < 0, -1, rows + starts).max(axis=0, initial=-1)
     lengths = None if lengths is None else np.asarray(lengths)
-    return AdapterBatch(indices, lengths, buckets=buckets, phase=phase)
+    return AdapterBatch(ids.astype(np.int32), lengths, ranges=tuple(slots.items()), phase=phase)
 
 
 ROWS = np.array([[0, -1, 2, -1, -1], [-1, -1, -1, 1, 0]], np.int32)  # of buckets 8 and 16
+IDS = np.array([0, -1, 2, 4, 3], np.int32)
 
 
 # -------------------------------------------------------------------------------------- LoRADense
@@ -130,57 +137,6 @@ def test_delta_equals_float64(phase, x_dtype, dtype, param_dtype, lora_dtype):
     )
     assert np.abs(delta).max() > 0.3
     np.testing.assert_array_equal(got[1], base[1])  # the row without an adapter
-
-
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_flat_layers_compute_what_others_do(phase):
-    """Bits and gradients; the stacks lie one behind the other, each from a whole line on."""
-    own, flat = (
-        LoRADense(9, 12, slots=3, buckets=(8, 16), slices=(7, 5), flat=f, rngs=nnx.Rngs(0))
-        for f in (False, True)
-    )
-    fill(own)
-    flat.scales.set_value(own.scales.get_value())
-    pieces, sizes = [], []
-    for stack, empty in zip(own.stacks, flat.stacks):
-        assert empty.lora_a is None and empty.lora_b is None
-        assert (empty.bucket, empty.slots, empty.shape) == (stack.bucket, stack.slots, stack.shape)
-        for variable in (stack.lora_a, stack.lora_b):
-            size = -(-variable.size // 64) * 64
-            pieces.append(jnp.resize(variable[...], variable.size))
-            pieces.append(jnp.zeros(size - variable.size))
-            sizes.append(size)
-    array = jnp.concatenate(pieces[:-1])
-    assert flat.flat.shape == array.shape
-    starts = [n for stack in flat.stacks for n in stack.shape.flat_offsets]
-    assert starts == np.cumsum([0, *sizes[:-1]]).tolist()
-    flat.flat.set_value(array)
-
-    x, batch = tokens(5, features=9), batch_of(ROWS, phase=phase)
-
-    @nnx.jit
-    def gradients(layer):
-        wrt = nnx.DiffState(0, nnx.LoRAParam)
-        return nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(x, batch))), argnums=wrt)(layer)
-
-    np.testing.assert_array_equal(both(flat, x, batch)[1], both(own, x, batch)[1])
-    of_own, of_flat = gradients(own), gradients(flat)
-    assert list(of_flat) == ["flat"]
-    for n, (a, b) in enumerate(map(flat.matrices, flat.stacks)):
-        for name, matrices in (("lora_a", a), ("lora_b", b)):
-            start = matrices.first
-            got = of_flat["flat"][start : start + np.prod(matrices.shape)].reshape(matrices.shape)
-            np.testing.assert_array_equal(got, of_own["stacks"][n][name][...])
-            assert np.asarray(got).any()
-
-
-def test_flat_stacks_have_less_than_two_to_the_31_elements():
-    model = nnx.eval_shape(lambda: Mlp(nnx.Rngs(0)))
-    with pytest.raises(
-        ValueError, match=r"down: flat stacks may hold fewer than 2\*\*31 elements, "
-    ):
-        apply_lora(model, slots=2**24, buckets=(16,), flat=True)
-    assert type(model.up) is nnx.Linear
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
@@ -278,8 +234,9 @@ def test_one_row_and_no_rows(layer):
 def test_ids_outside_the_slots_are_no_adapter(layer):
     layer, _ = layer
     x = tokens(3, features=5)
-    wild = np.array([[3, 99, -7], [-(2**31), 2**31 - 1, 3]], np.int32)
-    np.testing.assert_array_equal(layer(x, batch_of(wild)), layer(x))
+    for ids in ([6, 99, -7], [-(2**31), 2**31 - 1, -1]):
+        batch = AdapterBatch(np.array(ids, np.int32), ranges=((8, 3), (16, 3)))
+        np.testing.assert_array_equal(layer(x, batch), layer(x))
 
 
 @pytest.mark.parametrize(
@@ -300,11 +257,11 @@ def test_x_that_the_rows_do_not_fit_is_refused(layer, shape, lengths, message):
         layer[0](np.zeros(shape, np.float32), batch_of(ROWS, lengths))
 
 
-def test_a_batch_of_another_bank_is_refused(layer):
-    with pytest.raises(ValueError, match=r"the batch has buckets \(8,\), the layer has 16"):
-        layer[0](tokens(5, features=5), batch_of(ROWS[:1], buckets=(8,)))
-    with pytest.raises(ValueError, match=r"the batch has buckets \(8, 64\), the layer has 16"):
-        layer[0](tokens(5, features=5), batch_of(ROWS, buckets=(8, 64)))
+@pytest.mark.parametrize("slots", [{8: 3}, {8: 3, 64: 3}, {8: 2, 16: 3}])
+def test_a_batch_of_a_model_with_other_slots_is_refused(layer, slots):
+    message = re.escape(f"slots {{8: 3, 16: 3}}, but the batch is of a model with {slots}")
+    with pytest.raises(ValueError, match=message):
+        layer[0](tokens(5, features=5), batch_of(np.full((len(slots), 5), -1), slots=slots))
 
 
 def test_lengths_beyond_x(layer):
@@ -328,21 +285,33 @@ def test_other_second_arguments_are_refused_by_name(layer, adapters):
     ("arguments", "error", "message"),
     [
         (([0, 1],), TypeError, "indices must be an array of integers, got <class 'list'>"),
-        ((np.zeros((2, 3)),), TypeError, "indices must be an array of integers, got float64"),
-        ((np.zeros((2, 3), bool),), TypeError, "got bool"),
-        ((np.zeros(3, np.int32),), ValueError, r"must have shape \[2, B\] for buckets \(8, 16\)"),
-        ((np.zeros((1, 3), np.int32),), ValueError, r"got \[1, 3\]"),
-        ((ROWS, np.zeros(4, np.int32)), ValueError, r"lengths must have shape \[5\], got \[4\]"),
-        ((ROWS, np.zeros(5)), TypeError, "lengths must be an array of integers, got float64"),
+        ((np.zeros(3),), TypeError, "indices must be an array of integers, got float64"),
+        ((np.zeros(3, bool),), TypeError, "got bool"),
+        ((np.zeros((2, 3), np.int32),), ValueError, r"must have shape \[B\], got \[2, 3\]"),
+        ((IDS, np.zeros(4, np.int32)), ValueError, r"lengths must have shape \[5\], got \[4\]"),
+        ((IDS, np.zeros(5)), TypeError, "lengths must be an array of integers, got float64"),
     ],
 )
 def test_malformed_batches_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        AdapterBatch(*arguments, buckets=(8, 16))
-    with pytest.raises(ValueError, match="phase must be 'decode' or 'prefill', got 'train'"):
-        AdapterBatch(ROWS, buckets=(8, 16), phase="train")
-    with pytest.raises(ValueError, match="multiples of 8"):
-        AdapterBatch(ROWS, buckets=(8, 15))
+        AdapterBatch(*arguments, ranges=((8, 3), (16, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"phase": "train"}, ValueError, "phase must be 'decode' or 'prefill', got 'train'"),
+        ({"ranges": ((8, 3), (15, 3))}, ValueError, "multiples of 8"),
+        ({"ranges": ((16, 3), (8, 3))}, ValueError, "ascending"),
+        ({"ranges": ((8, 0),)}, ValueError, r"at least 1 slot, got ranges=\(\(8, 0\),\)"),
+        ({"ranges": (8, 16)}, TypeError, "pairs|iterable|unpack"),
+        ({"ranges": ((8, 1.5),)}, TypeError, "slots must be a static int, got 1.5"),
+        ({"buckets": (8, 16)}, TypeError, r"AdapterBatch takes no buckets= any more: indices are"),
+    ],
+)
+def test_malformed_ranges_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        AdapterBatch(IDS, **{"ranges": ((8, 3), (16, 3)), **options})
 
 
 # ------------------------------------------------------------------------------------ apply_lora
@@ -553,6 +522,7 @@ def converted(layer):
     return model.layer, fill(model.layer)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize(
     ("in_features", "out_features", "axis", "shape"),
@@ -588,6 +558,7 @@ EINSUMS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("equation", EINSUMS)
 def test_einsum(phase, equation):
@@ -809,6 +780,7 @@ def eagerly(model, bank, batch):
         return model(X)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize(
     "run",
@@ -861,17 +833,17 @@ def test_use_around_transformations_that_do_not_compile(served):
 def test_one_sort_serves_all_layers(served, monkeypatch):
     model, bank, _ = served
     graphdef, state = nnx.split(model)
-    sort, sorts = segments._sort, []
+    make, sorts = routing._make, []
 
     def counted(*args):
         sorts.append(args)
-        return sort(*args)
+        return make(*args)
 
     def step(state, x, batch):
         with use(batch):
             return nnx.merge(graphdef, state)(x)
 
-    monkeypatch.setattr(segments, "_sort", counted)
+    monkeypatch.setattr(routing, "_make", counted)
     jax.make_jaxpr(step)(state, X, bank.batch(NAMES, phase="prefill"))
     assert len(sorts) == 2  # one per bucket, in a model of two layers
 
@@ -913,15 +885,16 @@ class TestCallPacked:
     def test_equals_each_layer_alone(self, phase, ops, monkeypatch):
         layers, x = self.layers(), jnp.asarray(tokens(5)).reshape(5, 1, 4)
         indices = np.array([[0, -1, 1, -1, -1], [-1, 0, -1, 1, -1]], np.int32)
-        with use(batch_of(indices, phase=phase)):
+        with use(batch_of(indices, slots={8: 2, 16: 2}, phase=phase)):
             alone = [layer(x) for layer in layers]
-            op, calls = jax_lora.layers.add_lora_multi, []
+            op, calls = packed_layers.add_in_step, []
 
             def counted(*args, **options):
                 calls.append(args)
                 return op(*args, **options)
 
-            monkeypatch.setattr(jax_lora.layers, "add_lora_multi", counted)
+            for module in (packed_layers, one_layer):
+                monkeypatch.setattr(module, "add_in_step", counted)
             packed = call_packed(layers, x)
         assert len(calls) == ops
         for got, wanted, width in zip(packed, alone, self.widths):
@@ -934,26 +907,13 @@ class TestCallPacked:
         for got, layer in zip(call_packed(layers, x), layers):
             np.testing.assert_array_equal(got, layer(x))
 
-    @pytest.mark.parametrize("slots", [(2, 2), (4, 2)])
-    def test_lists_of_ids_are_exclusive_if_buckets_have_one_each(self, slots, monkeypatch):
-        """Else a row has an adapter in both lists of its bucket."""
-        layers = [LoRADense(4, 6, slots=n, buckets=(16,), rngs=nnx.Rngs(0)) for n in slots]
-        for seed, layer in enumerate(layers):
-            fill(layer, seed)
-        promised, op = [], jax_lora.layers.add_lora_multi
-
-        def asked(*args, exclusive, **options):
-            promised.append(exclusive)
-            return op(*args, exclusive=exclusive, **options)
-
-        x = jnp.asarray(tokens(3))
-        with use(batch_of(np.array([[0, 1, -1]], np.int32), buckets=(16,))):
-            alone = [layer(x) for layer in layers]
-            monkeypatch.setattr(jax_lora.layers, "add_lora_multi", asked)
-            packed = call_packed(layers, x)
-        assert promised == [slots[0] == slots[1]]
-        for got, wanted in zip(packed, alone):
-            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+    def test_layers_of_other_slots_than_the_batch(self):
+        layers = [LoRADense(4, 6, slots=n, buckets=(16,), rngs=nnx.Rngs(0)) for n in (2, 4)]
+        with (
+            use(batch_of([[0, 1, -1]], slots={16: 2})),
+            pytest.raises(ValueError, match=r"slots \{16: 4\}, but the batch is of a model with"),
+        ):
+            call_packed(layers, jnp.asarray(tokens(3)))
 
     def test_another_type_of_layer(self):
         with pytest.raises(TypeError, match=r"takes nnx\.Linear layers, got Embed"):
@@ -972,7 +932,7 @@ def test_on_a_gpu_xla_adds_what_the_kernel_makes(packed):
         with use(batch):
             return call_packed(layers, x) if packed else [layer(x) for layer in layers]
 
-    batch = batch_of(jnp.zeros((1, 3), jnp.int32), buckets=(16,))
+    batch = batch_of(np.zeros((1, 3), np.int32), slots={16: 2})
     traced = jax.jit(step).trace(state, jnp.zeros((3, 64), jnp.bfloat16), batch)
     module = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("custom_call @mosaic_gpu_v2") == (1 if packed else 2)

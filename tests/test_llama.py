@@ -18,7 +18,7 @@ from flax import nnx
 
 import jax_lora
 from jax_lora import llama
-from jax_lora.compiling import step_options
+from jax_lora.serving.options import step_options
 
 ROPE3 = {
     "rope_type": "llama3",
@@ -312,6 +312,7 @@ def random_adapter(seed, rank, target):
     )
 
 
+@pytest.mark.ci
 def test_generate_with_adapters_equals_merged_models(pair):
     model = nnx.clone(pair[1])
     jax_lora.apply_lora(model, slots=2, buckets=(8, 16))
@@ -345,6 +346,7 @@ def test_generate_with_adapters_equals_merged_models(pair):
         assert not np.array_equal(expected[row], plain[row])
 
 
+@pytest.mark.ci
 def test_threads_may_load_while_others_generate(pair):
     model = nnx.clone(pair[1])
     jax_lora.apply_lora(model, slots={8: 3, 16: 1}, buckets=(8, 16))

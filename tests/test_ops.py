@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic_cases import in_one_array
 
 import pallas_kernels as pk
-from pallas_kernels import ops, reference
+from pallas_kernels import dispatch, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA runs as one dense product"),
@@ -171,11 +170,12 @@ def run(op: str, arrays: dict, indices, implementation: str | None) -> jax.Array
             return pk.add_lora(y, x, a, b, indices, scales=scales, phase=group, **how)
         case "add_lora_multi":  # two overlapping parts of unequal widths
             segments = pk.make_segments(indices, a.shape[0])
+            half = b[..., : width // 2, :]
             parts = [
-                pk.LoRAPart(a, b, segments, scales, OFFSET),
-                pk.LoRAPart(a, b[..., : width // 2, :], indices, 0.5, OFFSET + width // 4),
+                pk.LoRAPart(a, b, scales, y_offset=OFFSET),
+                pk.LoRAPart(a, half, 0.5, y_offset=OFFSET + width // 4),
             ]
-            return pk.add_lora_multi(y, x, parts, phase=group, **how)
+            return pk.add_lora_multi(y, x, parts, segments, phase=group, **how)
     raise AssertionError(op)
 
 
@@ -268,7 +268,8 @@ def every_way():
     """Of the loop, which is for comparison, two popularities; the others are slow."""
     for (op, implementation), which in itertools.product(WAYS, POPULARITIES):
         few = implementation == "loop" and which not in ("zipf", "out_of_range")
-        marks = [pytest.mark.slow] if few else []
+        quick = which in ("uniform", "zipf", "out_of_range")
+        marks = [pytest.mark.slow] if few else [] if quick else [pytest.mark.ci]
         yield pytest.param(op, implementation, which, marks=marks)
 
 
@@ -296,7 +297,11 @@ def plain(seed: int = 0, case: Case = PLAIN) -> tuple[dict, np.ndarray]:
 def names(fn, *args) -> set[str]:
     """The named programs of this package in a jaxpr."""
     found = re.findall(r"name=(\w+)", str(jax.make_jaxpr(fn)(*args)))
-    return {name for name in found if re.search("(shrink|expand|parts)_(xla|loop|mosaic)", name)}
+    return {
+        name
+        for name in found
+        if re.search("(shrink|expand|add_lora|lora_delta)_(xla|loop|mosaic)", name)
+    }
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
@@ -304,7 +309,7 @@ def names(fn, *args) -> set[str]:
 def test_the_named_implementation_runs_and_no_other(op, implementation):
     group, _, what = op.partition("_")
     kernel = {"decode": "bgmv", "prefill": "sgmv"}.get(group, group)
-    what = "add_lora_parts" if op in ADDS else what.split("_")[0]
+    what = "add_lora" if op in ADDS else what.split("_")[0]
     wanted = f"{what}_loop" if implementation == "loop" else f"{kernel}_{what}_xla"
     arrays, indices = plain()
     assert names(lambda a: run(op, a, indices, implementation), arrays) == {wanted}
@@ -323,12 +328,13 @@ def test_float32_never_multiplies_in_tf32(op, implementation):
 def test_decode_takes_bgmv_up_to_its_rank_and_sgmv_beyond():
     def add(phase):
         low, high = (inputs(PLAIN._replace(rank=r), indices) for r in (128, 136))
-        parts = [pk.LoRAPart(m["a"], m["b"], indices) for m in (low, high)]
-        return names(lambda y: pk.add_lora_multi(y, low["x"], parts, phase=phase), low["y"])
+        parts = [pk.LoRAPart(m["a"], m["b"]) for m in (low, high)]
+        add = functools.partial(pk.add_lora_multi, phase=phase)
+        return names(lambda y: add(y, low["x"], parts, indices), low["y"])
 
     _, indices = plain()
-    assert add("decode") == {"bgmv_sgmv_add_lora_parts_xla"}
-    assert add("prefill") == {"sgmv_add_lora_parts_xla"}
+    assert add("decode") == {"bgmv_sgmv_add_lora_xla"}
+    assert add("prefill") == {"sgmv_add_lora_xla"}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -347,7 +353,7 @@ def test_environment_switches_to_the_loop_at_each_trace(op, monkeypatch):
 
 def test_the_loop_warns_once_and_blames_the_caller():
     arrays, indices = plain()
-    ops._warn_loop.cache_clear()
+    dispatch.warn_loop.cache_clear()
     with pytest.warns(UserWarning, match="one dense product per adapter slot") as caught:
         run("bgmv_shrink", arrays, indices, "loop")
     assert [w.filename for w in caught] == [__file__]
@@ -470,6 +476,7 @@ def loss(fn):
     return scalar
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("op", "implementation", "dtype"),
     [
@@ -527,6 +534,7 @@ def test_gradients_of_unused_slots_are_zero_though_they_hold_nan():
             assert not bits_of(got[name])[unused].any(), (op, name)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "op", ["bgmv_shrink", "sgmv_shrink", "bgmv_expand_slice", "sgmv_expand_slice_over", *ADDS]
 )
@@ -588,7 +596,13 @@ def test_inside_a_loop_over_layers(phase, loop):
 # --------------------------------------------------------------------------------- add_lora_multi
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["own arrays", "in one array"])
+# Slots of a model's four ranges, and the parts: (range, rank, width, offset).
+SLOTS = (2, 4, 1, 3)
+PLACES = [(0, 8, 32, 0), (1, 16, 32, 0), (2, 144, 32, 0), (1, 16, 24, 32), (3, 64, 50, 40)]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("together", [False, True], ids=["own scales", "in one array"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -599,106 +613,37 @@ def test_parts_of_every_rank_width_and_place(implementation, phase, dtype, toget
     x = rng.normal(size=(tokens, features)).astype(dtype)
     y = poison(rng, (tokens, 100), dtype)
     y[:, :90] = rng.normal(size=(tokens, 90)).astype(dtype)
+    ids = rng.integers(-1, sum(SLOTS) + 2, tokens)
     parts, want = [], y.astype(np.float64)
-    touched = np.zeros(y.shape, bool)
-    for rank, width, slots, offset in [
-        (8, 32, 2, 0), (16, 32, 4, 0), (144, 32, 1, 0), (16, 24, 3, 32), (64, 50, 2, 40)
-    ]:  # fmt: skip
+    delta, touched = np.zeros(y.shape), np.zeros(y.shape, bool)
+    for which, rank, width, offset in PLACES:
+        slots, first = SLOTS[which], sum(SLOTS[:which])
         a = rng.normal(size=(slots, rank, features)).astype(dtype)
         b = rng.normal(size=(slots, width, rank)).astype(dtype)
         scales = rng.normal(size=slots).astype(F32)
-        indices = np.where(rng.random(tokens) < 0.4, -1, rng.integers(0, slots, tokens))
-        route = pk.make_segments(indices, slots) if width == 32 else indices
-        parts.append(pk.LoRAPart(a, b, route, scales, offset))
-        v = rounded(reference.shrink(x, a, indices, scales), dtype)
-        want = reference.expand(v, b, indices, want, offset)
-        touched[indices >= 0, offset : offset + width] = True
+        parts.append(pk.LoRAPart(a, b, scales, first, offset))
+        own = np.where((ids >= first) & (ids < first + slots), ids - first, -1)
+        v = rounded(reference.shrink(x, a, own, scales), dtype)
+        want = reference.expand(v, b, own, want, offset)
+        delta = reference.expand(v, b, own, delta, offset)
+        touched[own >= 0, offset : offset + width] = True
     if together:
         starts = itertools.accumulate((len(part.scales) for part in parts), initial=0)
         scales = np.concatenate([part.scales for part in parts])
         parts = [
-            part._replace(scales=scales, scales_offset=start) for part, start in zip(parts, starts)
+            dataclasses.replace(part, scales=scales, scales_offset=start)
+            for part, start in zip(parts, starts)
         ]
-        parts = in_one_array(parts, align=5)
-    add = functools.partial(pk.add_lora_multi, phase=phase, implementation=implementation)
-    out = np.asarray(jax.jit(lambda y, x: add(y, x, parts))(y, x))
-    np.testing.assert_array_equal(bits_of(out)[~touched], bits_of(y)[~touched])
-    assert_close(np.where(touched, out, 0), np.where(touched, want, 0), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_of_views_are_those_of_the_stacks(implementation):
-    """Also of two views of one stack, whose gradients add up; zero between the stacks."""
-    indices = popularity("uniform", PLAIN.tokens, PLAIN.adapters)
-    arrays = inputs(PLAIN, indices)
-    part = pk.LoRAPart(arrays["a"], arrays["b"], indices, arrays["scales"], OFFSET)
-    [view] = in_one_array([part])
-    array = jnp.nan_to_num(view.lora_a.array)
-
-    def call(part, other):
-        parts = [part, other._replace(indices=part.indices[::-1])]
-        return pk.add_lora_multi(arrays["y"], arrays["x"], parts, implementation=implementation)
-
-    def of_stacks(stacks, _):
-        mine = part._replace(lora_a=stacks[0], lora_b=stacks[1])
-        return call(mine, mine)
-
-    def of_array(array, _):
-        a, b = (dataclasses.replace(v, array=array) for v in (view.lora_a, view.lora_b))
-        return of_stacks((a, b), None)
-
-    stacks = part[:2]
-    np.testing.assert_array_equal(*map(bits_of, (of_array(array, None), of_stacks(stacks, None))))
-    got = jax.jit(jax.grad(loss(of_array)))(array, None)
-    want = jax.jit(jax.grad(loss(of_stacks)))(stacks, None)
-    used = np.zeros(got.shape, bool)
-    for v, gradient in zip((view.lora_a, view.lora_b), want):
-        here = slice(v.first, v.first + v.size)
-        np.testing.assert_array_equal(np.asarray(got[here]).reshape(v.shape), gradient)
-        used[here] = True
-    assert not np.asarray(got)[~used].any() and np.asarray(got)[used].any()
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"first": 97}, r"lora_a views elements \[97, 225\) of an array of 224"),
-        ({"first": -1}, r"lora_a views elements \[-1, 127\) of an array of 224"),
-        ({"shape": (2, 64)}, r"view of shape \[L, R, H\], got \(2, 64\)"),
-        ({"shape": (2, 0, 8)}, r"view of shape \[L, R, H\], got \(2, 0, 8\)"),
-        ({"shape": (2, 8, 7)}, "x and .* differ in features H: 8 and 7"),
-        ({"shape": (1, 8, 8)}, "lora_a and lora_b differ in adapters L: 1 and 2"),
-        ({"array": jnp.zeros((2, 112), BF16)}, r"array must have shape \[S\], got \[2, 112\]"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else str(*value),
-)
-def test_views_that_leave_their_array_are_refused(changed, message):
-    array = jnp.zeros(224, BF16)
-    a, b = pk.StackView(array, 0, (2, 8, 8)), pk.StackView(array, 128, (2, 6, 8))
-    x, y = jnp.ones((3, 8), BF16), jnp.ones((3, 6), BF16)
-    assert pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, [0, 1, -1])]).shape == y.shape
-    part = pk.LoRAPart(dataclasses.replace(a, **changed), b, [0, 1, -1])
-    with pytest.raises(ValueError, match=message):
-        pk.add_lora_multi(y, x, [part])
-
-
-def test_add_lora_takes_views_and_other_ops_say_that_they_do_not():
-    array = jnp.arange(224, dtype=jnp.float32).astype(BF16)
-    a, b = pk.StackView(array, 0, (2, 8, 8)), pk.StackView(array, 128, (2, 6, 8))
-    x, y = jnp.ones((3, 8), BF16), jnp.ones((3, 6), BF16)
-    got = pk.add_lora(y, x, a, b, jnp.array([0, 1, -1]))
-    want = pk.add_lora(y, x, a.cut_out(), b.cut_out(), jnp.array([0, 1, -1]))
-    np.testing.assert_array_equal(got, want)
-    with pytest.raises(TypeError, match="lora_a must be an array; add_lora and add_lora_multi al"):
-        pk.bgmv_shrink(x, a, jnp.array([0, 1, -1]))
-
-
-def test_a_view_that_starts_amid_16_bytes_is_lacking():
-    array = jnp.zeros(3000, BF16)
-    a, b = pk.StackView(array, 4, (1, 8, 64)), pk.StackView(array, 1024, (1, 64, 8))
-    x = jnp.ones((3, 64), BF16)
-    with pytest.raises(NotImplementedError, match="lacks a view that starts 8 bytes into its arr"):
-        pk.add_lora_multi(x, x, [pk.LoRAPart(a, b, [0, 0, -1])], implementation="mosaic_gpu")
+    segments = pk.make_segments(ids, sum(SLOTS))
+    how = {"phase": phase, "implementation": implementation}
+    for indices in (ids, segments):
+        out = np.asarray(jax.jit(lambda *z: pk.add_lora_multi(*z, **how))(y, x, parts, indices))
+        np.testing.assert_array_equal(bits_of(out)[~touched], bits_of(y)[~touched])
+        assert_close(np.where(touched, out, 0), np.where(touched, want, 0), TOLERANCE[dtype])
+        made = jax.jit(lambda *z: pk.lora_delta(*z, 100, **how))(x, parts, indices)
+        assert made.dtype == dtype
+        assert (bits_of(made)[~touched] == bits_of(np.array(-0.0, dtype))).all()
+        assert_close(made, delta, TOLERANCE[dtype])
 
 
 def test_overlapping_parts_are_rounded_once():
@@ -707,54 +652,65 @@ def test_overlapping_parts_are_rounded_once():
     x = jnp.ones((1, 8), BF16)
     a = jnp.zeros((1, 8, 8), BF16).at[:, 0, 0].set(1)
     b = jnp.zeros((1, 8, 8), BF16).at[:, :, 0].set(2**-8)
-    part = pk.LoRAPart(a, b, [0])
+    part = pk.LoRAPart(a, b)
     for phase, implementation in itertools.product(["decode", "prefill"], IMPLEMENTATIONS):
-        out = pk.add_lora_multi(y, x, [part, part], phase=phase, implementation=implementation)
-        assert (out == 1 + 2**-7).all()
+        how = {"phase": phase, "implementation": implementation}
+        assert (pk.add_lora_multi(y, x, [part, part], [0], **how) == 1 + 2**-7).all()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
-def test_fuse_says_nothing_to_xla(implementation, phase):
-    """Bits, those of rows without adapter among them, and gradients; several ys and overlaps."""
-    indices = popularity("uniform", PLAIN.tokens, PLAIN.adapters)
-    arrays = inputs(PLAIN, indices)
+def test_delta_has_the_gradients_of_the_sum(implementation, phase):
+    """Several ys, and parts that overlap; rows without adapter keep y."""
+    arrays, indices = plain()
+    widths = (20, arrays["y"].shape[1] - 20)
 
-    def add(arrays, indices, fuse):
+    def parts_of(arrays):
         a, b, scales = (arrays[name] for name in ("a", "b", "scales"))
-        segments = pk.make_segments(indices, len(a))
-        parts = [pk.LoRAPart(a, b, segments, scales, OFFSET), pk.LoRAPart(a, b, indices)]
+        return [pk.LoRAPart(a, b, scales, y_offset=OFFSET), pk.LoRAPart(a, b)]
+
+    how = {"phase": phase, "implementation": implementation}
+
+    def added(arrays, indices):
         ys = tuple(jnp.split(arrays["y"], [20], axis=1))
-        how = dict(phase=phase, implementation=implementation, fuse=fuse)
-        return jnp.concatenate(pk.add_lora_multi(ys, arrays["x"], parts, **how), axis=1)
+        return pk.add_lora_multi(ys, arrays["x"], parts_of(arrays), indices, **how)
 
-    def gradients(arrays, indices, fuse):
-        return jax.grad(loss(functools.partial(add, fuse=fuse)))(arrays, indices)
+    def by_delta(arrays, indices):
+        ys = tuple(jnp.split(arrays["y"], [20], axis=1))
+        deltas = pk.lora_delta(arrays["x"], parts_of(arrays), indices, widths, **how)
+        return tuple(y + delta for y, delta in zip(ys, deltas))
 
-    for fn in (add, gradients):
-        got, want = (jax.jit(fn, static_argnums=2)(arrays, indices, fuse) for fuse in (True, False))
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits_of(a), bits_of(b)), got, want)
+    def total(fn):
+        return lambda *args: jnp.concatenate(fn(*args), axis=1)
+
+    got, want = (jax.jit(total(fn))(arrays, indices) for fn in (by_delta, added))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    unused = indices < 0
+    np.testing.assert_array_equal(bits_of(got)[unused], bits_of(arrays["y"])[unused])
+    gots, wants = (jax.jit(jax.grad(loss(total(fn))))(arrays, indices) for fn in (by_delta, added))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gots, wants)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 def test_gradients_reach_scales_that_lie_together(implementation, phase):
     arrays, indices = plain()
-    stacks, scales = (arrays["a"], arrays["b"], indices), arrays["scales"]
+    stacks, scales = (arrays["a"], arrays["b"]), arrays["scales"]
     both = np.concatenate([[np.nan], scales, [np.nan], 2 * scales]).astype(F32)
     starts = 1, 2 + len(scales)
 
     def add(parts):
-        out = pk.add_lora_multi(
-            arrays["y"], arrays["x"], parts, phase=phase, implementation=implementation
-        )
+        how = {"phase": phase, "implementation": implementation}
+        out = pk.add_lora_multi(arrays["y"], arrays["x"], parts, indices, **how)
         return jnp.sum(jnp.sin(out.astype(F32)))
 
     def together(both):
-        return add([pk.LoRAPart(*stacks, both, OFFSET, start) for start in starts])
+        return add([pk.LoRAPart(*stacks, both, 0, OFFSET, start) for start in starts])
 
     def apart(both):
-        return add([pk.LoRAPart(*stacks, both[s : s + len(scales)], OFFSET) for s in starts])
+        return add([pk.LoRAPart(*stacks, both[s : s + len(scales)], 0, OFFSET) for s in starts])
 
     got, want = (jax.jit(jax.value_and_grad(f))(both) for f in (together, apart))
     assert np.isfinite(want[0]) and np.any(want[1])
@@ -763,7 +719,8 @@ def test_gradients_reach_scales_that_lie_together(implementation, phase):
 
 def test_no_parts_leave_y():
     arrays, _ = plain()
-    np.testing.assert_array_equal(pk.add_lora_multi(arrays["y"], arrays["x"], []), arrays["y"])
+    out = pk.add_lora_multi(arrays["y"], arrays["x"], [], np.zeros(len(arrays["x"]), int))
+    np.testing.assert_array_equal(out, arrays["y"])
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -777,8 +734,13 @@ def add(y=Y, x=X, a=A, b=B, ids=IDS, **options):
     return pk.add_lora(y, x, a, b, ids, **options)
 
 
-def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, at=None, **options):
-    return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b, ids, scales, y_offset, at)], **options)
+def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, first=0, y_offset=0, at=None, **options):
+    part = pk.LoRAPart(a, b, scales, first, y_offset, at)
+    return pk.add_lora_multi(y, x, [part], ids, **options)
+
+
+def delta(x=X, parts=(), ids=IDS, widths=6, **options):
+    return pk.lora_delta(x, parts, ids, widths, **options)
 
 
 @pytest.mark.parametrize(
@@ -803,8 +765,20 @@ def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, at=None, **op
         (lambda: add(scales=True), TypeError, "scales must be real numbers, got bool"),
         (lambda: pk.sgmv_shrink(X, A, IDS), TypeError, "sgmv takes Segments.* got ndarray"),
         (lambda: pk.sgmv_expand(V, B, IDS), TypeError, "sgmv takes Segments.* got ndarray"),
-        (lambda: pk.add_lora_multi(Y, X, [(A, B, IDS)]), TypeError, r"parts\[0\] .* got tuple"),
-        (lambda: pk.add_lora_multi(Y, X, pk.LoRAPart(A, B, IDS)), TypeError, "got ndarray"),
+        (lambda: pk.add_lora_multi(Y, X, [(A, B)], IDS), TypeError, r"parts\[0\] .* got tuple"),
+        (lambda: pk.add_lora_multi(Y, X, pk.LoRAPart(A, B), IDS), TypeError, "not iterable"),
+        (lambda: pk.add_lora_multi(Y, X, [pk.LoRAPart(A, B)]), TypeError, "argument: 'indices'"),
+        (lambda: multi(scales=SEGMENTS()), TypeError, "real numbers, got Segments; a part has no"),
+        (lambda: multi(first=1.0), TypeError, "first_slot must be a static int, got 1.0"),
+        (lambda: multi(ids=pk.LoRAPart(A, B)), TypeError, "got a LoRAPart"),
+        (lambda: delta(widths=6.0), TypeError, "widths must be a static int, got 6.0"),
+        (lambda: delta(dtype=int), TypeError, "dtype must be float32, .* got int"),
+        # names that are gone
+        (lambda: multi(fuse=True), TypeError, "no fuse= any more: lora_delta"),
+        (lambda: multi(exclusive=True), TypeError, "no exclusive= any more: a token has one id"),
+        (lambda: pk.LoRAPart(A, B, indices=IDS), TypeError, "no indices= any more: a call takes"),
+        (lambda: pk.StackView, AttributeError, "StackView is gone: a part takes a stack as an arr"),
+        (lambda: pk.nothing, AttributeError, "'pallas_kernels' has no attribute 'nothing'"),
         (lambda: multi(y_offset=1.0), TypeError, "y_offset must be a static int, got 1.0"),
         (lambda: jax.jit(lambda n: multi(y_offset=n))(0), TypeError, "y_offset must be a static"),
         (lambda: multi(scales=np.ones(4, F32), at=0.5), TypeError, "static int, got 0.5"),
@@ -836,7 +810,17 @@ def multi(y=WIDE, x=X, a=A, b=B, ids=IDS, scales=None, y_offset=0, at=None, **op
         (lambda: multi(scales=2.0, at=0), ValueError, r"scales \[0, 3\) .* shape \[\]"),
         (lambda: multi(at=0), ValueError, r"scales \[0, 3\) .* shape \[\]"),
         (lambda: multi(y_offset=5), ValueError, r"columns \[5, 11\) leave y of shape \[4, 10\]"),
-        (lambda: multi(ids=SEGMENTS(), a=A[:2], b=B[:2]), ValueError, "adapters: 3 and 2"),
+        (lambda: add(ids=SEGMENTS(), a=A[:2], b=B[:2]), ValueError, "adapters: 3 and 2"),
+        (lambda: multi(ids=SEGMENTS(), first=1), ValueError, "3 slots, .* up to 4; .*adapters=4"),
+        (lambda: multi(first=-1), ValueError, "first_slot must be between 0 and .* got -1"),
+        (lambda: delta(widths=0), ValueError, "widths must be at least 1, got 0"),
+        (lambda: delta(widths=()), ValueError, r"at least one number of columns, got \(\)"),
+        (lambda: delta(parts=[pk.LoRAPart(A, B)], widths=5), ValueError, r"\[0, 6\) .* \[4, 5\]"),
+        (
+            lambda: delta(parts=[pk.LoRAPart(A, B), pk.LoRAPart(A, B, first_slot=2)]),
+            ValueError,
+            r"parts\[0\] has \[0, 3\), parts\[1\] has \[2, 5\)",
+        ),
     ],
 )  # fmt: skip
 def test_errors_name_the_values(call, error, message):
@@ -845,12 +829,20 @@ def test_errors_name_the_values(call, error, message):
 
 
 def test_parts_may_come_one_by_one():
-    """Each with ids of its own, which nothing else keeps alive."""
     rng = np.random.default_rng(0)
-    x, a, b = (
-        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (40, 4, 8), (40, 8, 4))
-    )
-    parts = [pk.LoRAPart(a, b, np.full(6, n)) for n in range(40)]
-    y = jnp.zeros((6, 8))
-    one_by_one = pk.add_lora_multi(y, x, (pk.LoRAPart(a, b, np.full(6, n)) for n in range(40)))
-    np.testing.assert_array_equal(one_by_one, pk.add_lora_multi(y, x, parts))
+    x, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (1, 4, 8), (1, 8, 4)))
+    y, ids = jnp.zeros((6, 8)), np.arange(6) % 4
+    parts = [pk.LoRAPart(a * n, b, first_slot=n) for n in range(4)]
+    want = pk.add_lora_multi(y, x, parts, ids)
+    np.testing.assert_array_equal(pk.add_lora_multi(y, x, iter(parts), ids), want)
+
+
+def test_a_part_is_a_pytree_of_its_arrays():
+    part = pk.LoRAPart(A, B, 2.0, first_slot=3, y_offset=4)
+    leaves, treedef = jax.tree.flatten(part)
+    assert len(leaves) == 3 and jax.tree.unflatten(treedef, leaves) == part
+
+    def call(part):
+        return pk.add_lora_multi(jnp.zeros((4, 10)), X, [part], IDS + 3)
+
+    np.testing.assert_array_equal(jax.jit(call)(part), call(part))

@@ -115,6 +115,7 @@ def check(served: Served, model: Any, names: list[str | None], seed: int) -> Non
         np.testing.assert_allclose(got[row], want, atol=1e-4, rtol=1e-4, err_msg=f"{row} {name}")
 
 
+@pytest.mark.ci
 def test_mixed_batch_equals_peft_row_by_row_also_after_evict_and_reload(
     served: Served, torch_model: tuple[Any, Path]
 ) -> None:

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 from tiny import FEATURES, Mlp, make_adapter
 
-from jax_lora import AdapterBank, apply_lora, files, plan_slots, save_peft
+from jax_lora import AdapterBank, apply_lora, plan_slots, save_peft
+from jax_lora.adapters import files
 
 PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
 

@@ -88,6 +88,7 @@ def test_tiles_cover_each_token_once(batch, block):
     assert sorted(covered) == wanted and len(set(covered)) == len(covered)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64, np.uint64])
 @pytest.mark.parametrize("num_adapters", [1, 200, 300])
 @pytest.mark.parametrize("where", ["host", "jit"])

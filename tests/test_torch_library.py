@@ -27,6 +27,7 @@ def arguments(name: str) -> tuple:
     return given[name]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [
     "bgmv_shrink", "sgmv_shrink", "bgmv_expand", "sgmv_expand", "add_lora_", "add_lora",
     "add_lora_backward",
@@ -63,6 +64,7 @@ class Layer(torch.nn.Module):
 
 
 # What torch's own compiler warns of within torch is not ours to mend.
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_of_a_whole_module_gives_equal_results(backend):

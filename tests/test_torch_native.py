@@ -116,6 +116,7 @@ def test_shrinks_are_one_kernel(v_dtype, dtype, words):
         is_one_kernel(functions.bgmv_shrink, given, f"lora_decode_shrink_r{rank}")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("words", [1, 2])
 @pytest.mark.parametrize("v_dtype", FLOATS)
 @pytest.mark.parametrize("y_dtype", FLOATS)
@@ -315,6 +316,7 @@ def test_a_machine_without_the_cuda_plugin_says_so(monkeypatch):
         internals._compiler.__wrapped__()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("settings", "warns"), [
     ({}, True),
     ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, False),

@@ -18,6 +18,7 @@ def valid(ids: torch.Tensor, slots: int = 5) -> torch.Tensor:
     return (ids >= 0) & (ids < slots)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("out_dtype", FLOATS)
 @pytest.mark.parametrize(("id_dtype", "four_dim"), [(torch.int32, False), (torch.int64, True)])
@@ -40,6 +41,7 @@ def test_shrinks_add_into_their_output(dtype, out_dtype, id_dtype, four_dim):
     assert same_bytes(segments[~used], before[~used])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("add_inputs", [True, False])
 @pytest.mark.parametrize(("dtype", "weight_dtype", "y_dtype"), [
     *itertools.product([torch.float32], [torch.bfloat16], FLOATS),

@@ -78,7 +78,7 @@ def train(model, batch, tx, steps):
 
 def slots_of(state, bank, name):
     """Every array of an adapter's slot, at its whole padded rank."""
-    bucket, slot = bank.bucket(name), bank._entries[name].slot
+    bucket, slot = bank.bucket(name), bank._entry(name).slot
     return {
         path: np.asarray(leaf[...])[slot]
         for path, leaf in nnx.to_flat_state(state)
@@ -125,6 +125,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("start", "steps"), [("elsewhere", 1), ("as created", 3)])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -150,6 +151,7 @@ def test_one_mixed_step_equals_two_peft_runs(pair, tmp_path, optimizer, phase, s
             assert np.abs(got[module].b - before[module].b).max() > 1e-3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_absent_adapters_have_zero_gradient_and_padding_stays_zero(pair, optimizer, phase):
@@ -265,6 +267,7 @@ def test_stacks_are_what_nnx_calls_lora_params(pair):
     assert {type(v) for path, v in state if path[-1] == "scales"} == {jax_lora.LoRAScale}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "tx", [optax.yogi(1e-2), optax.noisy_sgd(5e-2, key=0)], ids=["yogi", "noisy_sgd"]
 )

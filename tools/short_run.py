@@ -10,27 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 from mosaic_cases import Case, as_jax, products, relative_error
 
-from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
+from pallas_kernels import LoRAPart, make_segments
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import Config, backend
 
-TWO_LAUNCHES = mosaic_gpu.Config(split=4, expand_columns=4)
-TWO_TILES = mosaic_gpu.Config(split=2, expand_columns=2, row_tiles=2, expand_row_tiles=2)
+DEFAULT = Call("add_lora", "mosaic_gpu", ("bgmv",))
+TWO_LAUNCHES = DEFAULT._replace(config=Config(split=4, expand_columns=4))
+TWO_TILES = DEFAULT._replace(
+    config=Config(split=2, expand_columns=2, row_tiles=2, expand_row_tiles=2)
+)
 
 
 @jax.jit
 def run(y, x, a, b, scales, ids):
-    segments = make_segments(ids, a.shape[0])
-    part = LoRAPart(a, b, segments, scales, 0)
-    even, odd = (jnp.where(ids % 2 == n, ids, -1) for n in range(2))
-    both = tuple(LoRAPart(a, b, some, scales, 0) for some in (even, odd))
-    v = mosaic_gpu.shrink(x, a, segments, scales)
+    slots = a.shape[0]
+    segments = make_segments(ids, slots)
+    part = LoRAPart(a, b, scales)
+    # The same adapters in two ranges: tokens of odd ids take those of the second.
+    both = part, LoRAPart(a, b, scales, first_slot=slots)
+    used = (ids >= 0) & (ids < slots)
+    in_both = make_segments(jnp.where(used, ids + slots * (ids % 2), -1), 2 * slots)
+    delta_call = DEFAULT._replace(op="lora_delta", widths=(y.shape[1],), dtype=y.dtype)
+    [delta] = backend.lora_delta(delta_call, x, both, in_both)
+    v = backend.shrink(DEFAULT, None, x, a, segments, scales)
     return (
         v,
-        mosaic_gpu.shrink(x, a, segments, scales, config=TWO_LAUNCHES),
-        *mosaic_gpu.add_lora_multi((y,), x, (part,)),
-        *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_LAUNCHES),
-        *mosaic_gpu.add_lora_multi((y,), x, (part,), config=TWO_TILES),
-        *mosaic_gpu.add_lora_multi((y,), x, both, fuse=True, exclusive=True),
-        mosaic_gpu.expand(v, b, segments, y, 0, add_inputs=True),
+        backend.shrink(TWO_LAUNCHES, None, x, a, segments, scales),
+        *backend.add_lora(DEFAULT, (y,), x, (part,), segments),
+        *backend.add_lora(TWO_LAUNCHES, (y,), x, (part,), segments),
+        *backend.add_lora(TWO_TILES, (y,), x, (part,), segments),
+        y + delta,
+        backend.expand(DEFAULT, v, b, segments, y),
     )
 
 

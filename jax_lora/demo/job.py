@@ -18,8 +18,9 @@ from jax_lora.batch import AdapterBatch, use
 from jax_lora.demo import tasks
 from jax_lora.generation import decode as decode_text
 from jax_lora.generation import encode, fitting_slots, load_tokenizer
-from jax_lora.layers import LoRAScale, apply_lora
 from jax_lora.llama import Llama, decode, prefill
+from jax_lora.nn.apply import apply_lora
+from jax_lora.nn.stacks import LoRAScale
 from pallas_kernels import rank_tier, select_kernel
 
 FOLDER = Path(__file__).parent

@@ -5,7 +5,6 @@ PYTHONPATH=. python3 -m pytest tests/gpu -m gpu -n 8
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 from typing import Any
@@ -20,9 +19,10 @@ from mosaic_cases import (
     Y_TOLERANCE,
     Arrays,
     Case,
+    add_parts,
     as_jax,
     bits,
-    in_one_array,
+    parts_in_float64,
     products,
     relative_error,
     typical,
@@ -32,7 +32,10 @@ from mosaic_cases import (
 
 import pallas_kernels as pk
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
-from pallas_kernels import LoRAPart, make_segments, mosaic_gpu
+from pallas_kernels import LoRAPart, make_segments, ops
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import Config, backend
+from pallas_kernels.mosaic_gpu.prefill import default_config
 
 pytestmark = pytest.mark.gpu
 
@@ -56,50 +59,53 @@ def poison() -> None:
     jax.block_until_ready([jnp.full(2**k, jnp.nan) for k in (8, 12, 16, 20, 22)])
 
 
-@functools.partial(jax.jit, static_argnames=("y_offset", "config", "ops"))
-def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, ops: tuple[str, ...]) -> list[Any]:
+@functools.partial(jax.jit, static_argnames=("y_offset", "config", "names"))
+def run_ops(arrays: dict[str, Any], y_offset: int, config: Any, names: tuple[str, ...]) -> Any:
     """One program per shape, as compiling is what these tests wait for."""
     z = arrays
     segments = make_segments(z["ids"], z["a"].shape[0])
     t, (slots, rank, features) = z["x"].shape[0], z["a"].shape
-    two_launches = mosaic_gpu.default_config(t, features, z["b"].shape[1], rank, slots)
+    two_launches = default_config(t, features, z["b"].shape[1], rank, slots)
+    parts = (LoRAPart(z["a"], z["b"], z["scales"], 0, y_offset),)
     outs = []
-    for op in ops:
-        how = dict(config=two_launches if op.endswith(IN_TWO) else config)
-        name, route = op.removesuffix(IN_TWO).removesuffix(OF_IDS), segments
-        if op.endswith(OF_IDS):
-            route = z["ids"]
-        if name == "shrink":
-            outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], **how))
-        elif name == "shrink+":
-            outs.append(mosaic_gpu.shrink(z["x"], z["a"], segments, z["scales"], z["v"], **how))
+    for full_name in names:
+        name = op_of(full_name)
+        route = z["ids"] if full_name.endswith(OF_IDS) else segments
+        call = Call(
+            name, "mosaic_gpu", ("bgmv",), y_offset, name == "expand",
+            widths=(z["y"].shape[1],), dtype=z["y"].dtype,
+            config=two_launches if full_name.endswith(IN_TWO) else config,
+        )  # fmt: skip
+        if name.startswith("shrink"):
+            v = z["v"] if name == "shrink+" else None
+            outs.append(backend.shrink(call, v, z["x"], z["a"], route, z["scales"]))
         elif name == "add_lora":
-            part = LoRAPart(z["a"], z["b"], route, z["scales"], y_offset)
-            outs += mosaic_gpu.add_lora_multi((z["y"],), z["x"], (part,), **how)
+            outs += backend.add_lora(call, (z["y"],), z["x"], parts, route)
+        elif name == "lora_delta":
+            outs += backend.lora_delta(call, z["x"], parts, route)
         else:
-            add_inputs = name == "expand"
-            outs.append(
-                mosaic_gpu.expand(
-                    z["v"], z["b"], segments, z["y"], y_offset, add_inputs=add_inputs, **how
-                )
-            )
+            outs.append(backend.expand(call, z["v"], z["b"], route, z["y"]))
     return outs
 
 
 IN_TWO = " in two launches"
 OF_IDS = " of ids"  # among which the kernel finds its tokens, not XLA
-OPS = ("shrink", "shrink+", "expand", "expand=", "add_lora")
+OPS = ("shrink", "shrink+", "expand", "expand=", "add_lora", "lora_delta")
 IN_PLACE = ("shrink", "expand", "add_lora")
 
 
+def op_of(name: str) -> str:
+    return name.removesuffix(IN_TWO).removesuffix(OF_IDS)
+
+
 def run(
-    arrays: Arrays, y_offset: int = 0, config: Any = None, ops: tuple[str, ...] = IN_PLACE
+    arrays: Arrays, y_offset: int = 0, config: Any = None, names: tuple[str, ...] = IN_PLACE
 ) -> list[np.ndarray]:
     poison()
-    return [np.asarray(out) for out in run_ops(as_jax(arrays), y_offset, config, ops)]
+    return [np.asarray(out) for out in run_ops(as_jax(arrays), y_offset, config, names)]
 
 
-def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OPS) -> None:
+def check(case: Case, record: Any, config: Any = None, names: tuple[str, ...] = OPS) -> None:
     arrays = case.arrays()
     ids = np.where((arrays.ids >= 0) & (arrays.ids < case.num_adapters), arrays.ids, -1)
     columns = slice(case.y_offset, case.y_offset + case.width)
@@ -110,19 +116,20 @@ def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OP
         "expand": products(half_v, arrays.b, ids),
         "add_lora": products(want_v, arrays.b, ids),
     }
-    deltas["expand="] = deltas["expand"]
+    deltas["expand="], deltas["lora_delta"] = deltas["expand"], deltas["add_lora"]
     # Of a sum of terms with random signs, by which errors may grow with its length.
     typical_v = typical(arrays.x, arrays.a, ids) * scale
     typical_delta = {
         "expand": typical(half_v, arrays.b, ids), "add_lora": typical(want_v, arrays.b, ids),
     }  # fmt: skip
     typical_delta["expand="] = typical_delta["expand"]
+    typical_delta["lora_delta"] = typical_delta["add_lora"]
     tolerance = y_tolerance(case.y_dtype, case.weight_dtype)
     if case.weight_dtype == "float16" and case.y_dtype == "float32":
         tolerance = y_tolerance("float16")
     used = ids >= 0
-    for op, out in zip(ops, run(arrays, case.y_offset, config, ops)):
-        name = op.removesuffix(IN_TWO).removesuffix(OF_IDS)
+    for op, out in zip(names, run(arrays, case.y_offset, config, names)):
+        name = op_of(op)
         if name.startswith("shrink"):
             before = arrays.v.astype(np.float64) * (name == "shrink+")
             want = (before + want_v)[used]
@@ -135,13 +142,14 @@ def check(case: Case, record: Any, config: Any = None, ops: tuple[str, ...] = OP
             kept = arrays.v if name == "shrink+" else np.zeros_like(out)
             np.testing.assert_array_equal(bits(out)[~used], bits(kept)[~used])
             continue
-        want = arrays.y.astype(np.float64)
+        before = arrays.y if name != "lora_delta" else np.full_like(arrays.y, -0.0)
+        want = before.astype(np.float64)
         want[:, columns] = want[:, columns] * (name != "expand=") + deltas[name]
         assert out.dtype == arrays.y.dtype
-        np.testing.assert_array_equal(bits(out)[~used], bits(arrays.y)[~used])
+        np.testing.assert_array_equal(bits(out)[~used], bits(before)[~used])
         outside = np.ones(out.shape[1], bool)
         outside[columns] = False
-        np.testing.assert_array_equal(bits(out)[:, outside], bits(arrays.y)[:, outside])
+        np.testing.assert_array_equal(bits(out)[:, outside], bits(before)[:, outside])
         if used.any():
             got, want = out[used][:, columns], want[used][:, columns]
             record(op, case, error := relative_error(got, want))
@@ -186,13 +194,13 @@ CASES += [Case(t, 512, 256, r, 5, "lengths") for t in (49, 300) for r in (8, 16,
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Case, record: Any) -> None:
-    ops = OPS
+    names = OPS
     if case.num_tokens <= 256:  # others take two launches as it is
-        ops += tuple(f"{op}{IN_TWO}" for op in IN_PLACE)
-    check(case, record, ops=ops)
+        names += tuple(f"{op}{IN_TWO}" for op in IN_PLACE)
+    check(case, record, names=names)
 
 
-DECODE = mosaic_gpu.Config(split=8, warps=4, stages=2, expand_stages=4)
+DECODE = Config(split=8, warps=4, stages=2, expand_stages=4)
 DECODE_CASES = [
     (Case(t, 1024, 1152, r, 5, POPULARITIES[(i + j) % 3], seed=i), change)
     for i, (t, change) in enumerate(
@@ -218,8 +226,8 @@ DECODE_CASES += [
 
 @pytest.mark.parametrize(("case", "change"), DECODE_CASES, ids=str)
 def test_decode_against_float64(case: Case, change: dict[str, int], record: Any) -> None:
-    ops = "shrink+", "expand", "add_lora", f"add_lora{OF_IDS}"
-    check(case, record, dataclasses.replace(DECODE, **change), ops)
+    names = "shrink+", "expand", "add_lora", f"add_lora{OF_IDS}", f"lora_delta{OF_IDS}"
+    check(case, record, dataclasses.replace(DECODE, **change), names)
 
 
 @pytest.mark.parametrize("split", [1, 2, 4, 8])
@@ -229,7 +237,7 @@ def test_two_tiles_share_what_a_block_loads(
     rank: int, split: int, x_dtype: str, record: Any
 ) -> None:
     case = Case(300, 2048, 200, rank, 4, "zipf", x_dtype)
-    one = mosaic_gpu.Config(split=split, expand_columns=2)
+    one = Config(split=split, expand_columns=2)
     two = dataclasses.replace(one, row_tiles=2, expand_row_tiles=2)
     check(case, record, two, IN_PLACE)
     for a, b in zip(run(case.arrays(), config=one), run(case.arrays(), config=two)):
@@ -267,7 +275,7 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
     many, few = sizes
     case = Case(many, 1024, 192, rank, 6)
     arrays = case.arrays()
-    configs = [mosaic_gpu.default_config(many, 1024, 192, rank, 6)]
+    configs = [default_config(many, 1024, 192, rank, 6)]
     if many <= 256:
         configs.append(DECODE)
     order = np.random.default_rng(5).permutation(many)[:few]
@@ -282,91 +290,131 @@ def test_a_row_depends_on_itself_alone(rank: int, sizes: tuple[int, int]) -> Non
             np.testing.assert_array_equal(bits(one)[order], bits(few_rows))
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
-@pytest.mark.parametrize("num_tokens", [1, 64, 300])
-@pytest.mark.parametrize("offsets", [(0, 0), (0, 128), (0, 64), (0, 8)], ids=str)
-@pytest.mark.parametrize("config", [None, mosaic_gpu.Config(split=4)], ids=["default", "two"])
-def test_parts(num_tokens: int, offsets: tuple[int, int], config: Any, fuse: bool) -> None:
-    """Buckets and slices in one call, disjoint, equal and overlapping. Scales are one array."""
-    ranks, width = ((8, 16, 64, 128, 32) if offsets == (0, 0) else (8, 128)), 128
-    cases = [Case(num_tokens, 512, width, r, 4, seed=r) for r in ranks]
-    arrays = [case.arrays() for case in cases]
-    x = arrays[0].x
-    y = Case(num_tokens, 64, 2 * width + 64, 16, 1).arrays().y
-    parts = [(z.a, z.b, z.ids, z.scales, o) for o in dict.fromkeys(offsets) for z in arrays]
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """A range of four slots for each rank, whose adapters add to all spans of columns."""
 
-    @jax.jit
-    def call(y: Any, x: Any, stacks: Any, scales: Any) -> Any:
-        built = tuple(
-            LoRAPart(a, b, make_segments(ids, 4), scales, part[4], 4 * n)
-            for n, ((a, b, ids), part) in enumerate(zip(stacks, parts))
+    num_tokens: int
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...] = (320,)  # of the ys
+    spans: tuple[tuple[int, int], ...] = ((0, 128),)
+    y_dtype: str = "bfloat16"
+    config: Config | None = None
+
+    def __str__(self) -> str:
+        config = "" if self.config is None else "-two launches"
+        return (
+            f"T{self.num_tokens}-r{self.ranks}-y{self.widths}-{self.spans}-{self.y_dtype}{config}"
         )
-        return mosaic_gpu.add_lora_multi((y,), x, built, fuse=fuse, config=config)[0]
 
-    stacks = [tuple(jnp.asarray(z) for z in part[:3]) for part in parts]
-    scales = jnp.concatenate([part[3] for part in parts])
-    poison()
-    out = np.asarray(call(jnp.asarray(y), jnp.asarray(x), stacks, scales))
-    want, used = y.astype(np.float64), np.zeros(y.shape, bool)
-    for a, b, ids, scales, offset in parts:
-        columns = slice(offset, offset + width)
-        v = products(x, a, ids) * scales[np.maximum(ids, 0)][:, None]
-        want[:, columns] += products(v, b, ids)
-        used[:, columns] |= (ids >= 0)[:, None]
-    np.testing.assert_array_equal(bits(out)[~used], bits(y)[~used])
-    assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
+    @property
+    def num_slots(self) -> int:
+        return 5 * len(self.ranks)
 
-
-@pytest.mark.parametrize("offsets", [(0, 0), (0, 64)], ids=str)
-def test_parts_in_turn(offsets: tuple[int, int]) -> None:
-    """So many tokens that a block of the shrink takes part after part."""
-    test_parts(4096, offsets, None, False)
-
-
-@pytest.mark.parametrize("flat", [False, True], ids=["own arrays", "in one array"])
-@pytest.mark.parametrize("layer", [False, True], ids=["alone", "as layers call it"])
-@pytest.mark.parametrize("ranks", [(16,), (8, 16, 32, 64, 128), (128,)], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 64, 130, 300])
-def test_projections_of_one_input(
-    num_tokens: int, ranks: tuple[int, ...], layer: bool, flat: bool
-) -> None:
-    """Several ys and buckets in one call; a token has an adapter of one bucket, or of several."""
-    widths = (512, 128, 128)
-    cases = [Case(num_tokens, 512, sum(widths), r, 3, seed=r) for r in ranks]
-    arrays = [case.arrays() for case in cases]
-    edges = [0, *np.cumsum(widths).tolist()]
-    whole, x = arrays[0].y, arrays[0].x
-    lists = [z.ids.copy() for z in arrays]
-    bucket = np.random.default_rng(0).integers(0, len(ranks), num_tokens)
-    for n, ids in enumerate(lists):
-        ids[(bucket != n) & (layer | (np.arange(num_tokens) % 3 > 0))] = -1
-
-    parts = [
-        LoRAPart(jnp.asarray(z.a), jnp.asarray(z.b[:, start:stop]), n, jnp.asarray(z.scales), start)
-        for n, z in enumerate(arrays)
-        for start, stop in itertools.pairwise(edges)
-    ]
-    parts = in_one_array(parts) if flat else parts
-    stacks = [part[:2] for part in parts]
-
-    @jax.jit
-    def call(ys: Any, x: Any, stacks: Any, lists: Any) -> Any:
-        built = [
-            LoRAPart(a, b, lists[part.indices], *part[3:]) for (a, b), part in zip(stacks, parts)
+    def parts(self) -> list[LoRAPart]:
+        """Ranges in descending order, with a slot between them that is no part's; all scales are in
+        one array."""
+        arrays = [Case(1, 512, max(s[1] for s in self.spans), r, 4, seed=r) for r in self.ranks]
+        arrays = [case.arrays() for case in arrays]
+        scales = np.concatenate([z.scales for z in arrays])
+        last = len(arrays) - 1
+        return [
+            LoRAPart(z.a, z.b[:, : stop - start], scales, 5 * (last - n), start, 4 * n)
+            for start, stop in self.spans
+            for n, z in enumerate(arrays)
         ]
-        how = dict(fuse=layer, exclusive=layer)
-        return pk.add_lora_multi(ys, x, built, implementation="mosaic_gpu", **how)
 
-    ys = tuple(jnp.asarray(y) for y in np.split(whole, edges[1:-1], axis=1))
-    poison()
-    out = np.concatenate(call(ys, jnp.asarray(x), stacks, [jnp.asarray(i) for i in lists]), axis=1)
-    want, used = whole.astype(np.float64), np.zeros(num_tokens, bool)
-    for z, ids in zip(arrays, lists):
-        v = products(x, z.a, ids) * z.scales[np.maximum(ids, 0)][:, None]
-        want += products(v, z.b, ids)
-        used |= ids >= 0
-    np.testing.assert_array_equal(bits(out)[~used], bits(whole)[~used])
-    assert relative_error(out[used], want[used]) < y_tolerance("bfloat16")
+    def operands(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(whole, x, ids): the ys side by side; ids below, between and behind the ranges."""
+        case = Case(self.num_tokens, 512, sum(self.widths), 8, 1, y_dtype=self.y_dtype).arrays()
+        ids = np.random.default_rng(0).integers(-1, self.num_slots + 1, self.num_tokens)
+        ids[0] = 3
+        return case.y, case.x, ids.astype(np.int32)
+
+
+EVERY_BUCKET = (8, 16, 64, 128, 32)
+QKV = dict(widths=(512, 128, 128), spans=((0, 512), (512, 640), (640, 768)))
+SPANS = (((0, 128), (128, 256)), ((0, 128), (64, 192)), ((0, 128), (8, 136)))
+BUCKET_CASES = [
+    Buckets(t, EVERY_BUCKET, config=c) for t in (1, 64, 300) for c in (None, Config(split=4))
+]
+BUCKET_CASES += [
+    Buckets(t, (8, 128), spans=spans, config=config)
+    for t in (1, 64, 300) for spans in SPANS for config in (None, Config(split=4))
+]  # fmt: skip
+BUCKET_CASES += [
+    Buckets(t, r, **QKV) for t in (1, 64, 130, 300) for r in ((16,), EVERY_BUCKET, (128,))
+]
+BUCKET_CASES += [
+    Buckets(t, (8, 64), y_dtype=y_dtype, **QKV)
+    for t in (64, 300)
+    for y_dtype in ("float32", "float16")
+]
+# A part from one y into the next, beside others of its range.
+BUCKET_CASES += [
+    Buckets(t, (16, 64), (72, 64, 200), ((0, 72), (136, 336), (40, 160))) for t in (13, 300)
+]
+# So many tokens that a block of the shrink takes part after part.
+BUCKET_CASES += [
+    Buckets(4096, EVERY_BUCKET), Buckets(4096, (8, 128), spans=((0, 128), (64, 192))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BUCKET_CASES, ids=str)
+def test_parts(case: Buckets) -> None:
+    """Buckets and slices in one call: in place, as what is to be added, and as layers call it. How
+    ids are given changes no bit."""
+    whole, x, ids = case.operands()
+    parts = case.parts()
+    stacks = [(part.lora_a, part.lora_b) for part in parts]
+    ranges = sorted({(part.first_slot, 4) for part in parts})
+    how = dict(implementation="mosaic_gpu", config=case.config)
+
+    @functools.partial(jax.jit, static_argnames=("name", "route"))
+    def call(ys: Any, x: Any, stacks: Any, scales: Any, ids: Any, name: str, route: str) -> Any:
+        built = [
+            dataclasses.replace(part, lora_a=a, lora_b=b, scales=scales)
+            for part, (a, b) in zip(parts, stacks)
+        ]
+        if route != "ids":
+            ids = make_segments(ids, case.num_slots)
+        if route == "split":
+            ids = ids.split(ranges)
+        if name == "add_lora_multi":
+            return pk.add_lora_multi(ys, x, built, ids, **how)
+        if name == "add_in_step":
+            return ops.add_in_step(ys, x, built, ids, phase="decode")
+        return pk.lora_delta(x, built, ids, case.widths, dtype=case.y_dtype, **how)
+
+    def run(name: str, route: str) -> np.ndarray:
+        ys = tuple(jnp.asarray(y) for y in np.split(whole, np.cumsum(case.widths)[:-1], axis=1))
+        operands = jax.tree.map(jnp.asarray, (x, stacks, parts[0].scales, ids))
+        poison()
+        outs = call(ys, *operands, name, route)
+        assert [y.shape[1] for y in outs] == list(case.widths)
+        return np.concatenate([np.asarray(y) for y in outs], axis=1)
+
+    want, used = parts_in_float64(x, parts, ids, whole.shape[1])
+    tolerance = y_tolerance(case.y_dtype, "bfloat16")
+    y, delta = run("add_lora_multi", "segments"), run("lora_delta", "segments")
+    assert y.dtype == delta.dtype == whole.dtype
+    np.testing.assert_array_equal(bits(y)[~used], bits(whole)[~used])
+    np.testing.assert_array_equal(bits(delta)[~used], bits(np.full_like(whole, -0.0))[~used])
+    assert relative_error(y[used], (whole + want)[used]) < tolerance
+    assert relative_error(delta[used], want[used]) < tolerance
+    for route in ("split", "ids"):
+        np.testing.assert_array_equal(bits(run("add_lora_multi", route)), bits(y))
+        np.testing.assert_array_equal(bits(run("lora_delta", route)), bits(delta))
+    if case.config is None:
+        at_once = backend.makes_delta_at_once(
+            jnp.asarray(x), tuple(parts), case.widths, whole.dtype
+        )
+        several = len(case.ranks) > 1 and max(case.ranks) == 128
+        assert at_once == (case.num_tokens <= (128 if several else 256))
+        added = (whole.astype(np.float32) + delta.astype(np.float32)).astype(whole.dtype)
+        for route in ("segments", "split", "ids"):
+            layer = run("add_in_step", route)
+            np.testing.assert_array_equal(bits(layer), bits(added if at_once else y))
 
 
 # ------------------------------------------------------- transformations, through the public ops
@@ -411,13 +459,13 @@ def test_gradients_are_those_of_xla(num_tokens: int) -> None:
             assert not np.asarray(of_op[name][2]).astype(np.float32).any(), (op, name)
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["in place", "fused"])
-def test_vmap_scan_and_fori_loop_change_nothing(fuse: bool) -> None:
+@pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
+def test_vmap_scan_and_fori_loop_change_nothing(delta: bool) -> None:
     z = as_jax(Case(20, 256, 192, 16, 5).arrays())
-    part = LoRAPart(z["a"], z["b"], z["ids"], z["scales"])
+    part = LoRAPart(z["a"], z["b"], z["scales"])
 
     def call(y: Any, x: Any) -> Any:
-        return pk.add_lora_multi(y, x, [part], fuse=fuse, implementation="mosaic_gpu")
+        return add_parts(y, x, [part], z["ids"], delta=delta, implementation="mosaic_gpu")
 
     twice = np.asarray(call(call(z["y"], z["x"]), z["x"]))
     stacked = jnp.stack([z["x"], z["x"] * 2])
@@ -447,8 +495,8 @@ def test_a_scan_over_layers_copies_no_stacks(phase: str) -> None:
     segments = make_segments(ids, slots)
 
     def layer(x: Any, a: Any, b: Any) -> Any:
-        how = dict(phase=phase, implementation="mosaic_gpu", fuse=True)
-        return pk.add_lora_multi(x, x, [LoRAPart(a, b, segments)], **how)
+        how = dict(phase=phase, implementation="mosaic_gpu")
+        return x + pk.lora_delta(x, [LoRAPart(a, b)], segments, size, **how)
 
     def step(x: Any, a: Any, b: Any) -> Any:
         return jax.lax.scan(lambda x, stacks: (layer(x, *stacks), None), x, (a, b))[0]
@@ -484,6 +532,7 @@ def test_gradients_of_a_layer_are_those_of_xla() -> None:
 
     step = jax.jit(jax.grad(loss))
     args = lora, rest, x
+    absent = int(bank.batch(["absent"]).indices[0])
     module = step.lower(*args, batch).as_text()
     assert "lora_r16" in module
     got = jax.tree.leaves(step(*args, batch))
@@ -493,4 +542,4 @@ def test_gradients_of_a_layer_are_those_of_xla() -> None:
     for a, b in zip(got, want):
         wide = np.asarray(b).astype(np.float64)
         assert relative_error(np.asarray(a), wide) < 8e-3
-        assert not np.asarray(a[bank._entries["absent"].slot]).astype(np.float32).any()
+        assert not np.asarray(a[absent]).astype(np.float32).any()

@@ -1,0 +1,19 @@
+"""LoRA adapters on the host: what one is, and reading and writing the files of Hugging Face PEFT.
+
+Needs no device, no JAX and no torch. Everything read here may come from a stranger: nothing is
+unpickled, sizes are checked before anything is allocated, and a PEFT feature is either exact or
+refused by its name.
+"""
+
+from jax_lora.adapters.files import read_json as read_json
+from jax_lora.adapters.files import read_safetensors as read_safetensors
+from jax_lora.adapters.files import refuse_pointer as refuse_pointer
+from jax_lora.adapters.peft import load_peft as load_peft
+from jax_lora.adapters.peft import peft_header as peft_header
+from jax_lora.adapters.peft import save_peft as save_peft
+from jax_lora.adapters.types import MAX_RANK as MAX_RANK
+from jax_lora.adapters.types import Adapter as Adapter
+from jax_lora.adapters.types import AdapterHeader as AdapterHeader
+from jax_lora.adapters.types import LoRAConfig as LoRAConfig
+from jax_lora.adapters.types import LoRAShape as LoRAShape
+from jax_lora.adapters.types import LoRAWeights as LoRAWeights

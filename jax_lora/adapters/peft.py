@@ -1,0 +1,568 @@
+"""Reading and writing the folders of Hugging Face PEFT."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from jax_lora.adapters.files import (
+    DTYPES,
+    TensorFile,
+    check_folder,
+    open_file,
+    open_safetensors,
+    parse_json,
+    read_bounded,
+    write_safetensors,
+)
+from jax_lora.adapters.patterns import MAX_WORK, Expression, Names
+from jax_lora.adapters.types import (
+    Adapter,
+    AdapterHeader,
+    LoRAConfig,
+    LoRAShape,
+    LoRAWeights,
+    alpha_in,
+    check_halves,
+    check_module,
+    common_dtype,
+    matcher,
+    names_of,
+    rank_in,
+)
+from jax_lora.messages import printable, shown
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 4 << 20
+_CHUNK = 1 << 20  # elements that are compared at once
+_WAITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)  # seconds, for a save to end
+_MAX_PARENTS = 16
+_PARENT = re.compile(r"\w{1,512}", re.ASCII)
+
+# Metadata of the weights: SHA-256 of the config that was saved with them, and of the one before.
+_OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
+
+# Keys of adapter_config.json that change nothing about what a saved adapter computes, whatever
+# their value: they matter to training, to how PEFT finds modules (the weights' own names say
+# which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
+# base stores its weight; A and B are stored alike.
+_IRRELEVANT = frozenset(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
+    exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
+    loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
+    lora_dtype lorap_lr_ratio lorap_emb_lr
+    """.split()  # the last line is ms-swift's
+)
+
+# Keys that change what an adapter computes, or which weights it has, and what to do about each.
+_MERGE = "merge it into the base with peft's merge_and_unload and serve that"
+_UNSUPPORTED = {
+    "use_dora": f"DoRA is not supported; {_MERGE}",
+    "modules_to_save": f"fully trained modules are not supported; {_MERGE}",
+    "trainable_token_indices": f"trained tokens are not supported; {_MERGE}",
+    "lora_bias": f"biases of lora_B are not supported; {_MERGE}",
+    "layer_replication": f"replicated layers are not supported; {_MERGE}",
+    "target_parameters": f"LoRA of bare parameters is not supported; {_MERGE}",
+    "megatron_config": "Megatron's parallel layers are not supported; save the adapter without "
+    "them",
+    "alora_invocation_tokens": "aLoRA is not supported; train a plain LoRA",
+    "use_qalora": "QA-LoRA is not supported; train a plain LoRA",
+    "use_bdlora": "BD-LoRA's block-diagonal weights are not supported; train a plain LoRA",
+    "arrow_config": "Arrow routing is not supported; load the adapters that it routes to",
+    "velora_config": "VeLoRA is not supported; train a plain LoRA",
+    "kasa_config": f"KaSA changes the base weights and is not supported; {_MERGE}",
+    "monteclora_config": "MonteCLoRA is not supported; train a plain LoRA",
+    "ensure_weight_tying": f"tied adapters of embeddings are not supported; {_MERGE}",
+}
+
+# Initialisations that leave the base weights alone, so that the saved A and B say everything. The
+# others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract something from the base.
+_EXACT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+_MAX_KEY = 1024
+_COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
+_FOREIGN = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA of an embedding",
+    "lora_diag": "KaSA",
+    "lora_velora": "VeLoRA",
+    "monteclora": "MonteCLoRA",
+    "modules_to_save": "a fully trained module",
+    ".score.": "a fully trained module",
+    ".classifier.": "a fully trained module",
+    ".qa_outputs.": "a fully trained module",
+    "token_adapter": "trained tokens",
+    "trainable_tokens": "trained tokens",
+    "lora_E": "AdaLoRA",
+    ".bias": "a bias",
+    "embed_tokens": "a saved or resized embedding",
+    "lm_head": "a saved or resized output layer",
+}
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Where half of a module's LoRA is stored."""
+
+    file: TensorFile
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.key].shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.file.tensors[self.key].dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        return self.file.read(self.key)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter's open files: its header, where its halves are, and copies of base weights."""
+
+    header: AdapterHeader
+    halves: Mapping[str, Mapping[str, _Half]]
+    copies: Mapping[str, _Half]
+
+
+def load_peft(
+    path: str | os.PathLike[str],
+    *,
+    check: Callable[[AdapterHeader], None] | None = None,
+    base_weight: Callable[[str], np.ndarray] | None = None,
+    max_bytes: int | None = None,
+    allow_links: bool = False,
+    allow_nonfinite: bool = False,
+) -> Adapter:
+    """Reads an adapter from the folder in which PEFT saved it.
+
+    The weights are NumPy arrays of the file's dtype (bfloat16 as `ml_dtypes.bfloat16`), read at the
+    speed of the disk. Module names are those of the base model: PEFT's prefix `base_model.model.`
+    is removed. While `save_peft` replaces the files, this reads the old ones or the new ones.
+
+    Args:
+      path: folder with `adapter_config.json` and `adapter_model.safetensors`, or its shards.
+      check: called before a tensor is read; what it raises ends the load.
+      base_weight: from a module's name to the base model's weight `[N, H]`. PEFT saves a copy of
+        the base's output layer beside a LoRA of it: a copy that equals this is left out.
+      max_bytes: most bytes of weights to read; None for any number.
+      allow_links: follow symbolic links out of the folder, such as Hugging Face's cache has.
+      allow_nonfinite: accept NaN and infinite weights.
+
+    Raises:
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: a file is truncated or malformed, config and weights disagree or are of different
+        saves, a weight is NaN or infinite, a file is a link out of the folder, or the adapter uses
+        a feature of PEFT that is not supported. The message names the file, the values and the
+        remedy.
+    """
+    folder = Path(path)
+    with _open(folder, allow_links) as opened:
+        header = opened.header
+        if check is not None:
+            check(header)
+        if max_bytes is not None and header.nbytes > max_bytes:
+            raise ValueError(
+                f"{printable(folder)} has {header.nbytes} bytes of weights; max_bytes={max_bytes}"
+            )
+        for module, copy in opened.copies.items():
+            _check_copy(folder, module, copy, base_weight)
+        modules = {}
+        for module, halves in opened.halves.items():
+            a, b = halves["A"].read(), halves["B"].read()
+            modules[module] = LoRAWeights(a, b, header.modules[module].scale)
+            for half, tensor in (("A", a), ("B", b)):
+                if not (allow_nonfinite or _is_finite(tensor)):
+                    raise ValueError(
+                        f"{printable(folder)}: {module} has NaN or infinite weights in "
+                        f"lora_{half}, which spread through all that it computes; train again, or "
+                        "give allow_nonfinite=True"
+                    )
+    return Adapter(header.config, modules)
+
+
+def peft_header(path: str | os.PathLike[str], *, allow_links: bool = False) -> AdapterHeader:
+    """What `load_peft` would read from the folder, without its tensors.
+
+    Raises: as `load_peft`.
+    """
+    with _open(Path(path), allow_links) as opened:
+        return opened.header
+
+
+# The exponent's bits of a half, which are all set in NaN and infinity. NumPy is faster with words
+# than with halves, so that a load keeps up with the disk.
+_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    flat, exponent = tensor.reshape(-1), _EXPONENTS.get(tensor.dtype.name)
+    chunks = (flat[at : at + _CHUNK] for at in range(0, flat.size, _CHUNK))
+    if exponent is None:
+        return all(bool(np.isfinite(chunk).all()) for chunk in chunks)
+    return all(int((chunk.view(np.uint16) & exponent).max()) < exponent for chunk in chunks)
+
+
+def _check_copy(
+    folder: Path, module: str, copy: _Half, base_weight: Callable[[str], np.ndarray] | None
+) -> None:
+    what = f"{printable(folder)}: {shown(copy.key, 200)}"
+    if base_weight is None:
+        raise ValueError(
+            f"{what} is a copy of the base model's weight, which PEFT saves beside a LoRA of the "
+            "output layer; load it with AdapterBank.load, which compares the two, or save the "
+            "adapter with save_pretrained(path, save_embedding_layers=False)"
+        )
+    base = base_weight(module)
+    same = copy.shape == base.shape
+    if same:
+        stored = copy.read()
+        rows = max(1, _CHUNK // max(1, stored.shape[-1]))
+        same = all(
+            _equal(stored[at : at + rows], base[at : at + rows])
+            for at in range(0, len(stored), rows)
+        )
+    if not same:
+        raise ValueError(
+            f"{what} is a saved or resized output layer, {[*copy.shape]}: it differs from the base "
+            f"model's {[*base.shape]}, which is not supported; {_MERGE}"
+        )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether one is the other, maybe rounded to its own dtype."""
+    return bool((a == b.astype(a.dtype)).all() or (a.astype(b.dtype) == b).all())
+
+
+# ------------------------------------------------------------------------------------------------
+# Opening an adapter's files
+# ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(folder: Path, allow_links: bool) -> Iterator[_Opened]:
+    check_folder(folder, _CONFIG)
+    for wait in _WAITS:
+        with ExitStack() as stack:
+            data, identity = _config_data(folder, allow_links)
+            reader = open_safetensors(folder, "adapter_model", allow_links=allow_links)
+            files = stack.enter_context(reader)
+            if not _belong_together(data, files, folder, identity):
+                time.sleep(wait)
+                continue
+            yield _read_headers(folder, parse_json(data, folder / _CONFIG), files)
+            return
+    raise ValueError(
+        f"{printable(folder)}: {_CONFIG} is that of an earlier save than {_WEIGHTS}; a save is "
+        "under way or was interrupted: save the adapter again"
+    )
+
+
+def _config_data(folder: Path, allow_links: bool) -> tuple[bytes, tuple[int, ...]]:
+    with open_file(folder / _CONFIG, allow_links=allow_links) as stream:
+        data = read_bounded(stream, folder / _CONFIG, _MAX_CONFIG_BYTES)
+        return data, _identity(os.fstat(stream.fileno()))
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _belong_together(
+    config: bytes, files: list[TensorFile], folder: Path, identity: tuple[int, ...]
+) -> bool:
+    """Whether the config is the weights' own, or one that was edited or saved by other tools.
+
+    The weights name two configs: their own, and the one that their save replaced. A save replaces
+    weights first, so the latter shows a save that has not come to its end. A config that is neither
+    is an edited one, if it has stayed where it is since it was read.
+    """
+    metadata = files[0].metadata
+    digest = hashlib.sha256(config).hexdigest()
+    if digest == metadata.get(_OWN):
+        return True
+    if digest == metadata.get(_REPLACED):
+        return False
+    try:
+        return _identity(os.stat(folder / _CONFIG)) == identity
+    except FileNotFoundError:
+        return False
+
+
+def _read_headers(folder: Path, values: dict[str, Any], files: list[TensorFile]) -> _Opened:
+    try:
+        config = _read_config(values)
+        choice = _Choice.of(values, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
+    halves, copies = _find_halves(folder, files)
+    length = max(map(len, halves), default=0)
+    if len(halves) * (config.work(length) + choice.work(length)) > MAX_WORK:
+        raise ValueError(
+            f"{printable(folder / _CONFIG)}: the patterns take too long for {len(halves)} modules "
+            f"with names of up to {length} characters; name modules instead of using expressions"
+        )
+    shapes = {}
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            have = next(iter(pair))
+            raise ValueError(
+                f"{printable(folder)}: {module} has lora_{have} but not the other half; save the "
+                "adapter again"
+            )
+        if not choice.adapts(module):
+            raise ValueError(
+                f"{printable(folder)}: {_CONFIG} leaves {module} out (by target_modules, "
+                "exclude_modules or layers_to_transform), so that PEFT would ignore its weights; "
+                "name the module there or remove the weights"
+            )
+        a, b = pair["A"], pair["B"]
+        try:
+            check_halves(config, module, a, b)
+        except ValueError as error:
+            raise ValueError(f"{printable(folder)}: {error}") from None
+        shapes[module] = LoRAShape(
+            a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
+            common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+        )  # fmt: skip
+    if not shapes:
+        raise ValueError(
+            f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
+            "none"
+        )
+    return _Opened(AdapterHeader(config, shapes), halves, copies)
+
+
+def _find_halves(
+    folder: Path, files: list[TensorFile]
+) -> tuple[dict[str, dict[str, _Half]], dict[str, _Half]]:
+    halves: dict[str, dict[str, _Half]] = {}
+    others: dict[str, _Half] = {}
+    adapters: set[str | None] = set()
+    for file in files:
+        for key in file.tensors:
+            match = _KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+            if match is None:
+                others[key] = _Half(file, key)
+                continue
+            module, half, adapter = match.groups()
+            try:
+                check_module(module)
+            except ValueError as error:
+                raise ValueError(f"{printable(folder)}: {error}") from None
+            adapters.add(adapter)
+            if half in halves.setdefault(module, {}) or len(adapters) > 1:
+                raise ValueError(
+                    f"{printable(folder)}: several adapters, {shown(sorted(map(str, adapters)))}, "
+                    f"share the file, see {shown(key, 200)}; save each in a folder of its own"
+                )
+            halves[module][half] = _Half(file, key)
+    copies = {}
+    for key, stored in others.items():
+        match = _COPY.fullmatch(key) if len(key) <= _MAX_KEY else None
+        if match is None or match[1] not in halves:
+            what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
+            raise ValueError(
+                f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
+                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {_MERGE}"
+            )
+        copies[match[1]] = stored
+    return halves, copies
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which modules PEFT adapts, of those that have weights."""
+
+    config: LoRAConfig
+    excluded: Names | Expression | None
+    layers: frozenset[int] | None
+    parents: tuple[str, ...]
+
+    @classmethod
+    def of(cls, values: dict[str, Any], config: LoRAConfig) -> Self:
+        excluded = values.get("exclude_modules") or None
+        if excluded is not None and not isinstance(excluded, str):
+            excluded = tuple(names_of(excluded, "exclude_modules"))
+        layers = values.get("layers_to_transform")
+        parents = values.get("layers_pattern") or []
+        parents = [parents] if isinstance(parents, str) else names_of(parents, "layers_pattern")
+        if len(parents) > _MAX_PARENTS or not all(_PARENT.fullmatch(name) for name in parents):
+            raise ValueError(
+                f"layers_pattern={shown(parents)} must be at most {_MAX_PARENTS} names of one part "
+                "each, such as 'layers': letters, digits and '_'"
+            )
+        chosen = None
+        if layers is not None and layers != []:
+            numbers = layers if isinstance(layers, list) else [layers]
+            if any(type(number) is not int for number in numbers):
+                raise TypeError(
+                    f"layers_to_transform must be an integer or a list of them, got {shown(layers)}"
+                )
+            if isinstance(config.target_modules, str):
+                raise ValueError(
+                    f"layers_to_transform={shown(layers)} goes with a list of target_modules, not "
+                    f"with {shown(config.target_modules)}"
+                )
+            chosen = frozenset(numbers)
+        return cls(config, None if excluded is None else matcher(excluded), chosen, tuple(parents))
+
+    def work(self, length: int) -> int:
+        """Steps that a module whose name has this length takes."""
+        return len(self.parents) + (self.excluded.work(length) if self.excluded else 0)
+
+    def adapts(self, module: str) -> bool:
+        if self.excluded is not None and self.excluded.matches(module):
+            return False
+        names = self.config.target_modules
+        if not self.config.targets(module):
+            return False
+        if self.layers is None or names is None or module in names:
+            return True
+        index = self._layer(module)
+        return index is not None and index in self.layers
+
+    def _layer(self, module: str) -> int | None:
+        """The number that PEFT takes for the layer's: the first behind a parent, and not last."""
+        parts = module.split(".")
+        for parent in self.parents or (None,):
+            # Without layers_pattern any part but the first of all is a parent.
+            for at in range(0 if parent else 1, len(parts) - 2):
+                if parent in (None, parts[at]) and parts[at + 1].isdecimal():
+                    return int(parts[at + 1])
+        return None
+
+
+def _read_config(values: dict[str, Any]) -> LoRAConfig:
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {shown(values.get('peft_type'))}; only 'LORA' is supported")
+    for key, value in values.items():
+        if not value or key in _IRRELEVANT:
+            continue  # None, False and empty switch a feature off, also one not invented yet
+        remedy = _UNSUPPORTED.get(
+            key, "this key is unknown, so that its meaning would be lost; remove it if it has none"
+        )
+        raise ValueError(f"{printable(key, 100)}={shown(value)}: {remedy}")
+    if values.get("bias") not in (None, "none"):
+        raise ValueError(
+            f"bias={shown(values['bias'])}: trained biases are not supported; {_MERGE}"
+        )
+    init = values.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in _EXACT_INITS:
+        raise ValueError(
+            f"init_lora_weights={shown(init)} is unknown or changed the base weights, so that the "
+            "adapter doesn't fit the original base; convert it with peft's save_pretrained(path, "
+            "path_initial_model_for_weight_conversion=...)"
+        )
+    if "r" not in values or "lora_alpha" not in values:
+        raise ValueError(
+            "r and lora_alpha are required; save the adapter with peft's save_pretrained"
+        )
+    return LoRAConfig(
+        rank=rank_in(values["r"], "r"),
+        alpha=alpha_in(values["lora_alpha"], "lora_alpha"),
+        rslora=values.get("use_rslora") or False,
+        target_modules=values.get("target_modules"),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+    )
+
+
+def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Writes the folder from which `peft.PeftModel.from_pretrained` reads the adapter back.
+
+    Makes the folder where it is missing. Replaces `adapter_config.json` and
+    `adapter_model.safetensors`, and touches no other file. `load_peft` meanwhile, or after a crash,
+    never mixes the old files with the new: the weights' metadata names their config.
+
+    Raises:
+      ValueError: `path`, or a folder above it, is a file; or one of the two files is a folder.
+    """
+    folder = Path(path)
+    config = adapter.config
+    values = {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+        "use_rslora": config.rslora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "target_modules": sorted(adapter.modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
+    tensors = {}
+    for module, weights in adapter.modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(weights.a)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(weights.b)
+    for name in (_WEIGHTS, _CONFIG):
+        if (folder / name).is_dir():
+            raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{printable(folder)} is, or lies under, a file; give a folder to save the adapter in"
+        ) from None
+    text = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    # A folder inside `folder`, as a rename is only atomic within one file system.
+    with (
+        _one_save_at_a_time(folder),
+        tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary,
+    ):
+        metadata = {"format": "pt", _OWN: hashlib.sha256(text).hexdigest()}
+        if (folder / _CONFIG).is_file():
+            with open(folder / _CONFIG, "rb") as replaced:
+                metadata[_REPLACED] = hashlib.file_digest(replaced, "sha256").hexdigest()
+        with _written(Path(temporary, _WEIGHTS)) as stream:
+            write_safetensors(stream, tensors, metadata)
+        with _written(Path(temporary, _CONFIG)) as stream:
+            stream.write(text)
+        # The weights first, as they tell which config is theirs: see _belong_together.
+        for name in (_WEIGHTS, _CONFIG):
+            os.replace(Path(temporary, name), folder / name)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[BinaryIO]:
+    """A new file, whose bytes are on the disk at the end."""
+    with open(file, "xb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _one_save_at_a_time(folder: Path) -> Iterator[None]:
+    """Locks the folder against other saves, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

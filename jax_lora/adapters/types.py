@@ -1,0 +1,322 @@
+"""What a LoRA adapter is, on the host: its config and the weights of each module."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from jax_lora.adapters.files import DTYPES
+from jax_lora.adapters.patterns import MAX_PATTERNS, Expression, Names, Patterns
+from jax_lora.messages import shown
+
+MAX_RANK = 4096
+"""Largest rank of an adapter; a LoRA beyond it would be larger than the weights that it adapts."""
+
+MAX_DOTS = 32
+"""Most dots in a module's name."""
+
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})
+"""Names of output layers, which PEFT's `"all-linear"` leaves out."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Ranks and scales of an adapter, with the meaning that they have in PEFT's `LoraConfig`.
+
+    A module's delta is `scale * B @ A`, `scale = alpha / r`, or `alpha / sqrt(r)` for rsLoRA, where
+    `r` and `alpha` are the module's own.
+
+    Args:
+      rank: rank of every module that `rank_pattern` doesn't name; 1 to `MAX_RANK`.
+      alpha: the same for `alpha_pattern`; any finite number.
+      rslora: rank-stabilised scale.
+      target_modules: names, or suffixes of names, of the modules to adapt; or a regular
+        expression over whole names; or `"all-linear"`, in any letter case, for all but the output
+        layer (`lm_head`, `embed_out`); None for all.
+      rank_pattern, alpha_pattern: from a pattern to the rank or alpha of modules that match it.
+        The first pattern that matches counts. It matches as PEFT's do: `(.*\\.)?(pattern)$`.
+
+    Raises:
+      ValueError: a value is out of range, or a regular expression uses syntax beyond characters,
+        classes, groups, alternatives, look-ahead and repeats that don't nest (which is all that
+        runs in bounded time on any input).
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    target_modules: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("rank", rank_in(self.rank, "rank"))
+        put("alpha", alpha_in(self.alpha, "alpha"))
+        if not isinstance(self.rslora, bool):
+            raise TypeError(f"rslora must be True or False, got {shown(self.rslora)}")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            put("target_modules", tuple(names_of(self.target_modules, "target_modules")))
+        for name, check in (("rank_pattern", rank_in), ("alpha_pattern", alpha_in)):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"{name} must map patterns to numbers, got {shown(patterns)}")
+            if len(patterns) > MAX_PATTERNS:
+                raise ValueError(f"{name} has {len(patterns)} patterns, at most {MAX_PATTERNS}")
+            values = {k: check(v, f"{name}[{shown(k)}]") for k, v in patterns.items()}
+            put(name, values)
+        for compiled in (self._ranks, self._alphas, self._target):
+            del compiled  # made here, so that a malformed pattern is an error here
+
+    # No fields: they follow from the fields.
+
+    @cached_property
+    def _ranks(self) -> Patterns[int]:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Patterns[float]:
+        return Patterns(self.alpha_pattern)
+
+    @cached_property
+    def _target(self) -> Names | Expression | None:
+        if self.target_modules is None or self._all_linear:
+            return None
+        return matcher(self.target_modules)
+
+    @property
+    def _all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def work(self, length: int) -> int:
+        """Steps that the patterns take for a module whose name has this length."""
+        target = 0 if self._target is None else self._target.work(length)
+        return target + self._ranks.work(length) + self._alphas.work(length)
+
+    def rank_of(self, module: str) -> int:
+        """True rank of the module of this name."""
+        found = self._ranks.first(module)
+        return self.rank if found is None else found
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of the module of this name."""
+        found = self._alphas.first(module)
+        return self.alpha if found is None else found
+
+    def scale_of(self, module: str) -> float:
+        """What `B @ A` of the module of this name is multiplied with."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether `target_modules` names the module."""
+        if self._target is not None:
+            return self._target.matches(module)
+        return not (self._all_linear and module.rpartition(".")[2] in OUTPUT_LAYERS)
+
+
+def matcher(names: str | tuple[str, ...]) -> Names | Expression:
+    """PEFT's meaning of a list of names, or of a regular expression over whole names."""
+    return Expression(names) if isinstance(names, str) else Names(frozenset(names))
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """One module's LoRA: `y += scale * (x @ a.T) @ b.T`.
+
+    Args:
+      a: `[r, H]`, the down-projection.
+      b: `[N, r]`, the up-projection.
+      scale: `LoRAConfig.scale_of` the module.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> "LoRAShape":
+        return LoRAShape(
+            self.a.shape[1], self.b.shape[0], self.rank, self.scale,
+            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRAShape:
+    """A module's LoRA without its values. `dtype` is float32 where the halves differ."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    scale: float
+    dtype: np.dtype[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """An adapter without its values: what its files say before a tensor is read."""
+
+    config: LoRAConfig
+    modules: Mapping[str, LoRAShape]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(shape.rank for shape in self.modules.values())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the weights; float32 where they have several."""
+        return common_dtype([shape.dtype for shape in self.modules.values()])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(shape.nbytes for shape in self.modules.values())
+
+
+def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
+    """The dtype of all; float32 where they have several."""
+    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its config and the weights of each module that it adapts, by name.
+
+    Raises:
+      TypeError: weights that are not NumPy arrays.
+      ValueError: weights that don't fit each other or the config; the message names the module.
+    """
+
+    config: LoRAConfig
+    modules: Mapping[str, LoRAWeights]
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ValueError("an adapter needs the LoRA weights of at least one module, got none")
+        for module, weights in self.modules.items():
+            _check_weights(self.config, module, weights)
+
+    @property
+    def header(self) -> AdapterHeader:
+        """The adapter without its values."""
+        shapes = {module: weights.shape for module, weights in self.modules.items()}
+        return AdapterHeader(self.config, shapes)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(weights.rank for weights in self.modules.values())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the weights; float32 where they have several."""
+        return self.header.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.header.nbytes
+
+
+def _check_weights(config: LoRAConfig, module: str, weights: LoRAWeights) -> None:
+    check_module(module)
+    a, b = weights.a, weights.b
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        raise TypeError(
+            f"{module}: LoRA weights must be NumPy arrays, got {type(a).__name__} and "
+            f"{type(b).__name__}; np.asarray converts them"
+        )
+    check_halves(config, module, a, b)
+    if not math.isclose(weights.scale, config.scale_of(module), rel_tol=1e-6):
+        raise ValueError(
+            f"{module}: the config says scale {config.scale_of(module)} (alpha "
+            f"{config.alpha_of(module)}, rank {weights.rank}, rslora {config.rslora}) but the "
+            f"weights {shown(weights.scale)}; correct alpha or alpha_pattern"
+        )
+
+
+def check_module(module: str) -> None:
+    """Raises ValueError if this is no module's name."""
+    fits = isinstance(module, str) and len(module) <= 512 and module.count(".") <= MAX_DOTS
+    if not (fits and _MODULE.fullmatch(module)):
+        raise ValueError(
+            f"{shown(module)} is not a module's name, such as 'model.layers.0.self_attn.q_proj': "
+            f"letters, digits, '_' and '-', at most 512, with at most {MAX_DOTS} dots between"
+        )
+
+
+class Matrix(Protocol):
+    """An array, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:
+    """Raises ValueError if the halves fit neither each other nor the config."""
+    for half, t in (("A", a), ("B", b)):
+        if t.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{module}: lora_{half} has dtype {t.dtype}; adapters are float32, float16 or "
+                "bfloat16"
+            )
+    if len(a.shape) == len(b.shape) == 4:
+        raise ValueError(
+            f"{module}: LoRA of a convolution ({_shapes(a, b)}) is not supported; train without "
+            "this target module"
+        )
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
+        raise ValueError(f"{module}: lora_A must be [r, H] and lora_B [N, r], got {_shapes(a, b)}")
+    rank = config.rank_of(module)
+    if a.shape[0] != rank:
+        raise ValueError(
+            f"{module}: the config says rank {rank} but lora_A is {[*a.shape]}, lora_B "
+            f"{[*b.shape]}, which is rank {a.shape[0]}; correct r or rank_pattern"
+        )
+
+
+def _shapes(a: Matrix, b: Matrix) -> str:
+    return f"{shown([*a.shape])} and {shown([*b.shape])}"
+
+
+_MODULE = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def rank_in(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{what} must be an integer, got {shown(value)}")
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{what} must be between 1 and {MAX_RANK}, got {shown(value)}")
+    return int(value)
+
+
+def alpha_in(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{what} must be a number, got {shown(value)}")
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:  # refuses NaN too
+        raise ValueError(f"{what} must be finite in float32, got {shown(value)}")
+    return float(value)
+
+
+def names_of(value: Any, what: str) -> list[str]:
+    if isinstance(value, list | tuple | set | frozenset) and all(isinstance(v, str) for v in value):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    raise TypeError(f"{what} must be a list of names, got {shown(value)}")

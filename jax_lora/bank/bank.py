@@ -1,0 +1,390 @@
+"""`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
+
+import contextlib
+import functools
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_lora.adapters import (
+    Adapter,
+    AdapterHeader,
+    LoRAConfig,
+    LoRAWeights,
+    load_peft,
+    save_peft,
+)
+from jax_lora.bank.merge import as_adapter, merged
+from jax_lora.bank.owner import StackOwner
+from jax_lora.bank.sites import Site, check_fit, find_sites, some
+from jax_lora.bank.slots import Entry, SlotTable
+from jax_lora.bank.writer import SlotWriter, read_slot, slot_values
+from jax_lora.batch import AdapterBatch, Lease, host_int32
+from pallas_kernels.ranks import rank_bucket
+
+# No separators, no control characters, not "." or "..": a name may end up in somebody's path.
+_NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
+
+
+class AdapterBank(StackOwner):
+    """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
+
+    A model has one bank, as two would give the same slots away. A new one starts empty and takes
+    over: calls of the one before it raise RuntimeError, and what its batches lease stays leased.
+
+    Example::
+
+        apply_lora(model, slots=4, buckets=(16, 64))
+        bank = AdapterBank(model)
+        bank.load("french", "adapters/french")
+        batch = bank.batch(["french", None, "french"])
+        with jax_lora.use(batch):        # inside the jitted function
+            y = model(x)                 # rows 0 and 2 speak French
+
+    An adapter goes into the bucket of its largest rank. A load into a full bucket evicts the least
+    recently used adapter that is neither pinned nor leased by a batch. Once the bank is built,
+    neither loads nor batches compile anything: stacks change in place, by one compiled update per
+    bucket that donates the old ones.
+
+    PEFT's module names are the NNX paths joined by dots. A model says otherwise by an attribute
+    `peft_names`: a mapping from such a path to PEFT's name or, for a layer with `slices`, to a
+    tuple of names, one per slice.
+
+    Threads may share a bank. A load donates the stacks that it writes, so a step must not read them
+    meanwhile. Where one thread loads while another steps, hold `bank.stepping` around the step::
+
+        with bank.stepping:              # loads wait until the call returns, not for the device
+            y = step(bank.state, rest, x, batch)
+
+    So must `nnx.jit` steps, which read the model's variables and write them back. Without it, a
+    step may find deleted arrays, which is JAX's RuntimeError, and `nnx.jit` may write back what was
+    there before the load.
+
+    A load either happens or does not: no exception of a signal handler (Ctrl-C, an alarm) divides
+    it, nor does a failure of the device before its last operation. If that fails, and has consumed
+    the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
+    another adapter's.
+
+    An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
+    moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
+
+    Attributes:
+      stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
+        raises RuntimeError. Clones of the model and its later banks have the same one.
+      state: the live `nnx.State` of all stacks and scales, equal in structure to the first state of
+        `nnx.split(model, (nnx.LoRAParam, jax_lora.LoRAScale), ...)`. A `jax.jit` loop over pure
+        arrays takes it as an argument at each step and so sees every load; arrays taken out of it
+        earlier are donated by the next load: JAX then calls them deleted.
+
+    Raises:
+      RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
+      ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
+        by `nnx.vmap`, or `peft_names` does not fit it.
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        super().__init__(model)
+        self._sites: dict[str, Site] = find_sites(self._layers, getattr(model, "peft_names", {}))
+        self._table = SlotTable(self._slots)
+        layers = list(self._layers.values())
+        self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
+        self._take_over()
+
+    # ------------------------------------------------------------------------------- what is there
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loaded adapters, the least recently used first."""
+        with self._lock:
+            return tuple(self._table.entries)
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Slots of each rank bucket."""
+        return dict(self._slots)
+
+    def config(self, name: str) -> LoRAConfig:
+        """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
+        return self._entry(name).config
+
+    def rank(self, name: str) -> int:
+        """The largest true rank of a loaded adapter's modules. KeyError if it is not loaded."""
+        return self._entry(name).rank
+
+    def bucket(self, name: str) -> int:
+        """The rank bucket that a loaded adapter lives in. KeyError if it is not loaded."""
+        return self._entry(name).bucket
+
+    # ------------------------------------------------------------------------ loading and evicting
+
+    def load(
+        self,
+        name: str,
+        adapter: str | os.PathLike[str] | Adapter,
+        *,
+        replace: bool = False,
+        max_bytes: int | None = None,
+        allow_links: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        """Puts an adapter into a slot, under `name`.
+
+        Args:
+          name: any text without `/`, `\\` and control characters.
+          adapter: a PEFT folder, or an `Adapter`, whose arrays are read before `load` returns.
+          replace: take the place of the adapter of this name. Batches that lease the old one go
+            on computing its weights.
+          max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
+            checked against the model before a tensor is read.
+
+        Raises:
+          ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
+            not in the model or has other shapes; the model lacks the bucket.
+          FileNotFoundError: files are missing.
+          BankFullError: all slots of the bucket are pinned or leased.
+          RuntimeError: the thread holds `stepping`.
+          In each case the bank is as it was.
+        """
+        self._check_name(name, replace)
+        is_own = not isinstance(adapter, Adapter)
+        if not isinstance(adapter, Adapter):
+            adapter = load_peft(
+                adapter,
+                check=functools.partial(self._check_header, name),
+                base_weight=self._base_weight,
+                max_bytes=max_bytes,
+                allow_links=allow_links,
+                allow_nonfinite=allow_nonfinite,
+            )
+        self._install(name, adapter, replace, is_own=is_own)
+
+    def create(
+        self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
+    ) -> None:
+        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+
+        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
+        lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
+        so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
+        slot inherits the optimizer's moments of the one before it: make a new optimizer state, or
+        zero that slot's. `nnx.update` writes all slots: load nothing between `nnx.split` and the
+        `nnx.update` that ends a training run.
+
+        An optimizer that moves what has no gradient at all (`optax.yogi`, `optax.noisy_sgd`) also
+        fills the columns between an adapter's rank and its bucket, which then count: `save` writes
+        and `merge` folds them too. To stay at the rank, mask them, or multiply them with zero after
+        each step.
+
+        Args:
+          name: as in `load`.
+          config: `target_modules` says which of the model's LoRA layers it adapts.
+          rngs: the stream `params` seeds it.
+
+        Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
+          `target_modules` names no layer.
+        """
+        self._check_name(name, replace)
+        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+        # NumPy's generator, as JAX's would compile for each rank.
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
+        modules = {}
+        for module in filter(config.targets, self._sites):
+            site = self._sites[module]
+            (in_features, out_features), dtype = site.features, site.variables[0].dtype
+            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
+            a = generator.uniform(-bound, bound, shape).astype(dtype)
+            b = np.zeros((out_features, shape[0]), dtype)
+            modules[module] = LoRAWeights(a, b, config.scale_of(module))
+        if not modules:
+            raise ValueError(
+                f"target_modules={config.target_modules!r:.300} names none of "
+                f"{some(self._sites, str)}"
+            )
+        self._install(name, Adapter(config, modules), replace, is_own=True)
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter, pinned or not. Batches that lease it go on computing its weights.
+
+        Raises:
+          KeyError: it is not loaded.
+        """
+        with self._lock:
+            self._entry(name)
+            self._table.forget(name, "unloaded")
+
+    def pin(self, name: str) -> None:
+        """Keeps an adapter from being evicted. KeyError if it is not loaded."""
+        with self._lock:
+            self._entry(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Undoes `pin`. KeyError if it is not loaded."""
+        with self._lock:
+            self._entry(name).pinned = False
+
+    # ------------------------------------------------------------------------------------- batches
+
+    def batch(
+        self,
+        names_per_row: Sequence[str | None],
+        lengths: Sequence[int] | None = None,
+        phase: str = "decode",
+    ) -> AdapterBatch:
+        """The adapters of a batch, and a lease on them.
+
+        Its arrays are NumPy's; `jax.device_put(batch)` places them, for a loop that wants to save
+        each step the copy.
+
+        Args:
+          names_per_row: adapter of each row; None for the base model.
+          lengths: tokens of each row, if `x` is flat, `[T, H]`.
+          phase: "decode" or "prefill".
+
+        Raises:
+          KeyError: an adapter is not loaded.
+          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
+        """
+        self._check_current()
+        distinct = _distinct(names_per_row)
+        row_lengths = None if lengths is None else host_int32("lengths", lengths)
+        with self._lock:
+            places = {name: self._entry(name) for name in distinct}
+            ids: dict[str | None, int] = {name: self._id(e) for name, e in places.items()}
+            ids[None] = -1
+            lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
+            # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
+            # of the time that a batch takes.
+            batch = AdapterBatch(
+                np.array([ids[name] for name in names_per_row], np.int32),
+                row_lengths,
+                ranges=tuple(self._slots.items()),
+                phase=phase,
+                lease=lease,
+                guard=self._guard,
+            )
+            self._table.touch(distinct)
+            self._guard.leases.add(lease)
+        return batch
+
+    # ------------------------------------------------------------------------- getting weights out
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Writes an adapter, as it is now, to a folder that PEFT reads.
+
+        What is written computes what the adapter's rows do, so its rank is larger than the config's
+        where training has filled columns behind that (see `create`).
+
+        Raises:
+          KeyError: it is not loaded.
+          ValueError: see `save_peft`.
+        """
+        save_peft(self._adapter(name), path)
+
+    def merge(self, name: str) -> nnx.State:
+        """The model's base parameters, with an adapter folded into the kernels that it adapts.
+
+        `nnx.update(plain_model, bank.merge(name))` makes a model without LoRA that computes what
+        the adapter's rows do. Sums are float32, rounded once to the kernel's dtype.
+
+        Raises:
+          KeyError: it is not loaded.
+          ValueError: it adapts a layer that shares its kernel with another.
+        """
+        return merged(self._model, self._adapter(name), self._sites)
+
+    # ------------------------------------------------------------------------------------- private
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
+                f"characters, got {name!r:.300}"
+            )
+        if name in self._table and not replace:
+            raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
+
+    def _entry(self, name: str) -> Entry:
+        with self._lock:
+            self._check_current()
+            return self._table.entry(name)
+
+    def _id(self, entry: Entry) -> int:
+        """The number of an adapter's slot among those of all buckets."""
+        before = (slots for bucket, slots in self._slots.items() if bucket < entry.bucket)
+        return sum(before) + entry.slot
+
+    def _check_header(self, name: str, header: AdapterHeader) -> None:
+        """Whether the model has room for an adapter, before its weights are read."""
+        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
+        check_fit(name, features, self._sites)
+        self._bucket_for(name, header.rank)
+
+    def _bucket_for(self, name: str, rank: int) -> int:
+        bucket = rank_bucket(rank, buckets=tuple(self._slots))
+        if bucket not in self._slots:
+            raise ValueError(
+                f"adapter {name!r} has rank {rank} and needs bucket {bucket}; the model has "
+                f"buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
+            )
+        return bucket
+
+    def _base_weight(self, module: str) -> np.ndarray:
+        """The model's own weight of a PEFT module, `[N, H]`."""
+        site = self._sites[module]
+        return np.asarray(site.layer.kernel_matrix()[:, site.columns]).T
+
+    def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
+        features = {
+            module: (weights.a.shape[1], weights.b.shape[0])
+            for module, weights in adapter.modules.items()
+        }
+        check_fit(name, features, self._sites)
+        bucket = self._bucket_for(name, adapter.rank)
+        layers = list(self._layers.values())
+        values = slot_values(name, adapter, bucket, self._sites, layers, is_own=is_own)
+        # On the device before anything changes: what follows allocates nothing to speak of.
+        placed = jax.block_until_ready(jax.device_put(values))
+        modules = frozenset(adapter.modules)
+
+        def commit() -> None:
+            self._check_name(name, replace)  # another thread may have taken it
+            slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            try:
+                self._writers[bucket].write(slot, placed)
+            finally:
+                self._guard.writes += 1
+            if evicted is not None:
+                self._table.forget(evicted, f"evicted by the load of {name!r}")
+            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
+
+        self._write(commit)
+
+    def _adapter(self, name: str) -> Adapter:
+        """The adapter as it stands in the stacks, at the rank at which it stands there."""
+        with self.stepping, self._lock:
+            entry = self._entry(name)
+            slots = {
+                module: read_slot(self._sites[module].stacks[entry.bucket], entry.slot)
+                for module in sorted(entry.modules)
+            }
+        return as_adapter(entry.config, slots)
+
+
+def _distinct(names_per_row: Sequence[str | None]) -> list[str]:
+    """The names in it, in order, each once."""
+    if isinstance(names_per_row, Sequence) and not isinstance(names_per_row, str):
+        with contextlib.suppress(TypeError):  # what can't be hashed is no name
+            distinct = [name for name in dict.fromkeys(names_per_row) if name is not None]
+            if all(isinstance(name, str) for name in distinct):
+                return distinct
+    raise TypeError(f"names_per_row must be a list of names and None, got {names_per_row!r:.300}")

@@ -1,0 +1,84 @@
+"""Adapters out of the stacks: as they stand there, and folded into base weights."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank.sites import Site
+from jax_lora.nn.layer import LoRALayer, path_name
+
+
+def as_adapter(config: LoRAConfig, slots: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Adapter:
+    """The adapter that whole slots of A and B hold, at the rank at which it stands there.
+
+    That is the config's, or larger where training has filled columns behind it.
+    """
+    ranks = {
+        module: max(config.rank_of(module), _rank_of(a, b)) for module, (a, b) in slots.items()
+    }
+    config = _widened(config, ranks)
+    modules = {
+        module: LoRAWeights(a[: ranks[module]], b[:, : ranks[module]], config.scale_of(module))
+        for module, (a, b) in slots.items()
+    }
+    return Adapter(config, modules)
+
+
+def _rank_of(a: np.ndarray, b: np.ndarray) -> int:
+    """The rank of whole slots: behind it, each column is zero in A or in B."""
+    live = np.flatnonzero((a != 0).any(axis=1) & (b != 0).any(axis=0))
+    return int(live[-1]) + 1 if live.size else 0
+
+
+def _widened(config: LoRAConfig, ranks: Mapping[str, int]) -> LoRAConfig:
+    """`config` with these ranks, and the scales that it has."""
+    if all(config.rank_of(module) == rank for module, rank in ranks.items()):
+        return config
+    # The first pattern that matches counts, and a name also matches longer ones that end in it.
+    order = sorted(ranks, key=len, reverse=True)
+    alphas = {
+        module: config.scale_of(module)
+        * (math.sqrt(ranks[module]) if config.rslora else ranks[module])
+        for module in order
+    }
+    return dataclasses.replace(
+        config,
+        rank_pattern={re.escape(module): ranks[module] for module in order},
+        alpha_pattern={re.escape(module): alphas[module] for module in order},
+    )
+
+
+def merged(model: nnx.Module, adapter: Adapter, sites: Mapping[str, Site]) -> nnx.State:
+    """The model's base parameters with the adapter folded in; see `AdapterBank.merge`."""
+    by_layer: dict[int, list[tuple[Site, LoRAWeights]]] = {}
+    for peft_name, weights in adapter.modules.items():
+        site = sites[peft_name]
+        by_layer.setdefault(id(site.layer), []).append((site, weights))
+    modules = dict(nnx.iter_modules(model))
+    holders = collections.Counter(
+        id(variable) for module in modules.values() for variable in vars(module).values()
+    )
+    base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    state = dict(nnx.to_flat_state(nnx.clone(nnx.state(model, base))))
+    for path, module in modules.items():
+        if id(module) not in by_layer:
+            continue
+        layer = cast(LoRALayer, module)
+        if holders[id(layer.kernel)] > 1:
+            raise ValueError(f"{path_name(path)} shares its kernel with another layer")
+        matrix = layer.kernel_matrix().astype(jnp.float32)
+        for site, weights in by_layer[id(module)]:
+            a, b = (jnp.asarray(t).astype(jnp.float32) for t in (weights.a, weights.b))
+            delta = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
+            matrix = matrix.at[:, site.columns].add(delta * weights.scale)
+        state[*path, "kernel"].set_value(layer.kernel_tensor(matrix).astype(layer.kernel.dtype))
+    return nnx.from_flat_state(state)

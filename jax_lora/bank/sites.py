@@ -1,0 +1,123 @@
+"""Where a model holds the modules that PEFT names."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.stacks import LoRAStack, slots_of
+
+PeftNames = Mapping[str, str | Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One PEFT module: an output slice of a layer, with its stack in each bucket."""
+
+    layer: LoRALayer
+    stacks: Mapping[int, LoRAStack]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """H, and the width of the slice."""
+        return self._first.shape.features
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the layer's output that it adds to."""
+        return slice(self._first.y_offset, self._first.y_offset + self.features[1])
+
+    @property
+    def variables(self) -> tuple[nnx.LoRAParam[Array], nnx.LoRAParam[Array]]:
+        """A and B of some bucket; all have one dtype."""
+        return self._first.variables
+
+    @property
+    def _first(self) -> LoRAStack:
+        return next(iter(self.stacks.values()))
+
+
+def find_sites(layers: Mapping[str, LoRALayer], peft_names: PeftNames) -> dict[str, Site]:
+    """The sites of a model's layers, by PEFT's names.
+
+    Args:
+      layers: by their dotted paths.
+      peft_names: PEFT's name for a path, or its names for a layer with slices; see `AdapterBank`.
+
+    Raises:
+      ValueError: `peft_names` does not fit the layers.
+    """
+    unknown = sorted(set(peft_names) - set(layers))
+    if unknown:
+        raise ValueError(f"peft_names has paths without a LoRA layer: {some(unknown, str)}")
+    sites: dict[str, Site] = {}
+    for path, layer in layers.items():
+        count = len(layer.slices)
+        names = peft_names.get(path, path if count == 1 else [f"{path}.{i}" for i in range(count)])
+        names = [names] if isinstance(names, str) else list(names)
+        if len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} has {count} slices, peft_names gives {names}")
+        for i, name in enumerate(names):
+            if name in sites:
+                raise ValueError(f"two layers or slices are called {name!r} by peft_names")
+            stacks = list(layer.stacks)[i::count]
+            sites[name] = Site(layer, {stack.bucket: stack for stack in stacks})
+    return sites
+
+
+def common_slots(layers: Mapping[str, LoRALayer]) -> dict[int, int]:
+    """`{bucket: slots}` of all layers. ValueError where they differ, or are stacked for a scan."""
+    by_layer = {
+        name: slots_of(stack.shape for stack in layer.stacks) for name, layer in layers.items()
+    }
+    first, slots = next(iter(by_layer.items()))
+    for name, other in by_layer.items():
+        if other != slots:
+            raise ValueError(
+                f"all layers must have the same slots per bucket: {first} has {slots}, {name} has "
+                f"{other}"
+            )
+    for name, layer in layers.items():
+        _check_unstacked(name, layer)
+    return slots
+
+
+def _check_unstacked(name: str, layer: LoRALayer) -> None:
+    for stack in layer.stacks:
+        for variable, size in zip(stack.variables, stack.shape.sizes):
+            if (shape := variable.get_value().shape) != size:
+                raise ValueError(
+                    f"{name}: its stacks are {list(shape)} and should be {list(size)}; layers "
+                    "stacked by nnx.vmap or for a scan are not covered yet"
+                )
+
+
+def check_fit(
+    name: str, features: Mapping[str, tuple[int, int]], sites: Mapping[str, Site]
+) -> None:
+    """ValueError where a module of an adapter is not in the model, or has other features.
+
+    `features` are H and N of each of its modules.
+    """
+    unknown = sorted(set(features) - set(sites))
+    if unknown:
+        raise ValueError(
+            f"adapter {name!r} adapts modules without LoRA in this model: {some(unknown, str)}; "
+            f"it has {some(sites, str)}"
+        )
+    for module, (inputs, outputs) in features.items():
+        in_features, out_features = sites[module].features
+        if (inputs, outputs) != (in_features, out_features):
+            raise ValueError(
+                f"adapter {name!r}: {module} maps {in_features} to {out_features} features, but "
+                f"the adapter's lora_A has {inputs} and its lora_B {outputs}"
+            )
+
+
+def some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """The names, or the first of many, for a message."""
+    shown = [f"{show(name):.80}" for name in names]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return (", ".join(shown[:8]) or "none") + more

@@ -1,0 +1,95 @@
+"""Which adapter has which slot: names, pins, leases, and the least recently used first."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from jax_lora.adapters import LoRAConfig
+from jax_lora.bank.sites import some
+from jax_lora.batch import Lease
+
+# A bank knows of so many adapters why they are gone.
+_MAX_GONE = 256
+
+
+class BankFullError(RuntimeError):
+    """Every slot of a bucket is pinned or leased, so nothing may be evicted."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """A loaded adapter: where it lives, and what the stacks don't tell of it."""
+
+    bucket: int
+    slot: int
+    config: LoRAConfig
+    modules: frozenset[str]
+    pinned: bool = False
+
+    @property
+    def rank(self) -> int:
+        return max(map(self.config.rank_of, self.modules))
+
+
+class SlotTable:
+    """The adapters that are loaded. Not for several threads at once: the bank holds its lock."""
+
+    def __init__(self, slots: Mapping[int, int]) -> None:
+        self._slots = dict(slots)
+        self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self.entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str) -> Entry:
+        """KeyError if no adapter of this name is loaded; it says so if one was."""
+        if isinstance(name, str) and name in self.entries:
+            return self.entries[name]
+        gone = self._gone.get(name) if isinstance(name, str) else None
+        why = "" if gone is None else f" ({gone})"
+        raise KeyError(f"no adapter {name!r:.300}{why}; loaded: {some(self.entries)}")
+
+    def touch(self, names: Iterable[str]) -> None:
+        """They are the most recently used, the last of them above all."""
+        for name in names:
+            self.entries.move_to_end(name)
+
+    def put(self, name: str, entry: Entry) -> None:
+        """Names a slot that holds the adapter. One of the same name gives way, but stays pinned."""
+        old = self.entries.pop(name, None)
+        entry.pinned = old is not None and old.pinned
+        self.entries[name] = entry
+        self._gone.pop(name, None)
+
+    def forget(self, name: str, why: str) -> None:
+        del self.entries[name]
+        self._gone[name] = why
+        self._gone.move_to_end(name)
+        if len(self._gone) > _MAX_GONE:
+            self._gone.popitem(last=False)
+
+    def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
+        """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
+
+        Raises:
+          BankFullError: all slots of the bucket are pinned or leased.
+        """
+        leased = {slot for lease in leases if lease.is_open for slot in lease.slots}
+        here = {other: e for other, e in self.entries.items() if e.bucket == bucket}
+        usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
+        taken = {entry.slot for entry in here.values()}
+        if name in here and here[name].slot in usable:
+            return here[name].slot, None
+        for slot in usable:
+            if slot not in taken:
+                return slot, None
+        for other, entry in here.items():
+            if entry.slot in usable and not entry.pinned and other != name:
+                return entry.slot, other
+        pinned = [other for other, entry in here.items() if entry.pinned]
+        raise BankFullError(
+            f"no slot for {name!r}: of the {self._slots[bucket]} of bucket {bucket}, "
+            f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
+            f"({some(pinned)}); drop batches, unpin, or give apply_lora more slots="
+        )

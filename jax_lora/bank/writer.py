@@ -1,0 +1,160 @@
+"""Reading and writing one slot of all of a model's stacks, in place and compiled once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.adapters import Adapter, LoRAWeights
+from jax_lora.bank.sites import Site
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
+
+
+class _Held(NamedTuple):
+    """What holds one bucket of a layer: its scales, and A and B of each of its stacks."""
+
+    scales: LoRAScale
+    stacks: list[nnx.LoRAParam[Array]]
+
+    @property
+    def arrays(self) -> tuple[Array, list[Array]]:
+        return self.scales.get_value(), [variable.get_value() for variable in self.stacks]
+
+
+# One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
+SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
+
+_Arrays = list[tuple[Array, list[Array]]]
+
+
+class SlotWriter:
+    """Writes the slots of one rank bucket, all layers at once, by one compiled program."""
+
+    def __init__(self, bucket: int, layers: Sequence[LoRALayer]) -> None:
+        self.bucket = bucket
+        of_layers = [[s for s in layer.stacks if s.bucket == bucket] for layer in layers]
+        self._held = [
+            _Held(layer.scales, [variable for s in some for variable in s.variables])
+            for layer, some in zip(layers, of_layers)
+        ]
+        self.program = _compile(self._arrays(), of_layers)
+
+    def _arrays(self) -> _Arrays:
+        return [held.arrays for held in self._held]
+
+    def write(self, slot: int, values: list[SlotOfLayer]) -> None:
+        """Writes `values`, which are on the device. The arrays that were there are donated.
+
+        Raises:
+          RuntimeError: the device failed and has consumed the stacks: they are lost.
+          Exception: the device failed before that: all is as it was.
+        """
+        arrays = self._arrays()
+        try:
+            updated = self.program(arrays, np.int32(slot), values)
+        except Exception as error:
+            if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
+                raise RuntimeError(
+                    f"the stacks of bucket {self.bucket} are lost: the device failed while it "
+                    "wrote them, or a step kept arrays from before a load; build the model and its "
+                    "bank anew, and step under `with bank.stepping`"
+                ) from error
+            raise
+        for held, (scales, stacks) in zip(self._held, updated):
+            held.scales.set_value(scales)
+            for variable, new in zip(held.stacks, stacks):
+                variable.set_value(new)
+
+
+def _compile(
+    arrays: _Arrays, of_layers: list[list[LoRAStack]]
+) -> Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]:
+    firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
+
+    def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
+        written = []
+        for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+            scales = scales.at[first + slot].set(new_scales)
+            written.append(
+                (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
+            )
+        return written
+
+    values = [
+        (
+            jax.ShapeDtypeStruct(first.shape, jnp.float32),
+            [jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in stacks],
+        )
+        for first, (_, stacks) in zip(firsts, arrays)
+    ]
+    write = jax.jit(write_slot, donate_argnums=0)
+    return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
+
+
+def slot_values(
+    name: str,
+    adapter: Adapter,
+    bucket: int,
+    sites: Mapping[str, Site],
+    layers: list[LoRALayer],
+    *,
+    is_own: bool,
+) -> list[SlotOfLayer]:
+    """What a slot of each layer is to hold: zeros behind the rank and where it adapts nothing.
+
+    Copies what is the caller's: JAX reads it later, or for ever, and the caller may go on writing.
+    Where nobody else has the adapter's arrays (`is_own`), those of the bucket's rank are taken.
+
+    Raises:
+      ValueError: weights overflow the stacks' dtype.
+    """
+    by_layer: dict[int, tuple[list[float], list[np.ndarray]]] = {}
+    for module, site in sites.items():
+        weights = adapter.modules.get(module)
+        scales, slots = by_layer.setdefault(id(site.layer), ([], []))
+        scales.append(0.0 if weights is None else weights.scale)
+        slots.extend(_slot_of(name, module, weights, site.stacks[bucket], is_own))
+    return [
+        (np.array(scales, np.float32), list(slots))
+        for scales, slots in (by_layer[id(layer)] for layer in layers)
+    ]
+
+
+def _slot_of(
+    name: str, module: str, weights: LoRAWeights | None, stack: LoRAStack, is_own: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    dtype = stack.lora_a.dtype
+    if weights is None:
+        empty = [np.zeros(size[1:], dtype) for size in stack.shape.sizes]
+        return empty[0], empty[1]
+    with np.errstate(over="ignore"):
+        a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
+    for new, old in (a, weights.a), (b, weights.b):
+        if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
+            raise ValueError(
+                f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
+                "apply_lora another dtype="
+            )
+    if is_own and weights.rank == stack.bucket:
+        return a, b
+    # As words: NumPy copies rows of bfloat16 one by one, several times slower.
+    words, rank = np.dtype(f"u{dtype.itemsize}"), weights.rank
+    a_slot, b_slot = (np.empty(size[1:], words) for size in stack.shape.sizes)
+    a_slot[:rank], b_slot[:, :rank] = (np.ascontiguousarray(t).view(words) for t in (a, b))
+    a_slot[rank:], b_slot[:, rank:] = 0, 0
+    return a_slot.view(dtype), b_slot.view(dtype)
+
+
+def read_slot(stack: LoRAStack, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one slot, whole.
+
+    A slice by the true rank would compile for each rank. The slot is fetched alone: a stack of
+    which NumPy holds a view, on the CPU, could not be updated in place.
+    """
+    a, b = (np.asarray(get_slot(v.get_value(), np.int32(slot))) for v in stack.variables)
+    return a, b

@@ -1,0 +1,9 @@
+"""NNX layers that hold stacks of LoRA adapters beside their kernel, and `apply_lora`."""
+
+from jax_lora.nn.apply import apply_lora as apply_lora
+from jax_lora.nn.einsum import LoRAEinsum as LoRAEinsum
+from jax_lora.nn.layer import LoRALayer as LoRALayer
+from jax_lora.nn.linear import LoRADense as LoRADense
+from jax_lora.nn.linear import LoRADenseGeneral as LoRADenseGeneral
+from jax_lora.nn.packed import call_packed as call_packed
+from jax_lora.nn.stacks import LoRAScale as LoRAScale

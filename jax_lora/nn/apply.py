@@ -1,0 +1,156 @@
+"""`apply_lora`: room for adapters in the linear layers of a model that knows none."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from jax_lora.batch import Guard
+from jax_lora.nn.einsum import LoRAEinsum
+from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
+from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
+from pallas_kernels.ranks import DEFAULT_BUCKETS
+from pallas_kernels.renamed import removed_keywords
+
+_LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
+    nnx.Linear: LoRADense,
+    nnx.LinearGeneral: LoRADenseGeneral,
+    nnx.Einsum: LoRAEinsum,
+}
+
+
+@removed_keywords(flat=FLAT_IS_GONE)
+def apply_lora(
+    model: nnx.Module,
+    *,
+    slots: Slots = 8,
+    target: str | Sequence[str] | None = None,
+    buckets: Sequence[int] = DEFAULT_BUCKETS,
+    dtype: DTypeLike | None = None,
+) -> int:
+    """Gives the linear layers of `model` room for LoRA adapters, in place.
+
+    `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
+    `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
+    `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
+
+    The stacks take `slots * bucket * (H + N)` elements per layer and bucket: the defaults come to
+    about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
+    (`plan_slots` proposes them from a folder of adapters).
+
+    Example::
+
+        nbytes = apply_lora(model, slots={16: 32, 64: 4}, buckets=(16, 64), target="[qkvo]_proj")
+
+    Args:
+      model: any NNX model.
+      slots: adapters per bucket, an int or `{bucket: n}`.
+      target: which layers: a regular expression, or several, that matches the end of a layer's
+        dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
+        Of what an expression matches, layers of other types stay as they are.
+      buckets: ranks that the stacks are allocated with.
+      dtype: dtype of the stacks; None for each kernel's own.
+
+    Returns:
+      The bytes that the stacks take.
+
+    Raises:
+      TypeError: `target` is of another type, or one of its expressions matches layers of other
+        types alone.
+      ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
+        a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
+    """
+    by_bucket = check_slots(slots, buckets)
+    layers = _matched_layers(model, target)
+    for name, layer in layers.items():
+        _check_layer(name, layer, dtype)
+    guard = Guard()
+    for layer in layers.values():
+        # The object stays the one that its parents and tied references know.
+        layer.__class__ = _LORA_CLASS[type(layer)]
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype)
+        layer.guard = guard
+    return sum(
+        variable.nbytes
+        for layer in layers.values()
+        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
+    )
+
+
+def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
+    modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
+    linear = [name for name, module in modules.items() if type(module) in _LORA_CLASS]
+    if target is None:
+        matched = {name: modules[name] for name in linear}
+    else:
+        found: set[str] = set()
+        for pattern in _target_patterns(target):
+            found |= _matched(modules, pattern)
+        matched = {name: module for name, module in modules.items() if name in found}
+    if not matched:
+        done = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
+        have = f"; with LoRA already: {', '.join(done)}" if done else ""
+        there = f"linear layers: {', '.join(linear) or 'none'}{have}"
+        raise ValueError(f"no layer matches target={target!r}; {there}")
+    for name, module in matched.items():
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{name} has LoRA stacks already")
+    return matched
+
+
+def _matched(modules: Mapping[str, Any], pattern: re.Pattern[str]) -> set[str]:
+    """The linear layers that match, unless layers of other types alone do."""
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if pattern.fullmatch(name) and not isinstance(module, LoRAStack) and _has_kernel(module)
+    }
+    linear = {
+        name
+        for name, module in layers.items()
+        if type(module) in _LORA_CLASS or isinstance(module, LoRALayer)
+    }
+    if layers and not linear:
+        name, module = next(iter(layers.items()))
+        raise TypeError(
+            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral and "
+            "nnx.Einsum"
+        )
+    return linear
+
+
+def _target_patterns(target: str | Sequence[str]) -> list[re.Pattern[str]]:
+    targets = [target] if isinstance(target, str) else target
+    if not (isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)):
+        raise TypeError(f"target must be a regular expression or a list of them, got {target!r}")
+    try:
+        return [re.compile(rf"(?:.*\.)?(?:{t})") for t in targets]
+    except re.error as error:
+        raise ValueError(f"target={target!r} is no regular expression: {error}") from None
+
+
+def _has_kernel(module: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
+    if isinstance(layer, nnx.Linear):
+        expected: tuple[int, ...] = (layer.in_features, layer.out_features)
+    elif isinstance(layer, nnx.LinearGeneral):
+        expected = (*layer.in_features, *layer.out_features)
+    else:
+        expected = tuple(layer.kernel_shape)
+    try:
+        _LORA_CLASS[type(layer)].features(layer)
+        stack_dtype(dtype or layer.kernel.dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if layer.kernel.shape != expected:
+        raise ValueError(
+            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; layers stacked "
+            "for a scan are not covered yet"
+        )

@@ -1,0 +1,65 @@
+"""LoRA over `nnx.Einsum`."""
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.nn.layer import LoRALayer
+
+
+def _einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
+    """Labels of kernel and output; of the tokens, of H and of N."""
+    operands, _, out = (einsum_str or "").partition("->")
+    lhs, _, kernel = operands.partition(",")
+    summed = "".join(c for c in kernel if c in lhs and c not in out)
+    kept = "".join(c for c in kernel if c in out and c not in lhs)
+    lead = "".join(c for c in lhs if c not in summed)
+    is_product = sorted(summed + kept) == sorted(kernel) and sorted(lead + kept) == sorted(out)
+    labels = lhs.replace("...", "")
+    if not (is_product and kept) or any(len({*s}) < len(s) for s in (labels, kernel)):
+        raise ValueError(
+            f"LoRA covers einsums that are a product with a matrix, not {einsum_str!r}"
+        )
+    return kernel, out, lead, summed, kept
+
+
+class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
+    """`nnx.Einsum` with stacks of LoRA adapters, where it is a matrix product in disguise.
+
+    Each axis of the kernel is either summed with the input (together they are H, in the kernel's
+    order) or appears in the output (together N). Made by `apply_lora`.
+    """
+
+    def features(self) -> tuple[int, int]:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
+
+    def x_matrix(self, x: Array) -> Array:
+        _, _, lead, summed, _ = _einsum_labels(self.einsum_str)
+        lhs = (self.einsum_str or "").partition(",")[0]
+        x = jnp.einsum(f"{lhs}->{lead}{summed}", x)
+        return x.reshape(*x.shape[: x.ndim - len(summed)], -1)
+
+    def y_matrix(self, y: Array) -> Array:
+        _, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        y = jnp.einsum(f"{out}->{lead}{kept}", y)
+        return y.reshape(*y.shape[: y.ndim - len(kept)], -1)
+
+    def y_tensor(self, y_matrix: Array, y: Array) -> Array:
+        kernel, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
+        return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
+
+    def kernel_matrix(self) -> Array:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        return jnp.einsum(f"{kernel}->{summed}{kept}", self.kernel[...]).reshape(self.features())
+
+    def kernel_tensor(self, matrix: Array) -> Array:
+        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        size = dict(zip(kernel, self.kernel_shape))
+        tensor = matrix.reshape([size[c] for c in summed + kept])
+        return jnp.einsum(f"{summed}{kept}->{kernel}", tensor)

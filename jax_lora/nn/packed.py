@@ -1,0 +1,59 @@
+"""Projections of one input, with the adapters of all of them in one op."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.batch import current, use
+from jax_lora.nn.linear import LoRADense
+from pallas_kernels.ops import add_in_step
+
+
+def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
+    """`layer(x)` of each layer; in a decode step, with the adapters of all of them in one op.
+
+    For projections of one input: query, key and value, or gate and up. Takes the batch of
+    `jax_lora.use`.
+
+    Example::
+
+        q, k, v = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
+
+    Args:
+      layers: `nnx.Linear` layers, with stacks (`LoRADense`) or without, of one dtype.
+      x: as each of them takes it.
+
+    Raises:
+      TypeError: a layer is of another type.
+      ValueError: the batch does not fit a layer's buckets or the rows of x.
+    """
+    for layer in layers:
+        if not isinstance(layer, nnx.Linear):
+            raise TypeError(f"call_packed takes nnx.Linear layers, got {type(layer).__name__}")
+    batch = current()
+    # A prefill takes two launches, which want one y: to lay its large outputs side by side costs
+    # more than launches.
+    if (
+        batch is None
+        or batch.phase == "prefill"
+        or not any(isinstance(layer, LoRADense) for layer in layers)
+    ):
+        return tuple(layer(x) for layer in layers)
+    with use(None):
+        ys = [layer(x) for layer in layers]
+    (x,) = layers[0].promote_dtype((x,), dtype=ys[0].dtype)
+    ends = list(itertools.accumulate(layer.out_features for layer in layers))
+    parts = [
+        dataclasses.replace(part, y_offset=start + part.y_offset)
+        for layer, start in zip(layers, [0, *ends])
+        if isinstance(layer, LoRADense)
+        for part in layer.parts(batch)
+    ]
+    matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
+    segments = batch.segments(x.shape[:-1])
+    out = add_in_step(matrices, x.reshape(-1, x.shape[-1]), parts, segments, phase=batch.phase)
+    return tuple(new.reshape(y.shape) for new, y in zip(out, ys))

@@ -1,0 +1,1 @@
+"""From prompts to completions: a batch of rows, each with its adapter."""

@@ -1,0 +1,165 @@
+"""One gradient for each operation, whatever runs it: the forward and backward of its backend."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import derivatives
+from pallas_kernels.call import Backend, Call
+from pallas_kernels.dispatch import BACKENDS, compiled
+from pallas_kernels.routing import TokenIds
+from pallas_kernels.stacks import LoRAPart, side_by_side
+
+Parts = tuple[LoRAPart, ...]
+Ys = tuple[Array, ...]
+
+
+def _backward(call: Call) -> Backend:
+    """The backend of the gradients; "auto" has those of XLA, which every platform runs."""
+    return BACKENDS["xla" if call.implementation == "auto" else call.implementation]
+
+
+# ------------------------------------------------------------------------------------------ shrink
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shrink(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> Array:
+    return compiled("shrink", call)(v, x, lora_a, token_ids, scale)
+
+
+def _shrink_fwd(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> tuple[Array, tuple[Array | None, Array, Array, TokenIds, Array]]:
+    return _shrink(call, v, x, lora_a, token_ids, scale), (v, x, lora_a, token_ids, scale)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shrink_bwd(
+    call: Call, residuals: tuple[Array | None, Array, Array, TokenIds, Array], dv: Array
+) -> tuple[Array | None, ...]:
+    v, x, lora_a, token_ids, scale = derivatives.cotangents(call.op, residuals)
+    backend = _backward(call)
+    dx, da, ds = backend.shrink_grad(call, dv.astype(jnp.float32), x, lora_a, token_ids, scale)
+    return None if v is None else dv, dx, da, None, ds
+
+
+_shrink.defvjp(_shrink_fwd, _shrink_bwd)
+
+
+def shrink(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> Array:
+    """`Backend.shrink`, with its gradient."""
+    out: Array = _shrink(call, *derivatives.operands(call.op, (v, x, lora_a, token_ids, scale)))
+    return out
+
+
+# ------------------------------------------------------------------------------------------ expand
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+    return compiled("expand", call)(v, lora_b, token_ids, y)
+
+
+def _expand_fwd(
+    call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array
+) -> tuple[Array, tuple[Array, Array, TokenIds]]:
+    return _expand(call, v, lora_b, token_ids, y), (v, lora_b, token_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _expand_bwd(
+    call: Call, residuals: tuple[Array, Array, TokenIds], dy: Array
+) -> tuple[Array | None, ...]:
+    v, lora_b, token_ids = derivatives.cotangents(call.op, residuals)
+    dv, db, dy = _backward(call).expand_grad(call, dy, v, lora_b, token_ids)
+    return dv, db, None, dy
+
+
+_expand.defvjp(_expand_fwd, _expand_bwd)
+
+
+def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+    """`Backend.expand`, with its gradient."""
+    out: Array = _expand(call, *derivatives.operands(call.op, (v, lora_b, token_ids, y)))
+    return out
+
+
+# ------------------------------------------------------------------------------------- both halves
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+    return compiled("add_lora", call)(ys, x, parts, token_ids)
+
+
+def _add_lora_fwd(
+    call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds
+) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
+    return _add_lora(call, ys, x, parts, token_ids), (x, parts, token_ids)
+
+
+def _add_lora_bwd(
+    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
+) -> tuple[Ys, Array, Parts, None]:
+    return dys, *_gradients(call, residuals, dys)
+
+
+_add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+    return compiled("lora_delta", call)(x, parts, token_ids)
+
+
+def _lora_delta_fwd(
+    call: Call, x: Array, parts: Parts, token_ids: TokenIds
+) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
+    return _lora_delta(call, x, parts, token_ids), (x, parts, token_ids)
+
+
+def _lora_delta_bwd(
+    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
+) -> tuple[Array, Parts, None]:
+    return _gradients(call, residuals, dys)
+
+
+_lora_delta.defvjp(_lora_delta_fwd, _lora_delta_bwd)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(
+    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
+) -> tuple[Array, Parts, None]:
+    x, parts, token_ids = derivatives.cotangents(call.op, residuals)
+    dx, dparts = _backward(call).add_lora_grad(call, side_by_side(dys), x, parts, token_ids)
+    return dx.astype(x.dtype), tuple(map(_in_whole_scales, parts, dparts)), None
+
+
+def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
+    """A part's gradient in all of the scales that it was given, zero in those of others."""
+    if part.scales_offset is None:
+        return gradient
+    own = jnp.asarray(gradient.scales)
+    whole = jnp.zeros_like(jnp.asarray(part.scales))
+    whole = whole.at[part.scales_offset : part.scales_offset + own.size].set(own)
+    return dataclasses.replace(gradient, scales=whole, scales_offset=part.scales_offset)
+
+
+def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+    """`Backend.add_lora`, with its gradient."""
+    out: Ys = _add_lora(call, *derivatives.operands(call.op, (ys, x, parts, token_ids)))
+    return out
+
+
+def lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+    """`Backend.lora_delta`, with its gradient."""
+    out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, token_ids)))
+    return out

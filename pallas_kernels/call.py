@@ -1,0 +1,85 @@
+"""What is static about a call, and what each backend does with it: the seam between the two."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, DTypeLike
+
+from pallas_kernels.mosaic_gpu.config import Config
+from pallas_kernels.routing import TokenIds
+from pallas_kernels.stacks import LoRAPart
+
+
+class Call(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+      op: its public name, for errors.
+      implementation: the backend's name; "auto" where the platform decides at lowering.
+      kernels: "bgmv" or "sgmv" of each part, which choose among XLA's forms.
+      y_offset: first column of y that an expand changes.
+      add_inputs: whether an expand adds to y.
+      widths, dtype: of what `lora_delta` makes.
+      config: how the Mosaic kernels cut their work, if the caller says so.
+    """
+
+    op: str
+    implementation: str
+    kernels: tuple[str, ...]
+    y_offset: int = 0
+    add_inputs: bool = True
+    widths: tuple[int, ...] = ()
+    dtype: DTypeLike | None = None
+    config: Config | None = None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to compute the ops; a module with these functions.
+
+    Operands are checked: floats of the right shapes, and scales that are float32 arrays. A shrink
+    and an expand have local ids. Parts of `add_lora` have ranges that are equal or disjoint.
+    """
+
+    def shrink(
+        self,
+        call: Call,
+        v: Array | None,
+        x: Array,
+        lora_a: Array,
+        token_ids: TokenIds,
+        scale: Array,
+    ) -> Array:
+        """v[t] + scale * x[t] @ lora_a[i].T, rounded once; rows of -1 keep v. None is zeros."""
+
+    def expand(self, call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+        """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
+
+    def add_lora(
+        self,
+        call: Call,
+        ys: tuple[Array, ...],
+        x: Array,
+        parts: tuple[LoRAPart, ...],
+        token_ids: TokenIds,
+    ) -> tuple[Array, ...]:
+        """The ys plus both halves of every part, over the columns of the ys side by side."""
+
+    def lora_delta(
+        self, call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+    ) -> tuple[Array, ...]:
+        """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
+
+    def shrink_grad(
+        self, call: Call, dv: Array, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+    ) -> tuple[Array, Array, Array]:
+        """Gradients in x, lora_a and scale; `dv` is that of v, float32."""
+
+    def expand_grad(
+        self, call: Call, dy: Array, v: Array, lora_b: Array, token_ids: TokenIds
+    ) -> tuple[Array, Array, Array]:
+        """Gradients in v, lora_b and y."""
+
+    def add_lora_grad(
+        self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+    ) -> tuple[Array, tuple[LoRAPart, ...]]:
+        """Gradients in x (float32) and in the parts; `dy` is that of all columns side by side."""

@@ -1,0 +1,186 @@
+"""Checks of what a caller gives, once, at the public ops; messages hold the values."""
+
+import itertools
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, DTypeLike
+
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    WideIndices,
+    checked_indices,
+    num_tokens_of,
+    static,
+)
+from pallas_kernels.stacks import LoRAPart
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def floats(name: str, value: ArrayLike, axes: str) -> Array:
+    """`value` as an array with these axes; TypeError where it is none of the three floats."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+    array = jnp.asarray(value)
+    if array.ndim != len(axes.split()):
+        raise ValueError(
+            f"{name} must have shape [{axes.replace(' ', ', ')}], got {list(array.shape)}"
+        )
+    return array
+
+
+def float_dtype(name: str, value: DTypeLike) -> np.dtype:
+    """`value` as a dtype; TypeError where it is none of the three floats."""
+    dtype = jnp.dtype(value)
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def stack(name: str, value: ArrayLike, axes: str) -> Array:
+    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis."""
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    checked = floats(name, value, axes)
+    if 0 in checked.shape:
+        raise ValueError(f"{name} must not have an empty axis, got {list(checked.shape)}")
+    return checked
+
+
+def same(what: str, expected: int, got: int) -> None:
+    if expected != got:
+        raise ValueError(f"{what}: {expected} and {got}")
+
+
+def columns(shape: Sequence[int], y_offset: int, size: int) -> int:
+    """`y_offset`, if `size` columns from there on lie in y."""
+    y_offset = static("y_offset", y_offset)
+    if not 0 <= y_offset <= shape[1] - size:
+        raise ValueError(f"columns [{y_offset}, {y_offset + size}) leave y of shape {list(shape)}")
+    return y_offset
+
+
+def scales(name: str, value: ArrayLike, *, size: int | None) -> Array:
+    """`value` as float32: a number or, if `size` is given, `[size]`."""
+    if value is None:
+        raise TypeError(f"{name} must be real numbers, got None")
+    if isinstance(value, Segments):
+        raise TypeError(
+            f"{name} must be real numbers, got Segments; a part has no ids of its own: give them "
+            "to add_lora_multi(y, x, parts, indices)"
+        )
+    array = jnp.asarray(value)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    allowed = [()] if size is None else [(), (size,)]
+    if array.shape not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{name} must have shape {shapes}, got {list(array.shape)}")
+    return array.astype(jnp.float32)
+
+
+def token_ids(indices: ArrayLike | TokenIds, num_tokens: int, num_adapters: int) -> TokenIds:
+    """The ids of one stack's tokens, which count from the stack's first adapter."""
+    if isinstance(indices, Segments):
+        same("segments and stack differ in adapters", indices.num_adapters, num_adapters)
+    return _ids(indices, num_tokens, num_adapters)
+
+
+def shared_token_ids(
+    indices: ArrayLike | TokenIds, num_tokens: int, ranges: Sequence[SlotRange]
+) -> TokenIds:
+    """The ids of the tokens of a call with parts of these ranges."""
+    stop = max((slots.stop for slots in ranges), default=1)
+    if isinstance(indices, Segments) and indices.num_adapters < stop:
+        raise ValueError(
+            f"segments describe {indices.num_adapters} slots, but the parts have slots up to "
+            f"{stop}; give make_segments num_adapters={stop}"
+        )
+    return _ids(indices, num_tokens, stop)
+
+
+def _ids(indices: ArrayLike | TokenIds, num_tokens: int, num_adapters: int) -> TokenIds:
+    """Int32 arrays of JAX stay as they are: kernels treat ids outside of a range as none."""
+    if isinstance(indices, LoRAPart):
+        raise TypeError("indices must be integers or Segments, got a LoRAPart")
+    if isinstance(indices, Segments):
+        same("segments and tensor differ in tokens", num_tokens_of(indices), num_tokens)
+        return indices
+    if not isinstance(indices, WideIndices):
+        is_plain = (
+            isinstance(indices, jax.Array) and indices.dtype == jnp.int32 and indices.ndim == 1
+        )
+        if not is_plain:
+            indices = checked_indices(indices, num_adapters)
+        indices = jnp.asarray(indices)
+    same("indices and tensor differ in tokens", num_tokens_of(indices), num_tokens)
+    return indices
+
+
+def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRAPart:
+    """The nth part with arrays that fit x of `features` and y of `y_shape`."""
+    if not isinstance(given, LoRAPart):
+        raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(given).__name__}")
+    a = stack(f"parts[{n}].lora_a", given.lora_a, "L R H")
+    b = stack(f"parts[{n}].lora_b", given.lora_b, "L N R")
+    same(f"x and parts[{n}].lora_a differ in features H", features, a.shape[2])
+    same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
+    same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
+    first_slot = static(f"parts[{n}].first_slot", given.first_slot)
+    if not 0 <= first_slot <= jnp.iinfo(jnp.int32).max - a.shape[0]:
+        raise ValueError(
+            f"parts[{n}].first_slot must be between 0 and 2**31 - 1 - {a.shape[0]}, got "
+            f"{first_slot}"
+        )
+    factors, offset = _part_scales(f"parts[{n}]", given, a.shape[0])
+    return LoRAPart(a, b, factors, first_slot, columns(y_shape, given.y_offset, b.shape[1]), offset)
+
+
+def _part_scales(name: str, given: LoRAPart, num_adapters: int) -> tuple[Array, int | None]:
+    """A part's scales, and where its own start in them."""
+    if given.scales_offset is None:
+        factors = 1.0 if given.scales is None else given.scales
+        return scales(f"{name}.scales", factors, size=num_adapters), None
+    offset = static(f"{name}.scales_offset", given.scales_offset)
+    shape = () if given.scales is None else jnp.shape(given.scales)
+    size = shape[0] if len(shape) == 1 else 0
+    if not 0 <= offset <= size - num_adapters:
+        raise ValueError(
+            f"{name} has scales [{offset}, {offset + num_adapters}) by its scales_offset, but "
+            f"scales have shape {list(shape)}"
+        )
+    return scales(f"{name}.scales", given.scales, size=size), offset  # type: ignore[arg-type]
+
+
+def slot_ranges(parts: Sequence[LoRAPart]) -> list[SlotRange]:
+    """The range of slots of each part. ValueError where two overlap and are not equal."""
+    ranges = [SlotRange(p.first_slot, jnp.shape(p.lora_a)[0]) for p in parts]
+    distinct = sorted(set(ranges))
+    for one, other in itertools.pairwise(distinct):
+        if other.first < one.stop:
+            m, n = ranges.index(one), ranges.index(other)
+            raise ValueError(
+                f"slots of parts must be equal or disjoint: parts[{m}] has [{one.first}, "
+                f"{one.stop}), parts[{n}] has [{other.first}, {other.stop})"
+            )
+    return ranges
+
+
+def width(name: str, value: int) -> int:
+    """A number of columns, or an error."""
+    try:
+        found = operator.index(value)
+    except (TypeError, jax.errors.JAXTypeError):
+        raise TypeError(f"{name} must be a static int, got {value!r}") from None
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found

@@ -1,0 +1,390 @@
+"""The ops as Pallas:Mosaic GPU kernels for Hopper (sm_90): the seam of the backend "mosaic_gpu".
+
+`docs/kernels.md` draws them. There are two kinds. A *prefill* kernel takes tiles of 64 consecutive
+tokens, which are wgmma's M, and multiplies all of a tile with every adapter that occurs in it; each
+row then keeps its own product. So tokens may come in any order, no row is gathered, and what a row
+gets depends on that row alone. The *decode* kernel takes up to 256 tokens, does one half or both in
+one launch, and gathers the few tokens of one adapter for each cluster.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from pallas_kernels import xla
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu.config import Config
+from pallas_kernels.mosaic_gpu.decode import (
+    DecodePart,
+    Plan,
+    decode_config,
+    decode_kernel,
+    plan,
+    seating,
+)
+from pallas_kernels.mosaic_gpu.layouts import cuts, interpreted, pad_rows, pad_to
+from pallas_kernels.mosaic_gpu.prefill import (
+    ExpandPart,
+    ShrinkPart,
+    default_config,
+    expand_kernel,
+    shrink_kernel,
+)
+from pallas_kernels.mosaic_gpu.support import MAX_FEATURES
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    WideIndices,
+    ids_of,
+    local_segments,
+)
+from pallas_kernels.stacks import LoRAPart, apart, side_by_side
+from pallas_kernels.xla import add_lora_grad as add_lora_grad
+from pallas_kernels.xla import expand_grad as expand_grad
+from pallas_kernels.xla import shrink_grad as shrink_grad
+
+# ------------------------------------------------------------------------------ the right platform
+
+_needs_hopper_p = Primitive("lora_needs_hopper")
+_needs_hopper_p.def_abstract_eval(lambda x: x)
+_needs_hopper_p.def_impl(lambda x: jax.jit(_needs_hopper_p.bind)(x))
+batching.primitive_batchers[_needs_hopper_p] = lambda args, axes: (
+    _needs_hopper_p.bind(*args),
+    axes[0],
+)
+
+
+def _refuse(*_: object) -> list[mlir.ir.Value]:
+    raise NotImplementedError(
+        "implementation 'mosaic_gpu' needs a Hopper GPU, or plgpu.force_gpu_interpret_mode(...)"
+    )
+
+
+mlir.register_lowering(_needs_hopper_p, _refuse)
+mlir.register_lowering(_needs_hopper_p, lambda _, x: [x], platform="cuda")
+
+
+def _needs_hopper(x: Array) -> Array:
+    """x; lowered for another platform than CUDA, outside of interpret mode, an error.
+
+    Pallas raises a ValueError there that doesn't say whose kernel it is, and what runs it.
+    """
+    if interpreted():
+        return x
+    out: Array = _needs_hopper_p.bind(x)
+    return out
+
+
+# ---------------------------------------------------------------------------- the four operations
+
+
+def shrink(
+    call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> Array:
+    """v[t] + scale * x[t] @ lora_a[i].T, rounded once; rows of -1 keep v. None is zeros."""
+    x = _needs_hopper(x)
+    num_adapters, rank, features = lora_a.shape
+    old = jnp.zeros((x.shape[0], rank), jnp.float32) if v is None else v
+    launch = _one_launch((old,), x, (DecodePart(lora_a, None, scale.reshape(-1)),), token_ids, call)
+    if launch is not None:
+        [new] = launch.run((old,), x)
+        return new
+    segments = local_segments(token_ids, SlotRange(0, num_adapters))
+    config = call.config or _prefill_config(x, lora_a, features)
+    part = _Shrink(lora_a, segments, scale, 0, config)
+    [new] = _shrink_parts(x, [part], operands=False)
+    return new if v is None else xla.add_rows(v, new, segments)
+
+
+def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
+    """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
+    v = _needs_hopper(v)
+    num_adapters, width, rank = lora_b.shape
+    part = DecodePart(None, lora_b, None, y_offset=call.y_offset)
+    launch = _one_launch((y,), v, (part,), token_ids, call, add_inputs=call.add_inputs)
+    if launch is not None:
+        [new] = launch.run((y,), v)
+        return new
+    config = call.config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
+    segments = local_segments(token_ids, SlotRange(0, num_adapters))
+    two = ExpandPart(_operand(v, lora_b.dtype), lora_b, segments, call.y_offset, config)
+    return expand_kernel(y, (two,), add_inputs=call.add_inputs)
+
+
+def add_lora(
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """The ys plus both halves of every part: in one launch where the decode kernel takes them all,
+    else in one or two launches for some of the parts at a time."""
+    x = _needs_hopper(x)
+    launch = _one_launch(ys, x, _decode_parts(parts), token_ids, call)
+    if launch is not None:
+        return launch.run(ys, x)
+    y = side_by_side(ys)
+    for some in _launches(parts):
+        launch = _one_launch((y,), x, _decode_parts(some), token_ids, call)
+        if launch is None:
+            y = _two_launches(y, x, some, token_ids, call.config)
+        else:
+            [y] = launch.run((y,), x)
+    return apart(y, tuple(one.shape[1] for one in ys))
+
+
+def lora_delta(
+    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, ...]:
+    """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
+    x = _needs_hopper(x)
+    shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), call.dtype) for width in call.widths)
+    launch = _one_launch(shapes, x, _decode_parts(parts), token_ids, call, add_inputs=False)
+    if launch is None:
+        zeros = tuple(jnp.full(s.shape, -0.0, s.dtype) for s in shapes)
+        return add_lora(call, zeros, x, parts, token_ids)
+    deltas = launch.run(shapes, x)  # undefined where no part adds anything
+    nothing = jnp.asarray(-0.0, call.dtype)
+    changed = _changed(call.widths, parts, token_ids)
+    return tuple(jnp.where(where, new, nothing) for where, new in zip(changed, deltas))
+
+
+def makes_delta_at_once(
+    x: Array,
+    parts: tuple[LoRAPart, ...],
+    widths: tuple[int, ...],
+    dtype: DTypeLike,
+) -> bool:
+    """Whether one launch makes `lora_delta` of a case, which is then the fastest form in a step."""
+    call = Call("lora_delta", "mosaic_gpu", ())
+    shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), dtype) for width in widths)
+    sizes = _plan(shapes, x, _decode_parts(parts), call, add_inputs=False, seated=True)
+    return sizes is not None
+
+
+# ---------------------------------------------------------------------------------- one launch
+
+
+class _Launch(NamedTuple):
+    """What the decode kernel takes beside the ys and x."""
+
+    ids: Int[Array, " T"] | Int[Array, "T 2"] | Int[Array, "clusters 10"]
+    parts: tuple[DecodePart, ...]
+    plan: Plan
+
+    def run(self, ys: tuple[Array | jax.ShapeDtypeStruct, ...], x: Array) -> tuple[Array, ...]:
+        return decode_kernel(ys, x, self.ids, self.parts, self.plan)
+
+
+def _decode_parts(parts: tuple[LoRAPart, ...]) -> tuple[DecodePart, ...]:
+    return tuple(
+        DecodePart(
+            jnp.asarray(p.lora_a),
+            jnp.asarray(p.lora_b),
+            jnp.asarray(p.scales).reshape(-1),
+            p.first_slot,
+            p.y_offset,
+            p.scales_offset or 0,
+        )
+        for p in parts
+    )
+
+
+def _one_launch(
+    ys: tuple[Array | jax.ShapeDtypeStruct, ...],
+    x: Array,
+    parts: tuple[DecodePart, ...],
+    token_ids: TokenIds,
+    call: Call,
+    *,
+    add_inputs: bool = True,
+) -> _Launch | None:
+    """The launch that does all of it; None where the decode kernel does not take the case."""
+    words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
+    seated = isinstance(token_ids, Segments)
+    sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
+    if sizes is None:
+        return None
+    # Sorted once, tokens serve all layers of a step: so XLA seats them once for all.
+    return _Launch(seating(words, sizes) if seated else words, parts, sizes)
+
+
+def _plan(
+    ys: tuple[Array | jax.ShapeDtypeStruct, ...],
+    x: Array,
+    parts: tuple[DecodePart, ...],
+    call: Call,
+    *,
+    add_inputs: bool,
+    seated: bool,
+    id_words: int = 1,
+) -> Plan | None:
+    """Pallas's interpreter, whose race detection a caller asks for, cannot run the decode kernel:
+    there only a config that names the kernel gets it, by its own emulator."""
+    config = call.config
+    if config is None and interpreted():
+        return None
+    if config is None:
+        rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
+        ranges = {(part.first_slot, part.stacks[0].shape[0]) for part in parts}
+        config = decode_config(
+            x.shape[0],
+            width,
+            rank,
+            buckets=len(ranges),
+            delta=not add_inputs,
+        )
+    return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
+
+
+def _changed(
+    widths: tuple[int, ...], parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> list[Bool[Array, "T _"]]:
+    """For each y, which elements some part adds to; one column where all columns are alike."""
+    ids, edges = ids_of(token_ids), np.cumsum(widths)
+    covered: dict[SlotRange, np.ndarray] = {}  # the columns that parts of a range add to
+    for part in parts:
+        slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
+        columns = covered.setdefault(slots, np.zeros(edges[-1], bool))
+        columns[part.y_offset :][: jnp.shape(part.lora_b)[1]] = True
+    changed = [jnp.zeros((1, 1), bool)] * len(widths)
+    for slots, columns in covered.items():
+        used = slots.holds(ids)[:, None]
+        for n, mine in enumerate(np.split(columns, edges[:-1])):
+            if mine.any():
+                changed[n] |= used if mine.all() else used & mine
+    return changed
+
+
+# --------------------------------------------------------------------------------- two launches
+
+# The kernels' code has a piece for each part, and lowering takes more than in proportion: 15 parts
+# (five rank buckets of three slices) 79 s in one launch, 38 s in three (2 CPU cores).
+_MOST_PARTS = 6
+
+
+def _launches(parts: tuple[LoRAPart, ...]) -> list[tuple[LoRAPart, ...]]:
+    """The parts, those of the same columns together, up to `_MOST_PARTS` per launch if they fit."""
+    spans = tuple((p.y_offset, p.y_offset + jnp.shape(p.lora_b)[1]) for p in parts)
+    together: list[set[int]] = []
+    for cut in cuts(spans):
+        touching = [group for group in together if group & set(cut.parts)]
+        together = [group for group in together if group not in touching]
+        together.append(set(cut.parts).union(*touching))
+    launches: list[list[int]] = []
+    for group in together:
+        if launches and len(launches[-1]) + len(group) <= _MOST_PARTS:
+            launches[-1] += sorted(group)
+        else:
+            launches.append(sorted(group))
+    return [tuple(parts[i] for i in launch) for launch in launches]
+
+
+def _two_launches(
+    y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
+) -> Array:
+    """A shrink and an expand of the prefill kernels."""
+    shrinks, expands = [], []
+    for part in parts:
+        a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
+        segments = local_segments(token_ids, SlotRange(part.first_slot, a.shape[0]))
+        own = config or _prefill_config(x, a, b.shape[1])
+        shrinks.append(_Shrink(a, segments, jnp.asarray(part.scales), part.scales_offset or 0, own))
+    for part, shrunk, v in zip(parts, shrinks, _shrink_parts(x, shrinks, operands=True)):
+        expands.append(
+            ExpandPart(
+                v,
+                jnp.asarray(part.lora_b),
+                shrunk.segments,
+                part.y_offset,
+                shrunk.config,
+                part.first_slot,
+            )
+        )
+    return expand_kernel(y, tuple(expands), add_inputs=True)
+
+
+def _prefill_config(x: Array, lora_a: Array, width: int) -> Config:
+    num_adapters, rank, features = lora_a.shape
+    return default_config(x.shape[0], features, width, rank, num_adapters)
+
+
+def _operand(v: Array, dtype: DTypeLike) -> Array:
+    """v as the expand loads it: in B's dtype (LoRAX's CAST_TYPE) and at least 16 ranks wide."""
+    return pad_rows(pad_to(v.astype(dtype), 1, 16))
+
+
+class _Shrink(NamedTuple):
+    """One stack of a shrink by tiles."""
+
+    lora_a: Float[Array, "L R H"]
+    segments: Segments
+    scales: Float[Array, "*S"]
+    first_scale: int
+    config: Config
+
+
+def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
+    """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
+    it, undefined in rows of -1."""
+    num_tokens, twin = x.shape[0], interpreted()
+    vs: dict[int, Array] = {}
+    for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
+        which = [i for i, part in enumerate(parts) if part.lora_a.dtype == dtype]
+        planes, factor = _planes(x, dtype)
+        direct = operands and factor is None and not twin
+        kernel_parts = tuple(
+            # TMA's swizzle needs rows of 32 bytes: an H that is only a multiple of 8 is padded.
+            ShrinkPart(
+                pad_to(part.lora_a, 2, 16),
+                part.scales.reshape(-1),
+                part.segments,
+                dtype if direct else jnp.dtype(jnp.float32),
+                part.config,
+                part.first_scale,
+            )
+            for part in (parts[i] for i in which)
+        )
+        padded = pad_to(pad_rows(planes, 1), 2, 16)
+        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands)
+        for i, v in zip(which, out):
+            if twin:
+                used = parts[i].segments.indices[:, None] >= 0
+                v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
+            if factor is not None:
+                v = v * factor[:, None]
+            vs[i] = _operand(v, dtype) if operands and not direct else v
+    return [vs[i] for i in range(len(parts))]
+
+
+def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Float[Array, " T"] | None]:
+    """x as a sum of planes of `dtype`, exact to float32, and what to multiply its rows by.
+
+    Planes are cut off, not rounded: that cannot overflow, and XLA, which may drop a conversion to
+    half precision and back, cannot undo it. bfloat16 has float32's range and 8 bits a plane.
+    float16 has 11 bits, but not the range: rows are scaled by a power of two to below 2^15.
+    """
+    if x.dtype == dtype:
+        return x[None], None
+    rest, factor = x.astype(jnp.float32), None
+    if dtype == jnp.bfloat16:
+        count, mask = (3 if x.dtype == jnp.float32 else 2), 0xFFFF0000
+    else:
+        count, mask = (3 if x.dtype == jnp.float32 else 1), 0xFFFFE000
+        largest = jnp.max(jnp.abs(rest), axis=1)
+        _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
+        exponent = jnp.clip(exponent - 15, -126, 126)  # the power and its inverse are normal
+        factor = jnp.ldexp(jnp.float32(1.0), exponent)
+        rest = rest * jnp.ldexp(jnp.float32(1.0), -exponent)[:, None]
+    planes = []
+    for _ in range(count):
+        bits = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(mask)
+        top = lax.bitcast_convert_type(bits, jnp.float32)
+        planes.append(top.astype(dtype))
+        rest = jnp.where(jnp.isfinite(rest), rest - top, 0.0)
+    return jnp.stack(planes), factor

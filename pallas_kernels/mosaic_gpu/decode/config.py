@@ -1,0 +1,51 @@
+"""How the decode kernel cuts its work, where the caller does not say."""
+
+import dataclasses
+
+from pallas_kernels.mosaic_gpu.config import Config
+
+# A launch looks for equal adapters among all of its tokens.
+MAX_DECODE_TOKENS = 256
+
+
+def decode_config(
+    num_tokens: int, width: int, rank: int, *, buckets: int = 1, delta: bool = False
+) -> Config:
+    """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
+    is None where two launches are taken.
+
+    `buckets` counts the ranges of ids. `delta`: XLA adds what the kernel makes, so that it may run
+    beside the product that makes y.
+    """
+    if num_tokens > MAX_DECODE_TOKENS:
+        return Config()
+    config = _decode_config(num_tokens, width, rank, buckets)
+    if buckets > 1 and rank >= 64:
+        # Few tokens have the highest rank: one cluster would be busy with it when all others are
+        # done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer: 124
+        # us with 1 cluster, 96 with 2, 88 with 4. Gate and up, which are wide, take 12. Beside a
+        # product they take 3, as clusters beyond those that fit at once wait: all 32 layers 41 us
+        # with 4, 31 with 3.
+        clusters = 4 if width <= 8192 else 3 if delta else 12
+        return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
+    return config
+
+
+def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:
+    if num_tokens > 128 and (rank > 128 or (rank == 128 and buckets > 1)):
+        # One launch is slower here. H100, T=256, 8 adapters of R=256: 44.1 us in one, 28.0 in two.
+        # With one bucket of rank 128 it is faster (20.6 and 24.9); with more it was not timed.
+        return Config()
+    # More copies on their way would keep others' A waiting. H100, T=64, 64 adapters of R=64: 30.0
+    # us with 2, 35.2 with 4. Where a warp has six turns at most, all of its B comes at once: q, k
+    # and v of Llama-3-8B, R=16, 64 adapters 18.7 us with 4, 17.9 with 6. R=128 comes in sections of
+    # 64 ranks (`turn_ranks`).
+    all_at_once = width <= 6 * 8 * 4 * 32
+    expand_stages = min(6 if all_at_once else 4, 128 // rank) if rank <= 64 else 3
+    # With one token few blocks have work, so that more clusters deal y's columns. H100, T=1, R=16,
+    # H=N=4096: 4.5 us with 4, 5.7 with 2, 4.8 with 8. The same if there are many columns: T=64, 8
+    # adapters of R=16, gate and up of 14336 columns: 14.9 us with 1, 11.1 with 2.
+    clusters = max(4 // max(1, num_tokens), 2 if width > 8192 else 1)
+    # All of a warp's columns of A come at once up to H=8192. H100, T=64, 8 adapters of R=16,
+    # H=14336: 6.7 us with 2 stages, 6.1 with 4.
+    return Config(split=8, warps=4, stages=4, expand_stages=expand_stages, column_clusters=clusters)

@@ -1,0 +1,712 @@
+"""y[t, offset:][:N] (+)= v[t] @ B[i].T: a block owns 64 or 128 tokens times a few columns of y.
+
+It takes `block_n` columns at a time. The life of these:
+
+    route      which adapters the tokens have      shared memory, copied once
+    v          of all tokens and ranks             shared memory, copied once per sweep
+    B          a few adapters' rows                shared memory, a ring per part
+    product    v with each adapter's B             registers, float32
+    delta      each row's own product, all parts   registers, float32
+    y          old + delta, rounded once           shared memory, a ring: load, add, store
+
+The functions stand top down: the plan of a launch, a block, its sweeps, and the rings of y and B.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from pallas_kernels.mosaic_gpu import chip
+from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, TILE
+from pallas_kernels.mosaic_gpu.config import Config
+from pallas_kernels.mosaic_gpu.layouts import (
+    Band,
+    Cut,
+    Memory,
+    Ref,
+    accumulator,
+    bands,
+    cuts,
+    in_place,
+    operand_layout,
+    plain_layout,
+    shared_bytes,
+)
+from pallas_kernels.mosaic_gpu.prefill.route import (
+    Route,
+    route_copies,
+    route_memory,
+    routes,
+    row_mask,
+)
+from pallas_kernels.routing import Segments
+
+# Stages of y's ring: one is being stored, one added to, and one loaded.
+_Y_STAGES = 3
+# A block that takes sweeps has room for the largest of them. One more block on each multiprocessor
+# gains more than a third stage. T=4096, ranks 8 to 128: 28.9 us with three, 26.3 with two.
+_Y_STAGES_IN_SWEEPS = 2
+# What arrays may fill of shared memory.
+_SHARED_BYTES = chip.ARRAY_BYTES
+
+
+class ExpandPart(NamedTuple):
+    """One stack of adapters.
+
+    Attributes:
+      v: `[rows, max(R, 16)]` in B's dtype, `operand_rows` of them.
+      lora_b: `[L, N, R]`.
+      segments: the tokens' adapters, -1 or in `[0, L)`.
+      y_offset: first column of y that the part adds to (static).
+      config: how to cut the work.
+      first_slot: names the range of slots that the part's adapters are (static). A token has an
+        adapter of one range at most; parts of one range have the same `segments`.
+    """
+
+    v: Float[Array, "rows K"]
+    lora_b: Float[Array, "L N R"]
+    segments: Segments
+    y_offset: int
+    config: Config
+    first_slot: int = 0
+
+
+def expand_kernel(
+    y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], *, add_inputs: bool
+) -> Float[Array, "T Ny"]:
+    """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
+
+    Without `add_inputs` the sum takes the place of what a token with an adapter has in the parts'
+    columns. A block takes range after range, mostly one that its tokens use. Where shared memory
+    doesn't hold all parts of a range that share columns, it takes several sweeps for them, and
+    rounds after each.
+    """
+    plan = _plan(y.dtype, parts, add_inputs)
+    ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
+    kernel = plgpu.kernel(
+        functools.partial(_block_body, plan),
+        scratch_types=[
+            plgpu.Barrier(num_arrivals=plan.route_arrivals),
+            plgpu.Barrier(num_arrivals=plan.v_arrivals),
+            plgpu.Barrier(num_barriers=plan.y_stages, num_arrivals=plan.y_arrivals),
+            *(
+                plgpu.Barrier(
+                    num_barriers=part.config.expand_stages, num_arrivals=part.config.expand_stack
+                )
+                for part in plan.parts
+            ),
+        ],
+        grid=(-(-y.shape[0] // plan.rows), sum(cut.blocks for cut in plan.cuts)),
+        grid_names=("tile", "block"),
+        kernel_name=f"lora_expand_{ranks}",
+    )
+    operands = (array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows)))
+    [y] = in_place(kernel, (y,), *operands)
+    return y
+
+
+# ------------------------------------------------------------------------ the plan, from shapes
+
+
+class _Sweep(NamedTuple):
+    """What a block adds at once.
+
+    Attributes:
+      parts: of one range. Their v and B are in shared memory at the same time.
+      adds: whether their sum is added to y, or takes its place.
+    """
+
+    parts: tuple[int, ...]
+    adds: bool
+
+
+class _CutPlan(NamedTuple):
+    """How a launch cuts one cut of y's columns.
+
+    Attributes:
+      cut: the columns, and the parts that add to them.
+      sweeps: in which a block adds these parts.
+      whole: how many times the cut has `block_n` columns.
+      groups: blocks that deal these among themselves.
+      rest: columns behind them. They have a block, and code, of their own.
+    """
+
+    cut: Cut
+    sweeps: tuple[_Sweep, ...]
+    whole: int
+    groups: int
+    rest: int
+
+    @property
+    def blocks(self) -> int:
+        return self.groups + (self.rest > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a launch cuts its work.
+
+    Attributes:
+      parts: with configs whose shared memory fits.
+      cuts: the columns of y.
+      dtype: of y.
+      rows: tokens of a block.
+      block_n: columns of y that a block takes at once.
+      columns: how many times it takes those, at most.
+      y_stages: stages of y's ring.
+    """
+
+    parts: tuple[ExpandPart, ...]
+    cuts: tuple[_CutPlan, ...]
+    dtype: DTypeLike
+    rows: int
+    block_n: int
+    columns: int
+    y_stages: int
+
+    # A barrier expects the same number of arrivals in every block. A block with fewer copies than
+    # another arrives itself for each that it lacks.
+
+    def copies_of_routes(self, cut: Cut) -> int:
+        return sum(route_copies(self.parts[i].segments, self.rows) for i in cut.parts)
+
+    @property
+    def route_arrivals(self) -> int:
+        return max(self.copies_of_routes(cut.cut) for cut in self.cuts)
+
+    @property
+    def v_arrivals(self) -> int:
+        return max(len(sweep.parts) for cut in self.cuts for sweep in cut.sweeps)
+
+    @property
+    def y_arrivals(self) -> int:
+        widths = (self.block_n, *(cut.rest for cut in self.cuts))
+        return max(len(self.y_bands(width)) for width in widths)
+
+    def y_bands(self, width: int) -> list[Band]:
+        return bands(width, jnp.dtype(self.dtype).itemsize)
+
+
+def _plan(dtype: jnp.dtype, parts: tuple[ExpandPart, ...], add_inputs: bool) -> _Plan:
+    """The plan of `expand_kernel`; `dtype` is y's."""
+    spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
+    sweeps = [_sweeps(cut.parts, parts, add_inputs, dtype.itemsize) for cut in spans]
+    at_once = {sweep.parts for of_cut in sweeps for sweep in of_cut}
+    in_sweeps = any(len(of_cut) > 1 for of_cut in sweeps)
+    most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps else _Y_STAGES
+    widest = max(cut.stop - cut.start for cut in spans)
+    columns = _columns(parts, widest, max(map(len, at_once)))
+    fit = _fitting(_Fit.of(parts, columns), at_once, most_ys, dtype.itemsize)
+    plans = []
+    for cut, of_cut in zip(spans, sweeps):
+        whole, rest = divmod(cut.stop - cut.start, fit.block_n)
+        plans.append(_CutPlan(cut, of_cut, whole, -(-whole // fit.columns), rest))
+    return _Plan(
+        parts=fit.parts,
+        cuts=tuple(plans),
+        dtype=dtype,
+        rows=fit.rows,
+        block_n=fit.block_n,
+        columns=fit.columns,
+        y_stages=min(most_ys, fit.columns),
+    )
+
+
+def _columns(parts: tuple[ExpandPart, ...], widest: int, most_at_once: int) -> int:
+    """How many times a block takes `block_n` columns, at most."""
+    configs = [part.config for part in parts]
+    row_tiles = min(config.expand_row_tiles for config in configs)
+    # The parts with fewer tiles decide: the others count on more rows for each load of B.
+    columns = max(c.expand_columns for c in configs if c.expand_row_tiles == row_tiles)
+    if columns > 1 and most_at_once > 2:
+        # v and B of so many parts fill shared memory, so few blocks are there at once. T=4096,
+        # ranks 8 to 128 together: 69.5 us with 4, 65.2 with 8, 76.8 with 16.
+        columns = max(columns, min(2 * columns, 8))
+    return max(1, min(columns, widest // min(config.block_n for config in configs)))
+
+
+def _sweeps(
+    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], add_inputs: bool, itemsize: int
+) -> tuple[_Sweep, ...]:
+    """Range after range, its parts in as few sweeps as shared memory lets them."""
+    ranges: dict[int, list[int]] = {}
+    for i in of_cut:
+        ranges.setdefault(parts[i].first_slot, []).append(i)
+    least = _with(parts, expand_stages=1)
+    sweeps: list[_Sweep] = []
+    for mine in ranges.values():
+        sweeps.append(_Sweep((mine[0],), add_inputs))
+        for i in mine[1:]:
+            together = (*sweeps[-1].parts, i)
+            if _nbytes(together, least, TILE, 8, itemsize) <= _SHARED_BYTES:
+                sweeps[-1] = sweeps[-1]._replace(parts=together)
+            else:  # the same tokens again, which have the sum of the sweep before
+                sweeps.append(_Sweep((i,), adds=True))
+    return tuple(sweeps)
+
+
+class _Fit(NamedTuple):
+    """What decides a block's shared memory, and may shrink until it fits. As in `_Plan`."""
+
+    parts: tuple[ExpandPart, ...]
+    rows: int
+    block_n: int
+    columns: int
+
+    @classmethod
+    def of(cls, parts: tuple[ExpandPart, ...], columns: int) -> "_Fit":
+        """What the parts' configs ask for."""
+        row_tiles = min(part.config.expand_row_tiles for part in parts)
+        block_n = min(MAX_COLUMNS // row_tiles, *(part.config.block_n for part in parts))
+        return cls(parts, row_tiles * TILE, block_n, columns)
+
+
+def _fitting(given: _Fit, at_once: set[tuple[int, ...]], most_ys: int, itemsize: int) -> _Fit:
+    """`given` with what must be smaller for the parts of each sweep to fit; `itemsize` is y's."""
+    fit = given
+
+    def is_too_large(sweep: tuple[int, ...]) -> bool:
+        y_bytes = itemsize * min(most_ys, fit.columns)
+        return _nbytes(sweep, fit.parts, fit.rows, fit.block_n, y_bytes) > _SHARED_BYTES
+
+    while any(map(is_too_large, at_once)):
+        if any(part.config.expand_stages > 1 for part in fit.parts):
+            fit = fit._replace(parts=_with(fit.parts, expand_stages=1))
+        elif fit.rows > TILE and fit.block_n <= 32:
+            # With still fewer columns, wgmma would mostly wait for v.
+            again = _Fit.of(_with(given.parts, expand_row_tiles=1), given.columns)
+            return _fitting(again, at_once, most_ys, itemsize)
+        elif fit.block_n > 8:
+            fit = fit._replace(block_n=max(8, fit.block_n // 16 * 8))
+        elif fit.columns > 1:
+            fit = fit._replace(columns=1)
+        else:
+            break  # more adapters of the highest ranks at once than fit, which Mosaic refuses
+    return fit
+
+
+def _nbytes(
+    sweep: tuple[int, ...], parts: tuple[ExpandPart, ...], rows: int, block_n: int, y_bytes: int
+) -> int:
+    """Shared memory of a sweep of these parts; `y_bytes` is what an element of y takes in all
+    stages of its ring."""
+    memory = [
+        ref for i in sweep for ref in _part_memory(parts[i], rows, block_n) if ref is not None
+    ]
+    memory += [route_memory(part.segments, rows) for part in parts]
+    return shared_bytes(memory) + rows * block_n * y_bytes
+
+
+def _with(parts: tuple[ExpandPart, ...], **fields: int) -> tuple[ExpandPart, ...]:
+    """The parts, with these fields in their configs."""
+    return tuple(p._replace(config=dataclasses.replace(p.config, **fields)) for p in parts)
+
+
+class _PartMemory(NamedTuple):
+    """A part's arrays in shared memory.
+
+    Attributes:
+      v: `[rows, max(R, 16)]`.
+      b: a ring, `[stages, wide, R]`: the adapters of a round one below the other.
+      wide_b: `[wide, 16]`, only where R is 8. Rows of 16 bytes cannot be swizzled, and wgmma's K is
+        16, so B goes through here, with zeros behind its ranks.
+    """
+
+    v: Ref
+    b: Ref
+    wide_b: Ref | None = None
+
+
+def _stacked(config: Config, rows: int, width: int) -> int:
+    """Adapters that a block multiplies at once with `width` columns."""
+    return min(config.expand_stack, MAX_COLUMNS * TILE // rows // width)
+
+
+def _part_memory(part: ExpandPart, rows: int, width: int) -> _PartMemory:
+    """The shared memory to ask for, where a block takes `width` columns at once."""
+    (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
+    wide, stages = _stacked(part.config, rows, width) * width, part.config.expand_stages
+    v: Memory = plgpu.SMEM((rows, width_v), dtype, transforms=operand_layout(dtype, width_v))
+    if rank > 8:
+        layout = operand_layout(dtype, rank)
+        return _PartMemory(v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout))
+    wide = -(-wide // TILE) * TILE  # B passes through registers, whose WGMMA layout has 64 rows
+    wide_b = plgpu.SMEM((wide, 16), dtype, transforms=operand_layout(dtype, 16))
+    return _PartMemory(v, plgpu.SMEM((stages, wide, rank), dtype), wide_b)
+
+
+# --------------------------------------------------------------------------------- a block
+
+
+class _Inputs(NamedTuple):
+    """A part's operands in device memory, and the barriers of its ring of B."""
+
+    v: Ref
+    b: Ref
+    table: Ref
+    b_loaded: Ref
+
+
+class _Launched(NamedTuple):
+    """What every block of a launch has: the plan, y in device memory, each part's inputs, and the
+    barriers of routes, of a sweep's v, and of each stage of y's ring."""
+
+    plan: _Plan
+    y: Ref
+    inputs: list[_Inputs]
+    routes_loaded: Ref
+    v_loaded: Ref
+    y_loaded: Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """What a block owns: `count` times `width` columns of y from `column` on, of `rows` tokens from
+    `row_start` on, which are number `tile`."""
+
+    launched: _Launched
+    cut: _CutPlan
+    width: int
+    column: Array
+    count: Array
+    tile: Array
+    row_start: Array
+
+
+def _block_body(plan: _Plan, y_ref: Ref, *refs: Ref) -> None:
+    """What every block runs: finds the columns that it owns, and adds to them."""
+    operands = itertools.batched(refs[: 3 * len(plan.parts)], 3)
+    routes_loaded, v_loaded, y_loaded, *b_loaded = refs[3 * len(plan.parts) :]
+    inputs = [_Inputs(v, b, table, loaded) for (v, b, table), loaded in zip(operands, b_loaded)]
+    launched = _Launched(plan, y_ref, inputs, routes_loaded, v_loaded, y_loaded)
+    tile, block = lax.axis_index("tile"), lax.axis_index("block")
+    row_start = tile * plan.rows
+
+    def run(cut: _CutPlan, width: int, column: Array, count: Array) -> None:
+        _run_block(_Block(launched, cut, width, column, count, tile, row_start))
+
+    first = 0
+    for cut in plan.cuts:
+        start = cut.cut.start
+        if cut.whole:
+            nth = (block - first) * plan.columns
+            column = start + nth * plan.block_n
+            count = jnp.minimum(cut.whole - nth, plan.columns)
+            pl.when((block >= first) & (block < first + cut.groups))(
+                functools.partial(run, cut, plan.block_n, column, count)
+            )
+        if cut.rest:
+            column = jnp.int32(start + cut.whole * plan.block_n)
+            pl.when(block == first + cut.groups)(
+                functools.partial(run, cut, cut.rest, column, jnp.int32(1))
+            )
+        first += cut.blocks
+
+
+def _run_block(block: _Block) -> None:
+    """Gives a block the shared memory of its ring of y and of its routes, and lets it work."""
+    plan, cut = block.launched.plan, block.cut.cut
+    itemsize = jnp.dtype(plan.dtype).itemsize
+
+    def run(y_smem: list[Ref], *words: Ref) -> None:
+        route_of = {i: Route(of, plan.rows) for i, of in zip(cut.parts, words)}
+        _take_sweeps(block, _YRing(block, y_smem), route_of)
+
+    pl.run_scoped(
+        run,
+        [
+            plgpu.SMEM(
+                (plan.y_stages, plan.rows, size),
+                plan.dtype,
+                transforms=plain_layout(size * itemsize),
+            )
+            for _, size in plan.y_bands(block.width)
+        ],
+        *(route_memory(plan.parts[i].segments, plan.rows) for i in cut.parts),
+    )
+
+
+# ----------------------------------------------------------------------------------- sweeps
+
+
+def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> None:
+    """Copies the routes, then takes the sweeps in which some token has an adapter."""
+    launched, sweeps = block.launched, block.cut.sweeps
+    plan, cut = launched.plan, block.cut.cut
+    for i in cut.parts:
+        route_of[i].fetch(launched.inputs[i].table, block.tile, launched.routes_loaded)
+    for _ in range(plan.copies_of_routes(cut), plan.route_arrivals):
+        plgpu.barrier_arrive(launched.routes_loaded)
+    if len(sweeps) == 1:
+        pl.run_scoped(
+            functools.partial(_only_sweep, block, ring, route_of), _sweep_memory(block, cut.parts)
+        )
+    else:
+        ring.fetch_first()
+        plgpu.barrier_wait(launched.routes_loaded)
+        for n, sweep in enumerate(sweeps):
+            pl.when(_is_used(sweep.parts, route_of))(
+                functools.partial(_one_of_several, block, ring, route_of, n)
+            )
+    ring.wait_for_unused(~_is_used(cut.parts, route_of))
+
+
+def _only_sweep(
+    block: _Block, ring: "_YRing", route_of: dict[int, Route], memory: list[_PartMemory]
+) -> None:
+    """All parts at once. Nothing waits for the routes to ask for v and y."""
+    launched, [sweep] = block.launched, block.cut.sweeps
+    _fetch_v(block, sweep.parts, memory)
+    ring.fetch_first()
+    plgpu.barrier_wait(launched.routes_loaded)
+    pl.when(_is_used(sweep.parts, route_of))(
+        functools.partial(_add_sweep, block, ring, route_of, sweep, memory)
+    )
+    pl.when(~_is_used(sweep.parts, route_of))(lambda: plgpu.barrier_wait(launched.v_loaded))
+
+
+def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n: int) -> None:
+    """Sweep n, some of whose adapters the tokens have. Then y comes anew if a later sweep adds."""
+    sweep, later = block.cut.sweeps[n], block.cut.sweeps[n + 1 :]
+
+    def run(memory: list[_PartMemory]) -> None:
+        _fetch_v(block, sweep.parts, memory)
+        _add_sweep(block, ring, route_of, sweep, memory)
+
+    pl.run_scoped(run, _sweep_memory(block, sweep.parts))
+    if used := [_is_used(other.parts, route_of) for other in later]:
+        pl.when(functools.reduce(jnp.logical_or, used))(ring.fetch_first)
+
+
+def _sweep_memory(block: _Block, parts: tuple[int, ...]) -> list[_PartMemory]:
+    """The shared memory to ask for in a sweep of these parts."""
+    plan = block.launched.plan
+    return [_part_memory(plan.parts[i], plan.rows, block.width) for i in parts]
+
+
+def _is_used(parts: tuple[int, ...], route_of: dict[int, Route]) -> Bool[Array, ""]:
+    """Whether some token has an adapter of these parts."""
+    return functools.reduce(jnp.maximum, [route_of[i].count() for i in parts]) > 0
+
+
+def _fetch_v(block: _Block, parts: tuple[int, ...], memory: list[_PartMemory]) -> None:
+    """Starts to copy v of a sweep's parts."""
+    launched = block.launched
+    rows = pl.ds(block.row_start, launched.plan.rows)
+    for i, of_part in zip(parts, memory):
+        plgpu.copy_gmem_to_smem(launched.inputs[i].v.at[rows], of_part.v, launched.v_loaded)
+    for _ in range(len(parts), launched.plan.v_arrivals):
+        plgpu.barrier_arrive(launched.v_loaded)
+
+
+def _add_sweep(
+    block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
+    memory: list[_PartMemory],
+) -> None:  # fmt: skip
+    """Adds the parts of a sweep to all columns of the block, `width` of them at a time."""
+    launched = block.launched
+    rings, used = [], []
+    for i, of_part in zip(sweep.parts, memory):
+        ids = route_of[i].ids()
+        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part)
+        ring_of_b.fetch_first()
+        rings.append(ring_of_b)
+        used.append(ids >= 0)
+    touched = functools.reduce(jnp.logical_or, used)
+    plgpu.barrier_wait(launched.v_loaded)
+
+    def add(n: Array, _: None) -> None:
+        delta = functools.reduce(jnp.add, [of_b.delta(n) for of_b in rings])
+        ring.put(n, delta, touched, adds=sweep.adds)
+
+    lax.fori_loop(0, block.count, add, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# ------------------------------------------------------------------------- the rings of y and B
+
+
+class _YRing(NamedTuple):
+    """A block's columns of y on their way, in shared memory: `[stages, rows, size]` for each band
+    of `width` columns. Columns n are in stage n modulo stages; its barrier says that they came."""
+
+    block: _Block
+    memory: list[Ref]
+
+    @property
+    def stages(self) -> int:
+        return self.block.launched.plan.y_stages
+
+    @property
+    def bands(self) -> list[Band]:
+        return self.block.launched.plan.y_bands(self.block.width)
+
+    def band_of_y(self, n: Array | int, band: Band) -> Ref:
+        """A band of columns n in device memory."""
+        block, plan = self.block, self.block.launched.plan
+        start = block.column + n * block.width + band.first
+        return block.launched.y.at[pl.ds(block.row_start, plan.rows), pl.ds(start, band.size)]
+
+    def fetch(self, n: Array | int, slot: Array | int) -> None:
+        """Starts to copy columns n."""
+        loaded = self.block.launched.y_loaded.at[slot]
+        for band, memory in zip(self.bands, self.memory):
+            plgpu.copy_gmem_to_smem(self.band_of_y(n, band), memory.at[slot], loaded)
+        for _ in range(len(self.bands), self.block.launched.plan.y_arrivals):
+            plgpu.barrier_arrive(loaded)
+
+    def fetch_first(self) -> None:
+        """Starts to copy as many columns as there are stages."""
+        for n in range(self.stages):
+            pl.when(n < self.block.count)(functools.partial(self.fetch, n, n))
+
+    def put(
+        self, n: Array, delta: Float[Array, "rows width"], touched: Bool[Array, " rows"], *,
+        adds: bool,
+    ) -> None:  # fmt: skip
+        """Adds delta, in registers, to the `touched` rows of columns n, or puts it in their place.
+        Then stores these columns, and asks for later ones."""
+        plan = self.block.launched.plan
+        slot = lax.rem(n, jnp.int32(self.stages))
+        plgpu.barrier_wait(self.block.launched.y_loaded.at[slot])
+        for (first, size), memory in zip(self.bands, self.memory):
+            here = memory.at[slot]
+            old = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
+            new = delta[:, first : first + size]
+            if adds:
+                new = old.astype(jnp.float32) + new
+            mask = lax.broadcast_in_dim(touched, (plan.rows, size), (0,))
+            here[...] = jnp.where(mask, new.astype(plan.dtype), old)
+        plgpu.commit_smem()
+        for band, memory in zip(self.bands, self.memory):
+            plgpu.copy_smem_to_gmem(memory.at[slot], self.band_of_y(n, band))
+        if self.stages > 1:  # the columns stored before these make room
+            plgpu.wait_smem_to_gmem(len(self.bands), wait_read_only=True)
+            ahead = n + (self.stages - 1)
+            pl.when((n > 0) & (ahead < self.block.count))(
+                lambda: self.fetch(ahead, lax.rem(ahead, jnp.int32(self.stages)))
+            )
+
+    def wait_for_unused(self, unused: Bool[Array, ""]) -> None:
+        """If the columns are `unused`, waits for the first ones: a block must not end before what
+        it has copied is here."""
+        for n in range(self.stages):
+            pl.when(unused & (n < self.block.count))(
+                functools.partial(plgpu.barrier_wait, self.block.launched.y_loaded.at[n])
+            )
+
+
+class _BRing(NamedTuple):
+    """A part's B on its way, in shared memory.
+
+    Items come one after the other: for columns 0 all rounds of the tile's adapters, then for
+    columns 1, and so on. A round has a few adapters. Item k is in stage k modulo stages, whose
+    barrier says that it came.
+
+    Attributes:
+      part: the part.
+      inputs: its operands, of which B is read, and the barriers.
+      memory: v and the ring.
+      route: of the block.
+      ids: each row's adapter, in registers.
+      feature: first row of B.
+      width: rows of B, which are columns of y, in an item.
+      stack: adapters in an item.
+      rounds: items of the same columns.
+      total: all items of the block.
+    """
+
+    part: ExpandPart
+    inputs: _Inputs
+    memory: _PartMemory
+    route: Route
+    ids: Int[Array, " rows"]
+    feature: Array
+    width: int
+    stack: int
+    rounds: Array
+    total: Array
+
+    @classmethod
+    def of(
+        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory
+    ) -> "_BRing":
+        """The ring of part i."""
+        part = block.launched.plan.parts[i]
+        feature = block.column - part.y_offset
+        stack = _stacked(part.config, route.rows, block.width)
+        rounds = route.rounds(stack)
+        total = block.count * rounds
+        inputs = block.launched.inputs[i]
+        return cls(part, inputs, memory, route, ids, feature, block.width, stack, rounds, total)
+
+    @property
+    def stages(self) -> int:
+        return self.part.config.expand_stages
+
+    def fetch(self, item: Array | int, slot: Array | int) -> None:
+        """Starts to copy an item. What is not copied arrives."""
+        loaded = self.inputs.b_loaded.at[slot]
+        n, nth = lax.div(jnp.int32(item), self.rounds), lax.rem(jnp.int32(item), self.rounds)
+
+        def copy(j: int, adapter: Array) -> None:
+            plgpu.copy_gmem_to_smem(
+                self.inputs.b.at[adapter, pl.ds(self.feature + n * self.width, self.width)],
+                self.memory.b.at[slot, pl.ds(j * self.width, self.width)],
+                loaded,
+            )
+
+        for j in range(self.stack):
+            adapter = self.route.adapter(nth * self.stack, j)
+            pl.when(adapter >= 0)(functools.partial(copy, j, adapter))
+            pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(loaded))
+        for _ in range(self.stack, self.part.config.expand_stack):
+            plgpu.barrier_arrive(loaded)
+
+    def fetch_first(self) -> None:
+        """Starts to copy as many items as there are stages."""
+        for item in range(self.stages):
+            pl.when(item < self.total)(functools.partial(self.fetch, item, item))
+
+    def delta(self, n: Array) -> Float[Array, "rows width"]:
+        """Each row's product with its adapter in columns n, zero without one; in registers. To be
+        asked for in order."""
+        zeros = jnp.zeros((self.route.rows, self.width), jnp.float32)
+        return lax.fori_loop(0, self.rounds, functools.partial(self.add_round, n), zeros)
+
+    def add_round(self, n: Array, nth: Array, delta: Array) -> Array:
+        """`delta` with the products of the rows whose adapters are in round `nth`."""
+        item = n * self.rounds + nth
+        slot = lax.rem(item, jnp.int32(self.stages))
+        plgpu.barrier_wait(self.inputs.b_loaded.at[slot])
+        operand = self.operand(slot)
+
+        def product(acc: Ref) -> Array:
+            plgpu.wgmma(acc, self.memory.v, operand.T)
+            return acc[...]
+
+        wide = self.stack * self.width
+        products = pl.run_scoped(product, accumulator(self.route.rows, wide))
+        for j in range(self.stack):
+            mine = row_mask(self.ids, self.route.adapter(nth * self.stack, j), self.width)
+            delta = jnp.where(mine, products[:, j * self.width : (j + 1) * self.width], delta)
+        ahead = item + self.stages
+        pl.when(ahead < self.total)(lambda: self.fetch(ahead, slot))
+        return delta
+
+    def operand(self, slot: Array) -> Ref:
+        """B of an item as wgmma takes it, in shared memory."""
+        here, wide_b = self.memory.b.at[slot], self.memory.wide_b
+        if wide_b is None:
+            return here
+        b = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
+        wide_b[...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
+        plgpu.commit_smem()
+        return wide_b.at[pl.ds(0, self.stack * self.width)]

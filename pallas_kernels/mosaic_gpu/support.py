@@ -1,0 +1,71 @@
+"""What the kernels can't do, in words. Callers then take another implementation, or say it."""
+
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from pallas_kernels.mosaic_gpu.layouts import cuts
+from pallas_kernels.stacks import LoRAPart
+
+MAX_RANK = 512
+MAX_FEATURES = 131072
+
+
+def missing(
+    weight_dtype: DTypeLike,
+    rank: int,
+    features: int | None = None,
+    width: int | None = None,
+    y_dtype: DTypeLike | None = None,
+    y_width: int | None = None,
+    y_offset: int = 0,
+) -> str | None:
+    """What the kernels lack for a case, as the object of "lacks"; None if they take it.
+
+    `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
+    x may have any dtype of the ops.
+    """
+    if weight_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
+    if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):
+        return f"rank {rank} (it takes 8 and the multiples of 16 up to {MAX_RANK})"
+    for name, size in (("H", features), ("N", width)):
+        if size is not None and (size % 8 or not 64 <= size <= MAX_FEATURES):
+            return f"{name}={size} (it takes multiples of 8 from 64 to {MAX_FEATURES})"
+    if y_dtype is not None and y_width is not None:  # TMA copies and strides in units of 16 bytes
+        row, first = (n * jnp.dtype(y_dtype).itemsize for n in (y_width, y_offset))
+        if row % 16:
+            return f"rows of y of {row} bytes (it takes multiples of 16)"
+        if first % 16:
+            return f"y_offset={y_offset}, {first} bytes into y (it takes multiples of 16)"
+    return None
+
+
+def missing_parts(
+    parts: tuple[LoRAPart, ...], widths: tuple[int, ...], y_dtype: DTypeLike
+) -> str | None:
+    """What the kernels lack for a call with these parts, of checked shapes, that adds to ys of
+    these widths; None if they take it."""
+    lacks = []
+    for part in parts:
+        a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
+        _, rank, features = a.shape
+        lacks += [
+            missing(weights.dtype, rank, features, b.shape[1], y_dtype, width, part.y_offset)
+            for weights in (a, b)
+            for width in (*widths, sum(widths))
+        ]
+        if a.dtype != b.dtype:
+            lacks.append(f"{a.dtype} lora_a beside {b.dtype} lora_b (it takes both in one dtype)")
+    spans = tuple((p.y_offset, p.y_offset + jnp.shape(p.lora_b)[1]) for p in parts)
+    lacks.append(missing_together(spans))
+    return next(filter(None, lacks), None)
+
+
+def missing_together(spans: tuple[tuple[int, int], ...]) -> str | None:
+    """What the kernels lack for parts that add to the columns [start, stop) of these spans, each of
+    which they take alone; None if they take them together."""
+    for cut in cuts(spans):
+        if width := (cut.stop - cut.start) % 8:
+            what = f"columns [{cut.start}, {cut.stop}) between edges of overlapping parts"
+            return f"{what}, {width} more than a multiple of 8"
+    return None
