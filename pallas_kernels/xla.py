@@ -11,13 +11,14 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
-from pallas_kernels.routing import Segments, SlotRange, TokenIds, local_segments
+from pallas_kernels.routing import Segments, SlotRange, TokenIds, ids_of, local_segments
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
@@ -237,10 +238,18 @@ def lora_delta(
 ) -> tuple[Array, ...]:
     """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
     locals_ = local_parts(parts, token_ids)
-    zeros = jnp.zeros((x.shape[0], sum(call.widths)), jnp.float32)
+    zeros = _zeros((x.shape[0], sum(call.widths)), x, ids_of(token_ids), *jax.tree.leaves(parts))
     total = _add_parts(zeros, x, locals_, call.kernels).astype(call.dtype)
     total = jnp.where(_touched(locals_, total), total, jnp.asarray(-0.0, total.dtype))
     return apart(total, call.widths)
+
+
+def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
+    """Zeros to which results of the operands are added: inside of `jax.shard_map` they vary over
+    the same axes of the mesh."""
+    # `and False` varies as the operand does, and costs nothing: XLA knows what it is.
+    nothing = functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
+    return jnp.broadcast_to(nothing.astype(jnp.float32), shape)
 
 
 def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:

@@ -35,6 +35,7 @@ def save(path: Path, rank: int, **config: Any) -> Path:
     return path
 
 
+@pytest.mark.ci
 def test_generate_answers_each_prompt_with_its_adapter() -> None:
     command = ["generate", "--base", BASE, "--max-new-tokens", 12]
     command += ["--adapter", f"u={ADAPTERS['upper']}", "--adapter", f"r={ADAPTERS['rot13']}"]

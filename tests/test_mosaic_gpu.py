@@ -481,6 +481,7 @@ DECODE_TINY = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("case", "change"), DECODE_TINY, ids=str)
 def test_decode_emulated_against_float64(
     case: Case, change: dict[str, int], emulated: None
@@ -688,6 +689,7 @@ EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("num_tokens", [1, slow(64), 256, slow(300), 8192])
 @pytest.mark.parametrize("rank", [*BUCKETS, 144, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:

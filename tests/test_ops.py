@@ -692,6 +692,22 @@ def test_delta_has_the_gradients_of_the_sum(implementation, phase):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gots, wants)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_delta_works_inside_of_shard_map(phase):
+    """With its default check of which values vary over the mesh."""
+    arrays, indices = plain()
+    mesh = jax.make_mesh((1,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, width = jax.sharding.PartitionSpec("dp"), arrays["b"].shape[1]
+
+    def delta(x, indices):
+        part = pk.LoRAPart(arrays["a"], arrays["b"], arrays["scales"])
+        return pk.lora_delta(x, [part], indices, width, phase=phase)
+
+    mapped = jax.shard_map(delta, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    got, want = (jax.jit(f)(arrays["x"], indices) for f in (mapped, delta))
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])

@@ -91,6 +91,7 @@ class AdapterBank(StackOwner):
         super().__init__(model)
         self._sites: dict[str, Site] = find_sites(self._layers, getattr(model, "peft_names", {}))
         self._table = SlotTable(self._slots)
+        self._entries = self._table.entries
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
@@ -101,7 +102,7 @@ class AdapterBank(StackOwner):
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, the least recently used first."""
         with self._lock:
-            return tuple(self._table.entries)
+            return tuple(self._entries)
 
     @property
     def slots(self) -> dict[int, int]:
