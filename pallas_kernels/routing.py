@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int
 
 
-def static(name: str, value: Any) -> int:
+def static(name: str, value: SupportsIndex) -> int:
     """`value`, or a TypeError if it is no int that is known when JAX traces."""
     try:
         return operator.index(value)
@@ -133,7 +133,7 @@ class WideIndices:
         """int32 numbers; the nearest for those that do not fit."""
         return self._or(jnp.where(self.words[:, 1] < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1)))
 
-    def _or(self, other: Any) -> Int[Array, " T"]:
+    def _or(self, other: ArrayLike) -> Int[Array, " T"]:
         """int32 numbers; `other` for those that do not fit."""
         low, high = self.words[:, 0], self.words[:, 1]
         return jnp.where(high == low >> 31, low, jnp.asarray(other, jnp.int32))
