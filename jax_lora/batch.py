@@ -259,8 +259,11 @@ class AdapterBatch:
                 f"the layer has slots {dict(slots)}, but the batch is of a model with "
                 f"{dict(self.ranges)}"
             )
-        starts = itertools.accumulate((n for _, n in self.ranges), initial=0)
-        return {bucket: start for (bucket, _), start in zip(self.ranges, starts)}
+        return dict(zip((bucket for bucket, _ in self.ranges), self._starts()))
+
+    def _starts(self) -> Iterator[int]:
+        """The id of the first slot of each range."""
+        return itertools.accumulate((n for _, n in self.ranges), initial=0)
 
     def segments(self, lead: tuple[int, ...]) -> Segments:
         """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
@@ -280,8 +283,7 @@ class AdapterBatch:
                 return segments
         segments = make_segments(self._spread(lead), self.num_slots)
         if len(self.ranges) > 1:
-            starts = itertools.accumulate((n for _, n in self.ranges), initial=0)
-            segments = segments.split(zip(starts, (n for _, n in self.ranges)))
+            segments = segments.split(zip(self._starts(), (n for _, n in self.ranges)))
         is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
             self.indices, jax.core.Tracer
         )

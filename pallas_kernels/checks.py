@@ -1,7 +1,6 @@
 """Checks of what a caller gives, once, at the public ops; messages hold the values."""
 
 import itertools
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -177,10 +176,7 @@ def slot_ranges(parts: Sequence[LoRAPart]) -> list[SlotRange]:
 
 def width(name: str, value: int) -> int:
     """A number of columns, or an error."""
-    try:
-        found = operator.index(value)
-    except (TypeError, jax.errors.JAXTypeError):
-        raise TypeError(f"{name} must be a static int, got {value!r}") from None
+    found = static(name, value)
     if found < 1:
         raise ValueError(f"{name} must be at least 1, got {found}")
     return found
