@@ -1,4 +1,5 @@
-"""The benchmarks' command line: `python -m benchmarks kernels`, `step`, `torch` or `bits`."""
+"""The benchmarks' command line: `python -m benchmarks kernels`, `join`, `step`, `torch` or
+`bits`."""
 
 import contextlib
 import dataclasses
@@ -43,6 +44,9 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2))
 
 
+Plot = Annotated[Path | None, typer.Option(help="Draw the report into this image file.")]
+
+
 @app.command()
 def kernels(
     peers: Annotated[
@@ -52,33 +56,87 @@ def kernels(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large` '
-            "(ranks 256 and 512, and 8192 tokens) or `between` (256 to 2048 tokens). "
-            "Default: 35 cases."
+            help="`grid`: all sizes between decode and prefill, uneven, shuffled and mixed. "
+            "`sweep`: T from 1 to 8192. `between`: 256 to 2048 tokens. `large`: ranks 256 and 512, "
+            'and 8192 tokens. Or a JSON file with a list of cases, e.g. [{"T": 64, "D": 8, '
+            '"r": 16}]. Default: 35 cases.'
         ),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
+    seed: Annotated[int, typer.Option(help="What `grid` draws its cases by.")] = 0,
+    count: Annotated[int, typer.Option(help="How many cases `grid` has.")] = 120,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="Time one part of the cases alone; `join` puts them together."
+        ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=64,
+            help="First compile the cases in so many processes, and in as many those of the peers: "
+            "on a host of many cores this takes a fraction of the time.",
+        ),
+    ] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the report into this JSON file, after each case anew."),
+    ] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Time the kernels against their floor, against XLA and against vLLM and SGLang.
 
     Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
-    together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
-    byte once, or multiplying, takes at least, and the aim 1.05 x floor + 3 us. Each result is
-    checked before it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
+    together exceed the L2 cache. T tokens use D adapters of rank r. Each result is checked before
+    it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
+
+    The floor is what moving each byte once, or multiplying, takes at least. The aim is 1.05 x floor
+    + 3 us up to 256 tokens and 1.08 x floor + 5 us beyond. Shuffled tokens may take 1.3 times as
+    long as the same in runs, beyond 1024 tokens twice as long. No case may take longer than the
+    best peer or XLA, nor longer than one with twice the tokens. The end of the table tells which
+    cases miss which target.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import kernels as benchmark
-        from benchmarks import tables
+        from benchmarks import pictures, tables
+        from benchmarks.ahead import compiled_ahead
+        from benchmarks.cases import SETS, cases_of, part_of
 
+        chosen = cases_of(cases, seed, count)
+        chosen = chosen if part is None else part_of(chosen, part)
         if plot is not None:
-            benchmark.check_plot(plot)
-        report = benchmark.run(benchmark.cases_of(cases), peers, progress)
+            pictures.check_path(plot)
+        if save is not None and not save.parent.is_dir():
+            raise ValueError(f"save {str(save)!r:.99}: there is no such folder")
+        name = cases if cases in ("grid", *SETS) else None
+        with compiled_ahead(chosen, peers, processes, progress):
+            report = benchmark.run(chosen, peers, progress, name=name, save=save)
         if plot is not None:
-            benchmark.plot(report, plot)
+            pictures.draw(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_kernels(report)
+
+
+@app.command()
+def join(
+    reports: Annotated[list[Path], typer.Argument(help="Files that `kernels --save` wrote.")],
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Print saved reports of `kernels` as one, with the verdicts of all their cases."""
+    with input_errors():
+        from benchmarks import pictures, tables
+        from benchmarks.report import Report
+        from benchmarks.report import join as joined
+
+        report = joined([Report.load(path) for path in reports])
+        if plot is not None:
+            pictures.draw(report, plot)
     if as_json:
         print_json(report.to_dict())
     else:
