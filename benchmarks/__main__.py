@@ -62,8 +62,12 @@ def kernels(
             '"r": 16}]. Default: 35 cases.'
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="What `grid` draws its cases by.")] = 0,
-    count: Annotated[int, typer.Option(help="How many cases `grid` has.")] = 120,
+    seed: Annotated[
+        int | None, typer.Option(help="What `grid` draws its cases by; default: 0.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many cases `grid` has; default: 120.")
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(
@@ -92,11 +96,11 @@ def kernels(
     together exceed the L2 cache. T tokens use D adapters of rank r. Each result is checked before
     it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
 
-    The floor is what moving each byte once, or multiplying, takes at least. The aim is 1.05 x floor
-    + 3 us up to 256 tokens and 1.08 x floor + 5 us beyond. Shuffled tokens may take 1.3 times as
-    long as the same in runs, beyond 1024 tokens twice as long. No case may take longer than the
-    best peer or XLA, nor longer than one with twice the tokens. The end of the table tells which
-    cases miss which target.
+    The floor is what moving each byte once, or multiplying, takes at least. A case may take
+    1.05 x floor and 3 us up to 256 tokens, and 1.08 x floor and 5 us beyond. Shuffled tokens may
+    take 1.3 times as long as the same in runs, and twice as long beyond 1024 tokens. No case may
+    take longer than the best peer or XLA, nor longer than one with twice the tokens. The end of
+    the table tells which cases miss which target.
     """
     with input_errors():
         progress("starting JAX")

@@ -235,17 +235,20 @@ def grid(seed: int, count: int) -> list[Case]:
     return list(cases)
 
 
-def cases_of(name: str | None, seed: int = 0, count: int = 120) -> list[Case]:
+def cases_of(name: str | None, seed: int | None = None, count: int | None = None) -> list[Case]:
     """CASES for None, those of `grid` or of SETS by name, else what that file holds.
 
     Raises:
       OSError: no such file, or none that can be read.
-      ValueError: the file is malformed, or a case can't be.
+      ValueError: the file is malformed, or a case can't be; `seed` or `count` for another set than
+        the grid, or out of range.
     """
+    if name == "grid":
+        return grid(0 if seed is None else seed, 120 if count is None else count)
+    if seed is not None or count is not None:
+        raise ValueError(f"seed and count are for the cases named grid, got cases {name!r:.60}")
     if name is None:
         return CASES
-    if name == "grid":
-        return grid(seed, count)
     return SETS[name] if name in SETS else _read(Path(name))
 
 
@@ -253,14 +256,14 @@ def _read(path: Path) -> list[Case]:
     if not path.exists():
         names = ", ".join(["grid", *SETS])
         raise FileNotFoundError(
-            f"cases must be one of {names}, or a file; there is no {path!s:.99}"
+            f"cases must be one of {names}, or a file; there is no {str(path)!r:.99}"
         )
     try:
         return [Case(**case) for case in json.loads(path.read_text())]
     except (TypeError, json.JSONDecodeError) as error:
         example = '{"T": 64, "D": 8, "r": 16}'
         raise ValueError(
-            f"{path!s:.99} must be a JSON list of objects like {example}: {error!s:.200}"
+            f"{str(path)!r:.99} must be a JSON list of objects like {example}: {str(error)!r:.200}"
         ) from None
 
 

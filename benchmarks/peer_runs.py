@@ -56,7 +56,8 @@ def run_peers(
     if done.returncode:
         failed = f"{script!s:.200} failed:\n{done.stderr[-2000:]}"
         if not rows:
-            raise RuntimeError(failed)
+            hint = "If the folder is older than this checkout, run benchmarks/peers/fetch.sh again."
+            raise RuntimeError(f"{failed}\n{hint}")
         progress(f"{failed}\nThe peers ran {len(rows)} of {len(cases)} cases")
     missing: Row = {peer: "fails: its process ended before" for peer in PEERS}
     return [*rows, *[missing] * (len(cases) - len(rows))]

@@ -106,7 +106,8 @@ class Held(NamedTuple):
         return self.us / self.most
 
     def __str__(self) -> str:
-        return f"{self.case.label}: {self.us:.2f} us, {self.over:.2f} x {self.most:.2f} {self.than}"
+        times = f"{self.us:.2f} us, {self.over:.2f} x {self.most:.2f}"
+        return f"{self.case.label}: {times} ({self.than})"
 
 
 def aim_us(tokens: int, floor: float) -> float:
@@ -175,7 +176,7 @@ class Report:
             others = {"XLA": result.xla, **result.peers}
             best = min(others, key=lambda name: others[name])
             target = "no slower than the best of vLLM, SGLang and XLA"
-            yield Held(target, result.case, us, others[best], f"of {best}")
+            yield Held(target, result.case, us, others[best], best)
         yield from _against_double(timed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,8 +219,8 @@ class Report:
             ]
             return _of_fields(cls, {**given, "results": results})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            what = f"{type(error).__name__}: {error!s:.200}"
-            raise ValueError(f"{path!s:.99} is no saved report of kernels: {what}") from None
+            what = f"{type(error).__name__}: {str(error)!r:.200}"
+            raise ValueError(f"{str(path)!r:.99} is no saved report of kernels: {what}") from None
 
 
 def _against_floors(result: Result, us: float) -> Iterator[Held]:
@@ -229,7 +230,7 @@ def _against_floors(result: Result, us: float) -> Iterator[Held]:
         if floor is not None:
             target = f"{least} x floor{which} + {tokens} T={MAX_ONE_LAUNCH}"
             most = aim_us(result.case.T, floor)
-            yield Held(target, result.case, us, most, f"by the floor of {floor:.2f}")
+            yield Held(target, result.case, us, most, f"floor {floor:.2f}")
 
 
 def _against_runs(case: Case, us: float, most: float | None) -> Iterator[Held]:
@@ -237,7 +238,7 @@ def _against_runs(case: Case, us: float, most: float | None) -> Iterator[Held]:
     times, tokens = (_SHUFFLED, "up to") if few else (_SHUFFLED_MANY, "beyond")
     target = f"shuffled at most {times:g} x the same in runs {tokens} T={_SHUFFLED_TOKENS}"
     if most is not None:
-        yield Held(target, case, us, most, f"by {most / times:.2f} in runs")
+        yield Held(target, case, us, most, f"{times:g} x {most / times:.2f} in runs")
 
 
 def _against_double(timed: dict[Case, float]) -> Iterator[Held]:
@@ -246,7 +247,9 @@ def _against_double(timed: dict[Case, float]) -> Iterator[Held]:
         for more, twice in timed.items():
             if more.T == 2 * case.T and more.D >= case.D and _family(case) == _family(more):
                 target = "no slower than with twice the tokens"
-                yield Held(target, case, us, _NOISE * twice, f"with T={more.T} D={more.D}")
+                yield Held(
+                    target, case, us, _NOISE * twice, f"{_NOISE} x that of T={more.T} D={more.D}"
+                )
 
 
 def _family(case: Case) -> object:
