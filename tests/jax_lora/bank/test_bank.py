@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import pickle
 import random
 import signal
@@ -1165,8 +1166,9 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 @pytest.mark.ci
 def test_the_child_of_a_fork_is_refused():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=150, cwd="tests"
+        [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=150, env=environment
     )
     assert done.stdout.strip() == "5", done.stderr[-2000:]
 
