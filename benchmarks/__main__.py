@@ -77,12 +77,12 @@ def kernels(
     processes: Annotated[
         int,
         typer.Option(
-            min=0,
-            max=64,
-            help="First compile the cases in so many processes, and in as many those of the peers: "
-            "on a host of many cores this takes a fraction of the time.",
+            min=1,
+            max=32,
+            help="So many processes share the GPU: they compile and check their cases together and "
+            "time them in turns. A host of 16 cores may take 6.",
         ),
-    ] = 0,
+    ] = 1,
     save: Annotated[
         Path | None,
         typer.Option(help="Write the report into this JSON file, after each case anew."),
@@ -106,8 +106,8 @@ def kernels(
         progress("starting JAX")
         from benchmarks import kernels as benchmark
         from benchmarks import pictures, tables
-        from benchmarks.ahead import compiled_ahead
         from benchmarks.cases import SETS, cases_of, part_of
+        from benchmarks.workers import run_in_processes
 
         chosen = cases_of(cases, seed, count)
         chosen = chosen if part is None else part_of(chosen, part)
@@ -116,7 +116,9 @@ def kernels(
         if save is not None and not save.parent.is_dir():
             raise ValueError(f"save {str(save)!r:.99}: there is no such folder")
         name = cases if cases in ("grid", *SETS) else None
-        with compiled_ahead(chosen, peers, processes, progress):
+        if processes > 1:
+            report = run_in_processes(chosen, peers, progress, processes, name=name, save=save)
+        else:
             report = benchmark.run(chosen, peers, progress, name=name, save=save)
         if plot is not None:
             pictures.draw(report, plot)

@@ -21,11 +21,11 @@ from benchmarks.timing import (
     Loop,
     ceilings,
     copy_rate_here,
-    loop_us,
     rounds_of,
     sets_to_rotate,
     turn,
 )
+from benchmarks.turns import Turns
 from pallas_kernels import LoRAPart, Segments, add_lora, add_lora_multi, make_segments
 
 try:  # a comparison, where someone has installed it
@@ -36,7 +36,9 @@ except ImportError:
 # y, x, and A and B of each bucket; a call gives the new y.
 Set = tuple[jax.Array, ...]
 LoRACall = Callable[..., jax.Array]
+Rates = tuple[float | None, float | None]
 
+ALONE = Turns(None)
 _MAX_ERROR = 1e-2  # of bfloat16 results, relative, as the peers are checked
 # What takes less than so many times as long as ours is timed with as many calls in a turn.
 _CLOSE = 1.5
@@ -53,6 +55,8 @@ def run(
     *,
     name: str | None = None,
     save: Path | None = None,
+    rates: Rates | None = None,
+    turns: Turns = ALONE,
 ) -> Report:
     """Times the cases, the peers first, in a process of their own that then frees the GPU.
 
@@ -62,19 +66,22 @@ def run(
       progress: takes a line for each step.
       save: a file that gets the report after each case, so that one that is cut off has told
         something.
+      rates: what `rates_here` gave; None to measure them.
+      turns: those of the processes that use this GPU too.
 
     Raises:
       FileNotFoundError: `peers` is no such folder.
       RuntimeError: a result of ours is wrong, or the peers' process gave nothing.
     """
-    rows = [{} for _ in cases] if peers is None else run_peers(cases, peers, progress)
-    on_gpu = jax.default_backend() == "gpu"
-    copy_rate, matmul_rate = ceilings() if on_gpu else (None, None)
+    rows = [{} for _ in cases] if peers is None else run_peers(cases, peers, progress, turns)
+    with turns.shared():  # it starts the device
+        on_gpu = jax.default_backend() == "gpu"
+    copy_rate, matmul_rate = rates_here() if rates is None else rates
     device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
     report = Report(name, device, date, copy_rate, matmul_rate, [])
     for case, row in zip(cases, rows):
         progress(f"timing {case.label}")
-        times, notes = time_case(case, on_gpu)
+        times, notes = time_case(case, on_gpu, turns)
         by_peer = {peer: us for peer in PEERS if isinstance(us := row.get(peer), float)}
         notes += [f"{peer} {row[peer]}" for peer in PEERS if isinstance(row.get(peer), str)]
         floor, here = _floors(case, copy_rate, matmul_rate)
@@ -86,6 +93,11 @@ def run(
         if save is not None:
             report.save(save)
     return report
+
+
+def rates_here() -> Rates:
+    """Bytes and operations per second, as `ceilings`; None without a GPU."""
+    return ceilings() if jax.default_backend() == "gpu" else (None, None)
 
 
 def _floors(
@@ -219,57 +231,65 @@ def _ragged_dots(segments: Segments, dot: LoRACall) -> LoRACall:
     return call
 
 
-def time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
-    """Microseconds by name, and notes: "ours", by what `add_lora` chooses on a GPU; "xla", by the
-    better of its forms; "tokamax" where that is installed."""
-    given, segments = operands(case), segments_of(case)
+class _Prepared:
+    """A case whose programs are compiled and checked: what is left is to time them.
+
+    "ours", by what `add_lora` chooses on a GPU; XLA's forms; "tokamax" where that is installed.
+    """
+
+    def __init__(self, case: Case, on_gpu: bool, given: list[np.ndarray], want: np.ndarray) -> None:
+        segments = segments_of(case)
+        self.sets: list[Set] = [
+            tuple(jax.device_put(t) for t in given) for _ in range(count_of(case))
+        ]
+        self.calls = _others(case, segments)
+        self.loops: dict[str, Loop] = {}
+        self.notes: list[str] = []
+        self.ours_is_xla = False
+        if on_gpu:
+            self._prepare_ours(case, segments, want)
+        for name, call in self.calls.items():
+            loop = Loop(turn(call, 1), len(self.sets), turns=1)
+            try:
+                check(name, case, loop(self.sets)[0][0], want)  # of the program that is timed
+            except NotImplementedError as lacking:
+                self.notes.append(f"{name}: {lacking}")
+            else:
+                self.loops[name] = loop
+
+    def _prepare_ours(self, case: Case, segments: Segments, want: np.ndarray) -> None:
+        call = _call_of(case, segments, case.phase)
+        lowered = jax.jit(call).lower(*self.sets[0])
+        check("ours", case, lowered.compile()(*self.sets[0]), want)
+        self.loops["ours"] = self._in_turns(call)
+        jax.block_until_ready(self.loops["ours"](self.sets))
+        if "mosaic_gpu" not in lowered.as_text():
+            self.ours_is_xla = True
+            self.notes.append("ours is XLA's form, by default for so few tokens")
+
+    def _in_turns(self, call: LoRACall) -> Loop:
+        """So many calls in a turn of the loop that it adds nothing to them."""
+        rounds = rounds_of(self.sets)
+        return Loop(turn(call, rounds), rounds * len(self.sets))
+
+    def times(self) -> dict[str, float]:
+        """Microseconds by name; "xla" is the better of its forms."""
+        times = {name: loop.us(self.sets) for name, loop in self.loops.items()}
+        better = min((name for name in times if name.startswith("xla")), key=lambda n: times[n])
+        times["xla"], self.calls["xla"] = times[better], self.calls[better]
+        for name in ("xla", "tokamax"):
+            if name in times and times[name] < _CLOSE * times.get("ours", 0):
+                times[name] = self._in_turns(self.calls[name]).us(self.sets)
+        if self.ours_is_xla:
+            times["xla"] = min(times["xla"], times["ours"])
+        return times
+
+
+def time_case(case: Case, on_gpu: bool, turns: Turns = ALONE) -> tuple[dict[str, float], list[str]]:
+    """Microseconds of "ours", "xla" and "tokamax", of those that ran, and notes."""
+    given = operands(case)
     want = expected(case, given)
-    sets = [tuple(jax.device_put(t) for t in given) for _ in range(count_of(case))]
-    times: dict[str, float] = {}
-    notes: list[str] = []
-    is_xla = False
-    if on_gpu:
-        ours = _call_of(case, segments, case.phase)
-        lowered = jax.jit(ours).lower(*sets[0])
-        is_xla = "mosaic_gpu" not in lowered.as_text()
-        check("ours", case, lowered.compile()(*sets[0]), want)
-        times["ours"] = _in_turns(ours, sets)
-    calls = _others(case, segments)
-    for name, call in calls.items():
-        loop = Loop(turn(call, 1), len(sets), turns=1)
-        try:
-            check(name, case, loop(sets)[0][0], want)  # of the program that is timed
-        except NotImplementedError as lacking:
-            notes.append(f"{name}: {lacking}")
-            continue
-        times[name] = loop.us(sets)
-    better = min((name for name in times if name.startswith("xla")), key=lambda name: times[name])
-    times["xla"], calls["xla"] = times[better], calls[better]
-    for name in ("xla", "tokamax"):
-        if name in times and times[name] < _CLOSE * times.get("ours", 0):
-            times[name] = _in_turns(calls[name], sets)
-    if is_xla:
-        times["xla"] = min(times["xla"], times["ours"])
-        notes.append("ours is XLA's form, by default for so few tokens")
-    return times, notes
-
-
-def _in_turns(call: LoRACall, sets: list[Set]) -> float:
-    """Microseconds of a call among so many that a turn of the loop adds nothing to them."""
-    rounds = rounds_of(sets)
-    return loop_us(turn(call, rounds), sets, rounds * len(sets))
-
-
-def compile_case(case: Case) -> None:
-    """Compiles what `time_case` will time on a GPU, into JAX's cache on disk."""
-    segments, count = segments_of(case), count_of(case)
-    one: list[jax.ShapeDtypeStruct] = [
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes_of(case)
-    ]
-    sets = [tuple(one)] * count
-    rounds = rounds_of(sets)
-    ours = _call_of(case, segments, case.phase)
-    jax.jit(ours).lower(*one).compile()
-    Loop(turn(ours, rounds), rounds * count).compile(sets)
-    for call in _others(case, segments).values():
-        Loop(turn(call, 1), count, turns=1).compile(sets)
+    with turns.shared():
+        prepared = _Prepared(case, on_gpu, given, want)
+    with turns.alone():
+        return prepared.times(), prepared.notes

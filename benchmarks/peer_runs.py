@@ -9,22 +9,9 @@ from pathlib import Path
 
 from benchmarks.cases import Case
 from benchmarks.report import PEERS
+from benchmarks.turns import Turns
 
 Row = dict[str, object]  # microseconds of a peer by its name, or why there are none
-
-
-def script_of(folder: Path) -> Path:
-    """The script in a folder that benchmarks/peers/fetch.sh made.
-
-    Raises:
-      FileNotFoundError: it is not there.
-    """
-    script = folder / "peer_bench.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"{script!s:.200} is missing; make the folder with benchmarks/peers/fetch.sh"
-        )
-    return script
 
 
 def for_peers(case: Case) -> dict[str, object]:
@@ -37,7 +24,7 @@ def for_peers(case: Case) -> dict[str, object]:
 
 
 def run_peers(
-    cases: Sequence[Case], folder: Path, progress: Callable[[str], None]
+    cases: Sequence[Case], folder: Path, progress: Callable[[str], None], turns: Turns
 ) -> list[dict[str, object]]:
     """A row for each case. Where the process ends too early, the rows that it wrote are kept.
 
@@ -45,16 +32,21 @@ def run_peers(
       FileNotFoundError: `folder` is none that benchmarks/peers/fetch.sh made.
       RuntimeError: the process failed before it wrote a row.
     """
-    script = script_of(folder)
+    script = folder / "peer_bench.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"{str(script)!r:.200} is missing; make the folder with benchmarks/peers/fetch.sh"
+        )
     progress(f"timing {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory() as temporary:
         given, out = Path(temporary, "cases.json"), Path(temporary, "out.json")
         given.write_text(json.dumps([for_peers(case) for case in cases]))
         command = [sys.executable, str(script), "--cases", str(given), "--out", str(out)]
+        command += [] if turns.path is None else ["--turns", turns.path]
         done = subprocess.run(command, capture_output=True, text=True)
         rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
     if done.returncode:
-        failed = f"{script!s:.200} failed:\n{done.stderr[-2000:]}"
+        failed = f"{script} failed:\n{done.stderr[-2000:]}"
         if not rows:
             hint = "If the folder is older than this checkout, run benchmarks/peers/fetch.sh again."
             raise RuntimeError(f"{failed}\n{hint}")

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The copy rate that floors are computed with, so that tables of different runs compare: measured by
-# benchmarks/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
+# The copy rate that floors are computed with, so that tables of different runs compare: that of
+# torch's copy of 1 GB on an H100 80GB. A run's own rate is reported beside it.
 COPY_RATE = 2.40e12
 # What `ceilings` measures on an H100.
 _H100_COPIES = 3.00e12
@@ -90,10 +90,6 @@ class Loop:
     def __call__(self, carry: Any, *given: Any) -> Any:
         """What all turns make of the carry."""
         return self._run(_copied(carry), *given)
-
-    def compile(self, carry: Any, *given: Any) -> None:
-        """Compiles the loop for a carry of these shapes, into JAX's cache on disk if it has one."""
-        self._run.lower(carry, *given).compile()
 
     def us(self, carry: Any, *given: Any, least_ms: float = 20) -> float:
         """Median microseconds of one call."""

@@ -4,7 +4,6 @@ Each case runs over several weight sets, together larger than the L2 cache, so t
 memory as they do between two layers of a real model. Every result is checked against float32 first.
 
     python3 peer_bench.py --cases cases.json --out peers.json
-    python3 peer_bench.py --cases cases.json --once              # compiles the kernels and times nothing
 
 benchmarks/peer_runs.py writes the cases: T, H, N, `r`, the adapter of each token in `ids`, the rank of each slot
 in `ranks`. Adapters of smaller rank than r are padded with zeros, as vLLM and SGLang pad them; SGLang's kernels
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import stubs  # noqa: F401  (must come first)
 import torch
+from turns import Turns  # type: ignore[import-not-found]
 
 DEV = "cuda"
 Case = dict[str, int]
@@ -66,19 +66,13 @@ def graph_us(fns: Sequence[Call], reps: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth() -> float:
-    src = torch.empty(1 << 30, device=DEV, dtype=torch.uint8).random_()
-    dst = torch.empty_like(src)
-    return 2 * src.numel() / (graph_us([lambda: dst.copy_(src)]) * 1e-6)
-
-
-def make(case: Case, tokens: Tokens, count: int | None) -> list[Set]:
-    """`count` sets; None for as many as exceed the L2 cache."""
+def make(case: Case, tokens: Tokens) -> list[Set]:
+    """As many sets as exceed the L2 cache."""
     slots = tokens.slots
     adapter_bytes = 2 * int(tokens.ranks.sum()) * (case["H"] + case["N"])
     live = torch.arange(case["r"], device=DEV) < tokens.ranks[:, None]
     sets = []
-    for _ in range(count or max(4, min(16, -(-200_000_000 // adapter_bytes)))):
+    for _ in range(max(4, min(16, -(-200_000_000 // adapter_bytes)))):
         a = (torch.randn(slots, case["r"], case["H"], device=DEV) / case["H"] ** 0.5).bfloat16()
         b = torch.randn(slots, case["N"], case["r"], device=DEV).bfloat16()
         a.masked_fill_(~live[:, :, None], 0)
@@ -243,48 +237,69 @@ def variants(case: Case, tokens: Tokens) -> dict[str, list[Callable[[list[Set]],
     }
 
 
-def time_peer(
-    runs: list[Callable[[list[Set]], list[Call]]], sets: list[Set], ids: torch.Tensor, once: bool
-) -> float | str:
-    """Microseconds of the fastest of what a peer may run, or why none ran."""
-    times, reason = [], ""
+def prepare(
+    runs: list[Callable[[list[Set]], list[Call]]], sets: list[Set], ids: torch.Tensor
+) -> list[list[Call]] | str:
+    """What of these gives the right result, its kernels compiled; or why nothing does."""
+    ready, reason = [], ""
     for run in runs:
         try:
             fns = run(sets)
             error = rel_error(fns[0], sets[0], ids)
-            if not error < 1e-2:
+            if error < 1e-2:
+                ready.append(fns)
+            else:
                 reason = f"wrong: {error:.1e}"
-            elif not once:
-                times.append(round(graph_us(fns), 2))
         except Exception as e:  # a peer that cannot run a case is a result
             reason = f"fails: {type(e).__name__}"
             traceback.print_exc(limit=1)
-    return min(times, default=reason)
+    torch.cuda.synchronize()
+    return ready or reason
+
+
+def fastest(ready: list[list[Call]] | str) -> float | str:
+    """Microseconds of the fastest, or why there are none."""
+    if isinstance(ready, str):
+        return ready
+    try:
+        return min(round(graph_us(fns), 2) for fns in ready)
+    except Exception as e:
+        traceback.print_exc(limit=1)
+        return f"fails: {type(e).__name__}"
+
+
+def time_case(case: Case, tokens: Tokens, turns: Turns) -> dict[str, float | str]:
+    with turns.shared():
+        sets = make(case, tokens)
+        runs = variants(case, tokens)
+        ready = {peer: prepare(runs[peer], sets, tokens.ids) for peer in runs}
+    with turns.alone():
+        row = {peer: fastest(ready[peer]) for peer in ready}
+        torch.cuda.synchronize()
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", required=True)
-    parser.add_argument("--out")
-    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--turns", help="file by which processes on this GPU take turns")
     args = parser.parse_args()
-    report: dict[str, object] = dict(device=torch.cuda.get_device_name())
-    if not args.once:
-        report["bandwidth"] = copy_bandwidth()
-    print(report, "torch", torch.__version__, flush=True)
+    turns = Turns(args.turns)
+    with turns.shared():
+        torch.cuda.init()
     rows: list[dict[str, float | str]] = []
     for case in json.loads(Path(args.cases).read_text()):
         tokens = Tokens(case.pop("ids"), case.pop("ranks"))
-        sets = make(case, tokens, 1 if args.once else None)
-        runs = variants(case, tokens)
-        row = {peer: time_peer(runs[peer], sets, tokens.ids, args.once) for peer in runs}
+        row = time_case(case, tokens, turns)
         print(json.dumps({**case, **row}), flush=True)
         rows.append(row)
-        if args.out:  # so far: a later case may end the process
-            Path(args.out).write_text(json.dumps(dict(report, rows=rows)))
-        del sets
-        forget_vllm()
-        torch.cuda.empty_cache()
+        Path(args.out).write_text(
+            json.dumps(dict(rows=rows))
+        )  # so far: a later case may end the process
+        with turns.shared():
+            forget_vllm()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -109,10 +109,8 @@ def test_a_loop_takes_turns_and_keeps_the_carry_that_it_was_given(
 
 
 def take_from(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops of 64 rounds, which take these times: of a round each, and of many calls."""
-    monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
+    """Loops that take these times."""
     monkeypatch.setattr(timing.Loop, "us", lambda loop, carry: times.pop(0))
-    monkeypatch.setattr(kernels, "loop_us", lambda body, carry, calls: times.pop(0))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_peers_that_end_early_leave_the_rows_that_they_wrote(tmp_path: Path) -> 
 json.dump(dict(rows=[dict(vllm=10.0, csgmv=9.0)]), open(out, "w"))
 sys.exit("illegal address")"""
     lines: list[str] = []
-    rows = run_peers(CASES[:2], peers(tmp_path, body), lines.append)
+    rows = run_peers(CASES[:2], peers(tmp_path, body), lines.append, kernels.ALONE)
     assert rows[0] == {"vllm": 10.0, "csgmv": 9.0}
     assert rows[1]["sgl_v2"] == "fails: its process ended before"
     assert "illegal address\n\nThe peers ran 1 of 2 cases" in lines[-1]
