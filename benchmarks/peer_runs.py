@@ -14,6 +14,20 @@ from benchmarks.turns import Turns
 Row = dict[str, object]  # microseconds of a peer by its name, or why there are none
 
 
+def script_of(folder: Path) -> Path:
+    """The script in a folder that benchmarks/peers/fetch.sh made.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    script = folder / "peer_bench.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"{str(script)!r:.200} is missing; make the folder with benchmarks/peers/fetch.sh"
+        )
+    return script
+
+
 def for_peers(case: Case) -> dict[str, object]:
     """A case as the script takes it. The peers pad all adapters of a stack to the largest rank."""
     return {
@@ -32,11 +46,7 @@ def run_peers(
       FileNotFoundError: `folder` is none that benchmarks/peers/fetch.sh made.
       RuntimeError: the process failed before it wrote a row.
     """
-    script = folder / "peer_bench.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"{str(script)!r:.200} is missing; make the folder with benchmarks/peers/fetch.sh"
-        )
+    script = script_of(folder)
     progress(f"timing {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory() as temporary:
         given, out = Path(temporary, "cases.json"), Path(temporary, "out.json")

@@ -119,7 +119,8 @@ def aim_us(tokens: int, floor: float) -> float:
 class Report:
     """All cases of a run, of the set with that `name`, if it has one.
 
-    Rates are bytes and operations per second, None without a GPU.
+    Rates are bytes and operations per second, None without a GPU. `failed` says which cases gave a
+    wrong result or none, and so are not among the results.
     """
 
     name: str | None
@@ -128,6 +129,7 @@ class Report:
     copy_rate: float | None
     matmul_rate: float | None
     results: list[Result]
+    failed: list[str] = dataclasses.field(default_factory=list)
 
     def aim(self, result: Result) -> float | None:
         """The most microseconds that a case may take: by its floor, or shuffled, by the same case
@@ -297,6 +299,7 @@ def join(reports: Sequence[Report]) -> Report:
         _mean([report.copy_rate for report in reports]),
         _mean([report.matmul_rate for report in reports]),
         results,
+        [line for report in reports for line in report.failed],
     )
 
 

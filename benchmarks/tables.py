@@ -50,6 +50,8 @@ def print_kernels(report: Report) -> None:
         )
         for missed in verdict.missed:
             _say(f"    {missed}")
+    for failed in report.failed:
+        _say(f"failed: {failed}")
     _say(f"{report.device}, {report.date}; microseconds.")
     _say_rates(report)
 

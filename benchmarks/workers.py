@@ -9,15 +9,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cases import Case
 from benchmarks.kernels import rates_here, run
+from benchmarks.peer_runs import script_of
 from benchmarks.report import Report, join
 from benchmarks.turns import Turns
 
@@ -37,13 +40,17 @@ def run_in_processes(
     """`kernels.run` by so many processes. One that fails loses the rest of its own cases alone.
 
     Raises:
+      FileNotFoundError: `peers` is no folder that benchmarks/peers/fetch.sh made.
       RuntimeError: none of them timed a case.
     """
+    if peers is not None:
+        script_of(peers)
     # Else this process would take most of the GPU's memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     rates = rates_here()
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as running:
-        folder, started = Path(temporary), []
+        folder = Path(temporary)
+        started: list[subprocess.Popen[bytes]] = []
         for nth in range(min(processes, len(cases))):
             job = {
                 "cases": [dataclasses.asdict(case) for case in cases[nth::processes]],
@@ -55,9 +62,10 @@ def run_in_processes(
             }
             (folder / f"job-{nth}.json").write_text(json.dumps(job))
             command = [sys.executable, "-m", "benchmarks.workers", str(folder / f"job-{nth}.json")]
-            process = subprocess.Popen(command, cwd=_ROOT)
-            running.callback(process.kill)  # does nothing to one that has ended
-            started.append(process)
+            process = subprocess.Popen(
+                command, cwd=_ROOT, stdin=subprocess.PIPE, start_new_session=True
+            )
+            started.append(running.enter_context(process))
         for _ in _until_ended(started):
             report = _joined(folder, cases)
             if report is not None and save is not None:
@@ -89,7 +97,19 @@ def _joined(folder: Path, cases: Sequence[Case]) -> Report | None:
     return dataclasses.replace(whole, results=results)
 
 
+def end_with_parent() -> None:
+    """Ends this process, and those that it started, when the end of its input says that the one
+    that started it is gone: else they would use the GPU of what runs next."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(path: Path) -> None:
+    end_with_parent()
     job = json.loads(path.read_text())
     run(
         [Case(**case) for case in job["cases"]],

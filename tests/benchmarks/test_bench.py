@@ -157,8 +157,11 @@ def test_tokamax_is_timed_and_checked_where_it_is_installed(
     monkeypatch.setattr(
         kernels, "ragged_dot", lambda *args, **how: 2 * jax.lax.ragged_dot(*args, **how)
     )
-    with pytest.raises(RuntimeError, match="tokamax is wrong at"):
-        kernels.run([Case(8, 4, 16, 64, 128, 8)], None, lambda text: None)
+    wrong = run(tmp_path, "--save", tmp_path / "report.json")
+    assert wrong.exit_code == 1
+    assert "failed: T=8 D=4 r=16 64x128: tokamax is wrong: relative error" in wrong.stdout
+    left = Report.load(tmp_path / "report.json")
+    assert (len(left.failed), left.results) == (2, [])
 
 
 def test_peers_are_asked_for_the_same_cases_and_a_failing_one_is_a_note(tmp_path: Path) -> None:
@@ -174,9 +177,12 @@ json.dump(dict(rows=rows), open(out, "w"))"""
 
 
 def test_a_folder_without_peers_and_peers_that_fail(tmp_path: Path) -> None:
-    result = run(tmp_path, "--peers", tmp_path)
-    assert result.exit_code == 2
-    assert "benchmarks/peers/fetch.sh" in result.stderr
+    for processes in (1, 2):
+        result = run(tmp_path, "--peers", tmp_path, "--processes", processes)
+        assert result.exit_code == 2
+        assert "peer_bench.py' is missing; make the folder with benchmarks/peers/fetch.sh" in (
+            result.stderr
+        )
     with pytest.raises(RuntimeError, match="no CUDA here"):
         kernels.run(CASES[:1], peers(tmp_path, "sys.exit('no CUDA here')"), lambda text: None)
 

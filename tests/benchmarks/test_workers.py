@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -117,3 +118,33 @@ json.dump(dict(rows=[{}]), open(sys.argv[4], "w"))""")
     assert "no CUDA here" in done.stderr
     assert "1 of 2 processes failed" in done.stderr
     assert [row["case"]["T"] for row in json.loads(done.stdout)["results"]] == [16]
+
+
+@pytest.mark.ci
+def test_a_process_and_what_it_started_end_with_the_one_that_started_it() -> None:
+    code = """
+import subprocess, sys, time
+from benchmarks.workers import end_with_parent
+end_with_parent()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        os.kill(child, 0)  # it runs
+        process.communicate()  # closes its input
+    assert process.returncode == -signal.SIGKILL
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or is_dead(child):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {child} outlived the one that started it")
+
+
+def is_dead(pid: int) -> bool:
+    """Whether it has ended, though nobody asked for its status."""
+    return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
