@@ -1,10 +1,13 @@
-"""The route of a block's tokens: which adapter each has, and which distinct ones there are.
+"""The route of a block's tokens: which they are, which adapter each has, and which distinct ones
+there are.
 
 XLA makes a table with one row of int32 words per block, once for all layers of a step as it merges
 equal computations. Each block copies its row to shared memory before it does anything else:
 
-    word      0 .. rows - 1          rows        rows + 1 ...
-              adapter of each row    count       the distinct adapters, then -1
+    word      0 ..               rows ..   2 rows   2 rows + 1     2 rows + 2 ...
+              adapters of rows   tokens    count    is scattered   the distinct adapters, then -1
+
+Tokens are taken as they come, or, where their adapters change often, sorted by adapter: `order`.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.mosaic_gpu.chip import TILE
-from pallas_kernels.mosaic_gpu.layouts import ROWS, Memory, Ref, pad_to
+from pallas_kernels.mosaic_gpu.layouts import ROWS, Memory, Ref, interpreted, pad_to
 from pallas_kernels.routing import Segments
 
 # -1s behind a route's adapters: a kernel reads all places of a round, also where fewer are
@@ -26,9 +29,42 @@ _LOOK_AHEAD = 96
 _COPIED = 256
 
 
-def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
-    """The table of routes: a row for every `rows` consecutive tokens."""
-    ids = pad_to(segments.indices, 0, rows, -1).reshape(-1, rows)
+def may_sort(num_tokens: int) -> bool:
+    """Whether `order` may be another one than that in which tokens come, from static shapes.
+
+    Then the kernels have code for rows that do not lie side by side, which Pallas's interpreter
+    cannot run.
+    """
+    return num_tokens > TILE and not interpreted()
+
+
+def order(segments: Segments) -> Int[Array, " T"] | None:
+    """The tokens in the order in which tiles take them; None for as they come.
+
+    Runs of one adapter stay where they are: TMA copies whole tiles of them. Where there are many
+    more runs than adapters, tiles of sorted tokens have far fewer adapters each, and copy rows one
+    by one. No row's bits depend on the order.
+    """
+    num_tokens, ids = segments.num_tokens, segments.indices
+    if not may_sort(num_tokens):
+        return None
+    runs = 1 + jnp.sum(ids[1:] != ids[:-1], dtype=jnp.int32)
+    groups = jnp.sum(segments.group_adapters >= 0, dtype=jnp.int32)
+    is_mixed = runs > 2 * groups + -(-num_tokens // TILE)
+    return jnp.where(is_mixed, segments.rows, jnp.arange(num_tokens, dtype=jnp.int32))
+
+
+def routes(
+    segments: Segments, rows: int = TILE, tokens: Int[Array, " T"] | None = None
+) -> Int[Array, "blocks W"]:
+    """The table of routes: a row for every `rows` tokens, in the order of `tokens`."""
+    places = jnp.arange(-(-segments.num_tokens // rows) * rows, dtype=jnp.int32)
+    ids = segments.indices
+    if tokens is None:
+        tokens = places
+    else:
+        ids, tokens = ids[tokens], jnp.concatenate([tokens, places[segments.num_tokens :]])
+    ids, tokens = pad_to(ids, 0, rows, -1).reshape(-1, rows), tokens.reshape(-1, rows)
     if segments.num_tokens <= rows:
         distinct = segments.group_adapters[None]
     else:
@@ -42,14 +78,17 @@ def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
         here = place[:, None, :] == slot[None, :, None]
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
     count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
-    pad = route_words(segments, rows) - (rows + 1 + distinct.shape[1])
+    is_scattered = jnp.any(tokens != places.reshape(-1, rows), axis=1, keepdims=True)
+    pad = route_words(segments, rows) - (2 * rows + 2 + distinct.shape[1])
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
-    return jnp.concatenate([ids, count, distinct, tail], axis=1)
+    return jnp.concatenate(
+        [ids, tokens, count, is_scattered.astype(jnp.int32), distinct, tail], axis=1
+    )
 
 
 def route_words(segments: Segments, rows: int) -> int:
     """Words of a route: TMA wants whole 128 bytes."""
-    words = rows + 1 + min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD
+    words = 2 * rows + 2 + min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD
     return -(-words // 32) * 32
 
 
@@ -87,11 +126,15 @@ class Route:
 
     def count(self) -> Int[Array, ""]:
         """How many distinct adapters the tokens have."""
-        return self.words[self.rows]
+        return self.words[2 * self.rows]
+
+    def is_scattered(self) -> Bool[Array, ""]:
+        """Whether the tokens are others than those of this place among all tokens."""
+        return self.words[2 * self.rows + 1] > 0
 
     def adapter(self, first: Array, nth: int) -> Int[Array, ""]:
         """The distinct adapter number `first + nth`; -1 behind the last."""
-        return self.words[self.rows + 1 + first + nth]
+        return self.words[2 * self.rows + 2 + first + nth]
 
     def rounds(self, stack: int) -> Int[Array, ""]:
         """Rounds in which `stack` adapters at a time are all of them."""

@@ -282,7 +282,7 @@ def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
     case = Case(len(ids), 256, 64, 16, 3, "uniform", dtype, "bfloat16")
     z = {**as_jax(of_integers(case.arrays())), "ids": jnp.asarray(ids)}
     # Columns of 64 in shared memory: three with one adapter, two with two.
-    room = 12 * 1024 + 3 * 64 * 2 * (planes * 64 + 16)
+    room = 3 * 64 * 2 * (planes * 64 + 16)
     monkeypatch.setattr(module, "_PIPELINE_BYTES", room)
     want = shrink(z, one := Config(split=1))
     seen, smem = set(), module.plgpu.SMEM
@@ -913,8 +913,10 @@ def test_routes_list_the_adapters_of_each_block(
     assert table.shape[1] == route_words(segments, rows)
     checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % rows), constant_values=-1)
     np.testing.assert_array_equal(table[:, :rows], checked.reshape(-1, rows))
+    np.testing.assert_array_equal(table[:, rows : 2 * rows].reshape(-1), np.arange(checked.size))
+    assert not table[:, 2 * rows + 1].any()  # no tile is scattered
     for row in table:
-        count, adapters = row[rows], row[rows + 1 :]
+        count, adapters = row[2 * rows], row[2 * rows + 2 :]
         assert sorted(adapters[:count]) == sorted(set(row[:rows].tolist()) - {-1})
         assert (adapters[count:] == -1).all()
         assert len(adapters) - count >= 63  # kernels look ahead
