@@ -22,6 +22,7 @@ from pallas_kernels import xla
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
+    MAX_UNSEATED_TOKENS,
     DecodePart,
     Plan,
     decode_config,
@@ -207,7 +208,7 @@ def _one_launch(
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
     words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
-    seated = isinstance(token_ids, Segments)
+    seated = isinstance(token_ids, Segments) or words.shape[0] > MAX_UNSEATED_TOKENS
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None

@@ -43,8 +43,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
-    route_copies,
-    route_memory,
+    route_size,
     routes,
     row_mask,
 )
@@ -189,7 +188,7 @@ class _Plan:
     # another arrives itself for each that it lacks.
 
     def copies_of_routes(self, cut: Cut) -> int:
-        return sum(route_copies(self.parts[i].segments, self.rows) for i in cut.parts)
+        return sum(route_size(self.parts[i].segments, self.rows).copies for i in cut.parts)
 
     @property
     def route_arrivals(self) -> int:
@@ -319,7 +318,7 @@ def _nbytes(
     memory = [
         ref for i in sweep for ref in _part_memory(parts[i], rows, block_n) if ref is not None
     ]
-    memory += [route_memory(part.segments, rows) for part in parts]
+    memory += [route_size(part.segments, rows).memory for part in parts]
     return shared_bytes(memory) + rows * block_n * y_bytes
 
 
@@ -448,7 +447,7 @@ def _run_block(block: _Block) -> None:
             )
             for _, size in plan.y_bands(block.width)
         ],
-        *(route_memory(plan.parts[i].segments, plan.rows) for i in cut.parts),
+        *(route_size(plan.parts[i].segments, plan.rows).memory for i in cut.parts),
     )
 
 
@@ -531,12 +530,28 @@ def _add_sweep(
     block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
     memory: list[_PartMemory],
 ) -> None:  # fmt: skip
+    """Adds the parts of a sweep, with several adapters of a part at once if the tile has them."""
+    configs = [block.launched.plan.parts[i].config for i in sweep.parts]
+    add = functools.partial(_add_parts, block, ring, route_of, sweep, memory)
+    if max(config.expand_stack for config in configs) == 1:
+        return add(at_once=1)
+    most = functools.reduce(jnp.maximum, [route_of[i].count() for i in sweep.parts])
+    # wgmma would multiply with what is there of other adapters. T=1024, 8 adapters of R=16, one in
+    # most tiles: 15.4 us with one, 18.1 with four.
+    pl.when(most == 1)(functools.partial(add, at_once=1))
+    pl.when(most > 1)(functools.partial(add, at_once=MAX_COLUMNS))
+
+
+def _add_parts(
+    block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
+    memory: list[_PartMemory], *, at_once: int,
+) -> None:  # fmt: skip
     """Adds the parts of a sweep to all columns of the block, `width` of them at a time."""
     launched = block.launched
     rings, used = [], []
     for i, of_part in zip(sweep.parts, memory):
         ids = route_of[i].ids()
-        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part)
+        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part, at_once)
         ring_of_b.fetch_first()
         rings.append(ring_of_b)
         used.append(ids >= 0)
@@ -747,12 +762,13 @@ class _BRing(NamedTuple):
 
     @classmethod
     def of(
-        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory
-    ) -> "_BRing":
-        """The ring of part i."""
+        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory,
+        at_once: int,
+    ) -> "_BRing":  # fmt: skip
+        """The ring of part i, with `at_once` adapters in an item, at most."""
         part = block.launched.plan.parts[i]
         feature = block.column - part.y_offset
-        stack = _stacked(part.config, route.rows, block.width)
+        stack = min(at_once, _stacked(part.config, route.rows, block.width))
         rounds = route.rounds(stack)
         total = block.count * rounds
         inputs = block.launched.inputs[i]
@@ -814,10 +830,10 @@ class _BRing(NamedTuple):
 
     def operand(self, slot: Array) -> Ref:
         """B of an item as wgmma takes it, in shared memory."""
-        here, wide_b = self.memory.b.at[slot], self.memory.wide_b
+        used, wide_b = pl.ds(0, self.stack * self.width), self.memory.wide_b
         if wide_b is None:
-            return here
-        b = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
+            return self.memory.b.at[slot, used]
+        b = plgpu.load(self.memory.b.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
         wide_b[...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
         plgpu.commit_smem()
-        return wide_b.at[pl.ds(0, self.stack * self.width)]
+        return wide_b.at[used]

@@ -1,8 +1,9 @@
 """v = scale * x @ A[i].T: a cluster of blocks takes 64 or 128 tokens and splits H among its blocks.
 
-A block works in rounds, each for a few of its tokens' adapters. The life of a round:
+It works in rounds, each for a few of the tokens' adapters. The rounds of all tiles and parts are
+dealt to the clusters in turn. The life of a round:
 
-    route      which adapters                         shared memory, copied once per part
+    route      which tokens and adapters              shared memory
     pipeline   x and A, some columns of H at a time   shared memory, by TMA
     products   all rows with all of them              registers, float32
     v          each row's product with its adapter    registers, this block's share of H
@@ -41,10 +42,10 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.config import SPLIT_UNIT, rank_width
 from pallas_kernels.mosaic_gpu.prefill.route import (
+    Rounds,
     Route,
-    route_copies,
-    route_memory,
-    routes,
+    RouteSize,
+    rounds,
     row_mask,
 )
 from pallas_kernels.routing import Segments
@@ -95,7 +96,8 @@ def shrink_kernel(
     """
     launch = _plan_launch(x, parts, num_tokens, zero_rows, tokens is not None)
     plans = _plan_parts(launch, parts)
-    grid = {"tile": launch.blocks_of_tokens, "block": max(p.first_block + p.blocks for p in plans)}
+    sizes = [plan.rounds.size(launch.rows) for plan in plans]
+    grid = {"block": _clusters(launch, plans, tokens)}
     cluster = {"split": launch.split}
     if launch.interpreted:  # an axis of the grid takes the place of the cluster
         grid, cluster = grid | cluster, {}
@@ -108,13 +110,7 @@ def shrink_kernel(
                 num_barriers=max(launch.stages(plan.width) for plan in plans),
                 num_arrivals=launch.arrivals,
             ),
-            [
-                (
-                    route_memory(p.segments, launch.rows),
-                    plgpu.Barrier(num_arrivals=route_copies(p.segments, launch.rows)),
-                )
-                for p in parts
-            ],
+            [(size.memory, plgpu.Barrier(num_arrivals=size.copies)) for size in sizes],
         ],
         kernel_name=f"lora_shrink_{ranks}",
         grid=tuple(grid.values()),
@@ -122,14 +118,9 @@ def shrink_kernel(
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
     )
-    return kernel(
-        x,
-        *(
-            array
-            for p in parts
-            for array in (p.lora_a, p.scales, routes(p.segments, launch.rows, tokens))
-        ),
-    )
+    tables = rounds(tuple(plan.rounds for plan in plans), launch.rows, tokens, every_tile=zero_rows)
+    operands = ((p.lora_a, p.scales, table) for p, table in zip(parts, tables))
+    return kernel(x, *itertools.chain(*operands))
 
 
 # ------------------------------------------------------------------------ the plan, from shapes
@@ -175,10 +166,6 @@ class _Launch:
     interpreted: bool
 
     @property
-    def blocks_of_tokens(self) -> int:
-        return -(-self.num_tokens // self.rows)
-
-    @property
     def steps(self) -> int:
         """Stages that a block's share of H takes."""
         return self.share // self.block_k
@@ -205,35 +192,27 @@ class _PartPlan:
     Attributes:
       rank: R.
       width: ranks of a block.
-      stack: adapters that a block multiplies at once.
-      chunks: blocks that deal the rounds of a tile among themselves.
-      first_block: where the part's blocks start along the grid's axis "block".
+      rounds: how many adapters a block multiplies at once, and how many blocks deal the ranks among
+        themselves.
       first_scale: where its scales start.
       out: shape and dtype of v.
     """
 
     rank: int
     width: int
-    stack: int
-    chunks: int
-    first_block: int
+    rounds: Rounds
     first_scale: int
     out: jax.ShapeDtypeStruct
 
     @property
-    def rank_blocks(self) -> int:
-        """Blocks that deal the ranks among themselves."""
-        return self.rank // self.width
-
-    @property
-    def blocks(self) -> int:
-        return self.chunks * self.rank_blocks
+    def stack(self) -> int:
+        return self.rounds.stack
 
     @property
     def row_width(self) -> int:
         """Columns of a row of v that a block stores. In half precision rank 8 has 16, the K of the
         expand's wgmma."""
-        return self.width if self.rank_blocks > 1 else self.out.shape[-1]
+        return self.width if self.rounds.blocks > 1 else self.out.shape[-1]
 
 
 def _columns_in(room: int, rows: int, dtype: DTypeLike) -> int:
@@ -293,30 +272,39 @@ def _plan_launch(
 
 def _room(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> int:
     """Bytes of shared memory that the routes leave for the pipeline."""
-    routes_bytes = shared_bytes(route_memory(p.segments, launch.rows) for p in parts)
-    return min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes)
+    memory = (RouteSize(launch.rows, MAX_COLUMNS).memory for _ in parts)
+    return min(_PIPELINE_BYTES, _SHARED_BYTES - shared_bytes(memory))
 
 
 def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPlan, ...]:
     """The parts of `shrink_kernel`, in order."""
-    # Where tiles alone keep most multiprocessors busy, the same blocks take all parts, one after
-    # the other. Blocks for each part would mostly find none of its adapters in their tile, and end.
-    in_turn = launch.blocks_of_tokens * launch.split > MULTIPROCESSORS * 3 // 4
-    plans: list[_PartPlan] = []
-    for part, width, stack in zip(parts, _widths(parts), _stacks(parts, launch.rows)):
-        before = 0 if in_turn or not plans else plans[-1].first_block + plans[-1].blocks
-        plans.append(
-            _PartPlan(
-                rank=part.lora_a.shape[1],
-                width=width,
-                stack=stack,
-                chunks=part.config.chunks,
-                first_block=before,
-                first_scale=part.first_scale,
-                out=_out_type(launch, part),
-            )
+    return tuple(
+        _PartPlan(
+            rank=part.lora_a.shape[1],
+            width=width,
+            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width),
+            first_scale=part.first_scale,
+            out=_out_type(launch, part),
         )
-    return tuple(plans)
+        for part, width, stack in zip(parts, _widths(parts), _stacks(parts, launch.rows))
+    )
+
+
+def _clusters(
+    launch: _Launch, plans: tuple[_PartPlan, ...], tokens: Int[Array, " T"] | None
+) -> int:
+    """Clusters of the launch: as many as can have work, and as are there at once."""
+    items = sum(plan.rounds.most(launch.rows, tokens) * plan.rounds.blocks for plan in plans)
+    nbytes = max(
+        launch.stages(ranks)
+        * (launch.planes * launch.rows + ranks)
+        * launch.block_k
+        * jnp.dtype(launch.dtype).itemsize
+        for plan in plans
+        for ranks in (plan.width, plan.stack * plan.width)
+    )
+    at_once = 2 if nbytes <= chip.SHARED_BYTES // 2 - 8 * 1024 else 1
+    return min(items, -(-at_once * MULTIPROCESSORS // launch.split))
 
 
 def _out_type(launch: _Launch, part: ShrinkPart) -> jax.ShapeDtypeStruct:
@@ -348,12 +336,11 @@ class _Refs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """What one block does for one part, as numbers in registers that all of its threads share.
+    """What one block does in a round, as numbers in registers that all of its threads share.
 
     Attributes:
       launch, plan, refs: what it works by.
       me: its place in the cluster.
-      chunk: the first round that it takes; then every `plan.chunks`-th.
       rank_start: first of its ranks.
       row_start: first of its tokens.
       k_start: first of its columns of H.
@@ -364,7 +351,6 @@ class _Block:
     plan: _PartPlan
     refs: _Refs
     me: Int[Array, ""]
-    chunk: Int[Array, ""]
     rank_start: Int[Array, ""]
     row_start: Int[Array, ""]
     k_start: Int[Array, ""]
@@ -379,48 +365,73 @@ def _block_body(launch: _Launch, plans: tuple[_PartPlan, ...], x_ref: Ref, *refs
         _Refs(x_ref, a, scales, table, v_ref, Route(words, launch.rows), route_loaded, loaded)
         for (a, scales, table), v_ref, (words, route_loaded) in zip(inputs, out_refs, scratch)
     ]
-    tile, block = lax.axis_index("tile"), lax.axis_index("block")
-    runs = [
-        (block >= plan.first_block) & (block < plan.first_block + plan.blocks) for plan in plans
-    ]
+    block = lax.axis_index("block")
     # All routes are on their way before the first is waited for.
-    for run, of in zip(runs, all_refs):
-        pl.when(run)(functools.partial(of.route.fetch, of.table, tile, of.route_loaded))
-    for run, plan, of in zip(runs, plans, all_refs):
-        nth = block - plan.first_block
-        pl.when(run)(functools.partial(_run_part, launch, plan, of, nth))
+    for plan, of in zip(plans, all_refs):
+        of.route.fetch(of.table, _first_guess(plan, of, block), of.route_loaded)
+    for plan, of in zip(plans, all_refs):
+        _run_part(launch, plan, of, block)
 
 
-def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, nth: Array) -> None:
-    """Block number `nth` of a part: finds its place, and takes the rounds chunk, chunk + chunks,
-    ... of its tile, once its route is here."""
-    tile, me = lax.axis_index("tile"), lax.axis_index("split")
-    per_chunk = jnp.int32(plan.rank_blocks)
-    chunk, rank_start = lax.div(nth, per_chunk), lax.rem(nth, per_chunk) * plan.width
-    row_start, k_start = tile * launch.rows, me * launch.share
-    route = refs.route
+def _first_guess(plan: _PartPlan, refs: _Refs, block: Array) -> Array:
+    """The round that a block takes first if no part comes before."""
+    first = lax.div(block, jnp.int32(plan.rounds.blocks))
+    return jnp.minimum(first, refs.table.shape[0] - 1)
+
+
+def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, block: Array) -> None:
+    """The block's items of a part: all clusters take items in turn, through all parts."""
+    route, per_round = refs.route, jnp.int32(plan.rounds.blocks)
+    clusters = jnp.int32(lax.axis_size("block"))
+    here = _first_guess(plan, refs, block)
     plgpu.barrier_wait(refs.route_loaded)
-    block = _Block(launch, plan, refs, me, chunk, rank_start, row_start, k_start, route.ids())
-    rounds = route.rounds(plan.stack)
-    if launch.zero_rows:
-        rounds = jnp.maximum(rounds, 1)
-    mine = lax.div(rounds - chunk + (plan.chunks - 1), jnp.int32(plan.chunks))
+    nth = lax.rem(block - route.first_item(), clusters)
+    nth = jnp.where(nth < 0, nth + clusters, nth)
+    mine = lax.div(route.items() - nth + (clusters - 1), clusters)
 
-    def take(n: Array) -> None:
-        if launch.stages(plan.width) == launch.stages(plan.stack * plan.width):
-            return _round(block, plan.stack, n)
-        # Room for more adapters costs stages, and most tiles have one adapter.
-        is_one = route.count() - n * plan.stack <= 1
-        pl.when(is_one)(functools.partial(_round, block, 1, n))
-        pl.when(~is_one)(functools.partial(_round, block, plan.stack, n))
+    def take(i: Array, _: None) -> None:
+        item = nth + i * clusters
+        wanted = lax.div(item, per_round)
+        pl.when((i > 0) | (wanted != here))(functools.partial(_fetch_route, refs, wanted))
+        me = lax.axis_index("split")
+        _take(
+            _Block(
+                launch,
+                plan,
+                refs,
+                me,
+                rank_start=lax.rem(item, per_round) * plan.width,
+                row_start=route.tile() * launch.rows,
+                k_start=me * launch.share,
+                ids=route.ids(),
+            )
+        )
 
-    lax.fori_loop(0, mine, lambda n, _: take(chunk + n * plan.chunks), None)
+    lax.fori_loop(0, mine, take, None)
 
 
-def _round(block: _Block, count: int, n: Array) -> None:
-    """Round n of a tile, which has up to `count` adapters: from x to v in device memory."""
+def _fetch_route(refs: _Refs, wanted: Array) -> None:
+    """Copies another round's route, and waits for it."""
+    plgpu.commit_smem()  # all are done with the one before
+    refs.route.fetch(refs.table, wanted, refs.route_loaded)
+    plgpu.barrier_wait(refs.route_loaded)
+
+
+def _take(block: _Block) -> None:
+    """A round, with room for one adapter or several."""
+    launch, plan = block.launch, block.plan
+    if launch.stages(plan.width) == launch.stages(plan.stack * plan.width):
+        return _round(block, plan.stack)
+    # Room for more adapters costs stages, and most tiles have one adapter.
+    is_one = block.refs.route.count() <= 1
+    pl.when(is_one)(functools.partial(_round, block, 1))
+    pl.when(~is_one)(functools.partial(_round, block, plan.stack))
+
+
+def _round(block: _Block, count: int) -> None:
+    """A round, which has up to `count` adapters: from x to v in device memory."""
     launch, plan, refs = block.launch, block.plan, block.refs
-    adapters = [refs.route.adapter(n * plan.stack, j) for j in range(count)]
+    adapters = [refs.route.adapter(0, j) for j in range(count)]
     wide = count * plan.width
     stages = launch.stages(wide)
     v = pl.run_scoped(
@@ -438,7 +449,7 @@ def _round(block: _Block, count: int, n: Array) -> None:
     else:
         layout = operand_layout(jnp.float32, plan.width)
         share = plgpu.SMEM((launch.rows, plan.width), jnp.float32, transforms=layout)
-        pl.run_scoped(functools.partial(_exchange, block, adapters, n, v), share)
+        pl.run_scoped(functools.partial(_exchange, block, adapters, v), share)
 
 
 # ------------------------------------------------------------- the pipeline, and the products
@@ -593,7 +604,7 @@ def _fetch_rows(
 # ----------------------------------------------------------------------- from registers to v
 
 
-def _exchange(block: _Block, adapters: list[Array], n: Array, v: Array, share: Ref) -> None:
+def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> None:
     """Sums what the cluster's blocks have, in their order. Each block takes some of the rows, and
     stores those with one of the adapters; in the first round also those without any.
 
@@ -613,7 +624,7 @@ def _exchange(block: _Block, adapters: list[Array], n: Array, v: Array, share: R
     cluster_barrier()
     lanes.add_up_shares(
         sums, share, layout, refs.route.words, out, block.me, block.row_start, block.rank_start,
-        n == 0, adapters,
+        refs.route.is_first(), adapters,
     )  # fmt: skip
     cluster_barrier()  # peers read `share` until here
     plgpu.commit_smem()  # TMA may write there next

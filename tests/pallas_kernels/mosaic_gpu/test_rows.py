@@ -8,7 +8,15 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu.lanes import ArrayMemory, Emulator
 from pallas_kernels.mosaic_gpu.prefill import route
-from pallas_kernels.mosaic_gpu.prefill.rows import Block, Rows, Sums, Target, add_up, gather, scatter
+from pallas_kernels.mosaic_gpu.prefill.rows import (
+    Block,
+    Rows,
+    Sums,
+    Target,
+    add_up,
+    gather,
+    scatter,
+)
 
 THREADS = 128
 
@@ -124,3 +132,42 @@ def test_tokens_are_sorted_where_adapters_change_often(ids: np.ndarray, sorts: b
 
 def test_few_tokens_are_never_sorted() -> None:
     assert route.order(pk.make_segments(np.arange(64, dtype=np.int32), 64)) is None
+
+
+@pytest.mark.parametrize("every_tile", [False, True])
+@pytest.mark.parametrize("popularity", ["runs", "shuffled", "one", "none"])
+@pytest.mark.parametrize(("rows", "num_tokens"), [(64, 300), (128, 300), (64, 40)])
+def test_rounds_hold_each_adapter_of_each_tile_once(
+    rows: int, num_tokens: int, popularity: str, every_tile: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    ids = {
+        "runs": np.repeat(rng.permutation(9), 40)[:num_tokens],
+        "shuffled": rng.integers(-1, 9, num_tokens),
+        "one": np.full(num_tokens, 3),
+        "none": np.full(num_tokens, -1),
+    }[popularity].astype(np.int32)
+    segments = pk.make_segments(ids, 9)
+    tokens = route.order(segments)
+    parts = (route.Rounds(segments, 2, 1), route.Rounds(segments, 3, 2))
+    tables = route.rounds(parts, rows, tokens, every_tile=every_tile)
+    order = np.arange(num_tokens) if tokens is None else np.asarray(tokens)
+    items = 0
+    for part, table in zip(parts, map(np.asarray, tables)):
+        head = table[:, 2 * rows : 2 * rows + 6]
+        count, _, tile, is_first, first_item, all_items = head.T
+        assert (first_item == items).all()
+        assert np.unique(all_items).size == 1 and all_items[0] % part.blocks == 0
+        live = all_items[0] // part.blocks
+        assert live <= len(table)
+        items += all_items[0]
+        found: dict[int, list[int]] = {}
+        for n in range(live):
+            adapters = table[n, 2 * rows + 6 :][: part.stack]
+            assert (adapters >= 0).sum() == count[n] and (adapters[count[n] :] == -1).all()
+            found.setdefault(tile[n], []).extend(adapters[: count[n]].tolist())
+            assert is_first[n] == (n == 0 or tile[n] != tile[n - 1])
+        for n in range(-(-num_tokens // rows)):
+            there = set(ids[order[n * rows : (n + 1) * rows]].tolist()) - {-1}
+            assert sorted(found.get(n, [])) == sorted(there)
+            assert (n in found) == (every_tile or bool(there))
