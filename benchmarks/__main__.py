@@ -56,17 +56,14 @@ def kernels(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="`grid`: all sizes between decode and prefill, uneven, shuffled and mixed. "
-            "`sweep`: T from 1 to 8192. `between`: 256 to 2048 tokens. `large`: ranks 256 and 512, "
-            'and 8192 tokens. Or a JSON file with a list of cases, e.g. [{"T": 64, "D": 8, '
-            '"r": 16}]. Default: 35 cases.'
+            help="`grid`: 120 sizes between decode and prefill, uneven, shuffled and mixed, or "
+            "`grid:200`: 200 of them. `sweep`: T from 1 to 8192. `between`: 256 to 2048 tokens. "
+            "`large`: ranks 256 and 512, and 8192 tokens. Or a JSON file with a list of cases, as "
+            '[{"T": 64, "D": 8, "r": 16}]. Default: 35 cases.'
         ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="What `grid` draws its cases by; default: 0.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="How many cases `grid` has; default: 120.")
     ] = None,
     part: Annotated[
         str | None,
@@ -106,16 +103,16 @@ def kernels(
         progress("starting JAX")
         from benchmarks import kernels as benchmark
         from benchmarks import pictures, tables
-        from benchmarks.cases import SETS, cases_of, part_of
+        from benchmarks.cases import cases_of, name_of, part_of
         from benchmarks.workers import run_in_processes
 
-        chosen = cases_of(cases, seed, count)
+        chosen = cases_of(cases, seed)
         chosen = chosen if part is None else part_of(chosen, part)
         if plot is not None:
             pictures.check_path(plot)
         if save is not None and not save.parent.is_dir():
             raise ValueError(f"save {str(save)!r:.99}: there is no such folder")
-        name = cases if cases in ("grid", *SETS) else None
+        name = name_of(cases)
         if processes > 1:
             report = run_in_processes(chosen, peers, progress, processes, name=name, save=save)
         else:

@@ -223,7 +223,7 @@ def grid(seed: int, count: int) -> list[Case]:
     """
     cases = dict.fromkeys(_corners() + _steps())
     if not len(cases) <= count <= 1000:
-        raise ValueError(f"count must be from {len(cases)} to 1000, got {count}")
+        raise ValueError(f"the grid has from {len(cases)} to 1000 cases, got {count}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     rng = np.random.default_rng(seed)
@@ -235,21 +235,33 @@ def grid(seed: int, count: int) -> list[Case]:
     return list(cases)
 
 
-def cases_of(name: str | None, seed: int | None = None, count: int | None = None) -> list[Case]:
-    """CASES for None, those of `grid` or of SETS by name, else what that file holds.
+def name_of(cases: str | None) -> str | None:
+    """The name of a set of cases, of the grid too; None for a file, and for CASES."""
+    name = (cases or "").partition(":")[0]
+    return name if name == "grid" or cases in SETS else None
+
+
+def cases_of(cases: str | None, seed: int | None = None) -> list[Case]:
+    """CASES for None, 120 of `grid` for "grid" and 200 for "grid:200", those of SETS by name, else
+    what that file holds.
 
     Raises:
       OSError: no such file, or none that can be read.
-      ValueError: the file is malformed, or a case can't be; `seed` or `count` for another set than
-        the grid, or out of range.
+      ValueError: the file is malformed, or a case can't be; a seed for another set than the grid;
+        a number of cases or a seed that is out of range.
     """
-    if name == "grid":
-        return grid(0 if seed is None else seed, 120 if count is None else count)
-    if seed is not None or count is not None:
-        raise ValueError(f"seed and count are for the cases named grid, got cases {name!r:.60}")
-    if name is None:
+    if name_of(cases) == "grid":
+        found = re.fullmatch(r"grid(?::(\d{1,9}))?", cases or "")
+        if found is None:
+            raise ValueError(
+                f"the grid is named grid, or grid:200 for 200 cases, got {cases!r:.60}"
+            )
+        return grid(0 if seed is None else seed, int(found[1] or 120))
+    if seed is not None:
+        raise ValueError(f"a seed is for the cases named grid, got cases {cases!r:.60}")
+    if cases is None:
         return CASES
-    return SETS[name] if name in SETS else _read(Path(name))
+    return SETS[cases] if cases in SETS else _read(Path(cases))
 
 
 def _read(path: Path) -> list[Case]:

@@ -71,7 +71,8 @@ def test_malformed_case_files(text: str, tmp_path: Path) -> None:
         (("--cases", '[{"T": 64}]'), "cases must be one of grid, large, between, sweep, or a file"),
         (("--save", "no/such/x.json"), "save 'no/such/x.json': there is no such folder"),
         (("--part", "3/2"), "part must be K/N with K from 1 to N, such as 1/2, got '3/2'"),
-        (("--count", "60"), "seed and count are for the cases named grid, got cases None"),
+        (("--seed", "3"), "a seed is for the cases named grid, got cases None"),
+        (("--cases", "grid:x"), "the grid is named grid, or grid:200 for 200 cases, got 'grid:x'"),
     ],
 )
 def test_bad_files_are_refused_before_anything_is_timed(

@@ -138,14 +138,24 @@ def test_the_sweep_holds_pairs_of_which_one_has_twice_the_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count", "message"),
-    [(-1, 120, "seed must be at least 0"), (0, 49, "count must be from 50"), (0, 9999, "to 1000")],
+    ("cases", "seed", "message"),
+    [
+        ("grid", -1, "seed must be at least 0, got -1"),
+        ("grid:49", None, "the grid has from 50 to 1000 cases, got 49"),
+        ("grid:1001", 1, "the grid has from 50 to 1000 cases, got 1001"),
+        ("grid:", 1, "the grid is named grid, or grid:200 for 200 cases, got 'grid:'"),
+        ("sweep", 1, "a seed is for the cases named grid, got cases 'sweep'"),
+    ],
 )
-def test_grids_that_cannot_be(seed: int, count: int, message: str) -> None:
+def test_grids_that_cannot_be(cases: str, seed: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        c.cases_of("grid", seed, count)
-    with pytest.raises(ValueError, match="seed and count are for the cases named grid"):
-        c.cases_of("sweep", seed)
+        c.cases_of(cases, seed)
+
+
+def test_sets_have_names_and_files_have_none() -> None:
+    names = ("grid", "grid:60", "sweep", "a.json", "sweep:3", None)
+    assert [c.name_of(name) for name in names] == ["grid", "grid", "sweep", None, None, None]
+    assert len(c.cases_of("grid:60", 4)) == 60
 
 
 def test_no_two_adapters_or_operands_hold_the_same_numbers() -> None:
