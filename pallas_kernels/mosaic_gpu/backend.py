@@ -3,7 +3,7 @@
 `docs/kernels.md` draws them. There are two kinds. A *prefill* kernel takes tiles of 64 consecutive
 tokens, which are wgmma's M, and multiplies all of a tile with every adapter that occurs in it; each
 row then keeps its own product. So tokens may come in any order, no row is gathered, and what a row
-gets depends on that row alone. The *decode* kernel takes up to 256 tokens, does one half or both in
+gets depends on that row alone. The *decode* kernel takes few tokens, does one half or both in
 one launch, and gathers the few tokens of one adapter for each cluster.
 """
 

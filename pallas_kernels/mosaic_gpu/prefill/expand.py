@@ -469,7 +469,7 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     else:
         ring.fetch_first()
         plgpu.barrier_wait(launched.routes_loaded)
-        ring.change_to_rows(_is_used(cut.parts, route_of))
+        ring = ring.routed(_is_used(cut.parts, route_of))
         for n, sweep in enumerate(sweeps):
             pl.when(_is_used(sweep.parts, route_of))(
                 functools.partial(_one_of_several, block, ring, route_of, n)
@@ -485,7 +485,7 @@ def _only_sweep(
     _fetch_v(block, sweep.parts, memory)
     ring.fetch_first()
     plgpu.barrier_wait(launched.routes_loaded)
-    ring.change_to_rows(_is_used(sweep.parts, route_of))
+    ring = ring.routed(_is_used(sweep.parts, route_of))
     pl.when(_is_used(sweep.parts, route_of))(
         functools.partial(_add_sweep, block, ring, route_of, sweep, memory)
     )
@@ -580,6 +580,7 @@ class _YRing(NamedTuple):
     block: _Block
     memory: list[Ref]
     route: Route
+    is_scattered: Bool[Array, ""] | bool = False  # before the route is here nothing tells
 
     @property
     def stages(self) -> int:
@@ -603,9 +604,8 @@ class _YRing(NamedTuple):
         """tile(), or rows() where the tokens do not lie side by side."""
         if not self.block.launched.plan.sorts:
             return tile()
-        is_scattered = self.route.is_scattered()
-        pl.when(~is_scattered)(tile)
-        pl.when(is_scattered)(rows)
+        pl.when(jnp.logical_not(self.is_scattered))(tile)
+        pl.when(self.is_scattered)(rows)
 
     def fetch(self, n: Array | int, slot: Array | int) -> None:
         """Starts to copy columns n of a tile."""
@@ -656,16 +656,19 @@ class _YRing(NamedTuple):
         """The first columns once more, with what was stored."""
         self.either(self.fetch_first, self.fetch_first_rows)
 
-    def change_to_rows(self, used: Bool[Array, ""]) -> None:
-        """Where the tokens do not lie side by side, the first columns anew, row by row. Before the
-        route is here nothing tells, and a tile need not wait for it."""
+    def routed(self, used: Bool[Array, ""]) -> "_YRing":
+        """The ring once the route is here, which tells whether the tokens lie side by side. If not,
+        the first columns come anew, row by row. A tile has not waited for its route."""
         if not self.block.launched.plan.sorts:
-            return
+            return self
+        is_scattered = self.route.is_scattered()
 
-        @pl.when(used & self.route.is_scattered())
+        @pl.when(used & is_scattered)
         def change() -> None:
             self.wait_for_first()
             self.fetch_first_rows()
+
+        return self._replace(is_scattered=is_scattered)
 
     def put(
         self, n: Array, delta: Float[Array, "rows width"], touched: Bool[Array, " rows"], *,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, MULTIPROCESSORS, TILE
@@ -293,8 +293,12 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
 def _clusters(
     launch: _Launch, plans: tuple[_PartPlan, ...], tokens: Int[Array, " T"] | None
 ) -> int:
-    """Clusters of the launch: as many as can have work, and as are there at once."""
+    """Clusters of the launch: as many as are there at once and can have work. Where tiles fill the
+    chip, there are as many as tiles, which mostly have one round."""
     items = sum(plan.rounds.most(launch.rows, tokens) * plan.rounds.blocks for plan in plans)
+    tiles = -(-launch.num_tokens // launch.rows) * max(plan.rounds.blocks for plan in plans)
+    if tiles * launch.split > MULTIPROCESSORS * 3 // 4:
+        return min(items, tiles)
     nbytes = max(
         launch.stages(ranks)
         * (launch.planes * launch.rows + ranks)
@@ -345,6 +349,7 @@ class _Block:
       row_start: first of its tokens.
       k_start: first of its columns of H.
       ids: each row's adapter.
+      is_scattered: whether rows of x are copied one by one.
     """
 
     launch: _Launch
@@ -355,6 +360,7 @@ class _Block:
     row_start: Int[Array, ""]
     k_start: Int[Array, ""]
     ids: Int[Array, " rows"]
+    is_scattered: Bool[Array, ""]
 
 
 def _block_body(launch: _Launch, plans: tuple[_PartPlan, ...], x_ref: Ref, *refs: Ref) -> None:
@@ -404,6 +410,7 @@ def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, block: Array) -> No
                 row_start=route.tile() * launch.rows,
                 k_start=me * launch.share,
                 ids=route.ids(),
+                is_scattered=route.is_scattered(),
             )
         )
 
@@ -501,7 +508,7 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
         _fetch(block, adapters, ring, k, k)
     if launch.sorts:
         fetch = lambda k, _: _fetch_rows(block, ring, k, k, True)  # noqa: E731
-        pl.when(block.refs.route.is_scattered())(lambda: lax.fori_loop(0, stages, fetch, None))
+        pl.when(block.is_scattered)(lambda: lax.fori_loop(0, stages, fetch, None))
     zeros = jnp.zeros((rows, wide), jnp.float32)
     if steps <= span_steps:
         return span(0, zeros)
@@ -511,14 +518,13 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
 def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Array) -> None:
     """Adds the products of step k to `acc`, once they are here, and asks for a later step's."""
     launch, stages = block.launch, ring.x.shape[0]
-    is_scattered = block.refs.route.is_scattered()
     slot = lax.rem(jnp.int32(k), jnp.int32(stages))
     # This step still reads its slot, so the next copy goes to the slot of the step before. With one
     # stage that is the same slot, and this step must end first.
     running = min(1, stages - 1)
     plgpu.barrier_wait(block.refs.loaded.at[slot])
     if launch.sorts:
-        pl.when(is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
+        pl.when(block.is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
     for p in range(launch.planes):
         plgpu.wgmma(acc, ring.x.at[slot, p], ring.a.at[slot].T)
     if launch.steps > stages:
@@ -529,7 +535,7 @@ def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Ar
     if launch.steps > stages:
         pl.when(is_more)(lambda: _fetch(block, adapters, ring, ahead, later))
     if launch.sorts:
-        pl.when(is_scattered)(lambda: _fetch_rows(block, ring, ahead, later, is_more))
+        pl.when(block.is_scattered)(lambda: _fetch_rows(block, ring, ahead, later, is_more))
 
 
 def _fetch(
@@ -557,9 +563,8 @@ def _fetch(
         )
 
     if launch.sorts:
-        is_scattered = refs.route.is_scattered()
-        pl.when(~is_scattered)(copy_x)
-        pl.when(is_scattered)(lambda: _arrive(barrier, launch.planes))
+        pl.when(~block.is_scattered)(copy_x)
+        pl.when(block.is_scattered)(lambda: _arrive(barrier, launch.planes))
     else:
         copy_x()
     for j, adapter in enumerate(adapters):
