@@ -92,7 +92,7 @@ def shrink_kernel(
     Returns one array per part: `[num_tokens, R]` in float32; in half precision, as the expand takes
     it, `[operand_rows, max(R, 16)]`; in interpret mode `[split, num_tokens, R]`, float32 partial
     sums. Rows are in the order of `tokens`, or, where that is None, of x. Rows of -1 are zero if
-    `zero_rows` (not in interpret mode), else undefined.
+    `zero_rows`, else undefined.
     """
     launch = _plan_launch(x, parts, num_tokens, zero_rows, tokens is not None)
     plans = _plan_parts(launch, parts)
@@ -636,7 +636,7 @@ def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> Non
 
 
 def _store_share(block: _Block, adapters: list[Array], v: Array, share: Ref) -> None:
-    """In interpret mode: stores the block's share of the rows with one of the adapters."""
+    """In interpret mode: stores the block's share of those rows."""
     launch, refs = block.launch, block.refs
     share[...] = v
     plgpu.commit_smem()
@@ -645,6 +645,7 @@ def _store_share(block: _Block, adapters: list[Array], v: Array, share: Ref) -> 
     def store_row(row: Array, _: None) -> None:
         adapter = refs.route.id_of(row)
         mine = [(adapter == a) & (a >= 0) for a in adapters]
+        mine.append((adapter < 0) & refs.route.is_first())
         is_token = block.row_start + row < launch.num_tokens
         pl.when(functools.reduce(jnp.logical_or, mine) & is_token)(
             lambda: plgpu.copy_smem_to_gmem(
