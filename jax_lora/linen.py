@@ -16,7 +16,7 @@ from jax_lora import bank
 from jax_lora.bank.owner import StackOwner
 from jax_lora.batch import AdapterBatch, Guard
 from jax_lora.nn.layer import LoRALayer, batch_for
-from jax_lora.nn.stacks import Slots, empty_scales, slots_of, stack_dtype, stack_part, stack_shapes
+from jax_lora.nn.stacks import Slots, StackArrays, empty_scales, slots_of, stack_dtype, stack_shapes
 from pallas_kernels.ops import add_in_step
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 
@@ -106,8 +106,8 @@ class LoRADense(nn.Dense):
         adapters.check_guard(held.guard, type(self).__name__)
         first_slots = adapters.first_slots(slots_of(shapes))
         parts = [
-            stack_part(
-                **stacks[i], scales=scales, shape=shape, first_slot=first_slots[shape.bucket]
+            StackArrays(stacks[i]["lora_a"], stacks[i]["lora_b"], scales).part(
+                shape, first_slots[shape.bucket]
             )
             for i, shape in enumerate(shapes)
         ]

@@ -38,6 +38,9 @@ def apply_lora(
     `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
     `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
 
+    Layers may be stacked for a scan, by `nnx.vmap` of what makes one: their kernels, and so their
+    stacks, have axes of layers in front. `jax_lora.scan_layers` runs them.
+
     The stacks take `slots * bucket * (H + N)` elements per layer and bucket: the defaults come to
     about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
     (`plan_slots` proposes them from a folder of adapters).
@@ -72,7 +75,8 @@ def apply_lora(
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype)
+        lead = _lead(layer)
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
         layer.guard = guard
     return sum(
         variable.nbytes
@@ -138,19 +142,29 @@ def _has_kernel(module: nnx.Module) -> bool:
 
 
 def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
-    if isinstance(layer, nnx.Linear):
-        expected: tuple[int, ...] = (layer.in_features, layer.out_features)
-    elif isinstance(layer, nnx.LinearGeneral):
-        expected = (*layer.in_features, *layer.out_features)
-    else:
-        expected = tuple(layer.kernel_shape)
+    expected, lead = _kernel_shape(layer), _lead(layer)
     try:
         _LORA_CLASS[type(layer)].features(layer)
         stack_dtype(dtype or layer.kernel.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if layer.kernel.shape != expected:
+    if layer.kernel.shape != (*lead, *expected):
         raise ValueError(
-            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; layers stacked "
-            "for a scan are not covered yet"
+            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; of layers "
+            "stacked for a scan, the axes of layers come in front of these"
         )
+
+
+def _kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The kernel's shape, of a layer alone."""
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.LinearGeneral):
+        return *layer.in_features, *layer.out_features
+    return tuple(layer.kernel_shape)
+
+
+def _lead(layer: Any) -> tuple[int, ...]:
+    """The axes of layers that are stacked for a scan."""
+    shape = tuple(layer.kernel.shape)
+    return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]
