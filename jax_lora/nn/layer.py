@@ -158,8 +158,3 @@ def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:
             f"{type(adapters).__name__}; other arguments go by keyword"
         )
     return current() if adapters is None else adapters
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """An NNX path as PEFT names modules: joined by dots."""
-    return ".".join(map(str, path))

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.batch import AdapterBatch, current, use
-from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import InPlace, LoRAStack
 
 
