@@ -124,19 +124,17 @@ class Attention(nnx.Module):
         q = q.reshape(batch, length, k.shape[1], -1, self.head_dim)
         # The past is read where it stands: who adds to it first has to copy the layer's.
         memories = [(k, v)] if past is None else [past, (k, v)]
-        how: dict[str, Any] = {
-            "precision": _precision(x.dtype),
-            "preferred_element_type": jnp.float32,
-        }
-        scores = [jnp.einsum("bsngd,bntd->bngst", q, keys, **how) for keys, _ in memories]
+        precision = _precision(x.dtype)
+        exact: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
+        scores = [jnp.einsum("bsngd,bntd->bngst", q, keys, **exact) for keys, _ in memories]
         score = jnp.concatenate(scores, axis=-1) * self.head_dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], score, -jnp.inf), axis=-1)
         each = jnp.split(weights.astype(v.dtype), [scores[0].shape[-1]], axis=-1)
         attended = [
-            jnp.einsum("bngst,bntd->bsngd", some, values, **how)
+            jnp.einsum("bngst,bntd->bsngd", some, values, precision=precision)
             for some, (_, values) in zip(each, memories)
         ]
-        out = sum(attended[1:], attended[0]).astype(v.dtype)
+        out = sum(attended[1:], attended[0])
         # Else XLA transposes the product once for each that reads it: the projection, its adapters.
         out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
         return self.o_proj(out), (k, v)
