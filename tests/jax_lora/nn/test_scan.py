@@ -1,6 +1,7 @@
 """Layers stacked in one module: run by scans, named by their numbers, loaded and saved."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,18 @@ from jax_lora import (
     scan_layers,
     use,
 )
+from jax_lora.llama import Llama, LlamaConfig, decode, prefill
 from pallas_kernels import routing
 
+SMALL = LlamaConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
 H, LAYERS, NAMES = 4, 3, ["a", None, "b"]
 OPTIONS = {"slots": {8: 2, 16: 3}, "buckets": (8, 16)}
 
@@ -424,3 +435,39 @@ def test_a_batch_of_another_model_is_refused_in_a_scan():
     ids = np.zeros(3, np.int32)
     with pytest.raises(ValueError, match="the layer has slots"):
         outputs(model, X, AdapterBatch(ids, ranges=((8, 5),)))
+
+
+# ------------------------------------------------------------------------------- what a GPU gets
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_kernels_take_the_stacks_of_all_layers(phase):
+    """Lowered for a GPU: each kernel in the loop reads `[layers * L, R, H]`, and no slice."""
+
+    def make():
+        model = Llama(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        apply_lora(model, slots={8: 7, 16: 5}, buckets=(8, 16))
+        return model
+
+    model, rows = nnx.eval_shape(make), 16 if phase == "decode" else 4
+    graphdef, state = nnx.split(model)
+    ids, tokens = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows,), (rows, 128)))
+    inputs = (ids,) if phase == "decode" else (tokens, ids)
+
+    def step(state, batch, *inputs):
+        model = nnx.merge(graphdef, state)
+        with use(batch):
+            return (decode if phase == "decode" else prefill)(
+                model, model.init_cache(rows, 256), *inputs
+            )
+
+    batch = AdapterBatch(ids, ranges=((8, 7), (16, 5)), phase=phase)
+    lowered = jax.jit(step).trace(state, batch, *inputs).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    calls = re.findall(r"custom_call @mosaic_gpu\w*\(.*?\).*?: (\(.*?\)) ->", text)
+    stacks = [re.findall(r"<(\d+)x\d+x\d+xbf16>", call) for call in calls]
+    # Four calls of a layer, in a prefill two launches each; and one of lm_head, with stacks alone.
+    *of_layers, of_head = [{int(n) for n in some} - {1} for some in stacks]
+    assert of_head == {7, 5}
+    assert of_layers == [{3 * 7, 3 * 5}] * (4 if phase == "decode" else 8)
