@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
+from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
 
@@ -125,8 +126,8 @@ class Attention(nnx.Module):
         # The past is read where it stands: who adds to it first has to copy the layer's.
         memories = [(k, v)] if past is None else [past, (k, v)]
         precision = _precision(x.dtype)
-        exact: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
-        scores = [jnp.einsum("bsngd,bntd->bngst", q, keys, **exact) for keys, _ in memories]
+        exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = [exact("bsngd,bntd->bngst", q, keys, precision=precision) for keys, _ in memories]
         score = jnp.concatenate(scores, axis=-1) * self.head_dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], score, -jnp.inf), axis=-1)
         each = jnp.split(weights.astype(v.dtype), [scores[0].shape[-1]], axis=-1)
@@ -221,7 +222,7 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         make, count = functools.partial(DecoderLayer, config, dtype), config.num_hidden_layers
-        self.layers: Any = (
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
             nnx.vmap(make)(rngs.split(count))
             if scan
             else nnx.List(make(rngs) for _ in range(count))
@@ -250,11 +251,13 @@ class Decoder(nnx.Module):
             return layer(x, rope, mask, past)
 
         if self.scan:
-            x, stacked = scan_layers(run, self.layers, x, cast(Memory | None, past))
-            return self.norm(x), stacked
-        each = [None] * len(self.layers) if past is None else zip(*past, strict=True)
+            stacked = cast(DecoderLayer, self.layers)
+            x, memory = scan_layers(run, stacked, x, cast(Memory | None, past))
+            return self.norm(x), memory
+        layers = cast(nnx.List[DecoderLayer], self.layers)
+        each = [None] * len(layers) if past is None else zip(*past, strict=True)
         memories = []
-        for layer, own in zip(self.layers, each, strict=True):
+        for layer, own in zip(layers, each, strict=True):
             x, memory = run(layer, x, own)
             memories.append(memory)
         keys, values = zip(*memories, strict=True)
@@ -376,7 +379,7 @@ class Llama(nnx.Module):
         return model
 
 
-def _stored_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
+def _stored_names(path: ModulePath, layers: int | None) -> list[str]:
     """The names of the tensors that a parameter is made of: of one for each stacked layer."""
     names = [path]
     if layers is not None and path[:2] == _LAYERS:
