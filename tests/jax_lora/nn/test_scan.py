@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from tiny import make_adapter, tokens
 
 from jax_lora import (
@@ -104,13 +104,14 @@ def served(how="scan_layers"):
     return model, bank
 
 
-def outputs(model, x, batch):
-    @jax.jit
-    def step(split, x, batch):
-        with use(batch):
-            return nnx.merge(*split)(x)
+@jax.jit
+def forward(split, x, batch):
+    with use(batch):
+        return nnx.merge(*split)(x)
 
-    return np.asarray(step(nnx.split(model), x, batch))
+
+def outputs(model, x, batch):
+    return np.asarray(forward(nnx.split(model), x, batch))
 
 
 X = tokens(3)
@@ -341,6 +342,19 @@ def test_packed_slices_of_stacked_layers():
     for index, weights in zip((np.s_[0, :, :2], np.s_[1, :, 2:]), adapter.modules.values()):
         want[index] = weights.scale * (X @ weights.a.T) @ weights.b.T
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_checkpoints_of_flax():
+    model, bank = served()
+    stored = serialization.msgpack_serialize(nnx.to_pure_dict(nnx.state(model)))
+    other = Model(nnx.Rngs(1))
+    apply_lora(other, **OPTIONS)
+    state = nnx.state(other)
+    nnx.replace_by_pure_dict(state, serialization.msgpack_restore(stored))
+    nnx.update(other, state)
+    batch = AdapterBatch(bank.batch(NAMES).indices, ranges=((8, 2), (16, 3)))
+    want = outputs(model, X, bank.batch(NAMES))
+    np.testing.assert_array_equal(outputs(other, X, batch), want)
 
 
 # ------------------------------------------------------------------------------------------ names
