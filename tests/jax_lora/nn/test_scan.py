@@ -344,6 +344,32 @@ def test_packed_slices_of_stacked_layers():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+class Heads(nnx.Module):
+    """Einsums, whose kernels have heads between the axes of layers and the features."""
+
+    def __init__(self, rngs):
+        def make(rngs):
+            return nnx.Einsum("...h,nhd->...nd", (2, H, 2), (2, 2), rngs=rngs)
+
+        self.heads = nnx.vmap(make)(rngs.split(LAYERS))
+
+    def __call__(self, x):
+        return scan_layers(lambda layer, x, _: (layer(x).reshape(x.shape), None), self.heads, x)[0]
+
+
+def test_einsums_of_a_scan():
+    model, plain = Heads(nnx.Rngs(0)), Heads(nnx.Rngs(0))
+    apply_lora(model, **OPTIONS)
+    assert model.heads.stacks[0].lora_b.shape == (LAYERS, 2, H, 8)
+    bank = AdapterBank(model)
+    bank.load("a", make_adapter(1, 4, features={"heads.0": (H, H), "heads.2": (H, H)}))
+    got, base = outputs(model, X, bank.batch(["a", None, "a"])), outputs(plain, X, None)
+    nnx.update(plain, bank.merge("a"))
+    merged = outputs(plain, X, None)
+    np.testing.assert_allclose(got, [merged[0], base[1], merged[2]], atol=2e-5)
+    assert np.abs(merged - base).max(axis=1).min() > 1e-2
+
+
 def test_checkpoints_of_flax():
     model, bank = served()
     stored = serialization.msgpack_serialize(nnx.to_pure_dict(nnx.state(model)))
