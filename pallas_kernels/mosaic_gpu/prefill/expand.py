@@ -69,6 +69,7 @@ class ExpandPart(NamedTuple):
       config: how to cut the work.
       first_slot: names the range of slots that the part's adapters are (static). A token has an
         adapter of one range at most; parts of one range have the same `segments`.
+      first: where its adapters start in `lora_b`, if that is of several layers.
     """
 
     v: Float[Array, "rows K"]
@@ -77,6 +78,7 @@ class ExpandPart(NamedTuple):
     y_offset: int
     config: Config
     first_slot: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def expand_kernel(
@@ -115,7 +117,9 @@ def expand_kernel(
         kernel_name=f"lora_expand_{ranks}",
     )
     operands = (
-        array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens))
+        array
+        for p in parts
+        for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens, p.first))
     )
     [y] = in_place(kernel, (y,), *operands)
     return y

@@ -69,6 +69,8 @@ class ShrinkPart(NamedTuple):
       dtype: of v.
       config: how to cut the work.
       first_scale: where the part's scales start (static).
+      first: where its adapters start in `lora_a` and, behind `first_scale`, in `scales`, if these
+        are those of several layers.
     """
 
     lora_a: Float[Array, "L R H"]
@@ -77,6 +79,7 @@ class ShrinkPart(NamedTuple):
     dtype: DTypeLike
     config: Config
     first_scale: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def shrink_kernel(
@@ -282,7 +285,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
         _PartPlan(
             rank=part.lora_a.shape[1],
             width=width,
-            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width),
+            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width, part.first),
             first_scale=part.first_scale,
             out=_out_type(launch, part),
         )
