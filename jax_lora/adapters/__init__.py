@@ -8,6 +8,9 @@ refused by its name.
 from jax_lora.adapters.files import read_json as read_json
 from jax_lora.adapters.files import read_safetensors as read_safetensors
 from jax_lora.adapters.files import refuse_pointer as refuse_pointer
+from jax_lora.adapters.names import Rename as Rename
+from jax_lora.adapters.names import meant as meant
+from jax_lora.adapters.names import renamed as renamed
 from jax_lora.adapters.peft import load_peft as load_peft
 from jax_lora.adapters.peft import peft_header as peft_header
 from jax_lora.adapters.peft import save_peft as save_peft

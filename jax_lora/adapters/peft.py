@@ -1,5 +1,6 @@
 """Reading and writing the folders of Hugging Face PEFT."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,6 +27,7 @@ from jax_lora.adapters.files import (
     read_bounded,
     write_safetensors,
 )
+from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
 from jax_lora.adapters.patterns import MAX_WORK, Expression, Names
 from jax_lora.adapters.types import (
     Adapter,
@@ -48,6 +50,7 @@ _MAX_CONFIG_BYTES = 4 << 20
 _CHUNK = 1 << 20  # elements that are compared at once
 _WAITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)  # seconds, for a save to end
 _MAX_PARENTS = 16
+_MAX_PARTS = 8  # of a layer, in enable_lora
 _PARENT = re.compile(r"\w{1,512}", re.ASCII)
 
 # Metadata of the weights: SHA-256 of the config that was saved with them, and of the one before.
@@ -56,13 +59,15 @@ _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
 # Keys of adapter_config.json that change nothing about what a saved adapter computes, whatever
 # their value: they matter to training, to how PEFT finds modules (the weights' own names say
 # which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
-# base stores its weight; A and B are stored alike.
+# base stores its weight; A and B are stored alike. merge_weights and enable_lora are PEFT 0.2's;
+# `_enabled` reads the latter.
 _IRRELEVANT = frozenset(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
     exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
     loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
+    merge_weights enable_lora
     lora_dtype lorap_lr_ratio lorap_emb_lr
     """.split()  # the last line is ms-swift's
 )
@@ -94,6 +99,7 @@ _EXACT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
+_INNER = re.compile(r".*?base_model\.(?:.*?\.)?model\.", re.DOTALL)
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
@@ -138,6 +144,51 @@ class _Half:
 
 
 @dataclass(frozen=True)
+class _Grouped(_Half):
+    """B of a layer with `enable_lora`, as the dense `[N, R]` that computes the same.
+
+    PEFT 0.2 stores a convolution `[n, R / groups, 1]`: each of its groups takes its own rows of A
+    and gives its own part of n columns. These are the columns of the enabled ones among the equal
+    parts of the layer's output; the others stay as they are.
+    """
+
+    enabled: tuple[bool, ...]
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = super().shape[0] // sum(self.enabled)
+        return width * len(self.enabled), self.rank
+
+    def read(self) -> np.ndarray:
+        stored = super().read()
+        rows, columns, _ = stored.shape
+        groups = self.rank // columns
+        dense = np.zeros(self.shape, stored.dtype)
+        places = np.flatnonzero(np.repeat(self.enabled, rows // sum(self.enabled)))
+        for group, (part, where) in enumerate(
+            zip(np.split(stored, groups), places.reshape(groups, -1))
+        ):
+            dense[where, group * columns : (group + 1) * columns] = part[..., 0]
+        return dense
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an adapter's tensors are, by the names of modules without wrappers.
+
+    Attributes:
+      halves: "A" and "B" of each module.
+      copies: the base model's own weights that PEFT saved beside a LoRA.
+      wrapped: the names with wrappers, of the modules that have some.
+    """
+
+    halves: dict[str, dict[str, _Half]]
+    copies: dict[str, _Half]
+    wrapped: dict[str, str]
+
+
+@dataclass(frozen=True)
 class _Opened:
     """An adapter's open files: its header, where its halves are, and copies of base weights."""
 
@@ -152,6 +203,7 @@ def load_peft(
     check: Callable[[AdapterHeader], None] | None = None,
     base_weight: Callable[[str], np.ndarray] | None = None,
     max_bytes: int | None = None,
+    rename: Rename | None = None,
     allow_links: bool = False,
     allow_nonfinite: bool = False,
 ) -> Adapter:
@@ -159,7 +211,9 @@ def load_peft(
 
     The weights are NumPy arrays of the file's dtype (bfloat16 as `ml_dtypes.bfloat16`), read at the
     speed of the disk. Module names are those of the base model: PEFT's prefix `base_model.model.`
-    is removed. While `save_peft` replaces the files, this reads the old ones or the new ones.
+    is removed, and so are the names of torch's own wrappers: `_orig_mod` (torch.compile),
+    `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, and `module` (DDP) in front of the prefix.
+    While `save_peft` replaces the files, this reads the old ones or the new ones.
 
     Args:
       path: folder with `adapter_config.json` and `adapter_model.safetensors`, or its shards.
@@ -167,6 +221,9 @@ def load_peft(
       base_weight: from a module's name to the base model's weight `[N, H]`. PEFT saves a copy of
         the base's output layer beside a LoRA of it: a copy that equals this is left out.
       max_bytes: most bytes of weights to read; None for any number.
+      rename: other names for the modules. A mapping gives prefixes, of whole parts of a name, new
+        ones, and the longest that a name has counts: `{"module": ""}` removes one, `{"": "model"}`
+        puts one in front, and names with none stay. A function takes and gives a whole name.
       allow_links: follow symbolic links out of the folder, such as Hugging Face's cache has.
       allow_nonfinite: accept NaN and infinite weights.
 
@@ -178,7 +235,7 @@ def load_peft(
         remedy.
     """
     folder = Path(path)
-    with _open(folder, allow_links) as opened:
+    with _open(folder, allow_links, rename) as opened:
         header = opened.header
         if check is not None:
             check(header)
@@ -261,7 +318,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @contextmanager
-def _open(folder: Path, allow_links: bool) -> Iterator[_Opened]:
+def _open(folder: Path, allow_links: bool, rename: Rename | None = None) -> Iterator[_Opened]:
     check_folder(folder, _CONFIG)
     for wait in _WAITS:
         with ExitStack() as stack:
@@ -271,7 +328,7 @@ def _open(folder: Path, allow_links: bool) -> Iterator[_Opened]:
             if not _belong_together(data, files, folder, identity):
                 time.sleep(wait)
                 continue
-            yield _read_headers(folder, parse_json(data, folder / _CONFIG), files)
+            yield _read_headers(folder, parse_json(data, folder / _CONFIG), files, rename)
             return
     raise ValueError(
         f"{printable(folder)}: {_CONFIG} is that of an earlier save than {_WEIGHTS}; a save is "
@@ -310,59 +367,102 @@ def _belong_together(
         return False
 
 
-def _read_headers(folder: Path, values: dict[str, Any], files: list[TensorFile]) -> _Opened:
+def _read_headers(
+    folder: Path, values: dict[str, Any], files: list[TensorFile], rename: Rename | None
+) -> _Opened:
     try:
-        config = _read_config(values)
+        config, enabled = _read_config(values), _enabled(values)
         choice = _Choice.of(values, config)
+        if enabled is not None:
+            config = _dense_config(config, sum(enabled))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
-    halves, copies = _find_halves(folder, files)
-    length = max(map(len, halves), default=0)
-    if len(halves) * (config.work(length) + choice.work(length)) > MAX_WORK:
+    found = _find_halves(folder, files)
+    length = max(map(len, [*found.halves, *found.wrapped.values()]), default=0)
+    names = len(found.halves) + len(found.wrapped)
+    if names * (config.work(length) + choice.work(length)) > MAX_WORK:
         raise ValueError(
-            f"{printable(folder / _CONFIG)}: the patterns take too long for {len(halves)} modules "
-            f"with names of up to {length} characters; name modules instead of using expressions"
+            f"{printable(folder / _CONFIG)}: the patterns take too long for {len(found.halves)} "
+            f"modules with names of up to {length} characters; name modules instead of using "
+            "expressions"
         )
     shapes = {}
-    for module, pair in halves.items():
-        if len(pair) != 2:
-            have = next(iter(pair))
-            raise ValueError(
-                f"{printable(folder)}: {module} has lora_{have} but not the other half; save the "
-                "adapter again"
-            )
-        if not choice.adapts(module):
-            raise ValueError(
-                f"{printable(folder)}: {_CONFIG} leaves {module} out (by target_modules, "
-                "exclude_modules or layers_to_transform), so that PEFT would ignore its weights; "
-                "name the module there or remove the weights"
-            )
-        a, b = pair["A"], pair["B"]
+    for module, pair in found.halves.items():
         try:
-            check_halves(config, module, a, b)
+            _check_chosen(config, choice, module, found.wrapped.get(module, module))
+            shapes[module] = _shape(config, module, pair, enabled)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}") from None
-        shapes[module] = LoRAShape(
-            a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-            common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
-        )  # fmt: skip
     if not shapes:
         raise ValueError(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    return _Opened(AdapterHeader(config, shapes), halves, copies)
+    new = new_names(shapes, rename)
+    return _Opened(
+        AdapterHeader(renamed_config(config, new), {new[m]: shapes[m] for m in shapes}),
+        {new[module]: pair for module, pair in found.halves.items()},
+        {new[module]: copy for module, copy in found.copies.items()},
+    )
 
 
-def _find_halves(
-    folder: Path, files: list[TensorFile]
-) -> tuple[dict[str, dict[str, _Half]], dict[str, _Half]]:
-    halves: dict[str, dict[str, _Half]] = {}
+def _check_chosen(config: LoRAConfig, choice: "_Choice", module: str, wrapped: str) -> None:
+    """Raises ValueError if PEFT would ignore the module, or maybe scale it in another way."""
+    if not (choice.adapts(module) or choice.adapts(wrapped)):
+        raise ValueError(
+            f"{_CONFIG} leaves {module} out (by target_modules, exclude_modules or "
+            "layers_to_transform), so that PEFT would ignore its weights; name the module there or "
+            "remove the weights"
+        )
+    values = [(config.rank_of(name), config.alpha_of(name)) for name in (module, wrapped)]
+    if values[0] != values[1]:
+        raise ValueError(
+            f"the patterns of {_CONFIG} give {module} rank and alpha {values[0]}, but {values[1]} "
+            f"by its name in the file, {wrapped}; write patterns that match either name"
+        )
+
+
+def _shape(
+    config: LoRAConfig, module: str, pair: dict[str, _Half], enabled: tuple[bool, ...] | None
+) -> LoRAShape:
+    """The module's LoRA without its values; B in `pair` becomes dense."""
+    if len(pair) != 2:
+        raise ValueError(
+            f"{module} has lora_{next(iter(pair))} but not the other half; save the adapter again"
+        )
+    if enabled is not None:
+        pair["B"] = _grouped(module, pair["A"], pair["B"], enabled)
+    a, b = pair["A"], pair["B"]
+    check_halves(config, module, a, b)
+    return LoRAShape(
+        a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
+        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+    )  # fmt: skip
+
+
+def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Grouped:
+    count = sum(enabled)
+    match a.shape, b.shape:
+        # PEFT 0.2 always makes two groups, loralib one for each enabled part. More would let a
+        # small file take much memory.
+        case (rank, _), (rows, columns, 1) if (
+            rank in (2 * columns, count * columns) and rows % count == rows % (rank // columns) == 0
+        ):
+            return _Grouped(b.file, b.key, enabled, rank)
+    raise ValueError(
+        f"{module}: with enable_lora={shown([*enabled])} lora_A must be [{count} r, H] and lora_B "
+        f"[{count} N / {len(enabled)}, r, 1], got {shown([*a.shape])} and {shown([*b.shape])}"
+    )
+
+
+def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
+    found = _Found({}, {}, {})
     others: dict[str, _Half] = {}
     adapters: set[str | None] = set()
     for file in files:
         for key in file.tensors:
-            match = _KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+            name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+            match = _KEY.fullmatch(name)
             if match is None:
                 others[key] = _Half(file, key)
                 continue
@@ -372,23 +472,24 @@ def _find_halves(
             except ValueError as error:
                 raise ValueError(f"{printable(folder)}: {error}") from None
             adapters.add(adapter)
-            if half in halves.setdefault(module, {}) or len(adapters) > 1:
+            if half in found.halves.setdefault(module, {}) or len(adapters) > 1:
                 raise ValueError(
                     f"{printable(folder)}: several adapters, {shown(sorted(map(str, adapters)))}, "
                     f"share the file, see {shown(key, 200)}; save each in a folder of its own"
                 )
-            halves[module][half] = _Half(file, key)
-    copies = {}
+            found.halves[module][half] = _Half(file, key)
+            if name != key and (raw := _INNER.sub("", key).rpartition(".lora_")[0]) != module:
+                found.wrapped[module] = raw
     for key, stored in others.items():
-        match = _COPY.fullmatch(key) if len(key) <= _MAX_KEY else None
-        if match is None or match[1] not in halves:
+        match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None
+        if match is None or match[1] not in found.halves:
             what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
             raise ValueError(
                 f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
                 f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {_MERGE}"
             )
-        copies[match[1]] = stored
-    return halves, copies
+        found.copies[match[1]] = stored
+    return found
 
 
 @dataclass(frozen=True)
@@ -487,6 +588,35 @@ def _read_config(values: dict[str, Any]) -> LoRAConfig:
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
     )
+
+
+def _enabled(values: dict[str, Any]) -> tuple[bool, ...] | None:
+    """Which of a layer's equal parts have LoRA, as in PEFT 0.2; None if it is not asked for."""
+    parts = values.get("enable_lora")
+    if not parts:
+        return None
+    if not (
+        isinstance(parts, list)
+        and len(parts) <= _MAX_PARTS
+        and all(isinstance(part, bool) for part in parts)
+        and any(parts)
+    ):
+        raise ValueError(
+            f"enable_lora={shown(parts)} must say of each part of a layer, at most {_MAX_PARTS}, "
+            "whether it has LoRA, and one must have it"
+        )
+    return tuple(parts)
+
+
+def _dense_config(config: LoRAConfig, count: int) -> LoRAConfig:
+    """The config of the dense form of layers of which `count` parts have LoRA: the same scale."""
+    if config.rslora or config.rank_pattern or config.alpha_pattern:
+        raise ValueError(
+            "enable_lora is PEFT 0.2's, which has no use_rslora, rank_pattern or alpha_pattern; "
+            "remove them"
+        )
+    rank = rank_in(config.rank * count, f"r times the {count} parts of enable_lora")
+    return dataclasses.replace(config, rank=rank, alpha=config.alpha * count)
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
