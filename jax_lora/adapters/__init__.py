@@ -8,6 +8,8 @@ refused by its name.
 from jax_lora.adapters.files import read_json as read_json
 from jax_lora.adapters.files import read_safetensors as read_safetensors
 from jax_lora.adapters.files import refuse_pointer as refuse_pointer
+from jax_lora.adapters.foreign import from_qwix as from_qwix
+from jax_lora.adapters.foreign import read_foreign as read_foreign
 from jax_lora.adapters.names import Rename as Rename
 from jax_lora.adapters.names import meant as meant
 from jax_lora.adapters.names import renamed as renamed

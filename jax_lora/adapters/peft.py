@@ -1,6 +1,5 @@
 """Reading and writing the folders of Hugging Face PEFT."""
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -13,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from jax_lora.adapters.config import MERGE, Choice, dense_config, enabled_parts, read_config
 from jax_lora.adapters.files import (
     DTYPES,
+    JsonObject,
     TensorFile,
     check_folder,
     open_file,
@@ -27,21 +28,18 @@ from jax_lora.adapters.files import (
     read_bounded,
     write_safetensors,
 )
+from jax_lora.adapters.foreign import refuse_foreign
 from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
-from jax_lora.adapters.patterns import MAX_WORK, Expression, Names
+from jax_lora.adapters.patterns import MAX_WORK
 from jax_lora.adapters.types import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
     LoRAShape,
     LoRAWeights,
-    alpha_in,
     check_halves,
     check_module,
     common_dtype,
-    matcher,
-    names_of,
-    rank_in,
 )
 from jax_lora.messages import printable, shown
 
@@ -49,53 +47,9 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 4 << 20
 _CHUNK = 1 << 20  # elements that are compared at once
 _WAITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)  # seconds, for a save to end
-_MAX_PARENTS = 16
-_MAX_PARTS = 8  # of a layer, in enable_lora
-_PARENT = re.compile(r"\w{1,512}", re.ASCII)
 
 # Metadata of the weights: SHA-256 of the config that was saved with them, and of the one before.
 _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
-
-# Keys of adapter_config.json that change nothing about what a saved adapter computes, whatever
-# their value: they matter to training, to how PEFT finds modules (the weights' own names say
-# which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
-# base stores its weight; A and B are stored alike. merge_weights and enable_lora are PEFT 0.2's;
-# `_enabled` reads the latter.
-_IRRELEVANT = frozenset(
-    """
-    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
-    exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
-    loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
-    merge_weights enable_lora
-    lora_dtype lorap_lr_ratio lorap_emb_lr
-    """.split()  # the last line is ms-swift's
-)
-
-# Keys that change what an adapter computes, or which weights it has, and what to do about each.
-_MERGE = "merge it into the base with peft's merge_and_unload and serve that"
-_UNSUPPORTED = {
-    "use_dora": f"DoRA is not supported; {_MERGE}",
-    "modules_to_save": f"fully trained modules are not supported; {_MERGE}",
-    "trainable_token_indices": f"trained tokens are not supported; {_MERGE}",
-    "lora_bias": f"biases of lora_B are not supported; {_MERGE}",
-    "layer_replication": f"replicated layers are not supported; {_MERGE}",
-    "target_parameters": f"LoRA of bare parameters is not supported; {_MERGE}",
-    "megatron_config": "Megatron's parallel layers are not supported; save the adapter without "
-    "them",
-    "alora_invocation_tokens": "aLoRA is not supported; train a plain LoRA",
-    "use_qalora": "QA-LoRA is not supported; train a plain LoRA",
-    "use_bdlora": "BD-LoRA's block-diagonal weights are not supported; train a plain LoRA",
-    "arrow_config": "Arrow routing is not supported; load the adapters that it routes to",
-    "velora_config": "VeLoRA is not supported; train a plain LoRA",
-    "kasa_config": f"KaSA changes the base weights and is not supported; {_MERGE}",
-    "monteclora_config": "MonteCLoRA is not supported; train a plain LoRA",
-    "ensure_weight_tying": f"tied adapters of embeddings are not supported; {_MERGE}",
-}
-
-# Initialisations that leave the base weights alone, so that the saved A and B say everything. The
-# others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract something from the base.
-_EXACT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
@@ -303,7 +257,7 @@ def _check_copy(
     if not same:
         raise ValueError(
             f"{what} is a saved or resized output layer, {[*copy.shape]}: it differs from the base "
-            f"model's {[*base.shape]}, which is not supported; {_MERGE}"
+            f"model's {[*base.shape]}, which is not supported; {MERGE}"
         )
 
 
@@ -319,6 +273,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 @contextmanager
 def _open(folder: Path, allow_links: bool, rename: Rename | None = None) -> Iterator[_Opened]:
+    refuse_foreign(folder)
     check_folder(folder, _CONFIG)
     for wait in _WAITS:
         with ExitStack() as stack:
@@ -368,13 +323,13 @@ def _belong_together(
 
 
 def _read_headers(
-    folder: Path, values: dict[str, Any], files: list[TensorFile], rename: Rename | None
+    folder: Path, values: JsonObject, files: list[TensorFile], rename: Rename | None
 ) -> _Opened:
     try:
-        config, enabled = _read_config(values), _enabled(values)
-        choice = _Choice.of(values, config)
+        config, enabled = read_config(values), enabled_parts(values)
+        choice = Choice.of(values, config)
         if enabled is not None:
-            config = _dense_config(config, sum(enabled))
+            config = dense_config(config, sum(enabled))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
     found = _find_halves(folder, files)
@@ -406,7 +361,7 @@ def _read_headers(
     )
 
 
-def _check_chosen(config: LoRAConfig, choice: "_Choice", module: str, wrapped: str) -> None:
+def _check_chosen(config: LoRAConfig, choice: Choice, module: str, wrapped: str) -> None:
     """Raises ValueError if PEFT would ignore the module, or maybe scale it in another way."""
     if not (choice.adapts(module) or choice.adapts(wrapped)):
         raise ValueError(
@@ -486,137 +441,10 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
             what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
             raise ValueError(
                 f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
-                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {_MERGE}"
+                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {MERGE}"
             )
         found.copies[match[1]] = stored
     return found
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which modules PEFT adapts, of those that have weights."""
-
-    config: LoRAConfig
-    excluded: Names | Expression | None
-    layers: frozenset[int] | None
-    parents: tuple[str, ...]
-
-    @classmethod
-    def of(cls, values: dict[str, Any], config: LoRAConfig) -> Self:
-        excluded = values.get("exclude_modules") or None
-        if excluded is not None and not isinstance(excluded, str):
-            excluded = tuple(names_of(excluded, "exclude_modules"))
-        layers = values.get("layers_to_transform")
-        parents = values.get("layers_pattern") or []
-        parents = [parents] if isinstance(parents, str) else names_of(parents, "layers_pattern")
-        if len(parents) > _MAX_PARENTS or not all(_PARENT.fullmatch(name) for name in parents):
-            raise ValueError(
-                f"layers_pattern={shown(parents)} must be at most {_MAX_PARENTS} names of one part "
-                "each, such as 'layers': letters, digits and '_'"
-            )
-        chosen = None
-        if layers is not None and layers != []:
-            numbers = layers if isinstance(layers, list) else [layers]
-            if any(type(number) is not int for number in numbers):
-                raise TypeError(
-                    f"layers_to_transform must be an integer or a list of them, got {shown(layers)}"
-                )
-            if isinstance(config.target_modules, str):
-                raise ValueError(
-                    f"layers_to_transform={shown(layers)} goes with a list of target_modules, not "
-                    f"with {shown(config.target_modules)}"
-                )
-            chosen = frozenset(numbers)
-        return cls(config, None if excluded is None else matcher(excluded), chosen, tuple(parents))
-
-    def work(self, length: int) -> int:
-        """Steps that a module whose name has this length takes."""
-        return len(self.parents) + (self.excluded.work(length) if self.excluded else 0)
-
-    def adapts(self, module: str) -> bool:
-        if self.excluded is not None and self.excluded.matches(module):
-            return False
-        names = self.config.target_modules
-        if not self.config.targets(module):
-            return False
-        if self.layers is None or names is None or module in names:
-            return True
-        index = self._layer(module)
-        return index is not None and index in self.layers
-
-    def _layer(self, module: str) -> int | None:
-        """The number that PEFT takes for the layer's: the first behind a parent, and not last."""
-        parts = module.split(".")
-        for parent in self.parents or (None,):
-            # Without layers_pattern any part but the first of all is a parent.
-            for at in range(0 if parent else 1, len(parts) - 2):
-                if parent in (None, parts[at]) and parts[at + 1].isdecimal():
-                    return int(parts[at + 1])
-        return None
-
-
-def _read_config(values: dict[str, Any]) -> LoRAConfig:
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {shown(values.get('peft_type'))}; only 'LORA' is supported")
-    for key, value in values.items():
-        if not value or key in _IRRELEVANT:
-            continue  # None, False and empty switch a feature off, also one not invented yet
-        remedy = _UNSUPPORTED.get(
-            key, "this key is unknown, so that its meaning would be lost; remove it if it has none"
-        )
-        raise ValueError(f"{printable(key, 100)}={shown(value)}: {remedy}")
-    if values.get("bias") not in (None, "none"):
-        raise ValueError(
-            f"bias={shown(values['bias'])}: trained biases are not supported; {_MERGE}"
-        )
-    init = values.get("init_lora_weights", True)
-    if (init.lower() if isinstance(init, str) else init) not in _EXACT_INITS:
-        raise ValueError(
-            f"init_lora_weights={shown(init)} is unknown or changed the base weights, so that the "
-            "adapter doesn't fit the original base; convert it with peft's save_pretrained(path, "
-            "path_initial_model_for_weight_conversion=...)"
-        )
-    if "r" not in values or "lora_alpha" not in values:
-        raise ValueError(
-            "r and lora_alpha are required; save the adapter with peft's save_pretrained"
-        )
-    return LoRAConfig(
-        rank=rank_in(values["r"], "r"),
-        alpha=alpha_in(values["lora_alpha"], "lora_alpha"),
-        rslora=values.get("use_rslora") or False,
-        target_modules=values.get("target_modules"),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-    )
-
-
-def _enabled(values: dict[str, Any]) -> tuple[bool, ...] | None:
-    """Which of a layer's equal parts have LoRA, as in PEFT 0.2; None if it is not asked for."""
-    parts = values.get("enable_lora")
-    if not parts:
-        return None
-    if not (
-        isinstance(parts, list)
-        and len(parts) <= _MAX_PARTS
-        and all(isinstance(part, bool) for part in parts)
-        and any(parts)
-    ):
-        raise ValueError(
-            f"enable_lora={shown(parts)} must say of each part of a layer, at most {_MAX_PARTS}, "
-            "whether it has LoRA, and one must have it"
-        )
-    return tuple(parts)
-
-
-def _dense_config(config: LoRAConfig, count: int) -> LoRAConfig:
-    """The config of the dense form of layers of which `count` parts have LoRA: the same scale."""
-    if config.rslora or config.rank_pattern or config.alpha_pattern:
-        raise ValueError(
-            "enable_lora is PEFT 0.2's, which has no use_rslora, rank_pattern or alpha_pattern; "
-            "remove them"
-        )
-    rank = rank_in(config.rank * count, f"r times the {count} parts of enable_lora")
-    return dataclasses.replace(config, rank=rank, alpha=config.alpha * count)
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:

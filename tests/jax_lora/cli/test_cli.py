@@ -119,13 +119,14 @@ def test_inspect_says_what_lorax_would_do_and_what_to_change(
 def test_inspect_of_no_adapter_is_an_error(tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
-    assert "adapter_config.json" in result.stderr
+    assert "adapter_config.json" in result.stdout
+    assert "1 of 1 adapters can't be read" in result.stderr
 
 
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "inspect"):
+    for command in ("demo", "generate", "inspect", "convert"):
         assert command in result.stdout
     assert "bench" not in result.stdout
 
@@ -148,7 +149,7 @@ def test_no_escape_code_of_an_upload_reaches_the_terminal(tmp_path: Path) -> Non
     result = run("inspect", folder)
     assert result.exit_code == 2
     assert not {"\x1b", "\u202e"} & set(result.output)
-    assert len(result.stderr.splitlines()) == 1
+    assert len(result.output.splitlines()) == 3  # the reason, a blank line, the error
 
 
 def test_generate_escapes_codes_that_a_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +167,58 @@ def test_links_out_of_a_folder_need_an_option(tmp_path: Path) -> None:
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     refused = run("inspect", folder)
-    assert refused.exit_code == 2 and "--allow-links" in refused.stderr
+    assert refused.exit_code == 2 and "--allow-links" in refused.stdout
     assert run("inspect", folder, "--allow-links").exit_code == 0
     command = ["generate", "--base", BASE, "--prompt", "a:x", "--adapter", f"a={folder}"]
     assert "--allow-links" in run(*command).stderr
     assert "--allow-links" not in run(*command, "--allow-links").stderr
+
+
+def test_inspect_reports_each_folder_below_and_the_bad_ones_in_their_place(tmp_path: Path) -> None:
+    save(tmp_path / "a", 4)
+    save(tmp_path / "a" / "checkpoint-5", 8)
+    broken = save(tmp_path / "b" / "broken", 4)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    dora = save(tmp_path / "b" / "dora", 4)
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (tmp_path / "b" / "mlx").mkdir()
+    (tmp_path / "b" / "mlx" / "adapters.safetensors").write_bytes(b"")
+    save(tmp_path / "c", 16)
+    save(tmp_path / ".trash", 16)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    result = run("inspect", "--json", tmp_path, tmp_path / "none")
+    assert result.exit_code == 2
+    assert "4 of 7 adapters can't be read" in result.stderr
+    reports = json.loads(result.stdout)["adapters"]
+    right = ["a", "a/checkpoint-5", "b/broken", "b/dora", "b/mlx", "c", "none"]
+    assert [Path(r["path"]).relative_to(tmp_path).as_posix() for r in reports] == right
+    reasons = {Path(r["path"]).name: r["error"] for r in reports if "error" in r}
+    assert reasons.keys() == {"broken", "dora", "mlx", "none"}
+    for name, reason in {
+        "broken": "is truncated or not a safetensors file",
+        "dora": "use_dora=True: DoRA is not supported",
+        "mlx": "is an adapter of mlx-lm; `jax-lora convert",
+        "none": "no folder",
+    }.items():
+        assert reason in reasons[name]
+    assert [r["rank"] for r in reports if "rank" in r] == [4, 8, 16]
+    text = run("inspect", tmp_path)
+    assert text.exit_code == 2
+    places = [text.stdout.index(f"/{name}: ") for name in right[:-1]]
+    assert places == sorted(places)
+    assert text.stdout.count("can't be read: ") == 3 and text.stdout.count("q_proj x3") == 3
+
+
+def test_inspect_walks_a_bounded_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax_lora import inspection
+
+    monkeypatch.setattr(inspection, "MAX_FOLDERS", 3)
+    save(tmp_path / "a", 4)
+    save(tmp_path / "b", 4)
+    assert run("inspect", tmp_path).exit_code == 0
+    save(tmp_path / "c", 4)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 2 and "holds more than 3 folders" in result.stderr
