@@ -333,7 +333,8 @@ def _read_header(path: Path, stream: BufferedReader) -> TensorFile:
             )
         stream.seek(8)
         header = _json_object(stream.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # MLX writes null
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise ValueError("its __metadata__ must map text to text")
         tensors = _tensors(header, status.st_size - 8 - length)

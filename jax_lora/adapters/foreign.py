@@ -89,10 +89,21 @@ _REFUSED = {
 _EMBEDDINGS = frozenset({"wte", "wpe"})  # besides names with "embed"
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is, by its name or a file in it, what `read_foreign` reads."""
+    if (path / "adapter_model.safetensors").exists():
+        return False
+    return _is_file(path) or _mark(path, _CONVERTED) is not None
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.is_file()
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raises ValueError, which says what to do, if `folder` holds another project's LoRA."""
     command = f"`jax-lora convert {printable(folder)} NEW_FOLDER` writes it as PEFT does"
-    if folder.suffix == ".safetensors" and folder.is_file():
+    if _is_file(folder):
         raise ValueError(
             f"{printable(folder)} is a file, and PEFT's adapters are folders; {command}"
         )
@@ -124,7 +135,7 @@ def read_foreign(
       FileNotFoundError, ValueError: a file is missing, malformed, of an unknown project, or says
         what PEFT's LoRA of linear layers can't. The message says what to do.
     """
-    if path.suffix == ".safetensors" and path.is_file():
+    if _is_file(path):
         folder, stem = path.parent, path.stem
     else:
         check_folder(path, "the LoRA")
@@ -170,7 +181,7 @@ def from_qwix(state: Tree, *, alpha: float) -> Adapter:
       alpha: the provider's, which makes the scale `alpha / rank`.
 
     Raises:
-      TypeError: an entry is no array.
+      TypeError: alpha is no number.
       ValueError: an entry is no LoRA of qwix, or PEFT's LoRA of linear layers can't say it.
     """
     tensors = {".".join(path): np.asarray(leaf) for path, leaf in _leaves(state)}
@@ -268,8 +279,8 @@ def _of_mlx(
         a, b = tensors[pair["A"]], tensors[pair["B"]]
         if not a.ndim == b.ndim == 2:
             raise ValueError(
-                f"{shown(module)} is LoRA of experts, {[*a.shape]} and {[*b.shape]}, which is not "
-                "supported; train without it"
+                f"{shown(module)} is LoRA of stacked layers, such as experts, {[*a.shape]} and "
+                f"{[*b.shape]}, which is not supported; train without it"
             )
         weights[module] = a.T, b.T
     ranks = sorted({a.shape[0] for a, _ in weights.values()})

@@ -53,7 +53,6 @@ _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
-_INNER = re.compile(r".*?base_model\.(?:.*?\.)?model\.", re.DOTALL)
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
@@ -95,6 +94,12 @@ class _Half:
 
     def read(self) -> np.ndarray:
         return self.file.read(self.key)
+
+
+def _inner_name(key: str) -> str:
+    """The module's name below PEFT's prefix, with the wrappers that the base model had."""
+    inside = key.partition("base_model.")[2].partition("model.")[2]
+    return inside.rpartition(".lora_")[0]
 
 
 @dataclass(frozen=True)
@@ -433,7 +438,7 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
                     f"share the file, see {shown(key, 200)}; save each in a folder of its own"
                 )
             found.halves[module][half] = _Half(file, key)
-            if name != key and (raw := _INNER.sub("", key).rpartition(".lora_")[0]) != module:
+            if name != key and (raw := _inner_name(key)) != module:
                 found.wrapped[module] = raw
     for key, stored in others.items():
         match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None

@@ -43,13 +43,13 @@ def convert(
 
         jax-lora convert ./mlx/adapters ./french --rename model=model.language_model
     """
-    from jax_lora.adapters import load_peft, read_foreign, renamed, save_peft
+    from jax_lora.adapters import is_foreign, load_peft, read_foreign, renamed, save_peft
 
     with input_errors():
         prefixes = dict(_prefix(item) for item in rename or [])
         if (target / "adapter_config.json").exists():
             raise ValueError(f"{shown(str(target), 300)} holds an adapter; give a new folder")
-        if (source / "adapter_model.safetensors").exists():
+        if (source / "adapter_config.json").exists() and not is_foreign(source):
             if alpha is not None:
                 raise ValueError(
                     f"alpha={alpha:g} is given, but PEFT's config says it; leave it out"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import ml_dtypes
 import numpy as np
@@ -80,8 +81,19 @@ def mlx(folder, tensors=None, **config):
         "num_layers": 16,
     } | config
     (folder / "adapter_config.json").write_text(json.dumps(values))
-    save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
+    save_as_mlx(tensors, folder / "adapters.safetensors")
     return tensors
+
+
+def save_as_mlx(tensors, path):
+    """As `mx.save_safetensors` writes it, whose metadata is null if none is given."""
+    header, data = {"__metadata__": None}, b""
+    for key, tensor in tensors.items():
+        offsets = [len(data), len(data) + tensor.nbytes]
+        header[key] = {"data_offsets": offsets, "dtype": "F32", "shape": list(tensor.shape)}
+        data += tensor.tobytes()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def test_an_adapter_of_mlx_lm_computes_what_it_did(tmp_path):
@@ -154,7 +166,7 @@ AB = {"q.lora_a": normal(4, RANK), "q.lora_b": normal(RANK, 6)}
         (
             {"mlp.up.lora_a": normal(2, 3, 4), "mlp.up.lora_b": normal(2, 6, 3)},
             {},
-            r"'mlp.up' is LoRA of experts, \[2, 3, 4\]",
+            r"'mlp.up' is LoRA of stacked layers, such as experts, \[2, 3, 4\]",
         ),
         ({"q.lora_a": normal(4, 3), "q.lora_b": normal(2, 6)}, {}, r"q: lora_A must be \[r, H\]"),
         (
@@ -408,12 +420,15 @@ def test_peft_folders_get_other_names(tmp_path):
         (["mlx", "new", "--alpha", "3"], "alpha=3 is given, but the file says its own scale"),
         (["peft", "new", "--alpha", "3"], "alpha=3 is given, but PEFT's config says it"),
         (["link", "new"], "--allow-links"),
+        (["pickle", "new"], "is a pickle, which can run code"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, args, message):
     mlx(tmp_path / "mlx")
     (tmp_path / "empty").mkdir()
     save_peft(read_foreign(tmp_path / "mlx")[""], tmp_path / "peft")
+    shutil.copytree(tmp_path / "peft", tmp_path / "pickle")
+    (tmp_path / "pickle/adapter_model.safetensors").rename(tmp_path / "pickle/adapter_model.bin")
     shutil.copytree(tmp_path / "mlx", tmp_path / "link")
     (tmp_path / "link" / "adapters.safetensors").unlink()
     (tmp_path / "link" / "adapters.safetensors").symlink_to(tmp_path / "mlx/adapters.safetensors")

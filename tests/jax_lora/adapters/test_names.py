@@ -139,6 +139,17 @@ def test_patterns_that_mean_a_name_with_a_wrapper_are_exact_or_refused(tmp_path)
     assert load_peft(tmp_path).modules["up"].scale == 0.5
 
 
+def test_the_name_with_wrappers_is_that_below_pefts_prefix(tmp_path):
+    save_renamed(tmp_path, "model.")
+    rewrite(
+        tmp_path,
+        lambda key: "module." + key.replace("model.model.up", "model._orig_mod.model.up"),
+        alpha_pattern={r"^model\.up": 8},
+    )
+    with pytest.raises(ValueError, match=r"by its name in the file, _orig_mod\.model\.up; write"):
+        load_peft(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("prefix", "rename"),
     [
