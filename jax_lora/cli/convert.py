@@ -47,8 +47,6 @@ def convert(
 
     with input_errors():
         prefixes = dict(_prefix(item) for item in rename or [])
-        if (target / "adapter_config.json").exists():
-            raise ValueError(f"{shown(str(target), 300)} holds an adapter; give a new folder")
         if (source / "adapter_config.json").exists() and not is_foreign(source):
             if alpha is not None:
                 raise ValueError(
@@ -57,9 +55,14 @@ def convert(
             adapters = {"": load_peft(source, allow_links=allow_links)}
         else:
             adapters = read_foreign(source, alpha=alpha, allow_links=allow_links)
-        adapters = {model: renamed(adapter, prefixes) for model, adapter in adapters.items()}
-        for model, adapter in adapters.items():
-            folder = target / model if len(adapters) > 1 else target
+        written = {
+            target / model if len(adapters) > 1 else target: renamed(adapter, prefixes)
+            for model, adapter in adapters.items()
+        }
+        for folder in written:
+            if (folder / "adapter_config.json").exists():
+                raise ValueError(f"{shown(str(folder), 300)} holds an adapter; give a new folder")
+        for folder, adapter in written.items():
             save_peft(adapter, folder)
             text = f": rank {adapter.rank}, {len(adapter.modules)} modules"
             stdout.print(Text.assemble((printable(folder), "bold"), text), soft_wrap=True)

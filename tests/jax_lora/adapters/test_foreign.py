@@ -357,6 +357,10 @@ def test_each_model_of_a_pipeline_gets_a_folder(tmp_path):
         weights = load_peft(tmp_path / "peft" / model).modules["up"]
         np.testing.assert_array_equal(weights.a, tensors[f"{model}.up.lora_A.weight"])
         assert weights.scale == 1
+    shutil.rmtree(tmp_path / "peft" / "unet")
+    again = convert(tmp_path / "style.safetensors", tmp_path / "peft")
+    assert again.exit_code == 2 and "text_encoder' holds an adapter" in again.stderr
+    assert not (tmp_path / "peft" / "unet").exists()
 
 
 KOHYA = "lora_unet_down_blocks_0_attentions_0_proj_in"
