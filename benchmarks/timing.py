@@ -62,7 +62,7 @@ def turn(call: Callable[..., Any], rounds: int) -> Callable[..., Any]:
 
 class Loop:
     """carry = body(carry, *given), several turns in one compiled program that is called back to
-    back; `calls`: of what is timed, in a body.
+    back; `calls`: of what is timed, in a body; `turns`, where the usual number takes too long.
 
     The turns are known when XLA compiles, and the host does not wait for one program before it
     starts the next: so the GPU waits for no host. Asked after each turn whether to go on, as a loop
@@ -70,8 +70,9 @@ class Loop:
     not.
     """
 
-    def __init__(self, body: Callable[..., Any], calls: int) -> None:
-        turns = max(1, _LOOPED_CALLS // calls) if jax.default_backend() == "gpu" else 1
+    def __init__(self, body: Callable[..., Any], calls: int, turns: int | None = None) -> None:
+        if turns is None:
+            turns = max(1, _LOOPED_CALLS // calls) if jax.default_backend() == "gpu" else 1
 
         def run(carry: Any, *given: Any) -> Any:
             return jax.lax.fori_loop(0, turns, lambda _, carry: body(carry, *given), carry)

@@ -18,7 +18,7 @@ Ys = tuple[Array, ...]
 
 
 def _backward(call: Call) -> Backend:
-    """The backend of the gradients; "auto" has those of XLA, which every platform runs."""
+    """The backend of a half's gradients; "auto" has those of XLA, which every platform runs."""
     return BACKENDS["xla" if call.implementation == "auto" else call.implementation]
 
 
@@ -139,8 +139,9 @@ def _gradients(
     call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
 ) -> tuple[Array, Parts, None]:
     x, parts, token_ids = derivatives.cotangents(call.op, residuals)
-    dx, dparts = _backward(call).add_lora_grad(call, side_by_side(dys), x, parts, token_ids)
-    return dx.astype(x.dtype), tuple(map(_in_whole_scales, parts, dparts)), None
+    gradient = compiled("add_lora_grad", call)
+    dx, dparts = gradient(side_by_side(dys), x, parts, token_ids)
+    return dx, tuple(map(_in_whole_scales, parts, dparts)), None
 
 
 def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:

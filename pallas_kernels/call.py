@@ -82,4 +82,4 @@ class Backend(Protocol):
     def add_lora_grad(
         self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
     ) -> tuple[Array, tuple[LoRAPart, ...]]:
-        """Gradients in x (float32) and in the parts; `dy` is that of all columns side by side."""
+        """Gradients in x and in the parts; `dy` is that of all columns side by side."""

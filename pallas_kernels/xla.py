@@ -1,4 +1,4 @@
-"""The ops as plain XLA, for any device; and the gradients, for every implementation.
+"""The ops and their gradients as plain XLA, for any device.
 
 Two forms. *bgmv* gathers the adapter of each token and contracts, a few tokens at a time so that
 the gathered weights stay small. *sgmv* walks the tile map of the segments: one dense product per
@@ -347,13 +347,13 @@ def expand_grad(
 def add_lora_grad(
     call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
 ) -> tuple[Array, tuple[LoRAPart, ...]]:
-    """Gradients of `add_lora` in x (float32), and in each part's stacks and own scales."""
+    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
     dx, dparts = jnp.zeros(x.shape, jnp.float32), []
     for part, local in zip(parts, local_parts(parts, token_ids)):
         dx_part, da, db, ds = _part_grad(dy, x, local)
         dx += dx_part
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
-    return dx, tuple(dparts)
+    return dx.astype(x.dtype), tuple(dparts)
 
 
 def _part_grad(

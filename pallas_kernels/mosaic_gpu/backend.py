@@ -7,7 +7,9 @@ gets depends on that row alone. The *decode* kernel takes up to 256 tokens, does
 one launch, and gathers the few tokens of one adapter for each cluster.
 """
 
+import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu.backward import GradientPart, gradients
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
     DecodePart,
@@ -37,7 +40,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.support import MAX_FEATURES
+from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
     Segments,
     SlotRange,
@@ -47,7 +50,6 @@ from pallas_kernels.routing import (
     local_segments,
 )
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
-from pallas_kernels.xla import add_lora_grad as add_lora_grad
 from pallas_kernels.xla import expand_grad as expand_grad
 from pallas_kernels.xla import shrink_grad as shrink_grad
 
@@ -388,3 +390,57 @@ def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Float[Ar
         planes.append(top.astype(dtype))
         rest = jnp.where(jnp.isfinite(rest), rest - top, 0.0)
     return jnp.stack(planes), factor
+
+
+# ----------------------------------------------------------------------------------- gradients
+
+
+def add_lora_grad(
+    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, tuple[LoRAPart, ...]]:
+    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
+    if missing_gradient(x.dtype, dy.dtype, x.shape[0], parts) is not None:
+        return xla.add_lora_grad(call, dy, x, parts, token_ids)
+    x = _needs_hopper(x)
+    locals_ = xla.local_parts(parts, token_ids)
+    shrinks = [
+        _Shrink(p.lora_a, p.segments, p.scales, 0, _prefill_config(x, p.lora_a, p.lora_b.shape[1]))
+        for p in locals_
+    ]
+    kernel_parts = tuple(
+        GradientPart(
+            v,
+            local.lora_a,
+            local.lora_b,
+            jnp.broadcast_to(local.scales, local.lora_a.shape[0]),
+            SlotRange(part.first_slot, local.lora_a.shape[0]),
+            local.y_offset,
+        )
+        for part, local, v in zip(parts, locals_, _shrink_some(x, shrinks, operands=True))
+    )
+    slots = max(part.slots.stop for part in kernel_parts)
+    if isinstance(token_ids, Segments):
+        slots = token_ids.num_adapters
+    segments = local_segments(token_ids, SlotRange(0, slots))
+    dx, found = gradients(dy, x, kernel_parts, segments)
+    # The scales' gradients alone need v before it was scaled, which XLA drops if nobody asks.
+    plain = [shrunk._replace(scales=jnp.ones(1, jnp.float32)) for shrunk in shrinks]
+    dparts = []
+    for part, local, gradient, u in zip(
+        parts, locals_, found, _shrink_some(x, plain, operands=False)
+    ):
+        ds = gradient.of_scales(u)
+        ds = ds if local.scales.ndim else jnp.sum(ds)
+        dparts.append(
+            dataclasses.replace(part, lora_a=gradient.lora_a, lora_b=gradient.lora_b, scales=ds)
+        )
+    return dx, tuple(dparts)
+
+
+def _shrink_some(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
+    """`_shrink_parts` of any number of parts."""
+    return [
+        v
+        for some in itertools.batched(parts, _MOST_PARTS)
+        for v in _shrink_parts(x, list(some), operands=operands)
+    ]

@@ -69,3 +69,17 @@ def missing_together(spans: tuple[tuple[int, int], ...]) -> str | None:
             what = f"columns [{cut.start}, {cut.stop}) between edges of overlapping parts"
             return f"{what}, {width} more than a multiple of 8"
     return None
+
+
+def missing_gradient(
+    x_dtype: DTypeLike, dy_dtype: DTypeLike, num_tokens: int, parts: tuple[LoRAPart, ...]
+) -> str | None:
+    """What the gradients' kernels lack for parts that the forward's take; XLA's form then runs."""
+    if num_tokens == 0:
+        return "calls without a token"
+    for part in parts:
+        dtype = jnp.result_type(part.lora_a)
+        for name, other in (("x", x_dtype), ("y", dy_dtype)):
+            if other != dtype:
+                return f"gradients of {dtype} weights beside {jnp.dtype(other).name} {name}"
+    return None

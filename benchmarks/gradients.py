@@ -1,0 +1,269 @@
+"""Times forward and backward of `y + lora(x)`, with gradients for x, A and B."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import COPY_RATE, Loop, sets_to_rotate
+from pallas_kernels import Segments, add_lora, make_segments
+from pallas_kernels.dispatch import Implementation
+
+_MAX_ERROR = 1e-2  # of a bfloat16 gradient beside that of XLA's form, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """T tokens, of which D adapters of rank r have runs of equal length or of lengths after Zipf,
+    or lie in any order; `L` slots, D if that is 0."""
+
+    T: int
+    D: int
+    r: int
+    H: int = 4096
+    N: int = 4096
+    order: str = "runs"
+    L: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.L or self.D
+
+    @property
+    def label(self) -> str:
+        shape = "" if (self.H, self.N) == (4096, 4096) else f" {self.H}x{self.N}"
+        slots = f" of {self.L}" if self.L else ""
+        return f"T={self.T} D={self.D}{slots} r={self.r}{shape} {self.order}"
+
+    @property
+    def floor_us(self) -> float:
+        """x read twice, y and dy once; y' and dx written; adapters in use and their gradients."""
+        of_tokens = 2 * self.T * (3 * self.H + 3 * self.N)
+        of_adapters = 2 * 2 * self.D * self.r * (self.H + self.N)
+        return (of_tokens + of_adapters) / COPY_RATE * 1e6
+
+    @property
+    def written_zeros_us(self) -> float:
+        """What the zeros of slots without a token take, in whole stacks of gradients."""
+        return 2 * (self.slots - self.D) * self.r * (self.H + self.N) / COPY_RATE * 1e6
+
+    @property
+    def aim_us(self) -> float:
+        factor = 2.0 if self.order == "shuffled" else 1.5
+        return factor * (self.floor_us + self.written_zeros_us) + 20
+
+    def ids(self) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        if self.order == "runs":
+            return np.sort(np.arange(self.T) % self.D).astype(np.int32)
+        ids = np.minimum(rng.zipf(1.5, self.T) - 1, self.D - 1).astype(np.int32)
+        ids[: self.D] = np.arange(self.D)
+        return rng.permutation(ids) if self.order == "shuffled" else np.sort(ids)
+
+
+_FIRST = [
+    Case(8192, 8, 16),
+    Case(64, 8, 16),
+    Case(1024, 8, 16),
+    Case(8192, 8, 16, order="zipf"),
+    Case(8192, 8, 16, order="shuffled"),
+    Case(8192, 8, 64),
+    Case(8192, 32, 16),
+    Case(8192, 8, 128),
+    Case(64, 64, 16),
+    Case(1024, 64, 64),
+    Case(8192, 1, 16),
+]
+_MORE = [
+    *(Case(t, d, r) for t in (64, 256, 4096, 16384) for d in (1, 8, 64) for r in (8, 16, 128)),
+    *(Case(8192, 8, 16, h, n) for h, n in ((5120, 5120), (8192, 8192), (4096, 14336))),
+    *(Case(t, 8, 16, 14336, 4096) for t in (64, 2048, 8192)),
+    *(Case(t, 8, 16, order=o) for t in (1024, 4096) for o in ("zipf", "shuffled")),
+    *(Case(t, 8, r, L=64) for t in (512, 8192) for r in (16, 128)),
+]
+CASES = _FIRST + [case for case in _MORE if case not in _FIRST]
+
+
+def cases_of(given: str | None) -> list[Case]:
+    """All cases; the first few; or those of a JSON file."""
+    if given is None:
+        return CASES
+    if given == "first":
+        return _FIRST
+    return [Case(**case) for case in json.loads(Path(given).read_text())]
+
+
+Step = Callable[..., Any]  # (y, x, a, b, dy, route) -> y', dx, da, db
+
+
+def _step(forward: Callable[..., Any]) -> Step:
+    def step(y: Any, x: Any, a: Any, b: Any, dy: Any, route: Any) -> Any:
+        out, pull = jax.vjp(lambda x, a, b: forward(y, x, a, b, route), x, a, b)
+        return out, *pull(dy)
+
+    return step
+
+
+def _ours(implementation: Implementation | None) -> Step:
+    def forward(y: Any, x: Any, a: Any, b: Any, route: Any) -> Any:
+        return add_lora(y, x, a, b, route[0], implementation=implementation)
+
+    return _step(forward)
+
+
+def _ragged(y: Any, x: Any, a: Any, b: Any, route: tuple[Segments, Any, Any, Any]) -> Any:
+    """Sorted tokens, and a `ragged_dot` for each half. Its weights are `[L, H, R]`, `[L, R, N]`."""
+    _, order, back, sizes = route
+    v = jax.lax.ragged_dot(x[order], a, sizes)
+    return y + jax.lax.ragged_dot(v, b, sizes)[back]
+
+
+def _dense(y: Any, x: Any, a: Any, b: Any, _: Any) -> Any:
+    return y + (x @ a[0].T) @ b[0].T
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Microseconds of each way; `error`: the largest of ours beside XLA's form, by gradient."""
+
+    case: Case
+    us: dict[str, float]
+    error: dict[str, float]
+    notes: list[str]
+
+    @property
+    def wrong(self) -> dict[str, float]:
+        return {name: error for name, error in self.error.items() if not error < _MAX_ERROR}
+
+    @property
+    def verdict(self) -> str:
+        if "ours" not in self.us:
+            return "failed"
+        slower = [name for name, us in self.us.items() if us < self.us["ours"]]
+        words = ["met" if self.us["ours"] <= self.case.aim_us else "missed"]
+        words += [f"slower than {name}" for name in slower]
+        return ", ".join(words + ([f"WRONG {self.wrong}"] if self.wrong else []) + self.notes)
+
+    @property
+    def line(self) -> str:
+        times = "  ".join(f"{name} {us:7.1f}" for name, us in self.us.items())
+        case = self.case
+        sizes = f"floor {case.floor_us:6.1f}  aim {case.aim_us:6.1f}"
+        return f"{case.label:34} {sizes}  {times}  {self.verdict}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self),
+            "label": self.case.label,
+            "verdict": self.verdict,
+            "floor": self.case.floor_us,
+            "aim": self.case.aim_us,
+        }
+
+
+def _sets(case: Case) -> list[tuple[jax.Array, ...]]:
+    """Operands and room for gradients, together larger than the L2 cache."""
+    t, d, r, h, n = case.T, case.slots, case.r, case.H, case.N
+    shapes = [(t, n), (t, h), (d, r, h), (d, n, r), (t, n)]
+    factors = [1.0, 1.0, h**-0.5, r**-0.5, 1.0]
+    set_bytes = 2 * sum(int(np.prod(shape)) for shape in [*shapes, *shapes[1:4]])
+    made = []
+    for n in range(sets_to_rotate(set_bytes)):
+        keys = jax.random.split(jax.random.key(n), len(shapes))
+        arrays = [
+            (jax.random.normal(key, shape) * factor).astype(jnp.bfloat16)
+            for key, shape, factor in zip(keys, shapes, factors)
+        ]
+        made.append((*arrays, *(jnp.zeros(shape, jnp.bfloat16) for shape in shapes[1:4])))
+    return made
+
+
+def _route(case: Case) -> tuple[Any, ...]:
+    ids = case.ids()
+    order = np.argsort(ids, kind="stable")
+    sizes = np.bincount(ids, minlength=case.slots).astype(np.int32)
+    segments = make_segments(jnp.asarray(ids), case.slots)
+    return segments, jnp.asarray(order), jnp.asarray(np.argsort(order)), jnp.asarray(sizes)
+
+
+def _us(step: Step, sets: list[tuple[jax.Array, ...]], route: Any, turns: int | None) -> float:
+    """Microseconds of one step, in a jitted loop over the sets."""
+
+    def body(sets: Any, route: Any) -> Any:
+        sets = jax.lax.optimization_barrier(sets)
+        done = []
+        for y, x, a, b, dy, *_ in sets:
+            y, *gradients = step(y, x, a, b, dy, route)
+            done.append((y, x, a, b, dy, *gradients))
+        return done
+
+    return Loop(body, len(sets), turns=turns).us(sets, route)
+
+
+_OURS_AND_XLA: tuple[Implementation | None, ...] = (None, "xla")
+
+
+def _errors(case: Case, sets: list[tuple[jax.Array, ...]], route: Any) -> dict[str, float]:
+    operands = sets[0][:5]
+    ours, xla = (jax.jit(_ours(way))(*operands, route) for way in _OURS_AND_XLA)
+    found = {}
+    for name, got, want in zip(("y", "dx", "dA", "dB"), ours, xla):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        found[name] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    return found
+
+
+def measure(case: Case, ways: tuple[str, ...]) -> Result:
+    """Times one case in each of the `ways`; what does not run is a note."""
+    sets, route = _sets(case), _route(case)
+    us: dict[str, float] = {}
+    error: dict[str, float] = {}
+    notes: list[str] = []
+    try:
+        error = _errors(case, sets, route)
+    except Exception as reason:
+        notes.append(f"no errors measured: {str(reason)[:300]!r}")
+    for way in ways:
+        step = {"ours": _ours(None), "xla": _ours("xla")}.get(way)
+        given = sets
+        if way == "ragged":
+            step, given = _step(_ragged), _swapped(sets)
+        elif way == "dense":
+            step = _step(_dense)
+        assert step is not None
+        slow = way in ("xla", "ragged") and case.T > 64
+        try:
+            us[way] = _us(step, given, route, turns=2 if slow else None)
+        except Exception as reason:
+            notes.append(f"{way}: {str(reason)[:300]!r}")
+    return Result(case, us, error, notes)
+
+
+def _swapped(sets: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
+    """The sets with weights, and room for their gradients, as `ragged_dot` takes them."""
+    turned = (2, 3, 6, 7)
+    return [
+        tuple(t.swapaxes(1, 2) if i in turned else t for i, t in enumerate(one)) for one in sets
+    ]
+
+
+def run(
+    cases: list[Case], ways: tuple[str, ...], seconds: float, out: Path | None
+) -> Iterator[Result]:
+    """Measures case after case, and starts none after so many seconds. Each result is added to
+    `out`, a file of JSON lines, as it comes."""
+    end = time.monotonic() + seconds
+    for case in cases:
+        if time.monotonic() > end:
+            return
+        result = measure(case, ways)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(result.to_dict()) + "\n")
+        yield result

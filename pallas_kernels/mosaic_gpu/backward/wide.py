@@ -1,0 +1,161 @@
+"""dx[t] = dv[t] @ A[i], summed over a range's parts: a block takes a tile and a few columns of dx.
+
+The life of a block:
+
+    tile       which tokens, of which adapter     registers
+    ring       dv of the tile, A of the adapter   shared memory, 64 ranks a stage, part after part
+    products   dv square by A squares             registers, float32
+    dx         rounded once                       shared memory, then by TMA to the tokens' rows
+
+A block of tokens without an adapter stores zeros.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, DTypeLike, Float
+
+from pallas_kernels.mosaic_gpu.backward.config import WideCut, wide_cut
+from pallas_kernels.mosaic_gpu.backward.squares import (
+    SIDE,
+    Squares,
+    accumulators,
+    squares,
+    squares_of,
+    take_steps,
+)
+from pallas_kernels.mosaic_gpu.backward.tiles import Tile, Tiles, put_rows
+from pallas_kernels.mosaic_gpu.layouts import Ref
+from pallas_kernels.routing import SlotRange
+
+
+class WidePart(NamedTuple):
+    """One stack of adapters: dv in the order of the tiles, A, and the slots that it holds."""
+
+    dv: Float[Array, "rows R"]
+    lora_a: Float[Array, "L R H"]
+    slots: SlotRange
+
+
+class _Refs(NamedTuple):
+    """A part's operands in device memory."""
+
+    dv: Ref
+    a: Ref
+
+
+class _Block(NamedTuple):
+    """What one block has: the cut, its tile and columns, dx, the sorted tokens, and the ring's
+    barriers."""
+
+    cut: WideCut
+    tile: Tile
+    column: Array
+    dx: Ref
+    rows: Ref
+    loaded: Ref
+
+
+def wide_kernel(
+    parts: tuple[WidePart, ...], tiles: Tiles, num_tokens: int, dtype: DTypeLike
+) -> Float[Array, "T H"]:
+    """dx of all tokens, zero in rows of -1."""
+    features = parts[0].lora_a.shape[2]
+    cut = wide_cut(tiles.count, features)
+    ranges: dict[SlotRange, list[int]] = {}
+    for i, part in enumerate(parts):
+        ranges.setdefault(part.slots, []).append(i)
+    ranks = "_".join(f"r{part.lora_a.shape[1]}" for part in parts)
+
+    def body(table: Ref, rows: Ref, *refs: Ref) -> None:
+        operands, (dx, loaded) = refs[:-2], refs[-2:]
+        pairs = [_Refs(*operands[2 * i : 2 * i + 2]) for i in range(len(parts))]
+        tile = Tile.read(table, lax.axis_index("tile"))
+        column = lax.axis_index("columns") * (cut.columns * SIDE)
+        block = _Block(cut, tile, column, dx, rows, loaded)
+        has_adapter = jnp.bool_(False)
+        for slots, mine in ranges.items():
+            run = functools.partial(_run, block, slots, [pairs[i] for i in mine])
+            pl.when(slots.holds(tile.adapter))(run)
+            has_adapter |= slots.holds(tile.adapter)
+        pl.when((tile.count > 0) & ~has_adapter)(functools.partial(_run, block, None, []))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((num_tokens, features), dtype),
+        scratch_types=[plgpu.Barrier(num_barriers=cut.stages, num_arrivals=1 + cut.columns)],
+        grid=(tiles.count, -(-squares_of(features) // cut.columns)),
+        grid_names=("tile", "columns"),
+        kernel_name=f"lora_wide_{ranks}",
+    )
+    operands = (array for part in parts for array in (part.dv, part.lora_a))
+    dx: Array = kernel(tiles.table, tiles.rows, *operands)
+    return dx
+
+
+def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
+    """One block, of a range's parts: sums, rounds, and stores."""
+    dtype, columns = block.dx.dtype, block.cut.columns
+
+    def put(memory: Ref, values: list[Array]) -> None:
+        out = Squares.of(memory)
+        for j, value in enumerate(values):
+            out.tiles[j] = value.astype(dtype)
+        plgpu.commit_smem()
+        for j in range(columns):
+            column = block.column + j * SIDE
+            put_rows(out.rows.at[j], block.dx, block.rows, block.tile, column)
+        plgpu.wait_smem_to_gmem(0)
+
+    if slots is None:
+        zeros = plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), plgpu.Layout.WGMMA)
+        pl.run_scoped(lambda out: put(out, [zeros] * columns), squares(columns, dtype=dtype))
+        return
+
+    def run(out: Ref, dv: Ref, a: Ref) -> None:
+        products = functools.partial(_products, block, slots, parts, Squares.of(dv), Squares.of(a))
+        put(out, pl.run_scoped(products, accumulators(columns)))
+
+    stages = block.cut.stages
+    pl.run_scoped(
+        run,
+        squares(columns, dtype=dtype),
+        squares(stages, dtype=dtype),
+        squares(stages, columns, dtype=dtype),
+    )
+
+
+def _products(
+    block: _Block, slots: SlotRange, parts: list[_Refs], dv: Squares, a: Squares,
+    sums: list[Ref],
+) -> list[Array]:  # fmt: skip
+    """The sum over parts and their ranks, square by square of the columns, in registers."""
+    adapter, tile_start = block.tile.adapter - slots.first, lax.axis_index("tile") * SIDE
+    counts = [squares_of(part.a.shape[1]) for part in parts]
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+
+    def fetch(k: Array, slot: Array | int) -> None:
+        for part, first, count in zip(parts, firsts, counts):
+            mine = (k >= first) & (k < first + count)
+            pl.when(mine)(functools.partial(copy, part, (k - first) * SIDE, slot))
+
+    def copy(part: _Refs, rank: Array, slot: Array | int) -> None:
+        ranks, loaded = pl.ds(rank, SIDE), block.loaded.at[slot]
+        rows = pl.ds(tile_start, SIDE)
+        plgpu.copy_gmem_to_smem(part.dv.at[rows, ranks], dv.rows.at[slot], loaded)
+        for j in range(block.cut.columns):
+            columns = pl.ds(block.column + j * SIDE, SIDE)
+            plgpu.copy_gmem_to_smem(part.a.at[adapter, ranks, columns], a.rows.at[slot, j], loaded)
+
+    def multiply(_: Array, slot: Array) -> None:
+        plgpu.barrier_wait(block.loaded.at[slot])
+        for j, acc in enumerate(sums):
+            plgpu.wgmma(acc, dv.tiles.at[slot], a.tiles.at[slot, j])
+
+    take_steps(sum(counts), block.cut.stages, block.cut.columns, fetch, multiply)
+    return [acc[...] for acc in sums]

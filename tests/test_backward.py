@@ -1,0 +1,152 @@
+"""The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gradient_cases import GradientArrays, GradientCase, by_name, in_float64, tolerance, with_nan
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_cases import relative_error
+
+import pallas_kernels as pk
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import backend, support
+from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        assert not gpu_callbacks.get_races().races_found
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dict[str, np.ndarray]:
+    call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(z.parts))
+    ids = pk.make_segments(z.ids, slots) if sorted_once else jnp.asarray(z.ids)
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    return by_name(*jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids))
+
+
+def check(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> None:
+    for name, want in in_float64(z).items():
+        error = relative_error(got[name], want)
+        assert error < tolerance(name, case.dtype), (name, error)
+        assert not got[name][want == 0].any(), name
+
+
+ci = pytest.mark.ci
+CASES = [
+    GradientCase(70, 128, (96,), ((16, 3),), "zipf"),
+    GradientCase(9, 72, (80,), ((8, 3),), "gaps"),
+    pytest.param(GradientCase(1, 64, (64,), ((32, 2),), "identical"), marks=ci),
+    pytest.param(GradientCase(140, 192, (64,), ((16, 2),), "identical"), marks=ci),
+    pytest.param(GradientCase(66, 64, (64,), ((16, 3),), "none"), marks=ci),
+    pytest.param(GradientCase(20, 136, (64,), ((80, 2),), "shuffled", "float16"), marks=ci),
+    pytest.param(GradientCase(12, 64, (64,), ((272, 2),), "distinct"), marks=ci),
+    pytest.param(GradientCase(80, 128, (64, 72), ((8, 2), (16, 2)), "gaps"), marks=ci),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> None:
+    z = case.arrays()
+    check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
+
+
+def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
+    """NaN in one adapter's tokens stays there, and the others' gradients keep their bits."""
+    case = GradientCase(24, 64, (64,), ((16, 3),), "shuffled")
+    z = case.arrays()
+    clean, dirty = gradients(z, 3), gradients(with_nan(z, 1), 3)
+    assert np.isnan(dirty["dA0"][1].astype(np.float32)).all()
+    for name in ("dA0", "dB0"):
+        np.testing.assert_array_equal(dirty[name][[0, 2]], clean[name][[0, 2]])
+    others = z.ids != 1
+    np.testing.assert_array_equal(dirty["dx"][others], clean["dx"][others])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("order", ["runs", "shuffled", "none", "gaps"])
+def test_tiles_hold_each_token_once(num_tokens: int, order: str) -> None:
+    case = GradientCase(num_tokens, 64, (64,), ((16, 5),), order)
+    ids = case.arrays().ids
+    ids = np.where((ids >= 0) & (ids < 5), ids, -1)
+    tiles = Tiles.of(pk.make_segments(ids, 5))
+    tokens, is_token = np.asarray(tiles.tokens()), np.asarray(tiles.is_token())
+    assert sorted(tokens[is_token]) == list(range(num_tokens))
+    np.testing.assert_array_equal(ids[tokens[is_token]], np.asarray(tiles.adapters())[is_token])
+    for slot, (first, count) in enumerate(np.asarray(tiles.slot_tiles(5))):
+        assert count == -(-np.sum(ids == slot) // 64)
+        assert (np.asarray(tiles.table)[first : first + count, 0] == slot).all()
+
+
+def lowered(
+    num_tokens: int, features: int, width: int, *ranks: int, slots: int = 8, dtype: str = "bfloat16"
+) -> str:
+    """The gradients' module for Hopper: layout inference and the shared-memory check have run."""
+    shape = jax.ShapeDtypeStruct
+
+    def run(y: Any, x: Any, weights: Any, ids: Any) -> Any:
+        def total(x: Any, weights: Any) -> Any:
+            parts = [pk.LoRAPart(a, b, first_slot=i * slots) for i, (a, b) in enumerate(weights)]
+            return pk.add_lora_multi(y, x, parts, ids, implementation="mosaic_gpu")
+
+        out, pull = jax.vjp(total, x, weights)
+        return pull(out)
+
+    weights = [
+        (shape((slots, rank, features), dtype), shape((slots, width, rank), dtype))
+        for rank in ranks
+    ]
+    traced = jax.jit(run).trace(
+        shape((num_tokens, width), dtype),
+        shape((num_tokens, features), dtype),
+        weights,
+        shape((num_tokens,), "int32"),
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_kernels(module: str, *ranks: int) -> None:
+    names = "_".join(f"r{rank}" for rank in ranks)
+    found = set(re.findall(r"lora_(?:narrow|wide|outer)(?:_r\d+)+", module))
+    assert found == {f"lora_{kind}_{names}" for kind in ("narrow", "wide", "outer")}
+    assert "stablehlo.while" not in module and "stablehlo.dot_general" not in module
+
+
+@pytest.mark.parametrize("num_tokens", [64, pytest.param(1, marks=ci), 8192])
+@pytest.mark.parametrize("rank", [8, 16, *(pytest.param(r, marks=ci) for r in (32, 64, 128, 512))])
+def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank), rank)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("shape", [(72, 4096), (4096, 72), (14336, 4096), (64, 64)])
+def test_every_size_lowers(shape: tuple[int, int]) -> None:
+    assert_kernels(lowered(300, *shape, 48, dtype="float16"), 48)
+
+
+def test_mixed_ranks_share_launches() -> None:
+    assert_kernels(lowered(1000, 4096, 4096, 8, 16, 32), 8, 16, 32)
+
+
+def test_missing_gradient_names_what_a_case_lacks() -> None:
+    part = pk.LoRAPart(jnp.zeros((2, 16, 64), "bfloat16"), jnp.zeros((2, 64, 16), "bfloat16"))
+    missing = support.missing_gradient
+    assert missing("bfloat16", "bfloat16", 5, (part,)) is None
+    assert missing("bfloat16", "bfloat16", 0, (part,)) == "calls without a token"
+    lack = "gradients of bfloat16 weights beside float32 x"
+    assert missing("float32", "bfloat16", 5, (part,)) == lack
+    lack = "gradients of bfloat16 weights beside float32 y"
+    assert missing("bfloat16", "float32", 5, (part,)) == lack
