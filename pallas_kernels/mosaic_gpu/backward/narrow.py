@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.backward.config import RANK_SQUARES, narrow_cut
+from pallas_kernels.mosaic_gpu.backward.rows import close_fetched
 from pallas_kernels.mosaic_gpu.backward.squares import (
     SIDE,
     Squares,
@@ -180,5 +181,5 @@ def _products(
         for j, acc in enumerate(sums):
             plgpu.wgmma(acc, ring.dy.memory.tiles.at[slot, 0], ring.b.tiles.at[slot, j])
 
-    take_steps(job.steps, stages, job.width, fetch, multiply)
+    take_steps(job.steps, stages, job.width, fetch, multiply, close_fetched)
     return [acc[...] for acc in sums]

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.backward.config import RANK_SQUARES, OuterCut, outer_cut
+from pallas_kernels.mosaic_gpu.backward.rows import close_fetched
 from pallas_kernels.mosaic_gpu.backward.squares import (
     SIDE,
     Squares,
@@ -206,7 +207,7 @@ def _products(block: _Block, gathered: Gathered, narrow: Squares, sums: list[Ref
             left, right = (ranks, wide) if plan.sum.ranks_first else (wide, ranks)
             plgpu.wgmma(acc, left.T, right)
 
-    take_steps(count, plan.cut.stages, len(sums), fetch, multiply)
+    take_steps(count, plan.cut.stages, len(sums), fetch, multiply, close_fetched)
     return [acc[...] for acc in sums]
 
 

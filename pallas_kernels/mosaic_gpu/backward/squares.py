@@ -28,6 +28,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
 )
 
 SIDE = TILE
+ROW_BYTES = 2 * SIDE
 
 
 def squares_of(size: int) -> int:
@@ -40,7 +41,7 @@ def squares(*shape: int, dtype: DTypeLike) -> Memory:
     tiles = plgpu.SMEM((*shape, SIDE, SIDE), dtype, transforms=operand_layout(dtype, SIDE))
     if interpreted():  # it has neither tiles nor a second name for the same memory
         return tiles
-    rows = plgpu.SMEM((*shape, SIDE, SIDE), dtype, transforms=plain_layout(2 * SIDE))
+    rows = plgpu.SMEM((*shape, SIDE, SIDE), dtype, transforms=plain_layout(ROW_BYTES))
     return plgpu.RefUnion(tiles, rows)
 
 
@@ -68,11 +69,15 @@ def take_steps(
     products: int,
     fetch: Callable[[Array, Array | int], None],
     multiply: Callable[[Array, Array], None],
+    close: Callable[[], None] = lambda: None,
 ) -> None:
     """A ring of at least two stages: `fetch(k, slot)` starts the copies of step k, `multiply(k,
-    slot)` waits for them and starts so many products."""
-    for k in range(stages if isinstance(steps, Array) else min(steps, stages)):
-        pl.when(k < jnp.int32(steps))(functools.partial(fetch, jnp.int32(k), k))
+    slot)` waits for them and starts so many products. `close()` follows each place for a fetch,
+    whether there is one or not."""
+    for k in range(stages):
+        if isinstance(steps, Array) or k < steps:
+            pl.when(k < jnp.int32(steps))(functools.partial(fetch, jnp.int32(k), k))
+        close()
 
     def step(k: Array, _: None) -> None:
         multiply(k, lax.rem(k, jnp.int32(stages)))
@@ -80,5 +85,6 @@ def take_steps(
         plgpu.wgmma_wait(products)
         ahead = k + (stages - 1)
         pl.when((k > 0) & (ahead < steps))(lambda: fetch(ahead, lax.rem(ahead, jnp.int32(stages))))
+        close()
 
     lax.fori_loop(0, steps, step, None)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.mosaic_gpu.backward.rows import fetch_rows, put_rows, wait_for_rows
 from pallas_kernels.mosaic_gpu.backward.squares import SIDE, Squares
 from pallas_kernels.mosaic_gpu.layouts import Ref
 from pallas_kernels.routing import Segments
@@ -111,7 +111,8 @@ class Tile:
 
 
 class Loaded(NamedTuple):
-    """Barriers, one for each stage of a ring: that a tile's squares came at once, or row by row."""
+    """Barriers, one for each stage of a ring: that a tile's squares came at once; and, for Pallas's
+    interpreter alone, that they came row by row."""
 
     box: Ref
     rows: Ref
@@ -157,33 +158,22 @@ class Gathered:
                     self.loaded.box.at[slot],
                 )
 
-        def row(r: Array, _: None) -> None:
-            token = self.rows[tile.start + jnp.minimum(r, tile.count - 1)]
-            for j in range(self.count):
-                plgpu.copy_gmem_to_smem(
-                    self.array.at[pl.ds(token, 1), pl.ds(column + j * SIDE, SIDE)],
-                    self.memory.rows.at[slot, j, pl.ds(r, 1)],
-                    self.loaded.rows.at[slot],
-                )
+        def row_by_row() -> None:
+            where = tile.start, tile.count, column
+            fetch_rows(self.array, self.rows, where, self.memory, slot, self.loaded.rows)
 
         pl.when(tile.is_box)(box)
-        pl.when(~tile.is_box)(lambda: lax.fori_loop(0, SIDE, row, None))
+        pl.when(~tile.is_box)(row_by_row)
 
     def wait(self, tile: Tile, slot: Array) -> None:
-        """Until the squares are here."""
+        """Until the squares are here. Each step closes a group of copies, as `take_steps` can."""
         pl.when(tile.is_box)(lambda: plgpu.barrier_wait(self.loaded.box.at[slot]))
-        pl.when(~tile.is_box)(lambda: plgpu.barrier_wait(self.loaded.rows.at[slot]))
+        pending = self.memory.tiles.shape[0] - 2  # groups of steps that may be on their way
+        pl.when(~tile.is_box)(lambda: wait_for_rows(pending, self.loaded.rows.at[slot]))
 
 
-def put_rows(square: Ref, array: Ref, rows: Ref, tile: Tile, column: Array) -> None:
+def put_tile(square: Ref, array: Ref, rows: Ref, tile: Tile, column: Array) -> None:
     """Starts to copy a tile's square, one of `Squares.rows`, to its tokens' rows of `array`."""
-    columns = pl.ds(column, SIDE)
-
-    def row(r: Array, _: None) -> None:
-        token = rows[tile.start + r]
-        plgpu.copy_smem_to_gmem(square.at[pl.ds(r, 1)], array.at[pl.ds(token, 1), columns])
-
-    pl.when(tile.is_box)(
-        lambda: plgpu.copy_smem_to_gmem(square, array.at[pl.ds(tile.first, SIDE), columns])
-    )
-    pl.when(~tile.is_box)(lambda: lax.fori_loop(0, tile.count, row, None))
+    box = array.at[pl.ds(tile.first, SIDE), pl.ds(column, SIDE)]
+    pl.when(tile.is_box)(lambda: plgpu.copy_smem_to_gmem(square, box))
+    pl.when(~tile.is_box)(lambda: put_rows(square, array, rows, tile.start, tile.count, column))

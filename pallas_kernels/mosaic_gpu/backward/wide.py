@@ -29,7 +29,7 @@ from pallas_kernels.mosaic_gpu.backward.squares import (
     squares_of,
     take_steps,
 )
-from pallas_kernels.mosaic_gpu.backward.tiles import Tile, Tiles, put_rows
+from pallas_kernels.mosaic_gpu.backward.tiles import Tile, Tiles, put_tile
 from pallas_kernels.mosaic_gpu.layouts import Ref
 from pallas_kernels.routing import SlotRange
 
@@ -109,7 +109,7 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
         plgpu.commit_smem()
         for j in range(columns):
             column = block.column + j * SIDE
-            put_rows(out.rows.at[j], block.dx, block.rows, block.tile, column)
+            put_tile(out.rows.at[j], block.dx, block.rows, block.tile, column)
         plgpu.wait_smem_to_gmem(0)
 
     if slots is None:
