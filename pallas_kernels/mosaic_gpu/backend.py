@@ -9,7 +9,6 @@ one launch, and gathers the few tokens of one adapter for each cluster.
 
 import dataclasses
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -402,45 +401,21 @@ def add_lora_grad(
     if missing_gradient(x.dtype, dy.dtype, x.shape[0], parts) is not None:
         return xla.add_lora_grad(call, dy, x, parts, token_ids)
     x = _needs_hopper(x)
-    locals_ = xla.local_parts(parts, token_ids)
-    shrinks = [
-        _Shrink(p.lora_a, p.segments, p.scales, 0, _prefill_config(x, p.lora_a, p.lora_b.shape[1]))
-        for p in locals_
-    ]
-    kernel_parts = tuple(
-        GradientPart(
-            v,
-            local.lora_a,
-            local.lora_b,
-            jnp.broadcast_to(local.scales, local.lora_a.shape[0]),
-            SlotRange(part.first_slot, local.lora_a.shape[0]),
-            local.y_offset,
-        )
-        for part, local, v in zip(parts, locals_, _shrink_some(x, shrinks, operands=True))
-    )
-    slots = max(part.slots.stop for part in kernel_parts)
+    kernel_parts = []
+    for part in parts:
+        a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
+        slots = SlotRange(part.first_slot, a.shape[0])
+        if (first := part.scales_offset) is not None:
+            scales = scales[first : first + slots.slots]
+        scales = jnp.broadcast_to(scales, slots.slots)
+        kernel_parts.append(GradientPart(a, b, scales, slots, part.y_offset))
+    all_slots = max(part.slots.stop for part in kernel_parts)
     if isinstance(token_ids, Segments):
-        slots = token_ids.num_adapters
-    segments = local_segments(token_ids, SlotRange(0, slots))
-    dx, found = gradients(dy, x, kernel_parts, segments)
-    # The scales' gradients alone need v before it was scaled, which XLA drops if nobody asks.
-    plain = [shrunk._replace(scales=jnp.ones(1, jnp.float32)) for shrunk in shrinks]
+        all_slots = token_ids.num_adapters
+    segments = local_segments(token_ids, SlotRange(0, all_slots))
+    dx, found = gradients(dy, x, tuple(kernel_parts), segments)
     dparts = []
-    for part, local, gradient, u in zip(
-        parts, locals_, found, _shrink_some(x, plain, operands=False)
-    ):
-        ds = gradient.of_scales(u)
-        ds = ds if local.scales.ndim else jnp.sum(ds)
-        dparts.append(
-            dataclasses.replace(part, lora_a=gradient.lora_a, lora_b=gradient.lora_b, scales=ds)
-        )
+    for part, (da, db, ds) in zip(parts, found):
+        ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)
+        dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
     return dx, tuple(dparts)
-
-
-def _shrink_some(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
-    """`_shrink_parts` of any number of parts."""
-    return [
-        v
-        for some in itertools.batched(parts, _MOST_PARTS)
-        for v in _shrink_parts(x, list(some), operands=operands)
-    ]

@@ -10,16 +10,17 @@ RANK_SQUARES = 2
 
 
 class NarrowCut(NamedTuple):
-    """How dv is cut: blocks that share the columns of dy, and stages of a block's ring."""
+    """How u and dv are cut: blocks that share the columns, and stages of a block's ring."""
 
     split: int
     stages: int
 
 
-def narrow_cut(tiles: int, width: int) -> NarrowCut:
-    """As many shares as give each multiprocessor two blocks, of four squares or more."""
-    wanted = -(-2 * MULTIPROCESSORS // tiles)
-    most = max(1, squares_of(width) // 4)
+def narrow_cut(blocks: int, columns: int) -> NarrowCut:
+    """As many shares as give each multiprocessor two blocks, of four squares or more; `blocks` is
+    how many there are of one share."""
+    wanted = -(-2 * MULTIPROCESSORS // blocks)
+    most = max(1, squares_of(columns) // 4)
     return NarrowCut(split=min(16, most, 1 << (wanted - 1).bit_length()), stages=4)
 
 

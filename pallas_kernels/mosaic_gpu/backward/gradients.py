@@ -1,4 +1,4 @@
-"""The gradients of `add_lora` in three launches: dv; dx; and those of A and B."""
+"""The gradients of `add_lora` in three launches: u and dv; dx; and those of A and B."""
 
 import functools
 import itertools
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.backward.narrow import NarrowPart, narrow_kernel
+from pallas_kernels.mosaic_gpu.backward.narrow import NarrowSum, narrow_kernel
 from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
-from pallas_kernels.mosaic_gpu.backward.squares import SIDE
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
 from pallas_kernels.routing import Segments, SlotRange
@@ -20,14 +19,12 @@ class GradientPart(NamedTuple):
     """One stack of adapters.
 
     Attributes:
-      v: `[>= T, >= R]` in B's dtype, scaled, as the forward multiplied it by B.
       lora_a, lora_b: the stacks.
       scales: `[L]`, float32.
       slots: the ids of its adapters.
       y_offset: the first column of dy that is its own.
     """
 
-    v: Float[Array, "rows K"]
     lora_a: Float[Array, "L R H"]
     lora_b: Float[Array, "L N R"]
     scales: Float[Array, " L"]
@@ -36,21 +33,21 @@ class GradientPart(NamedTuple):
 
 
 class PartGradient(NamedTuple):
-    """The gradients in a part's A and B; and what its scales' follows from: dv of each row of the
-    tiles, float32, before it is scaled."""
+    """The gradients in a part's A, B and scales."""
 
-    lora_a: Array
-    lora_b: Array
+    lora_a: Float[Array, "L R H"]
+    lora_b: Float[Array, "L N R"]
+    scales: Float[Array, " L"]
+
+
+class _Narrow(NamedTuple):
+    """What a part has in the order of the tiles, zero in rows that are none of its tokens: u = x
+    A^T and dv = dy B, float32; v = scale u and du = scale dv, rounded."""
+
+    u: Float[Array, "rows R"]
     dv: Float[Array, "rows R"]
-    slots: SlotRange
-    tiles: Tiles
-
-    def of_scales(self, v: Float[Array, "T R"]) -> Float[Array, " L"]:
-        """The gradient in the scales; `v` is that of the forward before it was scaled."""
-        terms = jnp.sum(self.dv * v[self.tiles.tokens()], axis=1)
-        of_tiles = jnp.where(self.tiles.is_token(), terms, 0.0).reshape(-1, SIDE).sum(axis=1)
-        mine = self.tiles.table[:, 0] == jnp.arange(self.slots.first, self.slots.stop)[:, None]
-        return jnp.sum(jnp.where(mine, of_tiles, 0.0), axis=1)
+    v: Float[Array, "rows R"]
+    du: Float[Array, "rows R"]
 
 
 def gradients(
@@ -59,29 +56,52 @@ def gradients(
     parts: tuple[GradientPart, ...],
     segments: Segments,
 ) -> tuple[Float[Array, "T H"], list[PartGradient]]:
-    """dx, zero in rows of -1; and each part's gradients. `segments` has global ids."""
+    """dx, zero in rows of -1; and each part's gradients. `segments` has global ids.
+
+    u is computed again: its launch is that of dv. To save v instead would save one of the eight
+    times that tokens' rows pass through memory.
+    """
     tiles = Tiles.of(segments)
-    narrow = tuple(NarrowPart(part.lora_b, part.slots, part.y_offset) for part in parts)
-    dvs = [functools.reduce(jnp.add, list(shares)) for shares in narrow_kernel(dy, narrow, tiles)]
-    wide, sums = [], []
-    tokens, is_token = tiles.tokens(), tiles.is_token()
+    narrows = _narrow(dy, x, parts, tiles)
+    wide = tuple(WidePart(n.du, part.lora_a, part.slots) for part, n in zip(parts, narrows))
+    dx = wide_kernel(wide, tiles, x.shape[0], x.dtype)
     slot_tiles = tiles.slot_tiles(segments.num_adapters)
-    for part, dv in zip(parts, dvs):
+    sums = []
+    for part, narrow in zip(parts, narrows):
         rank, features = part.lora_a.shape[1:]
-        mine = (is_token & part.slots.holds(tiles.adapters()))[:, None]
-        scale = part.scales[jnp.maximum(part.slots.local(tiles.adapters()), 0)][:, None]
-        dv = dv[:, :rank]
-        du = jnp.where(mine, dv * scale, 0.0).astype(x.dtype)
-        v = jnp.where(mine, part.v[tokens], 0)
-        wide.append(WidePart(du, part.lora_a, part.slots))
-        own = lax.slice_in_dim(slot_tiles, part.slots.first, part.slots.stop)
         width = part.lora_b.shape[1]
-        sums.append(OuterSum(x, du, own, 0, features, rank, True))
-        sums.append(OuterSum(dy, v, own, part.y_offset, width, rank, False))
-    dx = wide_kernel(tuple(wide), tiles, x.shape[0], x.dtype)
-    pairs = itertools.batched(outer_kernel(tuple(sums), tiles), 2)
-    found = [
-        PartGradient(da, db, dv[:, : part.lora_a.shape[1]], part.slots, tiles)
-        for part, dv, (da, db) in zip(parts, dvs, pairs)
+        own = lax.slice_in_dim(slot_tiles, part.slots.first, part.slots.stop)
+        sums.append(OuterSum(x, narrow.du, own, 0, features, rank, True))
+        sums.append(OuterSum(dy, narrow.v, own, part.y_offset, width, rank, False))
+    stacks = itertools.batched(outer_kernel(tuple(sums), tiles), 2)
+    return dx, [
+        PartGradient(da, db, _of_scales(narrow, part.slots, tiles))
+        for part, narrow, (da, db) in zip(parts, narrows, stacks)
     ]
-    return dx, found
+
+
+def _narrow(
+    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], parts: tuple[GradientPart, ...], tiles: Tiles
+) -> list[_Narrow]:
+    sums = []
+    for part in parts:
+        sums.append(NarrowSum(x, part.lora_a, True, part.slots, 0))
+        sums.append(NarrowSum(dy, part.lora_b, False, part.slots, part.y_offset))
+    adapters, is_token = tiles.adapters(), tiles.is_token()
+    found = []
+    for part, shares in zip(parts, itertools.batched(narrow_kernel(tuple(sums), tiles), 2)):
+        rank = part.lora_a.shape[1]
+        mine = (is_token & part.slots.holds(adapters))[:, None]
+        u, dv = (
+            jnp.where(mine, functools.reduce(jnp.add, list(share))[:, :rank], 0.0)
+            for share in shares
+        )
+        scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][:, None]
+        found.append(_Narrow(u, dv, (u * scale).astype(x.dtype), (dv * scale).astype(x.dtype)))
+    return found
+
+
+def _of_scales(narrow: _Narrow, slots: SlotRange, tiles: Tiles) -> Float[Array, " L"]:
+    of_tiles = jnp.sum((narrow.u * narrow.dv).reshape(tiles.count, -1), axis=1)
+    mine = tiles.table[:, 0] == jnp.arange(slots.first, slots.stop)[:, None]
+    return jnp.sum(jnp.where(mine, of_tiles, 0.0), axis=1)

@@ -1,13 +1,13 @@
-"""dv[t] = dy[t] @ B[i]: a block takes a tile of tokens, and a share of the columns of dy.
+"""u[t] = x[t] @ A[i]^T and dv[t] = dy[t] @ B[i]: a block takes a tile, and a share of the columns.
 
 The life of a block:
 
-    tile       which tokens, of which adapter      registers
-    ring       dy of the tokens, B of the adapter  shared memory, 64 columns a stage
-    products   dy square by B squares              registers, float32
-    dv         this block's share of the sum       registers, then device memory
+    tile       which tokens, of which adapter          registers
+    ring       x or dy of the tokens, the weights      shared memory, 64 columns a stage
+    products   a square of tokens by weights' squares  registers, float32
+    out        this block's share of the sum           registers, then device memory
 
-XLA adds the shares up, in order, when it scales and rounds dv for the kernels that read it.
+XLA adds the shares up, in order, when it scales and rounds the sums for the kernels that read them.
 """
 
 import dataclasses
@@ -42,68 +42,90 @@ from pallas_kernels.mosaic_gpu.layouts import Ref
 from pallas_kernels.routing import SlotRange
 
 
-class NarrowPart(NamedTuple):
-    """One stack of adapters: B, the slots that it holds, and its first column of dy."""
+class NarrowSum(NamedTuple):
+    """One stack of weights, and what it is multiplied with.
 
-    lora_b: Float[Array, "L N R"]
+    Attributes:
+      wide: x or dy.
+      weights: A `[L, R, columns]` or B `[L, columns, R]`.
+      ranks_first: whether they are like A.
+      slots: that they hold.
+      first: of the columns of `wide`.
+    """
+
+    wide: Float[Array, "T C"]
+    weights: Float[Array, "L _ _"]
+    ranks_first: bool
     slots: SlotRange
-    y_offset: int
+    first: int
+
+    @property
+    def rank(self) -> int:
+        return self.weights.shape[1 if self.ranks_first else 2]
+
+    @property
+    def columns(self) -> int:
+        return self.weights.shape[2 if self.ranks_first else 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A part's blocks: `groups` of them along the axis "job", from `first_group` on, deal the ranks
-    among themselves, `width` squares each. Each takes `steps` squares of a share of N."""
+    """A sum's blocks: `groups` of them along the axis "job", from `first_group` on, deal the ranks
+    among themselves, `width` squares each. Each takes `steps` squares of a share of the columns."""
 
-    part: NarrowPart
+    sum: NarrowSum
     first_group: int
     steps: int
 
     @property
-    def rank(self) -> int:
-        return self.part.lora_b.shape[2]
-
-    @property
     def width(self) -> int:
-        return min(RANK_SQUARES, squares_of(self.rank))
+        return min(RANK_SQUARES, squares_of(self.sum.rank))
 
     @property
     def groups(self) -> int:
-        return -(-squares_of(self.rank) // self.width)
+        return -(-squares_of(self.sum.rank) // self.width)
 
     @property
     def out_columns(self) -> int:
-        """Columns of dv: whole squares, if there are several."""
-        return self.rank if self.rank <= SIDE else self.groups * self.width * SIDE
+        """Columns of the sum: whole squares, if there are several."""
+        return self.sum.rank if self.sum.rank <= SIDE else self.groups * self.width * SIDE
 
 
 class _Refs(NamedTuple):
-    """What a block reads in device memory, and its barriers."""
+    """A sum's arrays in device memory."""
 
-    dy: Ref
+    wide: Ref
+    weights: Ref
+    out: Ref
+
+
+class _Launched(NamedTuple):
+    """What all blocks share: stages of the ring, its barriers, and the sorted tokens."""
+
+    stages: int
     rows: Ref
     loaded: Loaded
-    b_loaded: Ref
+    weights_loaded: Ref
 
 
-def narrow_kernel(
-    dy: Float[Array, "T Ny"], parts: tuple[NarrowPart, ...], tiles: Tiles
-) -> list[Float[Array, "split rows K"]]:
-    """dv of each part, in the order of the tiles, in shares that are to be added up. Columns behind
-    R, and tiles of another range, are undefined; rows behind a tile's last are of no use."""
-    cut = narrow_cut(tiles.count, max(part.lora_b.shape[1] for part in parts))
-    jobs = _jobs(parts, cut.split)
-    ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
+def narrow_kernel(sums: tuple[NarrowSum, ...], tiles: Tiles) -> list[Float[Array, "split rows K"]]:
+    """The sums, in the order of the tiles, in shares that are to be added up. Columns behind R, and
+    tiles of another range, are undefined; rows behind a tile's last are of no use."""
+    cut = narrow_cut(len(sums) * tiles.count, max(one.columns for one in sums))
+    jobs = _jobs(sums, cut.split)
+    ranks = "_".join(dict.fromkeys(f"r{one.rank}" for one in sums))
 
-    def body(table: Ref, rows: Ref, dy_ref: Ref, *refs: Ref) -> None:
-        weights, outs = refs[: len(parts)], refs[len(parts) : 2 * len(parts)]
-        box, by_row, b_loaded = refs[2 * len(parts) :]
-        of = _Refs(dy_ref, rows, Loaded(box, by_row), b_loaded)
+    def body(table: Ref, rows: Ref, *refs: Ref) -> None:
+        inputs, outs = refs[: 2 * len(jobs)], refs[2 * len(jobs) : 3 * len(jobs)]
+        box, by_row, weights_loaded = refs[3 * len(jobs) :]
+        launched = _Launched(cut.stages, rows, Loaded(box, by_row), weights_loaded)
         tile = Tile.read(table, lax.axis_index("tile"))
-        for job, lora_b, out in zip(jobs, weights, outs):
+        for i, job in enumerate(jobs):
+            wide, weights = inputs[2 * i : 2 * i + 2]
             group = lax.axis_index("job") - job.first_group
-            mine = (group >= 0) & (group < job.groups) & job.part.slots.holds(tile.adapter)
-            pl.when(mine)(functools.partial(_run, job, cut.stages, of, tile, lora_b, out))
+            mine = (group >= 0) & (group < job.groups) & job.sum.slots.holds(tile.adapter)
+            of = _Refs(wide, weights, outs[i])
+            pl.when(mine)(functools.partial(_run, launched, job, of, tile, group))
 
     kernel = plgpu.kernel(
         body,
@@ -119,67 +141,72 @@ def narrow_kernel(
         grid_names=("job", "tile", "share"),
         kernel_name=f"lora_narrow_{ranks}",
     )
-    out: list[Array] = kernel(tiles.table, tiles.rows, dy, *(part.lora_b for part in parts))
+    operands = (array for one in sums for array in (one.wide, one.weights))
+    out: list[Array] = kernel(tiles.table, tiles.rows, *operands)
     return out
 
 
-def _jobs(parts: tuple[NarrowPart, ...], split: int) -> list[_Job]:
+def _jobs(sums: tuple[NarrowSum, ...], split: int) -> list[_Job]:
     jobs: list[_Job] = []
-    for part in parts:
+    for one in sums:
         before = jobs[-1].first_group + jobs[-1].groups if jobs else 0
-        jobs.append(_Job(part, before, -(-squares_of(part.lora_b.shape[1]) // split)))
+        jobs.append(_Job(one, before, -(-squares_of(one.columns) // split)))
     return jobs
 
 
-def _run(job: _Job, stages: int, of: _Refs, tile: Tile, lora_b: Ref, dv: Ref) -> None:
+def _run(launched: _Launched, job: _Job, of: _Refs, tile: Tile, group: Array) -> None:
     """One block: gives it its ring, and puts out what it has summed."""
-    dtype, share = lora_b.dtype, lax.axis_index("share")
+    stages, dtype, ranks = launched.stages, of.weights.dtype, min(SIDE, job.sum.rank)
     rows = pl.ds(lax.axis_index("tile") * SIDE, SIDE)
-    first_rank = (lax.axis_index("job") - job.first_group) * (job.width * SIDE)
+    first_rank = group * (job.width * SIDE)
 
-    def run(dy: Ref, b: Ref) -> None:
-        ring = _Ring(Gathered(of.dy, of.rows, Squares.of(dy), of.loaded), lora_b, Squares.of(b))
-        products = functools.partial(_products, job, stages, of, tile, first_rank, ring)
+    def run(wide: Ref, weights: Ref) -> None:
+        gathered = Gathered(of.wide, launched.rows, Squares.of(wide), launched.loaded)
+        ring = _Ring(tile, gathered, of.weights, Squares.of(weights), launched.weights_loaded)
+        products = functools.partial(_products, job, first_rank, ring)
         for j, value in enumerate(pl.run_scoped(products, accumulators(job.width))):
-            ranks = min(SIDE, job.rank)
-            dv[share, rows, pl.ds(first_rank + j * SIDE, ranks)] = value[:, :ranks]
+            columns = pl.ds(first_rank + j * SIDE, ranks)
+            of.out[lax.axis_index("share"), rows, columns] = value[:, :ranks]
 
     pl.run_scoped(run, squares(stages, 1, dtype=dtype), squares(stages, job.width, dtype=dtype))
 
 
 class _Ring(NamedTuple):
-    """dy and B on their way: from device memory to squares in shared memory."""
+    """A tile's rows and an adapter's weights on their way from device memory to squares."""
 
-    dy: Gathered
-    lora_b: Ref
-    b: Squares
+    tile: Tile
+    wide: Gathered
+    weights: Ref
+    memory: Squares
+    loaded: Ref
 
 
-def _products(
-    job: _Job, stages: int, of: _Refs, tile: Tile, first_rank: Array, ring: _Ring, sums: list[Ref]
-) -> list[Array]:
-    """The block's share of dy B, square by square of the ranks, in registers."""
-    adapter = tile.adapter - job.part.slots.first
+def _products(job: _Job, first_rank: Array, ring: _Ring, sums: list[Ref]) -> list[Array]:
+    """The block's share of the sum, square by square of the ranks, in registers."""
+    one, tile = job.sum, ring.tile
+    adapter = tile.adapter - one.slots.first
     first = lax.axis_index("share") * (job.steps * SIDE)
 
     def fetch(k: Array, slot: Array | int) -> None:
         column = first + k * SIDE
-        ring.dy.fetch(tile, job.part.y_offset + column, slot)
+        ring.wide.fetch(tile, one.first + column, slot)
         for j in range(job.width):
-            ranks = pl.ds(first_rank + j * SIDE, SIDE)
+            ranks, columns = pl.ds(first_rank + j * SIDE, SIDE), pl.ds(column, SIDE)
+            place = (ranks, columns) if one.ranks_first else (columns, ranks)
             plgpu.copy_gmem_to_smem(
-                ring.lora_b.at[adapter, pl.ds(column, SIDE), ranks],
-                ring.b.rows.at[slot, j],
-                of.b_loaded.at[slot],
+                ring.weights.at[adapter, *place], ring.memory.rows.at[slot, j], ring.loaded.at[slot]
             )
         for _ in range(job.width, RANK_SQUARES):
-            plgpu.barrier_arrive(of.b_loaded.at[slot])
+            plgpu.barrier_arrive(ring.loaded.at[slot])
 
     def multiply(_: Array, slot: Array) -> None:
-        ring.dy.wait(tile, slot)
-        plgpu.barrier_wait(of.b_loaded.at[slot])
+        ring.wide.wait(tile, slot)
+        plgpu.barrier_wait(ring.loaded.at[slot])
         for j, acc in enumerate(sums):
-            plgpu.wgmma(acc, ring.dy.memory.tiles.at[slot, 0], ring.b.tiles.at[slot, j])
+            weights = ring.memory.tiles.at[slot, j]
+            right = weights.T if one.ranks_first else weights
+            plgpu.wgmma(acc, ring.wide.memory.tiles.at[slot, 0], right)
 
+    stages = ring.memory.tiles.shape[0]
     take_steps(job.steps, stages, job.width, fetch, multiply, close_fetched)
     return [acc[...] for acc in sums]

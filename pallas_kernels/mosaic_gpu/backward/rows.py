@@ -35,8 +35,8 @@ def fetch_rows(
     loaded: Ref,
 ) -> None:  # fmt: skip
     """Starts to copy to the squares `memory.rows[slot]`; `where` are start, count and column. The
-    rows are those of tokens[start], tokens[start + 1] and so on, `count` of them, and then the last
-    of them again. `loaded` are barriers for the interpreter, which hear of each row."""
+    rows are those of tokens[start], tokens[start + 1] and so on, `count` of them. Behind them are
+    zeros; in the interpreter, the last of them again. Its barriers `loaded` hear of each row."""
     if not interpreted():
         _fetch_by_lanes(array, tokens, memory.rows.at[slot], *where)
         return
@@ -104,11 +104,16 @@ def _fetch_by_lanes(_: Any, array: Any, tokens: Any, squares: Any, *where: Any) 
     m.barrier()  # no lane still reads these squares
     for first in range(0, SIDE, _AT_ONCE):
         row = m.tid // _PARTS + first
-        token = m.load(table, start + m.minimum(row, count - 1), row < SIDE)
+        token = m.load(table, start + row, row < count)
         source = m.address(MemRef(array, _HALF), token, columns)
         for j in range(number_of_squares):
             here = column + (part * 8 + j * SIDE)
-            m.copy(_word(row, part) + j * SIDE * ROW_BYTES // 4, source, here, here < columns)
+            m.copy(
+                _word(row, part) + j * SIDE * ROW_BYTES // 4,
+                source,
+                here,
+                (row < count) & (here < columns),
+            )
 
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]

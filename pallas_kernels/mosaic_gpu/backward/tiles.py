@@ -147,8 +147,8 @@ class Gathered:
         return self.memory.tiles.shape[1]
 
     def fetch(self, tile: Tile, column: Array, slot: Array | int) -> None:
-        """Starts to copy a tile's squares from `column` on. Rows behind its last are that one
-        again: nothing that is not its adapter's own gets near its sums."""
+        """Starts to copy a tile's squares from `column` on. Rows behind its last are no other
+        adapter's: nothing that is not its own gets near its sums."""
 
         def box() -> None:
             for j in range(self.count):
