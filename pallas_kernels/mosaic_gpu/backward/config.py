@@ -31,8 +31,10 @@ class WideCut(NamedTuple):
     stages: int
 
 
-def wide_cut(tiles: int, features: int) -> WideCut:
-    return WideCut(columns=min(2, squares_of(features)), stages=2)
+def wide_cut(features: int, steps: int) -> WideCut:
+    """`steps` is how many squares of ranks a block takes, at most. One stage where there is one:
+    more blocks then fit a multiprocessor, and hide each other's way to the first product."""
+    return WideCut(columns=min(2, squares_of(features)), stages=min(2, steps))
 
 
 class OuterCut(NamedTuple):
@@ -42,7 +44,11 @@ class OuterCut(NamedTuple):
     stages: int
 
 
-def outer_cut(slots: int, features: int) -> OuterCut:
-    """One square of columns where few slots have few blocks, else two."""
-    blocks = slots * squares_of(features)
-    return OuterCut(columns=1 if blocks < MULTIPROCESSORS else 2, stages=4)
+def outer_cut(tiles: int, slots: int, columns: int) -> OuterCut:
+    """One square of columns where few slots have few blocks, else two; stages for as many tiles as
+    a slot has if all are in use."""
+    blocks = slots * squares_of(columns)
+    return OuterCut(
+        columns=1 if blocks < MULTIPROCESSORS else 2,
+        stages=4 if tiles > 2 * slots else 2,
+    )

@@ -123,7 +123,7 @@ def outer_kernel(sums: tuple[OuterSum, ...], tiles: Tiles) -> list[Array]:
     plans: list[_Plan] = []
     for one in sums:
         before = plans[-1].first_block + plans[-1].blocks if plans else 0
-        cut = outer_cut(one.slots, one.columns)
+        cut = outer_cut(tiles.count, one.slots, one.columns)
         plans.append(_Plan(one, cut, min(RANK_SQUARES, squares_of(one.rank)), before))
     stages = max(plan.cut.stages for plan in plans)
     most_columns = max(plan.cut.columns for plan in plans)
@@ -222,4 +222,4 @@ def _put(block: _Block, values: list[Array], memory: Ref) -> None:
         ranks = pl.ds(block.rank + i % plan.width * SIDE, SIDE)
         places = (ranks, columns) if plan.sum.ranks_first else (columns, ranks)
         plgpu.copy_smem_to_gmem(out.rows.at[i], of.out.at[block.slot, *places])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

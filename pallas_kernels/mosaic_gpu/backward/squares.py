@@ -71,9 +71,11 @@ def take_steps(
     multiply: Callable[[Array, Array], None],
     close: Callable[[], None] = lambda: None,
 ) -> None:
-    """A ring of at least two stages: `fetch(k, slot)` starts the copies of step k, `multiply(k,
-    slot)` waits for them and starts so many products. `close()` follows each place for a fetch,
-    whether there is one or not."""
+    """A ring of at least two stages, or of one step.
+
+    `fetch(k, slot)` starts the copies of step k. `multiply(k, slot)` waits for them, and starts so
+    many products. `close()` follows each place for a fetch, whether there is one or not.
+    """
     for k in range(stages):
         if isinstance(steps, Array) or k < steps:
             pl.when(k < jnp.int32(steps))(functools.partial(fetch, jnp.int32(k), k))

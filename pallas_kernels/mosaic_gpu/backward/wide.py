@@ -66,10 +66,11 @@ def wide_kernel(
 ) -> Float[Array, "T H"]:
     """dx of all tokens, zero in rows of -1."""
     features = parts[0].lora_a.shape[2]
-    cut = wide_cut(tiles.count, features)
     ranges: dict[SlotRange, list[int]] = {}
     for i, part in enumerate(parts):
         ranges.setdefault(part.slots, []).append(i)
+    squares_in = [squares_of(part.lora_a.shape[1]) for part in parts]
+    cut = wide_cut(features, max(sum(squares_in[i] for i in mine) for mine in ranges.values()))
     ranks = "_".join(f"r{part.lora_a.shape[1]}" for part in parts)
 
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
@@ -110,7 +111,7 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
         for j in range(columns):
             column = block.column + j * SIDE
             put_tile(out.rows.at[j], block.dx, block.rows, block.tile, column)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     if slots is None:
         zeros = plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), plgpu.Layout.WGMMA)
