@@ -163,6 +163,12 @@ def local_segments(token_ids: TokenIds, slots: SlotRange) -> Segments:
     return _make(slots.local(ids_of(token_ids)), slots.slots)
 
 
+def slots_in_use(token_ids: TokenIds, slots: SlotRange) -> Int[Array, " S"]:
+    """The slots of a range that tokens use, counted from its first one, ascending; then -1. There
+    are min(T, slots) places, whatever the batch holds."""
+    return local_segments(token_ids, slots).group_adapters
+
+
 def num_tokens_of(token_ids: TokenIds) -> int:
     if isinstance(token_ids, Segments):
         return token_ids.num_tokens

@@ -352,6 +352,10 @@ def add_lora_grad(
     for part, local in zip(parts, local_parts(parts, token_ids)):
         dx_part, da, db, ds = _part_grad(dy, x, local)
         dx += dx_part
+        if call.compact:
+            used = slots_of(local.segments.group_adapters, da.shape[0])
+            da, db = take(da, used), take(db, used)
+            ds = take(ds, used) if ds.ndim else ds
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
     return dx.astype(x.dtype), tuple(dparts)
 

@@ -1,5 +1,6 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -74,6 +75,62 @@ def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
         np.testing.assert_array_equal(dirty[name][[0, 2]], clean[name][[0, 2]])
     others = z.ids != 1
     np.testing.assert_array_equal(dirty["dx"][others], clean["dx"][others])
+
+
+def in_rows(want: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Rows of these slots; zeros for -1."""
+    used = (slots >= 0).reshape(-1, *[1] * (want.ndim - 1))
+    return np.where(used, want[np.maximum(slots, 0)], 0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_compact_gradients_hold_the_slots_in_use(
+    implementation: Any, request: pytest.FixtureRequest
+) -> None:
+    if implementation == "mosaic_gpu":
+        request.getfixturevalue("interpreted")
+    case = GradientCase(12, 64, (64,), ((16, 3), (8, 4)))
+    z = case.arrays()
+    ids = np.where(z.ids == 1, 5, np.where(z.ids == 6, 0, z.ids))  # slots 1 and 6 have no token
+    want = in_float64(dataclasses.replace(z, ids=ids))
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    dx, found = pk.lora_gradients(dy, x, parts, ids, compact=True, implementation=implementation)
+    assert relative_error(dx, want["dx"]) < tolerance("dx", case.dtype)
+    for n, (gradient, slots) in enumerate(zip(found, ([0, 2, -1], [0, 1, 2, -1]))):
+        np.testing.assert_array_equal(gradient.slots, slots)
+        for name, got in (
+            ("dA", gradient.lora_a),
+            ("dB", gradient.lora_b),
+            ("ds", gradient.scales),
+        ):
+            rows = in_rows(want[f"{name}{n}"], np.asarray(slots))
+            assert got.shape == rows.shape
+            assert relative_error(got, rows) < tolerance(name, case.dtype), (name, n)
+            assert not np.asarray(got)[-1].any()
+
+
+def test_whole_gradients_equal_those_of_jax() -> None:
+    case = GradientCase(30, 64, (64,), ((16, 3),), "shuffled", "float16")
+    z = case.arrays()
+    x, dy, (part,) = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+
+    def add(x: Any, part: Any) -> Any:
+        return pk.add_lora_multi(jnp.zeros_like(dy), x, (part,), z.ids, implementation="xla")
+
+    dx, dpart = jax.vjp(add, x, part)[1](dy)
+    got, (gradient,) = pk.lora_gradients(dy, x, (part,), z.ids, implementation="xla")
+    np.testing.assert_array_equal(got, dx)
+    np.testing.assert_array_equal(gradient.slots, [0, 1, 2])
+    for name in ("lora_a", "lora_b", "scales"):
+        np.testing.assert_array_equal(getattr(gradient, name), getattr(dpart, name))
+
+
+def test_gradients_without_tokens_are_zero() -> None:
+    part = pk.LoRAPart(jnp.ones((2, 8, 64), "bfloat16"), jnp.ones((2, 64, 8), "bfloat16"))
+    nothing = jnp.ones((0, 64), "bfloat16")
+    dx, (gradient,) = pk.lora_gradients(nothing, nothing, (part,), jnp.zeros(0, jnp.int32))
+    assert dx.shape == (0, 64)
+    assert gradient.lora_a.shape == (2, 8, 64) and not gradient.lora_a.any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 200])

@@ -47,6 +47,7 @@ from pallas_kernels.routing import (
     WideIndices,
     ids_of,
     local_segments,
+    slots_in_use,
 )
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 from pallas_kernels.xla import expand_grad as expand_grad
@@ -408,7 +409,10 @@ def add_lora_grad(
         if (first := part.scales_offset) is not None:
             scales = scales[first : first + slots.slots]
         scales = jnp.broadcast_to(scales, slots.slots)
-        kernel_parts.append(GradientPart(a, b, scales, slots, part.y_offset))
+        wanted = jnp.arange(slots.slots, dtype=jnp.int32)
+        if call.compact:
+            wanted = slots_in_use(token_ids, slots)
+        kernel_parts.append(GradientPart(a, b, scales, slots, part.y_offset, wanted))
     all_slots = max(part.slots.stop for part in kernel_parts)
     if isinstance(token_ids, Segments):
         all_slots = token_ids.num_adapters

@@ -5,8 +5,7 @@ import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.backward.narrow import NarrowSum, narrow_kernel
 from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
@@ -23,6 +22,7 @@ class GradientPart(NamedTuple):
       scales: `[L]`, float32.
       slots: the ids of its adapters.
       y_offset: the first column of dy that is its own.
+      wanted: those of its slots, counted from the first, whose gradients are wanted; zeros for -1.
     """
 
     lora_a: Float[Array, "L R H"]
@@ -30,14 +30,15 @@ class GradientPart(NamedTuple):
     scales: Float[Array, " L"]
     slots: SlotRange
     y_offset: int
+    wanted: Int[Array, " S"]
 
 
 class PartGradient(NamedTuple):
-    """The gradients in a part's A, B and scales."""
+    """The gradients in a part's A, B and scales, of the wanted slots."""
 
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
-    scales: Float[Array, " L"]
+    lora_a: Float[Array, "S R H"]
+    lora_b: Float[Array, "S N R"]
+    scales: Float[Array, " S"]
 
 
 class _Narrow(NamedTuple):
@@ -70,12 +71,12 @@ def gradients(
     for part, narrow in zip(parts, narrows):
         rank, features = part.lora_a.shape[1:]
         width = part.lora_b.shape[1]
-        own = lax.slice_in_dim(slot_tiles, part.slots.first, part.slots.stop)
+        own = jnp.where(part.wanted[:, None] >= 0, slot_tiles[part.slots.first + part.wanted], 0)
         sums.append(OuterSum(x, narrow.du, own, 0, features, rank, True))
         sums.append(OuterSum(dy, narrow.v, own, part.y_offset, width, rank, False))
     stacks = itertools.batched(outer_kernel(tuple(sums), tiles), 2)
     return dx, [
-        PartGradient(da, db, _of_scales(narrow, part.slots, tiles))
+        PartGradient(da, db, _of_scales(narrow, part, tiles))
         for part, narrow, (da, db) in zip(parts, narrows, stacks)
     ]
 
@@ -101,7 +102,8 @@ def _narrow(
     return found
 
 
-def _of_scales(narrow: _Narrow, slots: SlotRange, tiles: Tiles) -> Float[Array, " L"]:
+def _of_scales(narrow: _Narrow, part: GradientPart, tiles: Tiles) -> Float[Array, " S"]:
     of_tiles = jnp.sum((narrow.u * narrow.dv).reshape(tiles.count, -1), axis=1)
-    mine = tiles.table[:, 0] == jnp.arange(slots.first, slots.stop)[:, None]
+    slots = jnp.where(part.wanted >= 0, part.slots.first + part.wanted, -1)[:, None]
+    mine = (tiles.table[:, 0] == slots) & (slots >= 0)
     return jnp.sum(jnp.where(mine, of_tiles, 0.0), axis=1)
