@@ -8,18 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import derivatives
-from pallas_kernels.call import Backend, Call
-from pallas_kernels.dispatch import BACKENDS, compiled
+from pallas_kernels.call import Call
+from pallas_kernels.dispatch import compiled
 from pallas_kernels.routing import TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
 
 Parts = tuple[LoRAPart, ...]
 Ys = tuple[Array, ...]
-
-
-def _backward(call: Call) -> Backend:
-    """The backend of a half's gradients; "auto" has those of XLA, which every platform runs."""
-    return BACKENDS["xla" if call.implementation == "auto" else call.implementation]
 
 
 # ------------------------------------------------------------------------------------------ shrink
@@ -43,8 +38,8 @@ def _shrink_bwd(
     call: Call, residuals: tuple[Array | None, Array, Array, TokenIds, Array], dv: Array
 ) -> tuple[Array | None, ...]:
     v, x, lora_a, token_ids, scale = derivatives.cotangents(call.op, residuals)
-    backend = _backward(call)
-    dx, da, ds = backend.shrink_grad(call, dv.astype(jnp.float32), x, lora_a, token_ids, scale)
+    gradient = compiled("shrink_grad", call)
+    dx, da, ds = gradient(dv.astype(jnp.float32), x, lora_a, token_ids, scale)
     return None if v is None else dv, dx, da, None, ds
 
 
@@ -78,7 +73,7 @@ def _expand_bwd(
     call: Call, residuals: tuple[Array, Array, TokenIds], dy: Array
 ) -> tuple[Array | None, ...]:
     v, lora_b, token_ids = derivatives.cotangents(call.op, residuals)
-    dv, db, dy = _backward(call).expand_grad(call, dy, v, lora_b, token_ids)
+    dv, db, dy = compiled("expand_grad", call)(dy, v, lora_b, token_ids)
     return dv, db, None, dy
 
 

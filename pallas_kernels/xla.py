@@ -338,10 +338,16 @@ def expand_grad(
 
     zeros = (jnp.zeros_like(v), jnp.zeros(lora_b.shape, jnp.float32))
     dv, db = _over_tiles(segments, _block(segments), tile, zeros)
-    if not call.add_inputs:
-        kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
-        dy = dy.at[:, columns].set(kept)
-    return dv, db.astype(lora_b.dtype), dy
+    return dv, db.astype(lora_b.dtype), expand_grad_of_y(call, dy, lora_b, segments)
+
+
+def expand_grad_of_y(call: Call, dy: Array, lora_b: Array, segments: Segments) -> Array:
+    """Gradient of `expand` in y: zero where the expand overwrites it."""
+    if call.add_inputs:
+        return dy
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
+    kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
+    return dy.at[:, columns].set(kept)
 
 
 def add_lora_grad(

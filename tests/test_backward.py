@@ -199,11 +199,41 @@ def test_mixed_ranks_share_launches() -> None:
 
 
 def test_missing_gradient_names_what_a_case_lacks() -> None:
-    part = pk.LoRAPart(jnp.zeros((2, 16, 64), "bfloat16"), jnp.zeros((2, 64, 16), "bfloat16"))
-    missing = support.missing_gradient
-    assert missing("bfloat16", "bfloat16", 5, (part,)) is None
-    assert missing("bfloat16", "bfloat16", 0, (part,)) == "calls without a token"
+    missing, half = support.missing_gradient, "bfloat16"
+    assert missing(5, [half, half], x=half, y=half) is None
+    assert missing(0, [half], x=half) == "calls without a token"
     lack = "gradients of bfloat16 weights beside float32 x"
-    assert missing("float32", "bfloat16", 5, (part,)) == lack
-    lack = "gradients of bfloat16 weights beside float32 y"
-    assert missing("bfloat16", "float32", 5, (part,)) == lack
+    assert missing(5, [half], x="float32", y=half) == lack
+    lack = "gradients of bfloat16 weights beside float16 y"
+    assert missing(5, [half], x=half, y="float16") == lack
+
+
+@pytest.mark.parametrize("op", ["shrink", "expand", "expand="])
+def test_halves_against_float64(op: str, interpreted: None) -> None:
+    z = GradientCase(20, 64, (72,), ((16, 3),), "gaps").arrays()
+    x, dy, (part,), ids = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts, z.ids))
+    a, b = np.asarray(part.lora_a, np.float64), np.asarray(part.lora_b, np.float64)
+    mine = (np.arange(3)[:, None] == z.ids).astype(np.float64)  # [slots, tokens]
+    v = np.random.default_rng(5).normal(size=(20, 16)).astype(np.float32)
+    call = Call(op, "mosaic_gpu", ("sgmv",), add_inputs=op != "expand=")
+    if op == "shrink":
+        got = backend.shrink_grad(call, jnp.asarray(v), x, part.lora_a, ids, part.scales)
+        du, scales = np.float64(v), np.asarray(part.scales, np.float64)
+        u = np.einsum("lt,th,lrh->ltr", mine, np.float64(z.x), a)
+        want = (
+            np.einsum("lt,l,tr,lrh->th", mine, scales, du, a),
+            np.einsum("lt,l,tr,th->lrh", mine, scales, du, np.float64(z.x)),
+            np.einsum("ltr,tr->l", u, du),
+        )
+    else:
+        got = backend.expand_grad(call, dy, jnp.asarray(v), part.lora_b, ids)
+        rounded = np.asarray(jnp.asarray(v).astype(jnp.bfloat16), np.float64)
+        kept = np.where(mine.any(0)[:, None] & (op == "expand="), 0, z.dy)
+        want = (
+            np.einsum("lt,tn,lnr->tr", mine, np.float64(z.dy), b),
+            np.einsum("lt,tn,tr->lnr", mine, np.float64(z.dy), rounded),
+            np.float64(kept),
+        )
+    for one, right in zip(got, want):
+        assert relative_error(np.asarray(one), right) < 4e-3
+        assert not np.asarray(one)[right == 0].any()

@@ -21,7 +21,12 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.call import Call
-from pallas_kernels.mosaic_gpu.backward import GradientPart, gradients
+from pallas_kernels.mosaic_gpu.backward import (
+    GradientPart,
+    expand_gradients,
+    gradients,
+    shrink_gradients,
+)
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
     DecodePart,
@@ -50,8 +55,6 @@ from pallas_kernels.routing import (
     slots_in_use,
 )
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
-from pallas_kernels.xla import expand_grad as expand_grad
-from pallas_kernels.xla import shrink_grad as shrink_grad
 
 # ------------------------------------------------------------------------------ the right platform
 
@@ -395,11 +398,37 @@ def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Float[Ar
 # ----------------------------------------------------------------------------------- gradients
 
 
+def shrink_grad(
+    call: Call, dv: Array, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of `shrink` in x, lora_a and scale."""
+    if missing_gradient(x.shape[0], [lora_a.dtype], x=x.dtype) is not None:
+        return xla.shrink_grad(call, dv, x, lora_a, token_ids, scale)
+    segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
+    scales = jnp.broadcast_to(scale, lora_a.shape[0])
+    dx, da, ds = shrink_gradients(dv, _needs_hopper(x), lora_a, scales, segments)
+    return dx, da, ds if scale.ndim else jnp.sum(ds)
+
+
+def expand_grad(
+    call: Call, dy: Array, v: Array, lora_b: Array, token_ids: TokenIds
+) -> tuple[Array, Array, Array]:
+    """Gradients of `expand` in v, lora_b and y."""
+    operand = xla.cast_v(v, lora_b)
+    lacks = missing_gradient(v.shape[0], [lora_b.dtype], y=dy.dtype, v=operand.dtype)
+    if lacks is not None:
+        return xla.expand_grad(call, dy, v, lora_b, token_ids)
+    segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
+    dv, db = expand_gradients(_needs_hopper(dy), operand, lora_b, segments, call.y_offset)
+    return dv.astype(v.dtype), db, xla.expand_grad_of_y(call, dy, lora_b, segments)
+
+
 def add_lora_grad(
     call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
 ) -> tuple[Array, tuple[LoRAPart, ...]]:
     """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
-    if missing_gradient(x.dtype, dy.dtype, x.shape[0], parts) is not None:
+    dtypes = [jnp.result_type(part.lora_a) for part in parts]
+    if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
         return xla.add_lora_grad(call, dy, x, parts, token_ids)
     x = _needs_hopper(x)
     kernel_parts = []

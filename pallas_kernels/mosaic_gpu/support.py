@@ -1,5 +1,7 @@
 """What the kernels can't do, in words. Callers then take another implementation, or say it."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
@@ -72,14 +74,17 @@ def missing_together(spans: tuple[tuple[int, int], ...]) -> str | None:
 
 
 def missing_gradient(
-    x_dtype: DTypeLike, dy_dtype: DTypeLike, num_tokens: int, parts: tuple[LoRAPart, ...]
+    num_tokens: int, weights: Iterable[DTypeLike], **others: DTypeLike
 ) -> str | None:
-    """What the gradients' kernels lack for parts that the forward's take; XLA's form then runs."""
+    """What the gradients' kernels lack for stacks that the forward's take; XLA's form then runs.
+
+    `weights` and `others`, x and y by name, are dtypes.
+    """
     if num_tokens == 0:
         return "calls without a token"
-    for part in parts:
-        dtype = jnp.result_type(part.lora_a)
-        for name, other in (("x", x_dtype), ("y", dy_dtype)):
+    for dtype in weights:
+        for name, other in others.items():
             if other != dtype:
-                return f"gradients of {dtype} weights beside {jnp.dtype(other).name} {name}"
+                names = jnp.dtype(dtype).name, jnp.dtype(other).name
+                return f"gradients of {names[0]} weights beside {names[1]} {name}"
     return None

@@ -6,4 +6,6 @@ kernels, `config.py` decides how they cut their work, and `gradients.py` joins t
 """
 
 from pallas_kernels.mosaic_gpu.backward.gradients import GradientPart as GradientPart
+from pallas_kernels.mosaic_gpu.backward.gradients import expand_gradients as expand_gradients
 from pallas_kernels.mosaic_gpu.backward.gradients import gradients as gradients
+from pallas_kernels.mosaic_gpu.backward.gradients import shrink_gradients as shrink_gradients

@@ -76,9 +76,53 @@ def gradients(
         sums.append(OuterSum(dy, narrow.v, own, part.y_offset, width, rank, False))
     stacks = itertools.batched(outer_kernel(tuple(sums), tiles), 2)
     return dx, [
-        PartGradient(da, db, _of_scales(narrow, part, tiles))
+        PartGradient(
+            da, db, _of_scales(narrow.u * narrow.dv, part.slots.first + part.wanted, tiles)
+        )
         for part, narrow, (da, db) in zip(parts, narrows, stacks)
     ]
+
+
+def shrink_gradients(
+    dv: Float[Array, "T R"],
+    x: Float[Array, "T H"],
+    lora_a: Float[Array, "L R H"],
+    scales: Float[Array, " L"],
+    segments: Segments,
+) -> tuple[Float[Array, "T H"], Float[Array, "L R H"], Float[Array, " L"]]:
+    """Gradients of a shrink in x, A and scales; ids are the stack's own."""
+    tiles, (slots, rank, features) = Tiles.of(segments), lora_a.shape
+    every = SlotRange(0, slots)
+    [share] = narrow_kernel((NarrowSum(x, lora_a, True, every, 0),), tiles)
+    mine = (tiles.is_token() & every.holds(tiles.adapters()))[:, None]
+    u = jnp.where(mine, functools.reduce(jnp.add, list(share))[:, :rank], 0.0)
+    dv = jnp.where(mine, dv[tiles.tokens()], 0.0)
+    du = (dv * scales[jnp.maximum(tiles.adapters(), 0)][:, None]).astype(x.dtype)
+    dx = wide_kernel((WidePart(du, lora_a, every),), tiles, x.shape[0], x.dtype)
+    slot_tiles = tiles.slot_tiles(slots)
+    [da] = outer_kernel((OuterSum(x, du, slot_tiles, 0, features, rank, True),), tiles)
+    return dx, da, _of_scales(u * dv, jnp.arange(slots), tiles)
+
+
+def expand_gradients(
+    dy: Float[Array, "T Ny"],
+    v: Float[Array, "T R"],
+    lora_b: Float[Array, "L N R"],
+    segments: Segments,
+    y_offset: int,
+) -> tuple[Float[Array, "T R"], Float[Array, "L N R"]]:
+    """Gradients of an expand in v, float32, and B; ids are the stack's own."""
+    tiles, (slots, width, rank) = Tiles.of(segments), lora_b.shape
+    every = SlotRange(0, slots)
+    [share] = narrow_kernel((NarrowSum(dy, lora_b, False, every, y_offset),), tiles)
+    mine, tokens = tiles.is_token() & every.holds(tiles.adapters()), tiles.tokens()
+    of_tiles = functools.reduce(jnp.add, list(share))[:, :rank]
+    dv = jnp.zeros((v.shape[0], rank), jnp.float32)
+    dv = dv.at[jnp.where(mine, tokens, v.shape[0])].set(of_tiles, mode="drop")
+    operand = jnp.where(mine[:, None], v[tokens], 0)
+    one = OuterSum(dy, operand, tiles.slot_tiles(slots), y_offset, width, rank, False)
+    [db] = outer_kernel((one,), tiles)
+    return dv, db
 
 
 def _narrow(
@@ -102,8 +146,10 @@ def _narrow(
     return found
 
 
-def _of_scales(narrow: _Narrow, part: GradientPart, tiles: Tiles) -> Float[Array, " S"]:
-    of_tiles = jnp.sum((narrow.u * narrow.dv).reshape(tiles.count, -1), axis=1)
-    slots = jnp.where(part.wanted >= 0, part.slots.first + part.wanted, -1)[:, None]
-    mine = (tiles.table[:, 0] == slots) & (slots >= 0)
+def _of_scales(
+    terms: Float[Array, "rows R"], slots: Int[Array, " S"], tiles: Tiles
+) -> Float[Array, " S"]:
+    """The sum of the terms of each slot's rows."""
+    of_tiles = jnp.sum(terms.reshape(tiles.count, -1), axis=1)
+    mine = tiles.table[:, 0] == slots[:, None]
     return jnp.sum(jnp.where(mine, of_tiles, 0.0), axis=1)
