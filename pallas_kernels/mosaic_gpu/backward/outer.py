@@ -170,15 +170,16 @@ def _run(
     block = _Block(plan, of, slot, column, rank, table, rows, loaded, narrow_loaded)
     stages, columns, width, dtype = plan.cut.stages, plan.cut.columns, plan.width, of.wide.dtype
 
-    def run(wide: Ref, narrow: Ref) -> None:
+    def sums(wide: Ref, narrow: Ref) -> list[Array]:
         gathered = Gathered(of.wide, rows, Squares.of(wide), loaded)
-        count = columns * width
-        values = pl.run_scoped(
-            functools.partial(_products, block, gathered, Squares.of(narrow)), accumulators(count)
-        )
-        pl.run_scoped(functools.partial(_put, block, values), squares(count, dtype=dtype))
+        products = functools.partial(_products, block, gathered, Squares.of(narrow))
+        values: list[Array] = pl.run_scoped(products, accumulators(columns * width))
+        return values
 
-    pl.run_scoped(run, squares(stages, columns, dtype=dtype), squares(stages, width, dtype=dtype))
+    ring = squares(stages, columns, dtype=dtype), squares(stages, width, dtype=dtype)
+    values = pl.run_scoped(sums, *ring)
+    # In the memory of the ring, which has been read.
+    pl.run_scoped(functools.partial(_put, block, values), squares(columns * width, dtype=dtype))
 
 
 def _products(block: _Block, gathered: Gathered, narrow: Squares, sums: list[Ref]) -> list[Array]:

@@ -103,7 +103,7 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
     """One block, of a range's parts: sums, rounds, and stores."""
     dtype, columns = block.dx.dtype, block.cut.columns
 
-    def put(memory: Ref, values: list[Array]) -> None:
+    def put(values: list[Array], memory: Ref) -> None:
         out = Squares.of(memory)
         for j, value in enumerate(values):
             out.tiles[j] = value.astype(dtype)
@@ -113,22 +113,20 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
             put_tile(out.rows.at[j], block.dx, block.rows, block.tile, column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    def sums(slots: SlotRange, dv: Ref, a: Ref) -> list[Array]:
+        products = functools.partial(_products, block, slots, parts, Squares.of(dv), Squares.of(a))
+        values: list[Array] = pl.run_scoped(products, accumulators(columns))
+        return values
+
     if slots is None:
         zeros = plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), plgpu.Layout.WGMMA)
-        pl.run_scoped(lambda out: put(out, [zeros] * columns), squares(columns, dtype=dtype))
-        return
-
-    def run(out: Ref, dv: Ref, a: Ref) -> None:
-        products = functools.partial(_products, block, slots, parts, Squares.of(dv), Squares.of(a))
-        put(out, pl.run_scoped(products, accumulators(columns)))
-
-    stages = block.cut.stages
-    pl.run_scoped(
-        run,
-        squares(columns, dtype=dtype),
-        squares(stages, dtype=dtype),
-        squares(stages, columns, dtype=dtype),
-    )
+        values = [zeros] * columns
+    else:
+        stages = block.cut.stages
+        ring = squares(stages, dtype=dtype), squares(stages, columns, dtype=dtype)
+        values = pl.run_scoped(functools.partial(sums, slots), *ring)
+    # In the memory of the ring, which has been read.
+    pl.run_scoped(functools.partial(put, values), squares(columns, dtype=dtype))
 
 
 def _products(
