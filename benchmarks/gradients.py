@@ -43,9 +43,10 @@ class Case:
 
     @property
     def floor_us(self) -> float:
-        """x read twice, y and dy once; y' and dx written; adapters in use and their gradients."""
+        """x read twice, y and dy once; y' and dx written; of adapters in use, A and B read twice,
+        and their gradients written."""
         of_tokens = 2 * self.T * (3 * self.H + 3 * self.N)
-        of_adapters = 2 * 2 * self.D * self.r * (self.H + self.N)
+        of_adapters = 2 * 3 * self.D * self.r * (self.H + self.N)
         return (of_tokens + of_adapters) / COPY_RATE * 1e6
 
     @property
