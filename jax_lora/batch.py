@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
@@ -102,6 +102,16 @@ class _LeaseRef:
 
     def __hash__(self) -> int:
         return hash(_LeaseRef)
+
+
+def first_ids(ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """The id of each bucket's first slot. Ids count through the slots of one bucket after another.
+
+    Args:
+      ranges: `(bucket, slots)`, in the order of ids.
+    """
+    buckets, slots = zip(*ranges)
+    return dict(zip(buckets, itertools.accumulate(slots, initial=0)))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -259,11 +269,7 @@ class AdapterBatch:
                 f"the layer has slots {dict(slots)}, but the batch is of a model with "
                 f"{dict(self.ranges)}"
             )
-        return dict(zip((bucket for bucket, _ in self.ranges), self._starts()))
-
-    def _starts(self) -> Iterator[int]:
-        """The id of the first slot of each range."""
-        return itertools.accumulate((n for _, n in self.ranges), initial=0)
+        return first_ids(self.ranges)
 
     def segments(self, lead: tuple[int, ...]) -> Segments:
         """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
@@ -283,7 +289,8 @@ class AdapterBatch:
                 return segments
         segments = make_segments(self._spread(lead), self.num_slots)
         if len(self.ranges) > 1:
-            segments = segments.split(zip(self._starts(), (n for _, n in self.ranges)))
+            first = first_ids(self.ranges)
+            segments = segments.split((first[bucket], slots) for bucket, slots in self.ranges)
         is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
             self.indices, jax.core.Tracer
         )

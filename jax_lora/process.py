@@ -1,5 +1,6 @@
 """What threads, signals and forks ask of code that changes a model in place."""
 
+import _thread
 import os
 import threading
 from collections.abc import Callable
@@ -81,9 +82,9 @@ def undivided[T](work: Callable[[], T]) -> T:
     """
     call = _Call(work)
     try:
-        # Bare locks tell its end: an exception inside of `Event.wait`, which is Python, could leave
-        # the event's lock taken. Inside of `start` that costs the thread, which then never begins.
-        threading.Thread(target=call.run, daemon=True).start()
+        # Bare locks and a bare thread. `Event.wait` and `Thread.start` are Python: an exception
+        # inside of them could leave a lock taken, or become "release unlocked lock".
+        _thread.start_new_thread(call.run, ())
         call.ended.acquire()
     except BaseException as interrupt:
         if call.claim.acquire(blocking=False):

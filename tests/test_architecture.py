@@ -86,6 +86,15 @@ def test_tests_holds_nothing_but_tests():
     assert {path.stem for path in rest} - shared == {"conftest"}
 
 
+def test_tests_mirrors_the_packages():
+    """A folder with a package's name must be no package: it would be imported in its place."""
+    folder = ROOT / "tests"
+    assert not [*folder.rglob("__init__.py")]
+    rooms = {path.parent.relative_to(folder) for path in folder.rglob("test_*.py")}
+    strangers = {room for room in rooms if not (ROOT / room / "__init__.py").is_file()}
+    assert strangers == {pathlib.Path(), pathlib.Path("gpu")}
+
+
 def test_there_is_no_utils():
     folders = [*PACKAGES, "benchmarks", "tests", "notebooks", "tools"]
     named = [p for folder in folders for p in (ROOT / folder).rglob("utils*")]

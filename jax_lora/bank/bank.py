@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 from collections.abc import Sequence
 
 import jax
@@ -20,18 +19,14 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank.merge import as_adapter, merged
-from jax_lora.bank.owner import StackOwner
+from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites, some
-from jax_lora.bank.slots import Entry, SlotTable
+from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slot, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
-from pallas_kernels.ranks import rank_bucket
-
-# No separators, no control characters, not "." or "..": a name may end up in somebody's path.
-_NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
 
 
-class AdapterBank(StackOwner):
+class AdapterBank(Roster):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -90,36 +85,9 @@ class AdapterBank(StackOwner):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         self._sites: dict[str, Site] = find_sites(self._layers, getattr(model, "peft_names", {}))
-        self._table = SlotTable(self._slots)
-        self._entries = self._table.entries
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
-
-    # ------------------------------------------------------------------------------- what is there
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Loaded adapters, the least recently used first."""
-        with self._lock:
-            return tuple(self._entries)
-
-    @property
-    def slots(self) -> dict[int, int]:
-        """Slots of each rank bucket."""
-        return dict(self._slots)
-
-    def config(self, name: str) -> LoRAConfig:
-        """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
-        return self._entry(name).config
-
-    def rank(self, name: str) -> int:
-        """The largest true rank of a loaded adapter's modules. KeyError if it is not loaded."""
-        return self._entry(name).rank
-
-    def bucket(self, name: str) -> int:
-        """The rank bucket that a loaded adapter lives in. KeyError if it is not loaded."""
-        return self._entry(name).bucket
 
     # ------------------------------------------------------------------------ loading and evicting
 
@@ -211,26 +179,6 @@ class AdapterBank(StackOwner):
             )
         self._install(name, Adapter(config, modules), replace, is_own=True)
 
-    def unload(self, name: str) -> None:
-        """Forgets an adapter, pinned or not. Batches that lease it go on computing its weights.
-
-        Raises:
-          KeyError: it is not loaded.
-        """
-        with self._lock:
-            self._entry(name)
-            self._table.forget(name, "unloaded")
-
-    def pin(self, name: str) -> None:
-        """Keeps an adapter from being evicted. KeyError if it is not loaded."""
-        with self._lock:
-            self._entry(name).pinned = True
-
-    def unpin(self, name: str) -> None:
-        """Undoes `pin`. KeyError if it is not loaded."""
-        with self._lock:
-            self._entry(name).pinned = False
-
     # ------------------------------------------------------------------------------------- batches
 
     def batch(
@@ -258,7 +206,7 @@ class AdapterBank(StackOwner):
         row_lengths = None if lengths is None else host_int32("lengths", lengths)
         with self._lock:
             places = {name: self._entry(name) for name in distinct}
-            ids: dict[str | None, int] = {name: self._id(e) for name, e in places.items()}
+            ids: dict[str | None, int] = {name: self._table.id(e) for name, e in places.items()}
             ids[None] = -1
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
@@ -303,41 +251,11 @@ class AdapterBank(StackOwner):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
-                f"characters, got {name!r:.300}"
-            )
-        if name in self._table and not replace:
-            raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
-
-    def _entry(self, name: str) -> Entry:
-        with self._lock:
-            self._check_current()
-            return self._table.entry(name)
-
-    def _id(self, entry: Entry) -> int:
-        """The number of an adapter's slot among those of all buckets."""
-        before = (slots for bucket, slots in self._slots.items() if bucket < entry.bucket)
-        return sum(before) + entry.slot
-
     def _check_header(self, name: str, header: AdapterHeader) -> None:
         """Whether the model has room for an adapter, before its weights are read."""
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         check_fit(name, features, self._sites)
         self._bucket_for(name, header.rank)
-
-    def _bucket_for(self, name: str, rank: int) -> int:
-        bucket = rank_bucket(rank, buckets=tuple(self._slots))
-        if bucket not in self._slots:
-            raise ValueError(
-                f"adapter {name!r} has rank {rank} and needs bucket {bucket}; the model has "
-                f"buckets={tuple(self._slots)}: give apply_lora buckets= that hold it"
-            )
-        return bucket
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""

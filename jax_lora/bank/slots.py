@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.sites import some
-from jax_lora.batch import Lease
+from jax_lora.batch import Lease, first_ids
 
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
@@ -36,6 +36,7 @@ class SlotTable:
 
     def __init__(self, slots: Mapping[int, int]) -> None:
         self._slots = dict(slots)
+        self._first_ids = first_ids(slots.items())
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
         self.entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
 
@@ -49,6 +50,10 @@ class SlotTable:
         gone = self._gone.get(name) if isinstance(name, str) else None
         why = "" if gone is None else f" ({gone})"
         raise KeyError(f"no adapter {name!r:.300}{why}; loaded: {some(self.entries)}")
+
+    def id(self, entry: Entry) -> int:
+        """What a batch's `indices` call the adapter: its slot among those of all buckets."""
+        return self._first_ids[entry.bucket] + entry.slot
 
     def touch(self, names: Iterable[str]) -> None:
         """They are the most recently used, the last of them above all."""

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from jax_lora.adapters import peft_header
+from jax_lora.adapters import peft_header, refuse_pointer
 from jax_lora.bank import AdapterBank
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.llama import Llama
@@ -33,17 +33,13 @@ def load_tokenizer(base: Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it can't be parsed.
+      ValueError: it is a pointer of Git LFS, or can't be parsed.
     """
     file = base / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{str(base)!r} has no tokenizer.json; {_tokenizer_remedy(base)}")
     with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(
-                f"{str(file)!r} is a Git LFS pointer instead of the file; run `git lfs pull` in "
-                "its folder, or download it again"
-            )
+        refuse_pointer(opened.read(40), file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare ones
@@ -53,7 +49,6 @@ def load_tokenizer(base: Path) -> Tokenizer:
     return _without_padding(tokenizer)
 
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 

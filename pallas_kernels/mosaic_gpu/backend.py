@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.backward import (
 )
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
+    MAX_UNSEATED_TOKENS,
     DecodePart,
     Plan,
     decode_config,
@@ -44,6 +45,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
+from pallas_kernels.mosaic_gpu.prefill.route import order
 from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
     Segments,
@@ -211,7 +213,7 @@ def _one_launch(
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
     words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
-    seated = isinstance(token_ids, Segments)
+    seated = isinstance(token_ids, Segments) or words.shape[0] > MAX_UNSEATED_TOKENS
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None
@@ -295,12 +297,18 @@ def _two_launches(
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
     shrinks, expands = [], []
+    slots = max(part.first_slot + jnp.shape(part.lora_a)[0] for part in parts)
+    if isinstance(token_ids, Segments):
+        tokens = order(token_ids)
+    else:
+        tokens = order(local_segments(token_ids, SlotRange(0, slots)))
     for part in parts:
         a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
         segments = local_segments(token_ids, SlotRange(part.first_slot, a.shape[0]))
         own = config or _prefill_config(x, a, b.shape[1])
         shrinks.append(_Shrink(a, segments, jnp.asarray(part.scales), part.scales_offset or 0, own))
-    for part, shrunk, v in zip(parts, shrinks, _shrink_parts(x, shrinks, operands=True)):
+    vs = _shrink_parts(x, shrinks, operands=True, tokens=tokens)
+    for part, shrunk, v in zip(parts, shrinks, vs):
         expands.append(
             ExpandPart(
                 v,
@@ -311,7 +319,7 @@ def _two_launches(
                 part.first_slot,
             )
         )
-    return expand_kernel(y, tuple(expands), add_inputs=True)
+    return expand_kernel(y, tuple(expands), add_inputs=True, tokens=tokens)
 
 
 def _prefill_config(x: Array, lora_a: Array, width: int) -> Config:
@@ -334,9 +342,11 @@ class _Shrink(NamedTuple):
     config: Config
 
 
-def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
+def _shrink_parts(
+    x: Array, parts: list[_Shrink], *, operands: bool, tokens: Int[Array, " T"] | None = None
+) -> list[Array]:
     """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
-    it, undefined in rows of -1."""
+    it, undefined in rows of -1. Rows are in the order of `tokens`, or, where that is None, of x."""
     num_tokens, twin = x.shape[0], interpreted()
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
@@ -356,13 +366,13 @@ def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Arr
             for part in (parts[i] for i in which)
         )
         padded = pad_to(pad_rows(planes, 1), 2, 16)
-        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands)
+        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands, tokens=tokens)
         for i, v in zip(which, out):
             if twin:
                 used = parts[i].segments.indices[:, None] >= 0
                 v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
             if factor is not None:
-                v = v * factor[:, None]
+                v = v * (factor if tokens is None else factor[tokens])[:, None]
             vs[i] = _operand(v, dtype) if operands and not direct else v
     return [vs[i] for i in range(len(parts))]
 

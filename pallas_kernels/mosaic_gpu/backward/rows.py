@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.backward.squares import ROW_BYTES, SIDE, Squares
-from pallas_kernels.mosaic_gpu.lanes.gpu import Gpu, MemRef
+from pallas_kernels.mosaic_gpu.lanes import Gpu, MemRef
 from pallas_kernels.mosaic_gpu.layouts import Ref, interpreted, plain_layout
 
 _REFS = (plgpu.RefType(), plgpu.RefType(), plgpu.RefType(plain_layout(ROW_BYTES)))
@@ -97,7 +97,7 @@ def _close(_: Any) -> None:
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]
 def _fetch_by_lanes(_: Any, array: Any, tokens: Any, squares: Any, *where: Any) -> None:
-    m = Gpu(squares)
+    m = Gpu(squares, begins=False)
     start, count, column = map(m.uniform, where)
     columns, number_of_squares = _shape(array)[1], _shape(squares)[0]
     table, part = m.address(MemRef(tokens, np.dtype(np.int32)), m.integer(0), 1), m.tid % _PARTS
@@ -118,7 +118,7 @@ def _fetch_by_lanes(_: Any, array: Any, tokens: Any, squares: Any, *where: Any) 
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]
 def _put_by_lanes(_: Any, array: Any, tokens: Any, square: Any, *where: Any) -> None:
-    m = Gpu(square)
+    m = Gpu(square, begins=False)
     start, count, column = map(m.uniform, where)
     columns = _shape(array)[1]
     table, part = m.address(MemRef(tokens, np.dtype(np.int32)), m.integer(0), 1), m.tid % _PARTS

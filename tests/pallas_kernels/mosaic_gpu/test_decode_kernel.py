@@ -1,6 +1,6 @@
 """The decode kernel by itself, carried out by its emulator, and its plans.
 
-tests/test_mosaic_gpu.py holds the ops that call it, and what is lowered for CUDA.
+test_mosaic_gpu.py holds the ops that call it, and what is lowered for CUDA.
 """
 
 import collections

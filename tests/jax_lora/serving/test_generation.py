@@ -125,7 +125,7 @@ def alphabet():
         (
             {"tokenizer.json": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9"},
             ValueError,
-            "is a Git LFS pointer.*git lfs pull",
+            "tokenizer.json is a pointer of Git LFS.*git lfs pull",
         ),
         ({"tokenizer.json": "{"}, ValueError, "tokenizer.json' is no tokenizer: EOF"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import pickle
 import random
 import signal
@@ -608,7 +609,7 @@ def test_threads_share_a_bank():
                     slot = int(np.asarray(batch.indices)[0])
                     bank.pin(name)
                     bank.unpin(name)
-                    assert bank._id(bank._entry(name)) == slot
+                    assert bank._table.id(bank._entry(name)) == slot
                 bank.names  # noqa: B018
                 if name == "tenant 0":
                     bank.unload(name)
@@ -1165,8 +1166,9 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 @pytest.mark.ci
 def test_the_child_of_a_fork_is_refused():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=150, cwd="tests"
+        [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=150, env=environment
     )
     assert done.stdout.strip() == "5", done.stderr[-2000:]
 
@@ -1255,7 +1257,7 @@ def test_an_adapter_that_is_gone_says_why(pair):
         bank.pin("1")
     for n in range(300):
         bank.load("again", make_adapter(1, 4), replace=True)
-        bank._entries[f"{n}"] = bank._entries.pop("again")
+        bank._table.entries[f"{n}"] = bank._table.entries.pop("again")
         bank.unload(f"{n}")
     assert len(bank._table._gone) == 256
     with pytest.raises(KeyError) as raised:

@@ -1,0 +1,32 @@
+"""The command line: `jax-lora demo`, `generate`, `inspect`."""
+
+import typer
+
+# The commands import what they need themselves: `--help` need not wait for the model.
+from jax_lora.cli import demo, generate, inspect
+from jax_lora.cli.terminal import input_errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Many LoRA adapters of any rank over one base model, in one jitted batch.",
+    epilog="Start with `jax-lora demo`. Errors of the input end with status 2.",
+)
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(inspect.inspect)
+
+
+@app.command(
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench() -> None:
+    with input_errors():
+        raise ValueError(
+            "the benchmarks are not installed with jax-lora: clone its repository and run "
+            "`python -m benchmarks kernels` (or `step`, or `torch`) there"
+        )
