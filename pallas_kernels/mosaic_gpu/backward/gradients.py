@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
 from pallas_kernels.routing import Segments, SlotRange
+
+# A kernel's code has pieces for each part, and lowering takes more than in proportion: 15 parts
+# (five rank buckets of three slices) 29 s in one launch each, 8 s in three (2 CPU cores, busy).
+_MOST_PARTS = 6
 
 
 class GradientPart(NamedTuple):
@@ -42,13 +47,15 @@ class PartGradient(NamedTuple):
 
 
 class _Narrow(NamedTuple):
-    """What a part has in the order of the tiles, zero in rows that are none of its tokens: u = x
-    A^T and dv = dy B, float32; v = scale u and du = scale dv, rounded."""
+    """What a part has in the order of the tiles, zero in rows that are none of its tokens.
 
-    u: Float[Array, "rows R"]
-    dv: Float[Array, "rows R"]
-    v: Float[Array, "rows R"]
-    du: Float[Array, "rows R"]
+    Attributes:
+      plain: x A^T and dy B, float32.
+      scaled: v and du, which are those scaled and rounded.
+    """
+
+    plain: Float[Array, "2 rows R"]
+    scaled: Float[Array, "2 rows R"]
 
 
 def gradients(
@@ -64,7 +71,7 @@ def gradients(
     """
     tiles = Tiles.of(segments)
     narrows = _narrow(dy, x, parts, tiles)
-    wide = tuple(WidePart(n.du, part.lora_a, part.slots) for part, n in zip(parts, narrows))
+    wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.slots) for p, n in zip(parts, narrows))
     dx = wide_kernel(wide, tiles, x.shape[0], x.dtype)
     slot_tiles = tiles.slot_tiles(segments.num_adapters)
     sums = []
@@ -72,15 +79,23 @@ def gradients(
         rank, features = part.lora_a.shape[1:]
         width = part.lora_b.shape[1]
         own = jnp.where(part.wanted[:, None] >= 0, slot_tiles[part.slots.first + part.wanted], 0)
-        sums.append(OuterSum(x, narrow.du, own, 0, features, rank, True))
-        sums.append(OuterSum(dy, narrow.v, own, part.y_offset, width, rank, False))
-    stacks = itertools.batched(outer_kernel(tuple(sums), tiles), 2)
-    return dx, [
-        PartGradient(
-            da, db, _of_scales(narrow.u * narrow.dv, part.slots.first + part.wanted, tiles)
-        )
-        for part, narrow, (da, db) in zip(parts, narrows, stacks)
-    ]
+        sums.append(OuterSum(x, narrow.scaled, 1, own, 0, features, rank, True))
+        sums.append(OuterSum(dy, narrow.scaled, 0, own, part.y_offset, width, rank, False))
+    stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, tiles)
+    found = []
+    for part, narrow, (da, db) in zip(parts, narrows, itertools.batched(stacks, 2)):
+        terms, slots = narrow.plain[0] * narrow.plain[1], part.slots.first + part.wanted
+        found.append(PartGradient(da, db, _of_scales(terms, slots, tiles)))
+    return dx, found
+
+
+def _in_launches[T](
+    kernel: Callable[[tuple[T, ...], Tiles], list[Array]], given: Sequence[T], most: int,
+    tiles: Tiles,
+) -> list[Array]:  # fmt: skip
+    """What `kernel` makes of all that is given, up to `most` of them in a launch."""
+    launches = itertools.batched(given, most)
+    return [array for some in launches for array in kernel(some, tiles)]
 
 
 def shrink_gradients(
@@ -93,14 +108,14 @@ def shrink_gradients(
     """Gradients of a shrink in x, A and scales; ids are the stack's own."""
     tiles, (slots, rank, features) = Tiles.of(segments), lora_a.shape
     every = SlotRange(0, slots)
-    [share] = narrow_kernel((NarrowSum(x, lora_a, True, every, 0),), tiles)
+    [shares] = narrow_kernel(((NarrowSum(x, lora_a, True, every, 0),),), tiles)
     mine = (tiles.is_token() & every.holds(tiles.adapters()))[:, None]
-    u = jnp.where(mine, functools.reduce(jnp.add, list(share))[:, :rank], 0.0)
+    u = jnp.where(mine, _added_up(shares, rank)[0], 0.0)
     dv = jnp.where(mine, dv[tiles.tokens()], 0.0)
     du = (dv * scales[jnp.maximum(tiles.adapters(), 0)][:, None]).astype(x.dtype)
-    dx = wide_kernel((WidePart(du, lora_a, every),), tiles, x.shape[0], x.dtype)
+    dx = wide_kernel((WidePart(du[None], 0, lora_a, every),), tiles, x.shape[0], x.dtype)
     slot_tiles = tiles.slot_tiles(slots)
-    [da] = outer_kernel((OuterSum(x, du, slot_tiles, 0, features, rank, True),), tiles)
+    [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
     return dx, da, _of_scales(u * dv, jnp.arange(slots), tiles)
 
 
@@ -114,13 +129,13 @@ def expand_gradients(
     """Gradients of an expand in v, float32, and B; ids are the stack's own."""
     tiles, (slots, width, rank) = Tiles.of(segments), lora_b.shape
     every = SlotRange(0, slots)
-    [share] = narrow_kernel((NarrowSum(dy, lora_b, False, every, y_offset),), tiles)
+    [shares] = narrow_kernel(((NarrowSum(dy, lora_b, False, every, y_offset),),), tiles)
     mine, tokens = tiles.is_token() & every.holds(tiles.adapters()), tiles.tokens()
-    of_tiles = functools.reduce(jnp.add, list(share))[:, :rank]
+    of_tiles = _added_up(shares, rank)[0]
     dv = jnp.zeros((v.shape[0], rank), jnp.float32)
     dv = dv.at[jnp.where(mine, tokens, v.shape[0])].set(of_tiles, mode="drop")
     operand = jnp.where(mine[:, None], v[tokens], 0)
-    one = OuterSum(dy, operand, tiles.slot_tiles(slots), y_offset, width, rank, False)
+    one = OuterSum(dy, operand[None], 0, tiles.slot_tiles(slots), y_offset, width, rank, False)
     [db] = outer_kernel((one,), tiles)
     return dv, db
 
@@ -128,22 +143,23 @@ def expand_gradients(
 def _narrow(
     dy: Float[Array, "T Ny"], x: Float[Array, "T H"], parts: tuple[GradientPart, ...], tiles: Tiles
 ) -> list[_Narrow]:
-    sums = []
+    alike = []
     for part in parts:
-        sums.append(NarrowSum(x, part.lora_a, True, part.slots, 0))
-        sums.append(NarrowSum(dy, part.lora_b, False, part.slots, part.y_offset))
+        u = NarrowSum(x, part.lora_a, True, part.slots, 0)
+        alike.append((u, NarrowSum(dy, part.lora_b, False, part.slots, part.y_offset)))
     adapters, is_token = tiles.adapters(), tiles.is_token()
     found = []
-    for part, shares in zip(parts, itertools.batched(narrow_kernel(tuple(sums), tiles), 2)):
-        rank = part.lora_a.shape[1]
+    for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
         mine = (is_token & part.slots.holds(adapters))[:, None]
-        u, dv = (
-            jnp.where(mine, functools.reduce(jnp.add, list(share))[:, :rank], 0.0)
-            for share in shares
-        )
+        plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
         scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][:, None]
-        found.append(_Narrow(u, dv, (u * scale).astype(x.dtype), (dv * scale).astype(x.dtype)))
+        found.append(_Narrow(plain, (plain * scale).astype(x.dtype)))
     return found
+
+
+def _added_up(shares: Float[Array, "sums split rows K"], rank: int) -> Float[Array, "sums rows R"]:
+    """The sums of what the blocks have, in their order."""
+    return functools.reduce(jnp.add, [shares[:, n, :, :rank] for n in range(shares.shape[1])])
 
 
 def _of_scales(

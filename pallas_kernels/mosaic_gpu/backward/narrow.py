@@ -71,9 +71,12 @@ class NarrowSum(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """A sum's blocks: `groups` of them along the axis "job", from `first_group` on, deal the ranks
-    among themselves, `width` squares each. Each takes `steps` squares of a share of the columns."""
+    among themselves, `width` squares each. Each takes `steps` squares of a share of the columns.
+    What they sum is number `nth` of array `out`."""
 
     sum: NarrowSum
+    out: int
+    nth: int
     first_group: int
     steps: int
 
@@ -108,30 +111,39 @@ class _Launched(NamedTuple):
     weights_loaded: Ref
 
 
-def narrow_kernel(sums: tuple[NarrowSum, ...], tiles: Tiles) -> list[Float[Array, "split rows K"]]:
-    """The sums, in the order of the tiles, in shares that are to be added up. Columns behind R, and
-    tiles of another range, are undefined; rows behind a tile's last are of no use."""
+def narrow_kernel(
+    alike: tuple[tuple[NarrowSum, ...], ...], tiles: Tiles
+) -> list[Float[Array, "sums split rows K"]]:
+    """For each tuple, of sums of one rank, an array of them.
+
+    They are in the order of the tiles, in shares that are to be added up. Columns behind R, and
+    tiles of another range, are undefined; rows behind a tile's last are of no use.
+    """
+    sums = [one for some in alike for one in some]
     cut = narrow_cut(len(sums) * tiles.count, max(one.columns for one in sums))
-    jobs = _jobs(sums, cut.split)
+    jobs = _jobs(alike, cut.split)
     ranks = "_".join(dict.fromkeys(f"r{one.rank}" for one in sums))
 
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
-        inputs, outs = refs[: 2 * len(jobs)], refs[2 * len(jobs) : 3 * len(jobs)]
-        box, by_row, weights_loaded = refs[3 * len(jobs) :]
+        inputs, outs = refs[: 2 * len(jobs)], refs[2 * len(jobs) : -3]
+        box, by_row, weights_loaded = refs[-3:]
         launched = _Launched(cut.stages, rows, Loaded(box, by_row), weights_loaded)
         tile = Tile.read(table, lax.axis_index("tile"))
         for i, job in enumerate(jobs):
             wide, weights = inputs[2 * i : 2 * i + 2]
             group = lax.axis_index("job") - job.first_group
             mine = (group >= 0) & (group < job.groups) & job.sum.slots.holds(tile.adapter)
-            of = _Refs(wide, weights, outs[i])
+            of = _Refs(wide, weights, outs[job.out].at[job.nth])
             pl.when(mine)(functools.partial(_run, launched, job, of, tile, group))
 
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((cut.split, tiles.count * SIDE, job.out_columns), jnp.float32)
+            jax.ShapeDtypeStruct(
+                (len(alike[job.out]), cut.split, tiles.count * SIDE, job.out_columns), jnp.float32
+            )
             for job in jobs
+            if job.nth == 0
         ],
         scratch_types=[
             *loaded_barriers(cut.stages, 1),
@@ -146,11 +158,12 @@ def narrow_kernel(sums: tuple[NarrowSum, ...], tiles: Tiles) -> list[Float[Array
     return out
 
 
-def _jobs(sums: tuple[NarrowSum, ...], split: int) -> list[_Job]:
+def _jobs(alike: tuple[tuple[NarrowSum, ...], ...], split: int) -> list[_Job]:
     jobs: list[_Job] = []
-    for one in sums:
-        before = jobs[-1].first_group + jobs[-1].groups if jobs else 0
-        jobs.append(_Job(one, before, -(-squares_of(one.columns) // split)))
+    for i, some in enumerate(alike):
+        for nth, one in enumerate(some):
+            before = jobs[-1].first_group + jobs[-1].groups if jobs else 0
+            jobs.append(_Job(one, i, nth, before, -(-squares_of(one.columns) // split)))
     return jobs
 
 
@@ -187,7 +200,7 @@ def _products(job: _Job, first_rank: Array, ring: _Ring, sums: list[Ref]) -> lis
     adapter = tile.adapter - one.slots.first
     first = lax.axis_index("share") * (job.steps * SIDE)
 
-    def fetch(k: Array, slot: Array | int) -> None:
+    def fetch(k: Array, slot: Array) -> None:
         column = first + k * SIDE
         ring.wide.fetch(tile, one.first + column, slot)
         for j in range(job.width):

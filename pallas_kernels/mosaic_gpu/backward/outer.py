@@ -46,7 +46,8 @@ class OuterSum(NamedTuple):
 
     Attributes:
       wide: x or dy, in the order of the tokens.
-      narrow: dv or v, in the order of the tiles, zero in rows that are no token.
+      narrow: dv or v, in the order of the tiles, zero in rows that are no token: number `nth` of
+        these arrays.
       slot_tiles: of each slot its first tile, and how many it has.
       first: the first column of `wide`.
       columns: how many of them.
@@ -55,7 +56,8 @@ class OuterSum(NamedTuple):
     """
 
     wide: Float[Array, "T C"]
-    narrow: Float[Array, "rows K"]
+    narrow: Float[Array, "_ rows K"]
+    nth: int
     slot_tiles: Int[Array, "slots 2"]
     first: int
     columns: int
@@ -136,7 +138,7 @@ def outer_kernel(sums: tuple[OuterSum, ...], tiles: Tiles) -> list[Array]:
         block = lax.axis_index("block")
         for i, plan in enumerate(plans):
             wide, narrow, slot_tiles = inputs[3 * i : 3 * i + 3]
-            of = _Refs(wide, narrow, slot_tiles, outs[i])
+            of = _Refs(wide, narrow.at[plan.sum.nth], slot_tiles, outs[i])
             nth = block - plan.first_block
             run = functools.partial(
                 _run, plan, of, nth, table, rows, loaded[plan.cut.columns - 1], barriers[-1]
@@ -187,7 +189,7 @@ def _products(block: _Block, gathered: Gathered, narrow: Squares, sums: list[Ref
     plan, of = block.plan, block.refs
     first, count = of.slot_tiles[block.slot, 0], of.slot_tiles[block.slot, 1]
 
-    def fetch(k: Array, slot: Array | int) -> None:
+    def fetch(k: Array, slot: Array) -> None:
         tile = Tile.read(block.table, first + k)
         gathered.fetch(tile, plan.sum.first + block.column, slot)
         rows = pl.ds((first + k) * SIDE, SIDE)

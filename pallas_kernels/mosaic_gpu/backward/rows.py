@@ -31,7 +31,7 @@ _AT_ONCE = 128 // _PARTS  # rows that the lanes copy at a time
 
 
 def fetch_rows(
-    array: Ref, tokens: Ref, where: tuple[Array, Array, Array], memory: Squares, slot: Array | int,
+    array: Ref, tokens: Ref, where: tuple[Array, Array, Array], memory: Squares, slot: Array,
     loaded: Ref,
 ) -> None:  # fmt: skip
     """Starts to copy to the squares `memory.rows[slot]`; `where` are start, count and column. The

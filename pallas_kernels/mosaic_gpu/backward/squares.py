@@ -7,7 +7,6 @@ eight rows; and wgmma takes it as either operand, transposed or not. Where an ar
 square, TMA fills in zeros, and stores nothing there.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,7 +66,7 @@ def take_steps(
     steps: Array | int,
     stages: int,
     products: int,
-    fetch: Callable[[Array, Array | int], None],
+    fetch: Callable[[Array, Array], None],
     multiply: Callable[[Array, Array], None],
     close: Callable[[], None] = lambda: None,
 ) -> None:
@@ -76,9 +75,9 @@ def take_steps(
     `fetch(k, slot)` starts the copies of step k. `multiply(k, slot)` waits for them, and starts so
     many products. `close()` follows each place for a fetch, whether there is one or not.
     """
-    for k in range(stages):
-        if isinstance(steps, Array) or k < steps:
-            pl.when(k < jnp.int32(steps))(functools.partial(fetch, jnp.int32(k), k))
+
+    def first(k: Array, _: None) -> None:
+        pl.when(k < steps)(lambda: fetch(k, k))
         close()
 
     def step(k: Array, _: None) -> None:
@@ -89,4 +88,5 @@ def take_steps(
         pl.when((k > 0) & (ahead < steps))(lambda: fetch(ahead, lax.rem(ahead, jnp.int32(stages))))
         close()
 
+    lax.fori_loop(0, stages, first, None)
     lax.fori_loop(0, steps, step, None)

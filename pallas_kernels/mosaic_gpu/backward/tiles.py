@@ -146,7 +146,7 @@ class Gathered:
     def count(self) -> int:
         return self.memory.tiles.shape[1]
 
-    def fetch(self, tile: Tile, column: Array, slot: Array | int) -> None:
+    def fetch(self, tile: Tile, column: Array, slot: Array) -> None:
         """Starts to copy a tile's squares from `column` on. Rows behind its last are no other
         adapter's: nothing that is not its own gets near its sums."""
 

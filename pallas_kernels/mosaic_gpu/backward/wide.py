@@ -11,6 +11,7 @@ A block of tokens without an adapter stores zeros.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -35,9 +36,11 @@ from pallas_kernels.routing import SlotRange
 
 
 class WidePart(NamedTuple):
-    """One stack of adapters: dv in the order of the tiles, A, and the slots that it holds."""
+    """One stack of adapters: A, the slots that it holds, and number `nth` of `dv`, in the order of
+    the tiles."""
 
-    dv: Float[Array, "rows R"]
+    dv: Float[Array, "_ rows R"]
+    nth: int
     lora_a: Float[Array, "L R H"]
     slots: SlotRange
 
@@ -75,7 +78,10 @@ def wide_kernel(
 
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
         operands, (dx, loaded) = refs[:-2], refs[-2:]
-        pairs = [_Refs(*operands[2 * i : 2 * i + 2]) for i in range(len(parts))]
+        pairs = [
+            _Refs(dv.at[part.nth], a)
+            for part, (dv, a) in zip(parts, itertools.batched(operands, 2))
+        ]
         tile = Tile.read(table, lax.axis_index("tile"))
         column = lax.axis_index("columns") * (cut.columns * SIDE)
         block = _Block(cut, tile, column, dx, rows, loaded)
@@ -138,12 +144,12 @@ def _products(
     counts = [squares_of(part.a.shape[1]) for part in parts]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
 
-    def fetch(k: Array, slot: Array | int) -> None:
+    def fetch(k: Array, slot: Array) -> None:
         for part, first, count in zip(parts, firsts, counts):
             mine = (k >= first) & (k < first + count)
             pl.when(mine)(functools.partial(copy, part, (k - first) * SIDE, slot))
 
-    def copy(part: _Refs, rank: Array, slot: Array | int) -> None:
+    def copy(part: _Refs, rank: Array, slot: Array) -> None:
         ranks, loaded = pl.ds(rank, SIDE), block.loaded.at[slot]
         rows = pl.ds(tile_start, SIDE)
         plgpu.copy_gmem_to_smem(part.dv.at[rows, ranks], dv.rows.at[slot], loaded)
