@@ -193,9 +193,12 @@ def gradients(
         str, typer.Option(help="What to time: some of ours, xla, ragged and dense.")
     ] = "ours,dense,ragged,xla",
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
-    out: Annotated[
-        Path | None, typer.Option(help="Add each result to this JSON-lines file.")
-    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that prepare cases together.")
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="Add each result to this JSON-lines file.")] = Path(
+        "gradients.jsonl"
+    ),
 ) -> None:
     """Time forward and backward of `y + lora(x)`, with gradients for x, A and B.
 
@@ -210,8 +213,11 @@ def gradients(
         chosen = tuple(ways.split(","))
         if unknown := set(chosen) - {"ours", "xla", "ragged", "dense"}:
             raise ValueError(f"--ways takes ours, xla, ragged and dense, got {sorted(unknown)}")
-        for result in benchmark.run(benchmark.cases_of(cases), chosen, seconds, out):
-            print(result.line, flush=True)
+        named = benchmark.cases_of(cases)
+        if processes > 1:
+            benchmark.run_in_processes(named, chosen, seconds, out, processes)
+        else:
+            benchmark.run(named, chosen, seconds, out)
 
 
 @app.command()

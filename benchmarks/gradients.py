@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import COPY_RATE, Loop, sets_to_rotate
+from benchmarks.turns import Turns
 from pallas_kernels import Segments, add_lora, make_segments
 from pallas_kernels.dispatch import Implementation
 
+ALONE = Turns(None)
 _MAX_ERROR = 1e-2  # of a bfloat16 gradient beside that of XLA's form, relative
 
 
@@ -129,6 +135,14 @@ def _dense(y: Any, x: Any, a: Any, b: Any, _: Any) -> Any:
     return y + (x @ a[0].T) @ b[0].T
 
 
+_STEPS = {
+    "ours": _ours(None),
+    "xla": _ours("xla"),
+    "ragged": _step(_ragged),
+    "dense": _step(_dense),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Microseconds of each way; `error`: the largest of ours beside XLA's form, by gradient."""
@@ -193,18 +207,21 @@ def _route(case: Case) -> tuple[Any, ...]:
     return segments, jnp.asarray(order), jnp.asarray(np.argsort(order)), jnp.asarray(sizes)
 
 
-def _us(step: Step, sets: list[tuple[jax.Array, ...]], route: Any, turns: int | None) -> float:
-    """Microseconds of one step, in a jitted loop over the sets."""
+def _loop(step: Step, sets: list[tuple[jax.Array, ...]], route: Any, turns: int | None) -> Loop:
+    """A compiled loop of one step for each of the sets."""
+    once = jax.jit(step)  # lowered once, however often it is called
 
     def body(sets: Any, route: Any) -> Any:
         sets = jax.lax.optimization_barrier(sets)
         done = []
         for y, x, a, b, dy, *_ in sets:
-            y, *gradients = step(y, x, a, b, dy, route)
+            y, *gradients = once(y, x, a, b, dy, route)
             done.append((y, x, a, b, dy, *gradients))
         return done
 
-    return Loop(body, len(sets), turns=turns).us(sets, route)
+    loop = Loop(body, len(sets), turns=turns)
+    loop.compile(sets, route)
+    return loop
 
 
 _OURS_AND_XLA: tuple[Implementation | None, ...] = (None, "xla")
@@ -220,29 +237,28 @@ def _errors(case: Case, sets: list[tuple[jax.Array, ...]], route: Any) -> dict[s
     return found
 
 
-def measure(case: Case, ways: tuple[str, ...]) -> Result:
+def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
     """Times one case in each of the `ways`; what does not run is a note."""
-    sets, route = _sets(case), _route(case)
     us: dict[str, float] = {}
     error: dict[str, float] = {}
     notes: list[str] = []
-    try:
-        error = _errors(case, sets, route)
-    except Exception as reason:
-        notes.append(f"no errors measured: {str(reason)[:300]!r}")
-    for way in ways:
-        step = {"ours": _ours(None), "xla": _ours("xla")}.get(way)
-        given = sets
-        if way == "ragged":
-            step, given = _step(_ragged), _swapped(sets)
-        elif way == "dense":
-            step = _step(_dense)
-        assert step is not None
-        slow = way in ("xla", "ragged") and case.T > 64
+    loops: dict[str, tuple[Loop, list[tuple[jax.Array, ...]]]] = {}
+    with turns.shared():
+        sets, route = _sets(case), _route(case)
         try:
-            us[way] = _us(step, given, route, turns=2 if slow else None)
+            error = _errors(case, sets, route)
         except Exception as reason:
-            notes.append(f"{way}: {str(reason)[:300]!r}")
+            notes.append(f"no errors measured: {str(reason)[:300]!r}")
+        for way in ways:
+            given = _swapped(sets) if way == "ragged" else sets
+            slow = way in ("xla", "ragged") and case.T > 64
+            try:
+                loops[way] = _loop(_STEPS[way], given, route, 2 if slow else None), given
+            except Exception as reason:
+                notes.append(f"{way}: {str(reason)[:300]!r}")
+    with turns.alone():
+        for way, (loop, given) in loops.items():
+            us[way] = loop.us(given, route)
     return Result(case, us, error, notes)
 
 
@@ -255,16 +271,42 @@ def _swapped(sets: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
 
 
 def run(
-    cases: list[Case], ways: tuple[str, ...], seconds: float, out: Path | None
-) -> Iterator[Result]:
-    """Measures case after case, and starts none after so many seconds. Each result is added to
-    `out`, a file of JSON lines, as it comes."""
+    cases: list[Case], ways: tuple[str, ...], seconds: float, out: Path, turns: Turns = ALONE
+) -> None:
+    """Measures case after case, and starts none after so many seconds. Each result is printed, and
+    added to `out`, a file of JSON lines, as it comes."""
     end = time.monotonic() + seconds
     for case in cases:
         if time.monotonic() > end:
             return
-        result = measure(case, ways)
-        if out is not None:
-            with out.open("a") as file:
-                file.write(json.dumps(result.to_dict()) + "\n")
-        yield result
+        result = measure(case, ways, turns)
+        with out.open("a") as file:
+            file.write(json.dumps(result.to_dict()) + "\n")
+        print(result.line, flush=True)
+
+
+def run_in_processes(
+    cases: list[Case], ways: tuple[str, ...], seconds: float, out: Path, processes: int
+) -> None:
+    """`run` by so many processes: they prepare cases together, and time them in turns."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for nth in range(processes):
+            job = Path(folder) / f"{nth}.json"
+            mine = [dataclasses.asdict(case) for case in cases[nth::processes]]
+            job.write_text(json.dumps([mine, ways, seconds, str(out), f"{folder}/turns"]))
+            command = [sys.executable, "-m", "benchmarks.gradients", str(job)]
+            started.append(subprocess.Popen(command, env=environment))
+        failed = sum(process.wait() != 0 for process in started)
+    if failed:
+        raise RuntimeError(f"{failed} of {processes} processes failed; what they timed is in {out}")
+
+
+def main(path: Path) -> None:
+    cases, ways, seconds, out, turns = json.loads(path.read_text())
+    run([Case(**case) for case in cases], tuple(ways), seconds, Path(out), Turns(turns))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -45,10 +45,10 @@ class OuterCut(NamedTuple):
 
 
 def outer_cut(tiles: int, slots: int, columns: int) -> OuterCut:
-    """One square of columns where few slots have few blocks, else two; stages for as many tiles as
-    a slot has if all are in use."""
+    """One square of columns where few slots have few blocks, else two; a stage more than a slot
+    has tiles if all are in use, as fewer stages let more blocks share a multiprocessor."""
     blocks = slots * squares_of(columns)
     return OuterCut(
         columns=1 if blocks < MULTIPROCESSORS else 2,
-        stages=4 if tiles > 2 * slots else 2,
+        stages=max(2, min(4, tiles // slots)),
     )
