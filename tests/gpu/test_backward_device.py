@@ -14,6 +14,8 @@ from gradient_cases import (
     GradientArrays,
     GradientCase,
     by_name,
+    check_compact,
+    check_half,
     in_float64,
     tolerance,
     with_nan,
@@ -89,6 +91,15 @@ def test_every_gradient_against_float64(case: GradientCase) -> None:
     assert not wrong, wrong
     again = run(z, case.slots)
     assert not [name for name in got if (bits(got[name]) != bits(again[name])).any()]
+
+
+@pytest.mark.parametrize("op", ["shrink", "expand", "expand="])
+def test_halves_against_float64(op: str) -> None:
+    check_half(op, GradientCase(200, 520, (264,), ((16, 3),), "gaps").arrays())
+
+
+def test_compact_gradients_hold_the_slots_in_use() -> None:
+    check_compact("mosaic_gpu")
 
 
 @pytest.mark.parametrize("order", ["runs", "shuffled"])

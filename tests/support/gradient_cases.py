@@ -1,12 +1,17 @@
 """Cases and float64 oracle of the gradients' tests, on CPU and on a device."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from mosaic_cases import local_ids, signed
+from mosaic_cases import local_ids, relative_error, signed
 
 import pallas_kernels as pk
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import backend
 
 ORDERS = ("runs", "zipf", "shuffled", "distinct", "identical", "none", "gaps")
 # Relative error (Frobenius norm) against float64, by dtype: dv, v and the gradient are rounded.
@@ -120,3 +125,57 @@ def with_nan(z: GradientArrays, slot: int) -> GradientArrays:
 def tolerance(name: str, dtype: str) -> float:
     """Of a gradient: those of scales are sums of many roundings' errors, which cancel less."""
     return TOLERANCE[dtype] * (4 if name.startswith("ds") else 1)
+
+
+def check_half(op: str, z: GradientArrays) -> None:
+    """The gradients of a "shrink", an "expand" that adds, or one that overwrites, "expand=", of a
+    case with one part, by the kernels."""
+    x, dy, (part,), ids = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts, z.ids))
+    (slots, rank, _), tokens = part.lora_a.shape, len(z.ids)
+    a, b = np.asarray(part.lora_a, np.float64), np.asarray(part.lora_b, np.float64)
+    mine = (np.arange(slots)[:, None] == z.ids).astype(np.float64)  # [slots, tokens]
+    v = np.random.default_rng(5).normal(size=(tokens, rank)).astype(np.float32)
+    call = Call(op, "mosaic_gpu", ("sgmv",), add_inputs=op != "expand=")
+    want: tuple[np.ndarray, ...]
+    if op == "shrink":
+        run = functools.partial(backend.shrink_grad, call)
+        got = jax.jit(run)(jnp.asarray(v), x, part.lora_a, ids, part.scales)
+        du, scales = np.float64(v), np.asarray(part.scales, np.float64)
+        u = np.einsum("lt,th,lrh->ltr", mine, np.float64(z.x), a, optimize=True)
+        want = (
+            np.einsum("lt,l,tr,lrh->th", mine, scales, du, a, optimize=True),
+            np.einsum("lt,l,tr,th->lrh", mine, scales, du, np.float64(z.x), optimize=True),
+            np.einsum("ltr,tr->l", u, du),
+        )
+    else:
+        run = functools.partial(backend.expand_grad, call)
+        got = jax.jit(run)(dy, jnp.asarray(v), part.lora_b, ids)
+        rounded = np.asarray(jnp.asarray(v).astype(dy.dtype), np.float64)
+        overwritten = mine.any(0)[:, None] & (op == "expand=")
+        want = (
+            np.einsum("lt,tn,lnr->tr", mine, np.float64(z.dy), b, optimize=True),
+            np.einsum("lt,tn,tr->lnr", mine, np.float64(z.dy), rounded, optimize=True),
+            np.where(overwritten, 0.0, np.float64(z.dy)),
+        )
+    for one, right in zip(got, want):
+        assert relative_error(np.asarray(one), right) < 4e-3
+        assert not np.asarray(one)[right == 0].any()
+
+
+def check_compact(implementation: Any) -> None:
+    """Compact gradients of two ranges, in each of which a slot has no token."""
+    case = GradientCase(12, 64, (64,), ((16, 3), (8, 4)))
+    z = case.arrays()
+    ids = np.where(z.ids == 1, 5, np.where(z.ids == 6, 0, z.ids))  # slots 1 and 6 have no token
+    want = in_float64(dataclasses.replace(z, ids=ids))
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    dx, found = pk.lora_gradients(dy, x, parts, ids, compact=True, implementation=implementation)
+    assert relative_error(dx, want["dx"]) < tolerance("dx", case.dtype)
+    for n, (gradient, slots) in enumerate(zip(found, ([0, 2, -1], [0, 1, 2, -1]))):
+        np.testing.assert_array_equal(gradient.slots, slots)
+        arrays = {"dA": gradient.lora_a, "dB": gradient.lora_b, "ds": gradient.scales}
+        for name, got in arrays.items():
+            rows = want[f"{name}{n}"][slots[:-1]]
+            assert got.shape == (len(slots), *rows.shape[1:])
+            assert relative_error(got[:-1], rows) < tolerance(name, case.dtype), (name, n)
+            assert not np.asarray(got)[-1].any()

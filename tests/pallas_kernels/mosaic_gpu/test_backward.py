@@ -1,6 +1,5 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gradient_cases import GradientArrays, GradientCase, by_name, in_float64, tolerance, with_nan
+from gradient_cases import (
+    GradientArrays,
+    GradientCase,
+    by_name,
+    check_compact,
+    check_half,
+    in_float64,
+    tolerance,
+    with_nan,
+)
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import relative_error
@@ -48,7 +56,7 @@ def check(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> 
 
 ci = pytest.mark.ci
 CASES = [
-    GradientCase(70, 128, (96,), ((16, 3),), "zipf"),
+    pytest.param(GradientCase(70, 128, (96,), ((16, 3),), "zipf"), marks=ci),
     GradientCase(9, 72, (80,), ((8, 3),), "gaps"),
     pytest.param(GradientCase(1, 64, (64,), ((32, 2),), "identical"), marks=ci),
     pytest.param(GradientCase(140, 192, (64,), ((16, 2),), "identical"), marks=ci),
@@ -65,6 +73,7 @@ def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> N
     check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
 
 
+@pytest.mark.ci
 def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
     """NaN in one adapter's tokens stays there, and the others' gradients keep their bits."""
     case = GradientCase(24, 64, (64,), ((16, 3),), "shuffled")
@@ -77,36 +86,13 @@ def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
     np.testing.assert_array_equal(dirty["dx"][others], clean["dx"][others])
 
 
-def in_rows(want: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Rows of these slots; zeros for -1."""
-    used = (slots >= 0).reshape(-1, *[1] * (want.ndim - 1))
-    return np.where(used, want[np.maximum(slots, 0)], 0)
-
-
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 def test_compact_gradients_hold_the_slots_in_use(
     implementation: Any, request: pytest.FixtureRequest
 ) -> None:
     if implementation == "mosaic_gpu":
         request.getfixturevalue("interpreted")
-    case = GradientCase(12, 64, (64,), ((16, 3), (8, 4)))
-    z = case.arrays()
-    ids = np.where(z.ids == 1, 5, np.where(z.ids == 6, 0, z.ids))  # slots 1 and 6 have no token
-    want = in_float64(dataclasses.replace(z, ids=ids))
-    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
-    dx, found = pk.lora_gradients(dy, x, parts, ids, compact=True, implementation=implementation)
-    assert relative_error(dx, want["dx"]) < tolerance("dx", case.dtype)
-    for n, (gradient, slots) in enumerate(zip(found, ([0, 2, -1], [0, 1, 2, -1]))):
-        np.testing.assert_array_equal(gradient.slots, slots)
-        for name, got in (
-            ("dA", gradient.lora_a),
-            ("dB", gradient.lora_b),
-            ("ds", gradient.scales),
-        ):
-            rows = in_rows(want[f"{name}{n}"], np.asarray(slots))
-            assert got.shape == rows.shape
-            assert relative_error(got, rows) < tolerance(name, case.dtype), (name, n)
-            assert not np.asarray(got)[-1].any()
+    check_compact(implementation)
 
 
 def test_whole_gradients_equal_those_of_jax() -> None:
@@ -194,6 +180,7 @@ def test_every_size_lowers(shape: tuple[int, int]) -> None:
     assert_kernels(lowered(300, *shape, 48, dtype="float16"), 48)
 
 
+@pytest.mark.ci
 def test_mixed_ranks_share_launches() -> None:
     assert_kernels(lowered(1000, 4096, 4096, 8, 16, 32), 8, 16, 32)
 
@@ -208,32 +195,9 @@ def test_missing_gradient_names_what_a_case_lacks() -> None:
     assert missing(5, [half], x=half, y="float16") == lack
 
 
-@pytest.mark.parametrize("op", ["shrink", "expand", "expand="])
+@pytest.mark.parametrize(
+    "op", [pytest.param("shrink", marks=ci), "expand", pytest.param("expand=", marks=ci)]
+)
 def test_halves_against_float64(op: str, interpreted: None) -> None:
     z = GradientCase(20, 64, (72,), ((16, 3),), "gaps").arrays()
-    x, dy, (part,), ids = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts, z.ids))
-    a, b = np.asarray(part.lora_a, np.float64), np.asarray(part.lora_b, np.float64)
-    mine = (np.arange(3)[:, None] == z.ids).astype(np.float64)  # [slots, tokens]
-    v = np.random.default_rng(5).normal(size=(20, 16)).astype(np.float32)
-    call = Call(op, "mosaic_gpu", ("sgmv",), add_inputs=op != "expand=")
-    if op == "shrink":
-        got = backend.shrink_grad(call, jnp.asarray(v), x, part.lora_a, ids, part.scales)
-        du, scales = np.float64(v), np.asarray(part.scales, np.float64)
-        u = np.einsum("lt,th,lrh->ltr", mine, np.float64(z.x), a)
-        want = (
-            np.einsum("lt,l,tr,lrh->th", mine, scales, du, a),
-            np.einsum("lt,l,tr,th->lrh", mine, scales, du, np.float64(z.x)),
-            np.einsum("ltr,tr->l", u, du),
-        )
-    else:
-        got = backend.expand_grad(call, dy, jnp.asarray(v), part.lora_b, ids)
-        rounded = np.asarray(jnp.asarray(v).astype(jnp.bfloat16), np.float64)
-        kept = np.where(mine.any(0)[:, None] & (op == "expand="), 0, z.dy)
-        want = (
-            np.einsum("lt,tn,lnr->tr", mine, np.float64(z.dy), b),
-            np.einsum("lt,tn,tr->lnr", mine, np.float64(z.dy), rounded),
-            np.float64(kept),
-        )
-    for one, right in zip(got, want):
-        assert relative_error(np.asarray(one), right) < 4e-3
-        assert not np.asarray(one)[right == 0].any()
+    check_half(op, z)
