@@ -247,9 +247,19 @@ def lora_delta(
 def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
     """Zeros to which results of the operands are added: inside of `jax.shard_map` they vary over
     the same axes of the mesh."""
-    # `and False` varies as the operand does, and costs nothing: XLA knows what it is.
-    nothing = functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
-    return jnp.broadcast_to(nothing.astype(jnp.float32), shape)
+    return jnp.broadcast_to(_never(*operands).astype(jnp.float32), shape)
+
+
+def varying[T](tree: T, *operands: Array) -> T:
+    """What kernels make of the operands, as something that varies as they do: inside of
+    `jax.shard_map` JAX does not see that of a kernel."""
+    never = _never(*operands)
+    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
+
+
+def _never(*operands: Array) -> Bool[Array, ""]:
+    """False, which varies as the operands do, and costs nothing: XLA knows what it is."""
+    return functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
 
 
 def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
@@ -385,11 +395,12 @@ def _part_grad(
         da = _add_at(da, adapter, dot("tr,th->rh", du, xs))
         return dx, da, db, _scale_grad(ds, adapter, jnp.sum(dvs * u))
 
+    zero = _zeros((), dy, x, lora_a, lora_b, part.segments.indices)
     zeros = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(lora_a.shape, jnp.float32),
-        jnp.zeros(lora_b.shape, jnp.float32),
-        jnp.zeros_like(scales),
+        jnp.broadcast_to(zero, x.shape),
+        jnp.broadcast_to(zero, lora_a.shape),
+        jnp.broadcast_to(zero, lora_b.shape),
+        jnp.broadcast_to(zero, scales.shape),
     )
     dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)
     return dx, da.astype(lora_a.dtype), db.astype(lora_b.dtype), ds

@@ -461,4 +461,4 @@ def add_lora_grad(
     for part, (da, db, ds) in zip(parts, found):
         ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
-    return dx, tuple(dparts)
+    return xla.varying((dx, tuple(dparts)), dy, x, ids_of(token_ids), *jax.tree.leaves(parts))
