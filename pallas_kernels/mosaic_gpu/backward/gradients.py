@@ -150,9 +150,9 @@ def _narrow(
     adapters, is_token = tiles.adapters(), tiles.is_token()
     found = []
     for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
-        mine = (is_token & part.slots.holds(adapters))[:, None]
+        mine = (is_token & part.slots.holds(adapters))[None, :, None]
         plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
-        scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][:, None]
+        scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][None, :, None]
         found.append(_Narrow(plain, (plain * scale).astype(x.dtype)))
     return found
 
@@ -167,5 +167,5 @@ def _of_scales(
 ) -> Float[Array, " S"]:
     """The sum of the terms of each slot's rows."""
     of_tiles = jnp.sum(terms.reshape(tiles.count, -1), axis=1)
-    mine = tiles.table[:, 0] == slots[:, None]
-    return jnp.sum(jnp.where(mine, of_tiles, 0.0), axis=1)
+    mine = tiles.table[None, :, 0] == slots[:, None]
+    return jnp.sum(jnp.where(mine, of_tiles[None], 0.0), axis=1)

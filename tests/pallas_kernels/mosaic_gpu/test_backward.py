@@ -40,6 +40,12 @@ def interpreted() -> Iterator[None]:
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+@pytest.fixture(autouse=True)
+def ranks_differ_by_intent_alone() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
 def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dict[str, np.ndarray]:
     call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(z.parts))
     ids = pk.make_segments(z.ids, slots) if sorted_once else jnp.asarray(z.ids)
