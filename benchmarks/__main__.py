@@ -190,7 +190,7 @@ def gradients(
         ),
     ] = None,
     ways: Annotated[
-        str, typer.Option(help="What to time: some of ours, xla, ragged and dense.")
+        str, typer.Option(help="What to time: some of ours, compact, xla, ragged, dense.")
     ] = "ours,dense,ragged,xla",
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
     processes: Annotated[
@@ -211,8 +211,9 @@ def gradients(
         from benchmarks import gradients as benchmark
 
         chosen = tuple(ways.split(","))
-        if unknown := set(chosen) - {"ours", "xla", "ragged", "dense"}:
-            raise ValueError(f"--ways takes ours, xla, ragged and dense, got {sorted(unknown)}")
+        if unknown := set(chosen) - {"ours", "compact", "xla", "ragged", "dense"}:
+            known = "ours, compact, xla, ragged and dense"
+            raise ValueError(f"--ways takes {known}, got {sorted(unknown)}")
         named = benchmark.cases_of(cases)
         if processes > 1:
             benchmark.run_in_processes(named, chosen, seconds, out, processes)

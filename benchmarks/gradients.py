@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.timing import COPY_RATE, Loop, sets_to_rotate
 from benchmarks.turns import Turns
-from pallas_kernels import Segments, add_lora, make_segments
+from pallas_kernels import LoRAPart, Segments, add_lora, lora_gradients, make_segments
 from pallas_kernels.dispatch import Implementation
 
 ALONE = Turns(None)
@@ -124,9 +124,9 @@ def _ours(implementation: Implementation | None) -> Step:
     return _step(forward)
 
 
-def _ragged(y: Any, x: Any, a: Any, b: Any, route: tuple[Segments, Any, Any, Any]) -> Any:
+def _ragged(y: Any, x: Any, a: Any, b: Any, route: tuple[Segments, Any, Any, Any, Any]) -> Any:
     """Sorted tokens, and a `ragged_dot` for each half. Its weights are `[L, H, R]`, `[L, R, N]`."""
-    _, order, back, sizes = route
+    _, order, back, sizes, _ = route
     v = jax.lax.ragged_dot(x[order], a, sizes)
     return y + jax.lax.ragged_dot(v, b, sizes)[back]
 
@@ -135,8 +135,17 @@ def _dense(y: Any, x: Any, a: Any, b: Any, _: Any) -> Any:
     return y + (x @ a[0].T) @ b[0].T
 
 
+def _compact(y: Any, x: Any, a: Any, b: Any, dy: Any, route: Any) -> Any:
+    """As ours, but with gradients of as many slots as there is room for."""
+    part, used = LoRAPart(a, b), route[4].shape[0]
+    out = add_lora(y, x, a, b, route[0])
+    dx, [gradient] = lora_gradients(dy, x, [part], route[0], compact=used)
+    return out, dx, gradient.lora_a, gradient.lora_b
+
+
 _STEPS = {
     "ours": _ours(None),
+    "compact": _compact,
     "xla": _ours("xla"),
     "ragged": _step(_ragged),
     "dense": _step(_dense),
@@ -204,7 +213,8 @@ def _route(case: Case) -> tuple[Any, ...]:
     order = np.argsort(ids, kind="stable")
     sizes = np.bincount(ids, minlength=case.slots).astype(np.int32)
     segments = make_segments(jnp.asarray(ids), case.slots)
-    return segments, jnp.asarray(order), jnp.asarray(np.argsort(order)), jnp.asarray(sizes)
+    places = jnp.asarray(np.argsort(order))
+    return segments, jnp.asarray(order), places, jnp.asarray(sizes), jnp.arange(case.D)
 
 
 def _loop(step: Step, sets: list[tuple[jax.Array, ...]], route: Any, turns: int | None) -> Loop:
@@ -251,6 +261,8 @@ def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
             notes.append(f"no errors measured: {str(reason)[:300]!r}")
         for way in ways:
             given = _swapped(sets) if way == "ragged" else sets
+            if way == "compact":
+                given = [(*one[:6], *(t[: case.D] for t in one[6:])) for one in sets]
             slow = way in ("xla", "ragged") and case.T > 64
             try:
                 loops[way] = _loop(_STEPS[way], given, route, 2 if slow else None), given

@@ -20,7 +20,7 @@ class Call(NamedTuple):
       add_inputs: whether an expand adds to y.
       widths, dtype: of what `lora_delta` makes.
       config: how the Mosaic kernels cut their work, if the caller says so.
-      compact: whether stacks of gradients hold the slots in use alone.
+      compact: slots of which gradients are made, of those in use; None for all slots.
     """
 
     op: str
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     widths: tuple[int, ...] = ()
     dtype: DTypeLike | None = None
     config: Config | None = None
-    compact: bool = False
+    compact: int | None = None
 
 
 @runtime_checkable
@@ -84,5 +84,5 @@ class Backend(Protocol):
     def add_lora_grad(
         self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
     ) -> tuple[Array, tuple[LoRAPart, ...]]:
-        """Gradients in x and in the parts; `dy` is that of all columns side by side. If
-        `call.compact`, stacks and scales hold the slots of `slots_in_use` alone."""
+        """Gradients in x and in the parts; `dy` is that of all columns side by side. Stacks and
+        scales hold the slots of `slots_in_use` alone if `call.compact` says how many."""

@@ -515,12 +515,14 @@ class LoRAGradient(NamedTuple):
       lora_a: `[S, R, H]`, lora_b: `[S, N, R]`, in the dtype of the part's.
       scales: `[S]`, or a number where the part has one for all.
       slots: `[S]`, the slot of each row, counted from the part's first one; -1 for rows of zeros.
+      in_use: how many slots tokens use, a scalar.
     """
 
     lora_a: Array
     lora_b: Array
     scales: Array
     slots: Array
+    in_use: Array
 
 
 def lora_gradients(
@@ -529,26 +531,29 @@ def lora_gradients(
     parts: Sequence[LoRAPart],
     indices: ArrayLike | Segments,
     *,
-    compact: bool = False,
+    compact: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, tuple[LoRAGradient, ...]]:
     """The gradients of `add_lora_multi(y, x, parts, indices)` where y' has the gradient `dy`.
 
-    `jax.grad` gives the same, in whole stacks. In the `compact` form a stack has rows for the slots
-    that tokens use, S = min(T, L) of them: no zeros are written for the many others.
+    `jax.grad` gives the same, in whole stacks, S = L. In the compact form a stack has rows for the
+    slots that tokens use, in order: no zeros are written for the many others.
 
     Args:
       dy: `[T, Ny]`.
       x: `[T, H]`.
       parts, indices: as in `add_lora_multi`.
-      compact: whether to leave out slots without tokens. What is left is in order of the slots.
+      compact: S of the compact form, a bound on the slots of a part that tokens use; None for
+        whole stacks. If `in_use` is larger, the gradients of the last slots are left out.
       implementation: as in `add_lora`.
 
     Returns:
       The gradient in x, `[T, H]` in its dtype, and one `LoRAGradient` for each part.
 
-    Raises: as `add_lora_multi`.
+    Raises: as `add_lora_multi`; TypeError or ValueError where `compact` is no int of at least 1.
     """
+    if compact is not None and (compact := static("compact", compact)) < 1:
+        raise ValueError(f"compact must be at least 1, got {compact}")
     dy, x = checks.floats("dy", dy, "T Ny"), checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(dy.shape, dy.dtype)]
     how = _How(implementation, None)
@@ -561,13 +566,15 @@ def lora_gradients(
     for part, (a, b, scales) in zip(checked.parts, map(_arrays, found)):
         slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
         rows = jnp.arange(slots.slots, dtype=jnp.int32)
-        if compact:
-            rows = slots_in_use(checked.token_ids, slots)
+        if compact is not None:
+            rows = slots_in_use(checked.token_ids, slots, compact)
+        groups = slots_in_use(checked.token_ids, slots, slots.slots)
+        in_use = jnp.sum(groups >= 0, dtype=jnp.int32)
         if not x.shape[0]:
             size = rows.shape[0]
             a, b = (jnp.zeros((size, *stack.shape[1:]), stack.dtype) for stack in (a, b))
             scales = jnp.zeros((size,) * scales.ndim, scales.dtype)
-        gradients.append(LoRAGradient(a, b, scales, rows))
+        gradients.append(LoRAGradient(a, b, scales, rows, in_use))
     return dx, tuple(gradients)
 
 

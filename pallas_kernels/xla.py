@@ -18,7 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
-from pallas_kernels.routing import Segments, SlotRange, TokenIds, ids_of, local_segments
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    ids_of,
+    local_segments,
+    slots_in_use,
+)
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
@@ -368,8 +375,9 @@ def add_lora_grad(
     for part, local in zip(parts, local_parts(parts, token_ids)):
         dx_part, da, db, ds = _part_grad(dy, x, local)
         dx += dx_part
-        if call.compact:
-            used = slots_of(local.segments.group_adapters, da.shape[0])
+        if call.compact is not None:
+            slots = SlotRange(0, da.shape[0])
+            used = slots_of(slots_in_use(local.segments, slots, call.compact), slots.stop)
             da, db = take(da, used), take(db, used)
             ds = take(ds, used) if ds.ndim else ds
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))

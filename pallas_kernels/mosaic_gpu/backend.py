@@ -449,8 +449,8 @@ def add_lora_grad(
             scales = scales[first : first + slots.slots]
         scales = jnp.broadcast_to(scales, slots.slots)
         wanted = jnp.arange(slots.slots, dtype=jnp.int32)
-        if call.compact:
-            wanted = slots_in_use(token_ids, slots)
+        if call.compact is not None:
+            wanted = slots_in_use(token_ids, slots, call.compact)
         kernel_parts.append(GradientPart(a, b, scales, slots, part.y_offset, wanted))
     all_slots = max(part.slots.stop for part in kernel_parts)
     if isinstance(token_ids, Segments):

@@ -33,10 +33,12 @@ def test_every_case_uses_all_of_its_adapters() -> None:
 @pytest.mark.ci
 def test_it_runs_without_a_gpu(tmp_path) -> None:
     out = tmp_path / "results.jsonl"
-    cases = [Case(12, 3, 8, 64, 64, order="shuffled")]
-    gradients.run_in_processes(cases, ("ours", "xla", "ragged", "dense"), 60, out, 1)
+    cases = [Case(12, 3, 8, 64, 64, order="shuffled", L=5)]
+    gradients.run_in_processes(cases, ("ours", "compact", "xla", "ragged", "dense"), 60, out, 1)
     [result] = map(json.loads, out.read_text().splitlines())
-    assert set(result["us"]) == {"ours", "xla", "ragged", "dense"} and not result["notes"]
+    assert (
+        set(result["us"]) == {"ours", "compact", "xla", "ragged", "dense"} and not result["notes"]
+    )
     assert set(result["error"]) == {"y", "dx", "dA", "dB"} and max(result["error"].values()) == 0
-    assert result["label"] == "T=12 D=3 r=8 64x64 shuffled"
+    assert result["label"] == "T=12 D=3 of 5 r=8 64x64 shuffled"
     assert np.isfinite(list(result["us"].values())).all()

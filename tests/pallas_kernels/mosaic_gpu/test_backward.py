@@ -40,17 +40,12 @@ def interpreted() -> Iterator[None]:
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-@pytest.fixture(autouse=True)
-def ranks_differ_by_intent_alone() -> Iterator[None]:
-    with jax.numpy_rank_promotion("raise"):
-        yield
-
-
 def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dict[str, np.ndarray]:
     call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(z.parts))
     ids = pk.make_segments(z.ids, slots) if sorted_once else jnp.asarray(z.ids)
     x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
-    return by_name(*jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids))
+    with jax.numpy_rank_promotion("raise"):
+        return by_name(*jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids))
 
 
 def check(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> None:
@@ -115,6 +110,19 @@ def test_whole_gradients_equal_those_of_jax() -> None:
     np.testing.assert_array_equal(gradient.slots, [0, 1, 2])
     for name in ("lora_a", "lora_b", "scales"):
         np.testing.assert_array_equal(getattr(gradient, name), getattr(dpart, name))
+
+
+def test_compact_gradients_of_fewer_slots_than_are_in_use() -> None:
+    """The first ones; `in_use` says that some are missing."""
+    z = GradientCase(12, 64, (64,), ((16, 3),)).arrays()
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    _, [few] = pk.lora_gradients(dy, x, parts, z.ids, compact=2, implementation="xla")
+    _, [whole] = pk.lora_gradients(dy, x, parts, z.ids, implementation="xla")
+    np.testing.assert_array_equal(few.slots, [0, 1])
+    np.testing.assert_array_equal(few.lora_a, whole.lora_a[:2])
+    assert few.in_use == whole.in_use == 3
+    with pytest.raises(ValueError, match="compact must be at least 1, got 0"):
+        pk.lora_gradients(dy, x, parts, z.ids, compact=0)
 
 
 def test_gradients_without_tokens_are_zero() -> None:
