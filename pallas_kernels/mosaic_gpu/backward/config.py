@@ -18,7 +18,7 @@ class NarrowCut(NamedTuple):
 
 def narrow_cut(blocks: int, columns: int) -> NarrowCut:
     """As many shares as give each multiprocessor two blocks, of four squares or more; `blocks` is
-    how many there are of one share."""
+    how many there are of one share. A tile has those of one range."""
     wanted = -(-2 * MULTIPROCESSORS // blocks)
     most = max(1, squares_of(columns) // 4)
     return NarrowCut(split=min(16, most, 1 << (wanted - 1).bit_length()), stages=4)

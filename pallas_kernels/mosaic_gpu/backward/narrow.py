@@ -10,6 +10,7 @@ The life of a block:
 XLA adds the shares up, in order, when it scales and rounds the sums for the kernels that read them.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -120,7 +121,8 @@ def narrow_kernel(
     tiles of another range, are undefined; rows behind a tile's last are of no use.
     """
     sums = [one for some in alike for one in some]
-    cut = narrow_cut(len(sums) * tiles.count, max(one.columns for one in sums))
+    [(_, per_tile)] = collections.Counter(one.slots for one in sums).most_common(1)
+    cut = narrow_cut(per_tile * tiles.count, max(one.columns for one in sums))
     jobs = _jobs(alike, cut.split)
     ranks = "_".join(dict.fromkeys(f"r{one.rank}" for one in sums))
 
