@@ -59,6 +59,9 @@ def _few_tiles(split: int, rank: int, per_tile: int) -> Config:
     # 28.9 us with 2 in a round, 21.9 with 8.
     adapter_bytes = 32 * rank * 2  # of B, in one block
     expand_stack = max(1, min(per_tile, MAX_COLUMNS // 32, 32 * 1024 // adapter_bytes))
+    expand_stages = min(6, 96 * 1024 // (expand_stack * adapter_bytes))
+    if rank >= 128:  # H200, T=256, 8 adapters of R=128: 18.9 us with 4 and 3 stages, 12.5 so
+        expand_stack, expand_stages = 1, 2
     return Config(
         split=split,
         rank_block=64,
@@ -66,7 +69,7 @@ def _few_tiles(split: int, rank: int, per_tile: int) -> Config:
         stages=4,
         block_n=32,
         expand_stack=expand_stack,
-        expand_stages=max(1, min(6, 96 * 1024 // (expand_stack * adapter_bytes))),
+        expand_stages=max(1, expand_stages),
     )
 
 
@@ -78,17 +81,20 @@ def _many_tiles(split: int, tiles: int, width: int, rank: int, per_tile: int) ->
     blocks = tiles * -(-width // block_n)
     columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * MULTIPROCESSORS)))
     adapter_bytes = block_n * rank * 2  # of B, in one block
-    # A tile of a prefill seldom has more than two adapters, one of decode rows has many.
-    # T=4096, 7 of R=48: 55.6 us with one at once, 45.3 with 2.
-    wide = 2 if split == 2 else 128 // rank_width(rank, 128)
+    # A tile of decode rows has many adapters. Of many tiles that is one, and room for more of them
+    # would cost the others blocks on a multiprocessor.
+    at_once = 1 if tiles >= 64 else min(MAX_COLUMNS // block_n, 8 * 1024 // adapter_bytes)
     return Config(
         split=split,
         rank_block=128,
-        stack=max(1, min(per_tile, wide, MAX_COLUMNS // rank_width(rank, 128))),
+        # A tile seldom has more than two adapters. T=4096, 7 of R=48: 55.6 us with 1, 45.3 with 2.
+        # Room for more costs stages. H200, T=2048, 8 of R=16: 21.3 us with 2, 30.8 with 8.
+        stack=max(1, min(per_tile, 2, MAX_COLUMNS // rank_width(rank, 128))),
         stages=4,
         block_n=block_n,
-        expand_stack=max(1, min(per_tile, MAX_COLUMNS // block_n, 8 * 1024 // adapter_bytes)),
-        expand_stages=max(1, min(2, 16 * 1024 // adapter_bytes)),
+        expand_stack=max(1, min(per_tile, at_once)),
+        # H200, 64 rows of 64 adapters of R=128 and a prompt of 1984: 168 us with 1, 113 with 2.
+        expand_stages=max(1, min(2, 32 * 1024 // adapter_bytes)),
         expand_columns=columns,
     )
 

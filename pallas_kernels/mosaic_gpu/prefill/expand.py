@@ -69,6 +69,7 @@ class ExpandPart(NamedTuple):
       config: how to cut the work.
       first_slot: names the range of slots that the part's adapters are (static). A token has an
         adapter of one range at most; parts of one range have the same `segments`.
+      first: where its adapters start in `lora_b`, if that is of several layers.
     """
 
     v: Float[Array, "rows K"]
@@ -77,6 +78,7 @@ class ExpandPart(NamedTuple):
     y_offset: int
     config: Config
     first_slot: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def expand_kernel(
@@ -115,7 +117,9 @@ def expand_kernel(
         kernel_name=f"lora_expand_{ranks}",
     )
     operands = (
-        array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens))
+        array
+        for p in parts
+        for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens, p.first))
     )
     [y] = in_place(kernel, (y,), *operands)
     return y
@@ -469,7 +473,7 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     else:
         ring.fetch_first()
         plgpu.barrier_wait(launched.routes_loaded)
-        ring.change_to_rows(_is_used(cut.parts, route_of))
+        ring = ring.routed(_is_used(cut.parts, route_of))
         for n, sweep in enumerate(sweeps):
             pl.when(_is_used(sweep.parts, route_of))(
                 functools.partial(_one_of_several, block, ring, route_of, n)
@@ -485,7 +489,7 @@ def _only_sweep(
     _fetch_v(block, sweep.parts, memory)
     ring.fetch_first()
     plgpu.barrier_wait(launched.routes_loaded)
-    ring.change_to_rows(_is_used(sweep.parts, route_of))
+    ring = ring.routed(_is_used(sweep.parts, route_of))
     pl.when(_is_used(sweep.parts, route_of))(
         functools.partial(_add_sweep, block, ring, route_of, sweep, memory)
     )
@@ -580,6 +584,7 @@ class _YRing(NamedTuple):
     block: _Block
     memory: list[Ref]
     route: Route
+    is_scattered: Bool[Array, ""] | bool = False  # before the route is here nothing tells
 
     @property
     def stages(self) -> int:
@@ -603,9 +608,8 @@ class _YRing(NamedTuple):
         """tile(), or rows() where the tokens do not lie side by side."""
         if not self.block.launched.plan.sorts:
             return tile()
-        is_scattered = self.route.is_scattered()
-        pl.when(~is_scattered)(tile)
-        pl.when(is_scattered)(rows)
+        pl.when(jnp.logical_not(self.is_scattered))(tile)
+        pl.when(self.is_scattered)(rows)
 
     def fetch(self, n: Array | int, slot: Array | int) -> None:
         """Starts to copy columns n of a tile."""
@@ -656,16 +660,19 @@ class _YRing(NamedTuple):
         """The first columns once more, with what was stored."""
         self.either(self.fetch_first, self.fetch_first_rows)
 
-    def change_to_rows(self, used: Bool[Array, ""]) -> None:
-        """Where the tokens do not lie side by side, the first columns anew, row by row. Before the
-        route is here nothing tells, and a tile need not wait for it."""
+    def routed(self, used: Bool[Array, ""]) -> "_YRing":
+        """The ring once the route is here, which tells whether the tokens lie side by side. If not,
+        the first columns come anew, row by row. A tile has not waited for its route."""
         if not self.block.launched.plan.sorts:
-            return
+            return self
+        is_scattered = self.route.is_scattered()
 
-        @pl.when(used & self.route.is_scattered())
+        @pl.when(used & is_scattered)
         def change() -> None:
             self.wait_for_first()
             self.fetch_first_rows()
+
+        return self._replace(is_scattered=is_scattered)
 
     def put(
         self, n: Array, delta: Float[Array, "rows width"], touched: Bool[Array, " rows"], *,

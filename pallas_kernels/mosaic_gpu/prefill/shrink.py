@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, MULTIPROCESSORS, TILE
@@ -69,6 +69,8 @@ class ShrinkPart(NamedTuple):
       dtype: of v.
       config: how to cut the work.
       first_scale: where the part's scales start (static).
+      first: where its adapters start in `lora_a` and, behind `first_scale`, in `scales`, if these
+        are those of several layers.
     """
 
     lora_a: Float[Array, "L R H"]
@@ -77,6 +79,7 @@ class ShrinkPart(NamedTuple):
     dtype: DTypeLike
     config: Config
     first_scale: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def shrink_kernel(
@@ -92,7 +95,7 @@ def shrink_kernel(
     Returns one array per part: `[num_tokens, R]` in float32; in half precision, as the expand takes
     it, `[operand_rows, max(R, 16)]`; in interpret mode `[split, num_tokens, R]`, float32 partial
     sums. Rows are in the order of `tokens`, or, where that is None, of x. Rows of -1 are zero if
-    `zero_rows` (not in interpret mode), else undefined.
+    `zero_rows`, else undefined.
     """
     launch = _plan_launch(x, parts, num_tokens, zero_rows, tokens is not None)
     plans = _plan_parts(launch, parts)
@@ -282,7 +285,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
         _PartPlan(
             rank=part.lora_a.shape[1],
             width=width,
-            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width),
+            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width, part.first),
             first_scale=part.first_scale,
             out=_out_type(launch, part),
         )
@@ -293,8 +296,12 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
 def _clusters(
     launch: _Launch, plans: tuple[_PartPlan, ...], tokens: Int[Array, " T"] | None
 ) -> int:
-    """Clusters of the launch: as many as can have work, and as are there at once."""
+    """Clusters of the launch: as many as are there at once and can have work. Where tiles fill the
+    chip, there are as many as tiles, which mostly have one round."""
     items = sum(plan.rounds.most(launch.rows, tokens) * plan.rounds.blocks for plan in plans)
+    tiles = -(-launch.num_tokens // launch.rows) * max(plan.rounds.blocks for plan in plans)
+    if tiles * launch.split > MULTIPROCESSORS * 3 // 4:
+        return min(items, tiles)
     nbytes = max(
         launch.stages(ranks)
         * (launch.planes * launch.rows + ranks)
@@ -345,6 +352,7 @@ class _Block:
       row_start: first of its tokens.
       k_start: first of its columns of H.
       ids: each row's adapter.
+      is_scattered: whether rows of x are copied one by one.
     """
 
     launch: _Launch
@@ -355,6 +363,7 @@ class _Block:
     row_start: Int[Array, ""]
     k_start: Int[Array, ""]
     ids: Int[Array, " rows"]
+    is_scattered: Bool[Array, ""]
 
 
 def _block_body(launch: _Launch, plans: tuple[_PartPlan, ...], x_ref: Ref, *refs: Ref) -> None:
@@ -404,6 +413,7 @@ def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, block: Array) -> No
                 row_start=route.tile() * launch.rows,
                 k_start=me * launch.share,
                 ids=route.ids(),
+                is_scattered=route.is_scattered(),
             )
         )
 
@@ -501,7 +511,7 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
         _fetch(block, adapters, ring, k, k)
     if launch.sorts:
         fetch = lambda k, _: _fetch_rows(block, ring, k, k, True)  # noqa: E731
-        pl.when(block.refs.route.is_scattered())(lambda: lax.fori_loop(0, stages, fetch, None))
+        pl.when(block.is_scattered)(lambda: lax.fori_loop(0, stages, fetch, None))
     zeros = jnp.zeros((rows, wide), jnp.float32)
     if steps <= span_steps:
         return span(0, zeros)
@@ -511,14 +521,13 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
 def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Array) -> None:
     """Adds the products of step k to `acc`, once they are here, and asks for a later step's."""
     launch, stages = block.launch, ring.x.shape[0]
-    is_scattered = block.refs.route.is_scattered()
     slot = lax.rem(jnp.int32(k), jnp.int32(stages))
     # This step still reads its slot, so the next copy goes to the slot of the step before. With one
     # stage that is the same slot, and this step must end first.
     running = min(1, stages - 1)
     plgpu.barrier_wait(block.refs.loaded.at[slot])
     if launch.sorts:
-        pl.when(is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
+        pl.when(block.is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
     for p in range(launch.planes):
         plgpu.wgmma(acc, ring.x.at[slot, p], ring.a.at[slot].T)
     if launch.steps > stages:
@@ -529,7 +538,7 @@ def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Ar
     if launch.steps > stages:
         pl.when(is_more)(lambda: _fetch(block, adapters, ring, ahead, later))
     if launch.sorts:
-        pl.when(is_scattered)(lambda: _fetch_rows(block, ring, ahead, later, is_more))
+        pl.when(block.is_scattered)(lambda: _fetch_rows(block, ring, ahead, later, is_more))
 
 
 def _fetch(
@@ -557,9 +566,8 @@ def _fetch(
         )
 
     if launch.sorts:
-        is_scattered = refs.route.is_scattered()
-        pl.when(~is_scattered)(copy_x)
-        pl.when(is_scattered)(lambda: _arrive(barrier, launch.planes))
+        pl.when(~block.is_scattered)(copy_x)
+        pl.when(block.is_scattered)(lambda: _arrive(barrier, launch.planes))
     else:
         copy_x()
     for j, adapter in enumerate(adapters):
@@ -631,7 +639,7 @@ def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> Non
 
 
 def _store_share(block: _Block, adapters: list[Array], v: Array, share: Ref) -> None:
-    """In interpret mode: stores the block's share of the rows with one of the adapters."""
+    """In interpret mode: stores the block's share of those rows."""
     launch, refs = block.launch, block.refs
     share[...] = v
     plgpu.commit_smem()
@@ -640,6 +648,7 @@ def _store_share(block: _Block, adapters: list[Array], v: Array, share: Ref) -> 
     def store_row(row: Array, _: None) -> None:
         adapter = refs.route.id_of(row)
         mine = [(adapter == a) & (a >= 0) for a in adapters]
+        mine.append((adapter < 0) & refs.route.is_first())
         is_token = block.row_start + row < launch.num_tokens
         pl.when(functools.reduce(jnp.logical_or, mine) & is_token)(
             lambda: plgpu.copy_smem_to_gmem(

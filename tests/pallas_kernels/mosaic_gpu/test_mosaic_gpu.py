@@ -47,7 +47,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import route_size, routes
+from pallas_kernels.mosaic_gpu.prefill.route import RouteSize, route_size, routes
 from pallas_kernels.routing import WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -299,7 +299,7 @@ def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
 def test_shrink_takes_parts_in_turn(
     zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One block, two chunks, and two blocks of ranks.
+    # One adapter in a round, two, and two blocks of ranks.
     ranks = {8: {}, 16: dict(stack=2), 96: dict(rank_block=48)}
     rng, ids = np.random.default_rng(0), ids_of_three_parts()
     x = rng.standard_normal((200, 384)).astype(ml_dtypes.bfloat16)  # 3 steps for 2 stages
@@ -714,8 +714,10 @@ def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int
         module = lowered(num_tokens, 2048, 4096, rank, dtypes=dtypes, config=config)
         assert_kernels(module, rank)
         calls = re.findall(r"custom_call @mosaic_gpu_v2.* : \(([^)]*)\)", module)
-        blocks = [int(max(re.findall(r"tensor<(\d+)x\d+xi32>", call))) for call in calls]
-        assert blocks == [-(-num_tokens // tokens) for tokens in tokens_of_a_block]
+        shrink, expand = (re.findall(r"tensor<(\d+)x(\d+)xi32>", call)[-1] for call in calls)
+        shrinks, expands = tokens_of_a_block
+        assert int(shrink[1]) == RouteSize(shrinks, 1).words  # a route for each round
+        assert int(expand[0]) == -(-num_tokens // expands)  # and for each tile
 
 
 def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> None:
