@@ -167,8 +167,7 @@ def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) ->
 
 def lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
     """`Backend.lora_delta`, with its gradient."""
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
-        x, parts = varying((x, parts), x, ids_of(token_ids), *jax.tree.leaves(parts))
+    # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
+    x, parts = varying((x, parts), x, ids_of(token_ids), *jax.tree.leaves(parts))
     out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, token_ids)))
     return out

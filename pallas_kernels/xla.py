@@ -275,6 +275,8 @@ def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
 def varying[T](tree: T, *operands: Array) -> T:
     """What kernels make of the operands, as something that varies as they do: inside of
     `jax.shard_map` JAX does not see that of a kernel."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
     never = _never(*operands)
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 

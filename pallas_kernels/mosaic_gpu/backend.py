@@ -467,15 +467,16 @@ def add_lora_grad(
     x = _needs_hopper(x)
     kernel_parts = []
     for part in parts:
-        a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
-        slots = SlotRange(part.first_slot, a.shape[0])
-        if (first := part.scales_offset) is not None:
-            scales = scales[first : first + slots.slots]
+        a, b, *_, first = _placed(part)
+        place = jnp.zeros(1, jnp.int32) if first is None else first.reshape(1)
+        scales, slots = jnp.asarray(part.scales), SlotRange(part.first_slot, part.slots)
+        if (start := part.scales_offset) is not None:
+            scales = scales[start : start + slots.slots]
         scales = jnp.broadcast_to(scales, slots.slots)
         wanted = jnp.arange(slots.slots, dtype=jnp.int32)
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)
-        kernel_parts.append(GradientPart(a, b, scales, slots, part.y_offset, wanted))
+        kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
     all_slots = max(part.slots.stop for part in kernel_parts)
     if isinstance(token_ids, Segments):
         all_slots = token_ids.num_adapters

@@ -23,15 +23,17 @@ class GradientPart(NamedTuple):
     """One stack of adapters.
 
     Attributes:
-      lora_a, lora_b: the stacks.
+      lora_a, lora_b: the stacks, or those of several layers one behind the other.
+      place: where its first slot stands among them.
       scales: `[L]`, float32.
       slots: the ids of its adapters.
       y_offset: the first column of dy that is its own.
       wanted: those of its slots, counted from the first, whose gradients are wanted; zeros for -1.
     """
 
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
+    lora_a: Float[Array, "M R H"]
+    lora_b: Float[Array, "M N R"]
+    place: Int[Array, " 1"]
     scales: Float[Array, " L"]
     slots: SlotRange
     y_offset: int
@@ -71,7 +73,7 @@ def gradients(
     """
     tiles = Tiles.of(segments)
     narrows = _narrow(dy, x, parts, tiles)
-    wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.slots) for p, n in zip(parts, narrows))
+    wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.place, p.slots) for p, n in zip(parts, narrows))
     dx = wide_kernel(wide, tiles, x.shape[0], x.dtype)
     slot_tiles = tiles.slot_tiles(segments.num_adapters)
     sums = []
@@ -108,12 +110,16 @@ def shrink_gradients(
     """Gradients of a shrink in x, A and scales; ids are the stack's own."""
     tiles, (slots, rank, features) = Tiles.of(segments), lora_a.shape
     every = SlotRange(0, slots)
-    [shares] = narrow_kernel(((NarrowSum(x, lora_a, True, every, 0),),), tiles)
+    [shares] = narrow_kernel(
+        ((NarrowSum(x, lora_a, jnp.zeros(1, jnp.int32), True, every, 0),),), tiles
+    )
     mine = (tiles.is_token() & every.holds(tiles.adapters()))[:, None]
     u = jnp.where(mine, _added_up(shares, rank)[0], 0.0)
     dv = jnp.where(mine, dv[tiles.tokens()], 0.0)
     du = (dv * scales[jnp.maximum(tiles.adapters(), 0)][:, None]).astype(x.dtype)
-    dx = wide_kernel((WidePart(du[None], 0, lora_a, every),), tiles, x.shape[0], x.dtype)
+    dx = wide_kernel(
+        (WidePart(du[None], 0, lora_a, jnp.zeros(1, jnp.int32), every),), tiles, x.shape[0], x.dtype
+    )
     slot_tiles = tiles.slot_tiles(slots)
     [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
     return dx, da, _of_scales(u * dv, jnp.arange(slots), tiles)
@@ -129,7 +135,9 @@ def expand_gradients(
     """Gradients of an expand in v, float32, and B; ids are the stack's own."""
     tiles, (slots, width, rank) = Tiles.of(segments), lora_b.shape
     every = SlotRange(0, slots)
-    [shares] = narrow_kernel(((NarrowSum(dy, lora_b, False, every, y_offset),),), tiles)
+    [shares] = narrow_kernel(
+        ((NarrowSum(dy, lora_b, jnp.zeros(1, jnp.int32), False, every, y_offset),),), tiles
+    )
     mine, tokens = tiles.is_token() & every.holds(tiles.adapters()), tiles.tokens()
     of_tiles = _added_up(shares, rank)[0]
     dv = jnp.zeros((v.shape[0], rank), jnp.float32)
@@ -145,8 +153,9 @@ def _narrow(
 ) -> list[_Narrow]:
     alike = []
     for part in parts:
-        u = NarrowSum(x, part.lora_a, True, part.slots, 0)
-        alike.append((u, NarrowSum(dy, part.lora_b, False, part.slots, part.y_offset)))
+        u = NarrowSum(x, part.lora_a, part.place, True, part.slots, 0)
+        dv = NarrowSum(dy, part.lora_b, part.place, False, part.slots, part.y_offset)
+        alike.append((u, dv))
     adapters, is_token = tiles.adapters(), tiles.is_token()
     found = []
     for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):

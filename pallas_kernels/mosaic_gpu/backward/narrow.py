@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic_gpu.backward.config import RANK_SQUARES, narrow_cut
 from pallas_kernels.mosaic_gpu.backward.rows import close_fetched
@@ -48,14 +48,16 @@ class NarrowSum(NamedTuple):
 
     Attributes:
       wide: x or dy.
-      weights: A `[L, R, columns]` or B `[L, columns, R]`.
+      weights: A `[M, R, columns]` or B `[M, columns, R]`.
+      place: where the weights of the first slot stand among them.
       ranks_first: whether they are like A.
       slots: that they hold.
       first: of the columns of `wide`.
     """
 
     wide: Float[Array, "T C"]
-    weights: Float[Array, "L _ _"]
+    weights: Float[Array, "M _ _"]
+    place: Int[Array, " 1"]
     ranks_first: bool
     slots: SlotRange
     first: int
@@ -100,6 +102,7 @@ class _Refs(NamedTuple):
 
     wide: Ref
     weights: Ref
+    place: Ref
     out: Ref
 
 
@@ -127,15 +130,15 @@ def narrow_kernel(
     ranks = "_".join(dict.fromkeys(f"r{one.rank}" for one in sums))
 
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
-        inputs, outs = refs[: 2 * len(jobs)], refs[2 * len(jobs) : -3]
+        inputs, outs = refs[: 3 * len(jobs)], refs[3 * len(jobs) : -3]
         box, by_row, weights_loaded = refs[-3:]
         launched = _Launched(cut.stages, rows, Loaded(box, by_row), weights_loaded)
         tile = Tile.read(table, lax.axis_index("tile"))
         for i, job in enumerate(jobs):
-            wide, weights = inputs[2 * i : 2 * i + 2]
+            wide, weights, place = inputs[3 * i : 3 * i + 3]
             group = lax.axis_index("job") - job.first_group
             mine = (group >= 0) & (group < job.groups) & job.sum.slots.holds(tile.adapter)
-            of = _Refs(wide, weights, outs[job.out].at[job.nth])
+            of = _Refs(wide, weights, place, outs[job.out].at[job.nth])
             pl.when(mine)(functools.partial(_run, launched, job, of, tile, group))
 
     kernel = plgpu.kernel(
@@ -155,7 +158,7 @@ def narrow_kernel(
         grid_names=("job", "tile", "share"),
         kernel_name=f"lora_narrow_{ranks}",
     )
-    operands = (array for one in sums for array in (one.wide, one.weights))
+    operands = (array for one in sums for array in (one.wide, one.weights, one.place))
     out: list[Array] = kernel(tiles.table, tiles.rows, *operands)
     return out
 
@@ -178,7 +181,8 @@ def _run(launched: _Launched, job: _Job, of: _Refs, tile: Tile, group: Array) ->
     def run(wide: Ref, weights: Ref) -> None:
         gathered = Gathered(of.wide, launched.rows, Squares.of(wide), launched.loaded)
         ring = _Ring(tile, gathered, of.weights, Squares.of(weights), launched.weights_loaded)
-        products = functools.partial(_products, job, first_rank, ring)
+        adapter = tile.adapter - job.sum.slots.first + of.place[0]
+        products = functools.partial(_products, job, adapter, first_rank, ring)
         for j, value in enumerate(pl.run_scoped(products, accumulators(job.width))):
             columns = pl.ds(first_rank + j * SIDE, ranks)
             of.out[lax.axis_index("share"), rows, columns] = value[:, :ranks]
@@ -196,10 +200,11 @@ class _Ring(NamedTuple):
     loaded: Ref
 
 
-def _products(job: _Job, first_rank: Array, ring: _Ring, sums: list[Ref]) -> list[Array]:
+def _products(
+    job: _Job, adapter: Array, first_rank: Array, ring: _Ring, sums: list[Ref]
+) -> list[Array]:
     """The block's share of the sum, square by square of the ranks, in registers."""
     one, tile = job.sum, ring.tile
-    adapter = tile.adapter - one.slots.first
     first = lax.axis_index("share") * (job.steps * SIDE)
 
     def fetch(k: Array, slot: Array) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.mosaic_gpu.backward.config import WideCut, wide_cut
 from pallas_kernels.mosaic_gpu.backward.squares import (
@@ -36,12 +36,18 @@ from pallas_kernels.routing import SlotRange
 
 
 class WidePart(NamedTuple):
-    """One stack of adapters: A, the slots that it holds, and number `nth` of `dv`, in the order of
-    the tiles."""
+    """One stack of adapters.
+
+    Attributes:
+      dv: in the order of the tiles: number `nth` of these arrays.
+      lora_a: `[M, R, H]`; `place`: where that of the first slot stands.
+      slots: that it holds.
+    """
 
     dv: Float[Array, "_ rows R"]
     nth: int
-    lora_a: Float[Array, "L R H"]
+    lora_a: Float[Array, "M R H"]
+    place: Int[Array, " 1"]
     slots: SlotRange
 
 
@@ -50,6 +56,7 @@ class _Refs(NamedTuple):
 
     dv: Ref
     a: Ref
+    place: Ref
 
 
 class _Block(NamedTuple):
@@ -79,8 +86,8 @@ def wide_kernel(
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
         operands, (dx, loaded) = refs[:-2], refs[-2:]
         pairs = [
-            _Refs(dv.at[part.nth], a)
-            for part, (dv, a) in zip(parts, itertools.batched(operands, 2))
+            _Refs(dv.at[part.nth], a, place)
+            for part, (dv, a, place) in zip(parts, itertools.batched(operands, 3))
         ]
         tile = Tile.read(table, lax.axis_index("tile"))
         column = lax.axis_index("columns") * (cut.columns * SIDE)
@@ -100,7 +107,7 @@ def wide_kernel(
         grid_names=("tile", "columns"),
         kernel_name=f"lora_wide_{ranks}",
     )
-    operands = (array for part in parts for array in (part.dv, part.lora_a))
+    operands = (array for part in parts for array in (part.dv, part.lora_a, part.place))
     dx: Array = kernel(tiles.table, tiles.rows, *operands)
     return dx
 
@@ -140,7 +147,7 @@ def _products(
     sums: list[Ref],
 ) -> list[Array]:  # fmt: skip
     """The sum over parts and their ranks, square by square of the columns, in registers."""
-    adapter, tile_start = block.tile.adapter - slots.first, lax.axis_index("tile") * SIDE
+    nth, tile_start = block.tile.adapter - slots.first, lax.axis_index("tile") * SIDE
     counts = [squares_of(part.a.shape[1]) for part in parts]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
 
@@ -153,6 +160,7 @@ def _products(
         ranks, loaded = pl.ds(rank, SIDE), block.loaded.at[slot]
         rows = pl.ds(tile_start, SIDE)
         plgpu.copy_gmem_to_smem(part.dv.at[rows, ranks], dv.rows.at[slot], loaded)
+        adapter = nth + part.place[0]
         for j in range(block.cut.columns):
             columns = pl.ds(block.column + j * SIDE, SIDE)
             plgpu.copy_gmem_to_smem(part.a.at[adapter, ranks, columns], a.rows.at[slot, j], loaded)

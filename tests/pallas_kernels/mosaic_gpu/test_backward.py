@@ -1,5 +1,6 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend, support
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
+from pallas_kernels.stacks import LayerStacks
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -110,6 +112,20 @@ def test_whole_gradients_equal_those_of_jax() -> None:
     np.testing.assert_array_equal(gradient.slots, [0, 1, 2])
     for name in ("lora_a", "lora_b", "scales"):
         np.testing.assert_array_equal(getattr(gradient, name), getattr(dpart, name))
+
+
+@pytest.mark.ci
+def test_stacks_of_several_layers_are_read_in_their_place(interpreted: None) -> None:
+    z = GradientCase(9, 64, (64,), ((16, 3),), "shuffled").arrays()
+    [part] = z.parts
+    whole = [np.stack([np.full_like(t, np.nan), t]) for t in (part.lora_a, part.lora_b)]
+    scales = np.stack([np.zeros(3, np.float32), part.scales])
+    layers = LayerStacks(*map(jnp.asarray, (*whole, scales)), layer=jnp.int32(1))
+    a, b, own = layers.own()
+    placed = pk.LoRAPart(a, b, own, scales_offset=0, layers=layers)
+    got, want = (gradients(dataclasses.replace(z, parts=(one,)), 3) for one in (placed, part))
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
 
 
 def test_compact_gradients_of_fewer_slots_than_are_in_use() -> None:
