@@ -17,6 +17,7 @@ from gradient_cases import (
     check_compact,
     check_half,
     in_float64,
+    in_layers,
     tolerance,
     with_nan,
 )
@@ -96,6 +97,13 @@ def test_every_gradient_against_float64(case: GradientCase) -> None:
 @pytest.mark.parametrize("op", ["shrink", "expand", "expand="])
 def test_halves_against_float64(op: str) -> None:
     check_half(op, GradientCase(200, 520, (264,), ((16, 3),), "gaps").arrays())
+
+
+def test_stacks_of_several_layers_are_read_in_their_place() -> None:
+    z = GradientCase(300, 512, (256,), ((16, 3),), "zipf").arrays()
+    got, want = run(in_layers(z), 3), run(z, 3)
+    for name in want:
+        np.testing.assert_array_equal(bits(got[name]), bits(want[name]))
 
 
 def test_compact_gradients_hold_the_slots_in_use() -> None:

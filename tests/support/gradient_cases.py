@@ -12,6 +12,7 @@ from mosaic_cases import local_ids, relative_error, signed
 import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend
+from pallas_kernels.stacks import LayerStacks
 
 ORDERS = ("runs", "zipf", "shuffled", "distinct", "identical", "none", "gaps")
 # Relative error (Frobenius norm) against float64, by dtype: dv, v and the gradient are rounded.
@@ -120,6 +121,17 @@ def with_nan(z: GradientArrays, slot: int) -> GradientArrays:
     x, dy = z.x.copy(), z.dy.copy()
     x[z.ids == slot], dy[z.ids == slot] = np.nan, np.nan
     return dataclasses.replace(z, x=x, dy=dy)
+
+
+def in_layers(z: GradientArrays) -> GradientArrays:
+    """The same case, whose one part is that of the second of two layers; the first holds NaN."""
+    [part] = z.parts
+    whole = [np.stack([np.full_like(t, np.nan), t]) for t in (part.lora_a, part.lora_b)]
+    scales = np.stack([np.zeros_like(part.scales), part.scales])
+    layers = LayerStacks(*map(jnp.asarray, (*whole, scales)), layer=jnp.int32(1))
+    a, b, own = layers.own()
+    placed = pk.LoRAPart(a, b, own, scales_offset=0, layers=layers)
+    return dataclasses.replace(z, parts=(placed,))
 
 
 def tolerance(name: str, dtype: str) -> float:

@@ -8,8 +8,6 @@ group of its copies for each step of a ring, and waits for all groups but the la
 Pallas's interpreter runs no such code: there the rows are copied by Pallas, in a loop.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,6 +19,7 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.backward.squares import ROW_BYTES, SIDE, Squares
 from pallas_kernels.mosaic_gpu.lanes import Gpu, MemRef
+from pallas_kernels.mosaic_gpu.lanes.values import Int
 from pallas_kernels.mosaic_gpu.layouts import Ref, interpreted, plain_layout
 
 _REFS = (plgpu.RefType(), plgpu.RefType(), plgpu.RefType(plain_layout(ROW_BYTES)))
@@ -67,7 +66,7 @@ def wait_for_rows(pending: int, loaded: Ref) -> None:
         return
 
     @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-    def wait(_: Any) -> None:
+    def wait(_: object) -> None:
         mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", convergent=True)
 
     wait()
@@ -91,12 +90,14 @@ def put_rows(
 
 
 @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-def _close(_: Any) -> None:
+def _close(_: object) -> None:
     mgpu.utils.inline_ptx("cp.async.commit_group;", convergent=True)
 
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]
-def _fetch_by_lanes(_: Any, array: Any, tokens: Any, squares: Any, *where: Any) -> None:
+def _fetch_by_lanes(
+    _: object, array: ir.Value, tokens: ir.Value, squares: ir.Value, *where: mgpu.FragmentedArray
+) -> None:
     m = Gpu(squares, begins=False)
     start, count, column = map(m.uniform, where)
     columns, number_of_squares = _shape(array)[1], _shape(squares)[0]
@@ -117,7 +118,9 @@ def _fetch_by_lanes(_: Any, array: Any, tokens: Any, squares: Any, *where: Any) 
 
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]
-def _put_by_lanes(_: Any, array: Any, tokens: Any, square: Any, *where: Any) -> None:
+def _put_by_lanes(
+    _: object, array: ir.Value, tokens: ir.Value, square: ir.Value, *where: mgpu.FragmentedArray
+) -> None:
     m = Gpu(square, begins=False)
     start, count, column = map(m.uniform, where)
     columns = _shape(array)[1]
@@ -130,7 +133,7 @@ def _put_by_lanes(_: Any, array: Any, tokens: Any, square: Any, *where: Any) -> 
         m.store(target, here, m.get(_word(row, part), 4), is_row)
 
 
-def _word(row: Any, part: Any) -> Any:
+def _word(row: Int, part: Int) -> Int:
     """Where a part of a row lies in a square, in words."""
     return row * (ROW_BYTES // 4) + (part ^ (row % _PARTS)) * 4
 

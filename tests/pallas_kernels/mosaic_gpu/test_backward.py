@@ -1,6 +1,5 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from gradient_cases import (
     check_compact,
     check_half,
     in_float64,
+    in_layers,
     tolerance,
     with_nan,
 )
@@ -27,7 +27,6 @@ import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend, support
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
-from pallas_kernels.stacks import LayerStacks
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -117,13 +116,7 @@ def test_whole_gradients_equal_those_of_jax() -> None:
 @pytest.mark.ci
 def test_stacks_of_several_layers_are_read_in_their_place(interpreted: None) -> None:
     z = GradientCase(9, 64, (64,), ((16, 3),), "shuffled").arrays()
-    [part] = z.parts
-    whole = [np.stack([np.full_like(t, np.nan), t]) for t in (part.lora_a, part.lora_b)]
-    scales = np.stack([np.zeros(3, np.float32), part.scales])
-    layers = LayerStacks(*map(jnp.asarray, (*whole, scales)), layer=jnp.int32(1))
-    a, b, own = layers.own()
-    placed = pk.LoRAPart(a, b, own, scales_offset=0, layers=layers)
-    got, want = (gradients(dataclasses.replace(z, parts=(one,)), 3) for one in (placed, part))
+    got, want = gradients(in_layers(z), 3), gradients(z, 3)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 
