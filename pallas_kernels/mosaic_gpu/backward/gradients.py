@@ -122,7 +122,7 @@ def shrink_gradients(
     )
     slot_tiles = tiles.slot_tiles(slots)
     [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
-    return dx, da, _of_scales(u * dv, jnp.arange(slots), tiles)
+    return dx, da, _of_scales(u * dv, jnp.arange(slots, dtype=jnp.int32), tiles)
 
 
 def expand_gradients(

@@ -16,6 +16,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -166,9 +167,10 @@ def _run(
 ) -> None:
     """Block number `nth` of a sum: finds its place, sums, and stores."""
     per_slot = plan.column_blocks * plan.rank_blocks
-    slot, place = lax.div(nth, per_slot), lax.rem(nth, per_slot)
-    column = lax.div(place, plan.rank_blocks) * (plan.cut.columns * SIDE)
-    rank = lax.rem(place, plan.rank_blocks) * (plan.width * SIDE)
+    slot, place = lax.div(nth, jnp.int32(per_slot)), lax.rem(nth, jnp.int32(per_slot))
+    rank_blocks = jnp.int32(plan.rank_blocks)
+    column = lax.div(place, rank_blocks) * (plan.cut.columns * SIDE)
+    rank = lax.rem(place, rank_blocks) * (plan.width * SIDE)
     block = _Block(plan, of, slot, column, rank, table, rows, loaded, narrow_loaded)
     stages, columns, width, dtype = plan.cut.stages, plan.cut.columns, plan.width, of.wide.dtype
 

@@ -50,7 +50,7 @@ def fetch_rows(
                 loaded.at[slot],
             )
 
-    lax.fori_loop(0, SIDE, row, None)
+    lax.fori_loop(jnp.int32(0), jnp.int32(SIDE), row, None)
 
 
 def close_fetched() -> None:
@@ -86,7 +86,7 @@ def put_rows(
             square.at[pl.ds(r, 1)], array.at[pl.ds(tokens[start + r], 1), pl.ds(column, SIDE)]
         )
 
-    lax.fori_loop(0, count, row, None)
+    lax.fori_loop(jnp.int32(0), count, row, None)
 
 
 @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]

@@ -88,5 +88,6 @@ def take_steps(
         pl.when((k > 0) & (ahead < steps))(lambda: fetch(ahead, lax.rem(ahead, jnp.int32(stages))))
         close()
 
-    lax.fori_loop(0, stages, first, None)
-    lax.fori_loop(0, steps, step, None)
+    # int32 where 64 bits are enabled too, as all numbers of a kernel.
+    lax.fori_loop(jnp.int32(0), jnp.int32(stages), first, None)
+    lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)

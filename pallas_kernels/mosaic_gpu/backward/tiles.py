@@ -77,7 +77,9 @@ class Tiles:
     def slot_tiles(self, slots: int) -> Int[Array, "slots 2"]:
         """Of each of so many slots its first tile, and how many it has."""
         mine = self.group_adapters[None] == jnp.arange(slots, dtype=jnp.int32)[:, None]
-        return jnp.sum(jnp.where(mine[:, :, None], self.group_tiles[None], 0), axis=1)
+        return jnp.sum(
+            jnp.where(mine[:, :, None], self.group_tiles[None], 0), axis=1, dtype=jnp.int32
+        )
 
     def tokens(self) -> Int[Array, " rows"]:
         """The token of each row of the tiles; that of a tile's last row behind it."""

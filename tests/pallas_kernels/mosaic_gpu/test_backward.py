@@ -208,6 +208,20 @@ def test_mixed_ranks_share_launches() -> None:
     assert_kernels(lowered(1000, 4096, 4096, 8, 16, 32), 8, 16, 32)
 
 
+def test_gradients_lower_with_64_bits_enabled() -> None:
+    call, half = Call("add_lora", "mosaic_gpu", ("sgmv",), compact=2), "bfloat16"
+    shapes = ((70, 64), (70, 64), (3, 16, 64), (3, 64, 16))
+    arrays = [jax.ShapeDtypeStruct(shape, half) for shape in shapes]
+
+    def run(dy: Any, x: Any, a: Any, b: Any, scales: Any, ids: Any) -> Any:
+        return backend.add_lora_grad(call, dy, x, (pk.LoRAPart(a, b, scales),), ids)
+
+    with jax.enable_x64(True):
+        others = jax.ShapeDtypeStruct((3,), "float32"), jax.ShapeDtypeStruct((70,), "int32")
+        traced = jax.jit(run).trace(*arrays, *others)
+        assert_kernels(traced.lower(lowering_platforms=("cuda",)).as_text(), 16)
+
+
 def test_missing_gradient_names_what_a_case_lacks() -> None:
     missing, half = support.missing_gradient, "bfloat16"
     assert missing(5, [half, half], x=half, y=half) is None
