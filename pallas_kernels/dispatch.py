@@ -19,7 +19,15 @@ from pallas_kernels.ranks import kernels_disabled, select_kernel
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 BACKENDS: dict[str, Backend] = {"xla": xla, "mosaic_gpu": mosaic_gpu, "loop": loop}
-Operation = Literal["shrink", "expand", "add_lora", "lora_delta"]
+Operation = Literal[
+    "shrink",
+    "expand",
+    "add_lora",
+    "lora_delta",
+    "shrink_grad",
+    "expand_grad",
+    "add_lora_grad",
+]
 
 _HERE = os.path.dirname(__file__)  # warnings point at the first caller outside
 

@@ -1,4 +1,4 @@
-"""The ops as plain XLA, for any device; and the gradients, for every implementation.
+"""The ops and their gradients as plain XLA, for any device.
 
 Two forms. *bgmv* gathers the adapter of each token and contracts, a few tokens at a time so that
 the gathered weights stay small. *sgmv* walks the tile map of the segments: one dense product per
@@ -18,7 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
-from pallas_kernels.routing import Segments, SlotRange, TokenIds, ids_of, local_segments
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    ids_of,
+    local_segments,
+    slots_in_use,
+)
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
@@ -262,9 +269,21 @@ def lora_delta(
 def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
     """Zeros to which results of the operands are added: inside of `jax.shard_map` they vary over
     the same axes of the mesh."""
-    # `and False` varies as the operand does, and costs nothing: XLA knows what it is.
-    nothing = functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
-    return jnp.broadcast_to(nothing.astype(jnp.float32), shape)
+    return jnp.broadcast_to(_never(*operands).astype(jnp.float32), shape)
+
+
+def varying[T](tree: T, *operands: Array) -> T:
+    """What kernels make of the operands, as something that varies as they do: inside of
+    `jax.shard_map` JAX does not see that of a kernel."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    never = _never(*operands)
+    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
+
+
+def _never(*operands: Array) -> Bool[Array, ""]:
+    """False, which varies as the operands do, and costs nothing: XLA knows what it is."""
+    return functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
 
 
 def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
@@ -355,22 +374,33 @@ def expand_grad(
 
     zeros = (jnp.zeros_like(v), jnp.zeros(lora_b.shape, jnp.float32))
     dv, db = _over_tiles(segments, _block(segments), tile, zeros)
-    if not call.add_inputs:
-        kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
-        dy = dy.at[:, columns].set(kept)
-    return dv, db.astype(lora_b.dtype), dy
+    return dv, db.astype(lora_b.dtype), expand_grad_of_y(call, dy, lora_b, segments)
+
+
+def expand_grad_of_y(call: Call, dy: Array, lora_b: Array, segments: Segments) -> Array:
+    """Gradient of `expand` in y: zero where the expand overwrites it."""
+    if call.add_inputs:
+        return dy
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
+    kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
+    return dy.at[:, columns].set(kept)
 
 
 def add_lora_grad(
     call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
 ) -> tuple[Array, tuple[LoRAPart, ...]]:
-    """Gradients of `add_lora` in x (float32), and in each part's stacks and own scales."""
+    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
     dx, dparts = jnp.zeros(x.shape, jnp.float32), []
     for part, local in zip(parts, local_parts(parts, token_ids)):
         dx_part, da, db, ds = _part_grad(dy, x, local)
         dx += dx_part
+        if call.compact is not None:
+            every = SlotRange(0, da.shape[0])
+            used = slots_of(slots_in_use(local.segments, every, call.compact), da)
+            da, db = take(da, used), take(db, used)
+            ds = take(ds, used) if ds.ndim else ds
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
-    return dx, tuple(dparts)
+    return dx.astype(x.dtype), tuple(dparts)
 
 
 def _part_grad(
@@ -394,11 +424,12 @@ def _part_grad(
         return dx, da, db, _scale_grad(ds, adapter, jnp.sum(dvs * u))
 
     slots = part.segments.num_adapters
+    zero = _zeros((), dy, x, lora_a, lora_b, part.segments.indices)
     zeros = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros((slots, *lora_a.shape[1:]), jnp.float32),
-        jnp.zeros((slots, *lora_b.shape[1:]), jnp.float32),
-        jnp.zeros_like(scales),
+        jnp.broadcast_to(zero, x.shape),
+        jnp.broadcast_to(zero, (slots, *lora_a.shape[1:])),
+        jnp.broadcast_to(zero, (slots, *lora_b.shape[1:])),
+        jnp.broadcast_to(zero, scales.shape),
     )
     dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)
     return dx, da.astype(lora_a.dtype), db.astype(lora_b.dtype), ds
