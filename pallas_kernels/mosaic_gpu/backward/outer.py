@@ -182,7 +182,6 @@ def _run(
 
     ring = squares(stages, columns, dtype=dtype), squares(stages, width, dtype=dtype)
     values = pl.run_scoped(sums, *ring)
-    # In the memory of the ring, which has been read.
     pl.run_scoped(functools.partial(_put, block, values), squares(columns * width, dtype=dtype))
 
 
@@ -219,6 +218,7 @@ def _products(block: _Block, gathered: Gathered, narrow: Squares, sums: list[Ref
 def _put(block: _Block, values: list[Array], memory: Ref) -> None:
     """Rounds the sums and stores them; TMA leaves out what is behind the stack's last column."""
     plan, of, out = block.plan, block.refs, Squares.of(memory)
+    plgpu.commit_smem()  # all warps have read the ring, in whose memory this lies
     for i, value in enumerate(values):
         out.tiles[i] = value.astype(of.out.dtype)
     plgpu.commit_smem()

@@ -118,6 +118,7 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
 
     def put(values: list[Array], memory: Ref) -> None:
         out = Squares.of(memory)
+        plgpu.commit_smem()  # all warps have read the ring, in whose memory this lies
         for j, value in enumerate(values):
             out.tiles[j] = value.astype(dtype)
         plgpu.commit_smem()
@@ -138,7 +139,6 @@ def _run(block: _Block, slots: SlotRange | None, parts: list[_Refs]) -> None:
         stages = block.cut.stages
         ring = squares(stages, dtype=dtype), squares(stages, columns, dtype=dtype)
         values = pl.run_scoped(functools.partial(sums, slots), *ring)
-    # In the memory of the ring, which has been read.
     pl.run_scoped(functools.partial(put, values), squares(columns, dtype=dtype))
 
 
