@@ -1,4 +1,4 @@
-"""A compact decoder of the Llama family in Flax NNX, with a static key-value cache.
+"""A compact decoder of Llama and its relatives in Flax NNX, with a static key-value cache.
 
 Its forward knows nothing of adapters. Its NNX paths, joined by dots, are the module names of
 Hugging Face and PEFT (`model.layers.0.self_attn.q_proj`), so `jax_lora.apply_lora` and PEFT's
@@ -6,21 +6,20 @@ adapters fit as they are.
 """
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
-from jax_lora.models.config import LlamaConfig
+from jax_lora.models.config import AttentionKind, LlamaConfig
+from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.packed import call_packed
 
 
@@ -41,57 +40,75 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
     )
 
 
-def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    if (scaling := config.rope_scaling) is None:
-        return frequencies
-    # Turns of each frequency over the original context: few turns are stretched, many are kept.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return (kept * frequencies + (1 - kept) * frequencies / scaling.factor).astype(np.float32)
-
-
-def _rope(positions: Array, config: LlamaConfig) -> tuple[Array, Array]:
-    frequencies = _rope_frequencies(config)[None, None, None]
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    cos, sin = (t.astype(x.dtype) for t in rope)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
-
-
 class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + epsilon)`, normalised in float32."""
+    """`scale * x / sqrt(mean(x^2) + epsilon)`, normalised in float32.
 
-    def __init__(self, features: int, epsilon: float, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones(features, dtype))
-        self.epsilon = epsilon
+    With `zero_centered_norms` the factor is `1 + scale`, multiplied in float32 too.
+    """
+
+    def __init__(self, features: int, config: LlamaConfig, dtype: DTypeLike) -> None:
+        self.is_zero_centered = config.zero_centered_norms
+        initial = jnp.zeros if self.is_zero_centered else jnp.ones
+        self.scale = nnx.Param(initial(features, dtype))
+        self.epsilon = config.rms_norm_eps
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
         scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
-        return jax.lax.optimization_barrier(scale * x32.astype(x.dtype))
+        if self.is_zero_centered:
+            out = (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        else:
+            out = scale * x32.astype(x.dtype)
+        # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
+        return jax.lax.optimization_barrier(out)
 
 
 class Attention(nnx.Module):
     """Self-attention with grouped key-value heads and rotary embeddings."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.q_proj = _linear(hidden, queries, bias, dtype, rngs)
-        self.k_proj = _linear(hidden, keys, bias, dtype, rngs)
-        self.v_proj = _linear(hidden, keys, bias, dtype, rngs)
-        self.o_proj = _linear(queries, hidden, bias, dtype, rngs)
+        self.config = config
+        if config.packed_projections:
+            self.qkv_proj = _linear(hidden, queries + 2 * keys, bias, dtype, rngs)
+        else:
+            self.q_proj = _linear(hidden, queries, bias, dtype, rngs)
+            self.k_proj = _linear(hidden, keys, bias, dtype, rngs)
+            self.v_proj = _linear(hidden, keys, bias, dtype, rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config, dtype)
+            self.k_norm = RMSNorm(config.head_dim, config, dtype)
+        self.o_proj = _linear(queries, hidden, config.attention_bias, dtype, rngs)
+
+    def _heads(self, x: Float[Array, "B S H"]) -> list[Float[Array, "B S N D"]]:
+        """Query, key and value."""
+        if self.config.packed_projections:
+            queries, keys = self.o_proj.in_features, self.config.num_key_value_heads
+            ends = (queries, queries + keys * self.config.head_dim)
+            projections = tuple(jnp.split(self.qkv_proj(x), ends, axis=-1))
+        else:
+            projections = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
+        split = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (t.reshape(split) for t in projections)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
+
+    def _scores(self, q: Float[Array, "B S N G D"], k: Float[Array, "B N T D"]) -> Array:
+        """`[B, N, G, S, T]` in float32, before the mask."""
+        config = self.config
+        scores = jnp.einsum(
+            "bsngd,bntd->bngst",
+            q,
+            k,
+            precision=_precision(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        scores *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        return _soft_cap(scores, config.attn_logit_softcapping)
 
     def __call__(
         self,
@@ -102,10 +119,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S H"], tuple[Array, Array]]:
         """Also returns the keys and values it attended to: those of x, put into `past` if any."""
         batch, length, _ = x.shape
-        split = (batch, length, -1, self.head_dim)
-        projections = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = (t.reshape(split) for t in projections)
-        q, k = _rotate(q, rope), _rotate(k, rope)
+        q, k, v = self._heads(x)
+        q, k = rotate(q, rope), rotate(k, rope)
         # Heads before positions, as the products below batch over rows and heads: in another
         # order XLA transposes the whole cache at each step.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -115,40 +130,55 @@ class Attention(nnx.Module):
             k = keys.at[rows, :, lengths].set(k[:, :, 0], mode="drop")
             v = values.at[rows, :, lengths].set(v[:, :, 0], mode="drop")
         # Query head n reads key-value head n // G.
-        q = q.reshape(batch, length, k.shape[1], -1, self.head_dim)
-        precision = _precision(x.dtype)
-        scores = jnp.einsum(
-            "bsngd,bntd->bngst", q, k, precision=precision, preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(mask[:, None, None], scores * self.head_dim**-0.5, -jnp.inf)
+        q = q.reshape(batch, length, k.shape[1], -1, self.config.head_dim)
+        scores = jnp.where(mask[:, None, None], self._scores(q, k), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bngst,bntd->bsngd", weights, v, precision=precision)
+        out = jnp.einsum("bngst,bntd->bsngd", weights, v, precision=_precision(x.dtype))
         # Else XLA transposes the product once for each that reads it: the projection, its adapters.
         out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
         return self.o_proj(out), (k, v)
 
 
 class MLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`: SwiGLU, or with GELU."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
-        self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
+        self.is_packed = config.packed_projections
+        self.hidden_act = config.hidden_act
+        if self.is_packed:
+            self.gate_up_proj = _linear(hidden, 2 * inner, bias, dtype, rngs)
+        else:
+            self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
+            self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
         self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
     def __call__(self, x: Array) -> Array:
-        gate, up = call_packed((self.gate_proj, self.up_proj), x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        if self.is_packed:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = call_packed((self.gate_proj, self.up_proj), x)
+        return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the stream."""
+    """Attention, then MLP, each behind a norm and added to the stream.
+
+    With `sandwich_norms`, each has a norm behind it too, and `post_attention_layernorm` is that.
+    """
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        hidden = config.hidden_size
+        self.is_sandwich = config.sandwich_norms
+        self.input_layernorm = RMSNorm(hidden, config, dtype)
         self.self_attn = Attention(config, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(hidden, config, dtype)
+        if self.is_sandwich:
+            self.pre_feedforward_layernorm = RMSNorm(hidden, config, dtype)
+            self.post_feedforward_layernorm = RMSNorm(hidden, config, dtype)
         self.mlp = MLP(config, dtype, rngs)
 
     def __call__(
@@ -159,8 +189,12 @@ class DecoderLayer(nnx.Module):
         past: tuple[Array, Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         attended, memory = self.self_attn(self.input_layernorm(x), rope, mask, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), memory
+        if not self.is_sandwich:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), memory
+        x = x + self.post_attention_layernorm(attended)
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed), memory
 
 
 @jax.tree_util.register_dataclass
@@ -189,35 +223,60 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             DecoderLayer(config, dtype, rngs) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config, dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B S"], cache: KVCache | None = None
+        self, tokens: Int[Array, "B S"], cache: KVCache | None = None, *, room: int | None = None
     ) -> tuple[Float[Array, "B S H"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """With a cache, `tokens` `[B, 1]` follow what it holds; without, they begin at 0.
 
         Also returns the keys and values of all layers: of the tokens, or those of the whole cache.
+        Scaled rotary embeddings follow the positions of the cache that these are for: `room`, by
+        default those of `cache`, or of the tokens.
         """
         if cache is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            mask = positions[:, :, None] >= positions[:, None, :]
+            stored, size = positions, tokens.shape[1]
         else:
-            positions = cache.lengths[:, None]
-            stored = jnp.arange(cache.keys[0].shape[2], dtype=jnp.int32)
-            mask = positions[:, :, None] >= stored[None, None]
-        rope = _rope(positions, self.config)
+            positions, size = cache.lengths[:, None], cache.keys[0].shape[2]
+            stored = jnp.arange(size, dtype=jnp.int32)[None]
+        views = {
+            kind: _view(kind, self.config.head_dim, positions, stored, room or size)
+            for kind in self.config.attention_kinds
+        }
         x = self.embed_tokens(tokens)
+        if self.config.scaled_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         memories = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds_of_layers)):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.lengths)
-            x, memory = layer(x, rope, mask, past)
+            x, memory = layer(x, *views[kind], past)
             memories.append(memory)
         keys, values = zip(*memories, strict=True)
         return self.norm(x), (keys, values)
 
 
+def _view(
+    kind: AttentionKind,
+    head_dim: int,
+    positions: Int[Array, "#B S"],
+    stored: Int[Array, "#B T"],
+    room: int,
+) -> tuple[tuple[Array, Array], Bool[Array, "#B S T"]]:
+    """What tokens at `positions` see of those at `stored`: the waves that turn them, and a mask."""
+    distance = positions[:, :, None] - stored[:, None]
+    mask = distance >= 0
+    if kind.window is not None:
+        mask &= distance < kind.window
+    return waves(kind.rope, head_dim, positions, room), mask
+
+
+def _soft_cap(x: Array, limit: float | None) -> Array:
+    return x if limit is None else jnp.tanh(x / limit) * limit
+
+
 class Llama(nnx.Module):
-    """A decoder of the Llama family.
+    """A decoder of Llama or of a relative: Mistral, SmolLM2, Qwen2 and 3, Gemma 2 and 3, Phi-3.
 
     Example::
 
@@ -246,8 +305,10 @@ class Llama(nnx.Module):
         """From the decoder's output to logits."""
         if self.config.tie_word_embeddings:
             embedding = self.model.embed_tokens.embedding[...]
-            return jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
-        return self.lm_head(hidden)
+            logits = jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
+        else:
+            logits = self.lm_head(hidden)
+        return _soft_cap(logits, self.config.final_logit_softcapping)
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens."""
@@ -332,7 +393,7 @@ def prefill(
     size = cache.keys[0].shape[2]
     if tokens.shape[1] > size:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed the cache's {size} positions")
-    hidden, memories = model.model(tokens)
+    hidden, memories = model.model(tokens, room=size)
     # Zeros behind the prompts, so that what another batch left there, NaN maybe, is never read.
     room = [(0, 0), (0, 0), (0, size - tokens.shape[1]), (0, 0)]
     keys, values = (tuple(jnp.pad(t, room) for t in layers) for layers in memories)
