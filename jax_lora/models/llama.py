@@ -7,7 +7,6 @@ adapters fit as they are.
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import AttentionKind, LlamaConfig
+from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.packed import call_packed
 
@@ -320,20 +320,28 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: DTypeLike | None = None,
+        revision: str | None = None,
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
 
         Args:
-          path: a local folder, as Hugging Face's `save_pretrained` writes it.
+          path: a local folder, as Hugging Face's `save_pretrained` writes it; or a name on the hub,
+            `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
           dtype: None for that of the stored embedding.
+          revision: of a name on the hub: a branch, a tag or a commit.
 
         Raises:
-          FileNotFoundError: the folder or a file is missing.
-          ValueError: a file is malformed, the config asks for something that is not implemented,
-            or weights are missing, superfluous or of another shape.
+          FileNotFoundError: the folder or a file is missing; or the hub can't give it.
+          ValueError: weights are in a form that is not read, a file is malformed, the config asks
+            for something that is not implemented, or weights are missing, superfluous or of another
+            shape.
         """
-        folder = Path(path)
+        folder = local_folder(path, revision=revision)
+        check_format(folder)
         config = LlamaConfig.from_json(folder)
         tensors = {
             name: tensor
