@@ -1,4 +1,4 @@
-"""The benchmarks' command line: `python -m benchmarks kernels`, `step`, `torch` or `bits`."""
+"""The benchmarks' command line: `python -m benchmarks kernels`, `step`, `compile` and others."""
 
 import contextlib
 import dataclasses
@@ -23,6 +23,11 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+Unrolled = Annotated[
+    bool, typer.Option("--unrolled", help="Layers one by one, not stacked and run by a scan.")
+]
 
 
 def progress(text: str) -> None:
@@ -93,6 +98,7 @@ def step(
     prefill: Annotated[
         int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
     ] = None,
+    unrolled: Unrolled = False,
     profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -109,12 +115,38 @@ def step(
         from benchmarks import step as benchmark
         from benchmarks import tables
 
-        shape = benchmark.Shape.of_this_machine(layers, batch, context, prefill)
+        numbers = layers, batch, context, prefill
+        shape = benchmark.Shape.of_this_machine(*numbers, scan=not unrolled)
         report = benchmark.run(shape, progress, profile=profile)
     if as_json:
         print_json(report.to_dict())
     else:
         tables.print_step(report)
+
+
+@app.command("compile")
+def compile_steps(
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
+    unrolled: Unrolled = False,
+    as_json: Json = False,
+) -> None:
+    """Time how long the steps of a model shaped like SmolLM2-135M take to compile.
+
+    LoRA on all projections, in four rank buckets. Below the times stand the arrays as large as a
+    layer's own that each turn of the scan makes: copies that it should do without.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import compiling
+
+        rows = compiling.run(layers, progress, scan=not unrolled)
+    if as_json:
+        print_json({"rows": [dataclasses.asdict(row) for row in rows]})
+        return
+    for row in rows:
+        print(f"{row.name:8} {row.wall_s:6.1f} s, of the CPU {row.cpu_s:6.1f} s")
+        for what, made in (("stacks", row.stacks), ("weights, cache", row.weights)):
+            print(f"    copies of {what} in the loop: {', '.join(made) or 'none'}")
 
 
 @app.command()

@@ -23,7 +23,8 @@ from jax_lora.bank import AdapterBank
 from jax_lora.batch import AdapterBatch, use
 from jax_lora.llama import KVCache, Llama, LlamaConfig, decode, prefill
 from jax_lora.nn.apply import apply_lora
-from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.names import array_shapes, numbered_names, path_name, with_numbers
 from jax_lora.serving.options import step_options
 from pallas_kernels import make_segments
 
@@ -62,7 +63,7 @@ _SEGMENT_SLOTS = 64
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A model, and what its steps read: `batch` rows with `context` cached tokens each, or
-    `prefill` tokens in all of eight prompts.
+    `prefill` tokens in all of eight prompts. `scan`: whether its layers are run by a scan.
 
     Raises:
       ValueError: a number is below 1, or `batch` or `prefill` is no multiple of eight.
@@ -72,6 +73,7 @@ class Shape:
     batch: int
     context: int
     prefill: int
+    scan: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "prefill"):
@@ -86,6 +88,8 @@ class Shape:
         batch: int | None = None,
         context: int | None = None,
         prefill: int | None = None,
+        *,
+        scan: bool = True,
     ) -> "Shape":
         """Llama-3-8B's on a GPU, else a small one; None for its own numbers."""
         on_gpu = jax.default_backend() == "gpu"
@@ -94,7 +98,8 @@ class Shape:
             config = dataclasses.replace(config, num_hidden_layers=layers)
         numbers = (64, 1024, 4096) if on_gpu else (16, 32, 64)
         given = (batch, context, prefill)
-        return cls(config, *(own if it is None else it for own, it in zip(numbers, given)))
+        rows, tokens, prompts = (own if it is None else it for own, it in zip(numbers, given))
+        return cls(config, rows, tokens, prompts, scan)
 
     @property
     def cache_bytes(self) -> int:
@@ -235,7 +240,7 @@ class _Bench:
     def __init__(self, shape: Shape, progress: Callable[[str], None], profile: bool) -> None:
         progress(f"making a model of {shape.config.num_hidden_layers} layers")
         self.shape, self.progress, self.profile = shape, progress, profile
-        self.graphdef, self.weights = nnx.split(_random_model(shape.config))
+        self.graphdef, self.weights = nnx.split(_random_model(shape))
         unread = self.weights["model"]["embed_tokens"]["embedding"].nbytes
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights)) - unread
         self.rows: list[Row] = []
@@ -456,12 +461,15 @@ def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
+    inputs = shape[-2] if len(shape) > 1 else shape[0]
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
 
 
-def _random_model(config: LlamaConfig) -> Llama:
+def _random_model(shape: Shape) -> Llama:
     """A model whose weights were made where they lie: initialisers would go through float32."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: Llama(shape.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), scan=shape.scan)
+    )
     parameters = nnx.to_flat_state(nnx.state(model))
     made = [
         (path, value.replace(_random(value.shape, value.dtype, seed)))
@@ -472,10 +480,12 @@ def _random_model(config: LlamaConfig) -> Llama:
 
 
 def _random_adapter(model: Llama, rank: int) -> Adapter:
+    found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
+    names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
-        path_name(path): module.features()
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, LoRALayer)
+        name: module.features()
+        for path, module in found.items()
+        for name in with_numbers(names[path_name(path)], module.lead).values()
     }
     size = rank * max(map(max, layers.values()))
     noise = np.random.default_rng(rank).normal(0, 0.02, size).astype(jnp.bfloat16)
@@ -500,9 +510,11 @@ def _inputs(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]:
         used = length
     lengths = jnp.full(rows, used, jnp.int32)
     size = (rows, config.num_key_value_heads, length, config.head_dim)
-    layers = range(config.num_hidden_layers)
+    layers = config.num_hidden_layers
     keys, values = (
-        tuple(_random(size, jnp.bfloat16, 2 * layer + part) for layer in layers)
+        _random((layers, *size), jnp.bfloat16, part)
+        if shape.scan
+        else tuple(_random(size, jnp.bfloat16, 2 * layer + part) for layer in range(layers))
         for part in range(2)
     )
     tokens_shape = (rows,) if phase == "decode" else (rows, length)

@@ -78,7 +78,9 @@ def print_step(report: "step.Report") -> None:
         table.add_row(row.name, us, target, ratio, met, host)
     _stdout.print(table)
     for launches in report.launches:
-        per_layer = launches.custom_calls / report.shape.config.num_hidden_layers
+        # A scan's turn is listed once.
+        layers = 1 if report.shape.scan else report.shape.config.num_hidden_layers
+        per_layer = launches.custom_calls / layers
         _say(
             f"Decode, {launches.program}: {launches.launches} launches, {per_layer:g} of them LoRA "
             f"kernels of each layer; {launches.graphs} CUDA graphs, {launches.outside} launches "

@@ -15,6 +15,7 @@ from jax_lora.nn.einsum import LoRAEinsum as LoRAEinsum
 from jax_lora.nn.linear import LoRADense as LoRADense
 from jax_lora.nn.linear import LoRADenseGeneral as LoRADenseGeneral
 from jax_lora.nn.packed import call_packed as call_packed
+from jax_lora.nn.scan import scan_layers as scan_layers
 from jax_lora.nn.stacks import LoRAScale as LoRAScale
 from jax_lora.plan import plan_slots as plan_slots
 from jax_lora.serving.options import step_options as step_options

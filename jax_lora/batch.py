@@ -271,6 +271,18 @@ class AdapterBatch:
             )
         return first_ids(self.ranges)
 
+    def sorted_for(self, lead: tuple[int, ...]) -> "AdapterBatch":
+        """The same batch, its tokens sorted for an `x` of shape `[*lead, H]`, also in the loops
+        that this trace is about to begin: else each would sort them in each turn.
+
+        Raises:
+          ValueError: the rows do not spread over `lead`.
+        """
+        batch = object.__new__(type(self))
+        batch.__dict__.update(self.__dict__)
+        batch._segments = [(None, (lead, jax.tree.structure(self)), self.segments(lead))]
+        return batch
+
     def segments(self, lead: tuple[int, ...]) -> Segments:
         """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
 
@@ -283,7 +295,7 @@ class AdapterBatch:
         key = (lead, tree)
         # A sort made inside one trace (a scan's body, say) must not leak into another.
         trace = jax.extend.core.get_opaque_trace_state(convention="nnx")
-        self._segments = [known for known in self._segments if known[0] == trace]
+        self._segments = [known for known in self._segments if known[0] in (None, trace)]
         for _, known_key, segments in self._segments:
             if known_key == key:
                 return segments

@@ -16,7 +16,8 @@ from jax_lora import bank
 from jax_lora.bank.owner import StackOwner
 from jax_lora.batch import AdapterBatch, Guard
 from jax_lora.nn.layer import LoRALayer, batch_for
-from jax_lora.nn.stacks import Slots, empty_scales, slots_of, stack_dtype, stack_part, stack_shapes
+from jax_lora.nn.names import Path, Shape
+from jax_lora.nn.stacks import Slots, StackArrays, empty_scales, slots_of, stack_dtype, stack_shapes
 from pallas_kernels.ops import add_in_step
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 
@@ -106,8 +107,8 @@ class LoRADense(nn.Dense):
         adapters.check_guard(held.guard, type(self).__name__)
         first_slots = adapters.first_slots(slots_of(shapes))
         parts = [
-            stack_part(
-                **stacks[i], scales=scales, shape=shape, first_slot=first_slots[shape.bucket]
+            StackArrays(stacks[i]["lora_a"], stacks[i]["lora_b"], scales).part(
+                shape, first_slots[shape.bucket]
             )
             for i, shape in enumerate(shapes)
         ]
@@ -125,26 +126,28 @@ class _Dense(LoRALayer):
     """What the bank needs of a layer: its kernel, and its stacks as NNX modules."""
 
     def __init__(self, path: str, kernel: Array, stacks: Mapping[int, Any], scales: Any) -> None:
-        if kernel.ndim != 2:
-            raise ValueError(
-                f"{path}: kernel {list(kernel.shape)} should have 2 axes; layers stacked for a "
-                "scan are not covered yet"
-            )
+        lead = kernel.shape[:-2]
         self.kernel = nnx.Param(kernel)
         ordered = [stacks[i] for i in range(len(stacks))]
-        buckets = [stack["lora_a"].shape[1] for stack in ordered]
+        if any(s["lora_a"].shape[:-3] != lead for s in ordered) or scales.shape[:-1] != lead:
+            raise ValueError(
+                f"{path}: kernel {list(kernel.shape)} and stacks {list(ordered[0]['lora_a'].shape)}"
+                " must have the same axes of layers, in front: give nn.scan variable_axes with 0 "
+                'for "params", "lora" and "lora_scale"'
+            )
+        buckets = [stack["lora_a"].shape[-2] for stack in ordered]
         slices = [
-            s["lora_b"].shape[1] for s, bucket in zip(ordered, buckets) if bucket == buckets[0]
+            s["lora_b"].shape[-2] for s, bucket in zip(ordered, buckets) if bucket == buckets[0]
         ]
-        slots = {bucket: s["lora_a"].shape[0] for s, bucket in zip(ordered, buckets)}
-        self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype)
+        slots = {bucket: s["lora_a"].shape[-3] for s, bucket in zip(ordered, buckets)}
+        self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype, lead)
         for stack, values in zip(self.stacks, ordered):
             for variable, name in zip(stack.variables, ("lora_a", "lora_b")):
                 variable.set_value(_own(values[name]))
         self.scales.set_value(_own(scales))
 
     def features(self) -> tuple[int, int]:
-        in_features, out_features = self.kernel.shape
+        in_features, out_features = self.kernel.shape[-2:]
         return in_features, out_features
 
 
@@ -171,8 +174,8 @@ class AdapterBank(bank.AdapterBank):
     must be given `bank.variables` once the first has loaded something.
 
     Raises:
-      ValueError: there are no LoRA layers, or they are stacked for a scan, or lack scales; another
-        bank has taken the variables over and changed them; and as `jax_lora.AdapterBank`.
+      ValueError: there are no LoRA layers, or they lack scales; another bank has taken the
+        variables over and changed them; and as `jax_lora.AdapterBank`.
     """
 
     def __init__(
@@ -206,8 +209,12 @@ class AdapterBank(bank.AdapterBank):
             arrays = params[*path, "kernel"], layer["stacks"], scales[*path, "scales"]
             setattr(parent, path[-1], _Dense(".".join(path), *arrays))
         model.peft_names = nnx.static(dict(peft_names or {}))
+        self._shapes = {path: tuple(jnp.shape(value)) for path, value in params.items()}
         super().__init__(model)
         _LINEN_BANKS.add(self)
+
+    def _array_shapes(self) -> dict[Path, Shape]:
+        return self._shapes
 
     def _owners_before(self) -> list[StackOwner]:
         mine = {id(array) for array in jax.tree.leaves(self.state)}

@@ -102,7 +102,11 @@ def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) -
 def _add_lora_fwd(
     call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds
 ) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
-    return _add_lora(call, ys, x, parts, token_ids), (x, parts, token_ids)
+    return _add_lora(call, ys, x, parts, token_ids), (x, _kept(parts), token_ids)
+
+
+def _kept(parts: Parts) -> Parts:
+    return tuple(part.without_slices() for part in parts)
 
 
 def _add_lora_bwd(
@@ -122,7 +126,7 @@ def _lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
 def _lora_delta_fwd(
     call: Call, x: Array, parts: Parts, token_ids: TokenIds
 ) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
-    return _lora_delta(call, x, parts, token_ids), (x, parts, token_ids)
+    return _lora_delta(call, x, parts, token_ids), (x, _kept(parts), token_ids)
 
 
 def _lora_delta_bwd(
@@ -139,12 +143,17 @@ def _gradients(
     call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
 ) -> tuple[Array, Parts, None]:
     x, parts, token_ids = derivatives.cotangents(call.op, residuals)
+    parts = tuple(part.with_slices() for part in parts)
     dx, dparts = _backward(call).add_lora_grad(call, side_by_side(dys), x, parts, token_ids)
     return dx.astype(x.dtype), tuple(map(_in_whole_scales, parts, dparts)), None
 
 
 def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
-    """A part's gradient in all of the scales that it was given, zero in those of others."""
+    """A part's gradient in all of the scales that it was given, zero in those of others.
+
+    There is none in `layers`: it is in the slices of them.
+    """
+    gradient = dataclasses.replace(gradient, layers=None)
     if part.scales_offset is None:
         return gradient
     own = jnp.asarray(gradient.scales)

@@ -17,7 +17,7 @@ from pallas_kernels.routing import (
     num_tokens_of,
     static,
 )
-from pallas_kernels.stacks import LoRAPart
+from pallas_kernels.stacks import LayerStacks, LoRAPart
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -141,7 +141,30 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
             f"{first_slot}"
         )
     factors, offset = _part_scales(f"parts[{n}]", given, a.shape[0])
-    return LoRAPart(a, b, factors, first_slot, columns(y_shape, given.y_offset, b.shape[1]), offset)
+    y_offset = columns(y_shape, given.y_offset, b.shape[1])
+    if (layers := given.layers) is not None:
+        _check_layers(f"parts[{n}]", layers, (a, b, factors), offset)
+    return LoRAPart(a, b, factors, first_slot, y_offset, offset, layers)
+
+
+def _check_layers(
+    name: str, layers: LayerStacks, own: tuple[Array, Array, Array], scales_offset: int | None
+) -> None:
+    """ValueError if a part's own arrays can't stand among those of several layers."""
+    if scales_offset is None:
+        raise ValueError(f"{name} has layers, so it needs a scales_offset")
+    given = layers.lora_a, layers.lora_b, layers.scales
+    for what, one, mine in zip(("lora_a", "lora_b", "scales"), given, own):
+        if one.shape[1:] != mine.shape or one.dtype != mine.dtype:
+            raise ValueError(
+                f"{name}.layers.{what} must have shape {['layers', *mine.shape]} and dtype "
+                f"{mine.dtype}, got {list(one.shape)} and {one.dtype}"
+            )
+    if jnp.shape(layers.layer) != () or jnp.result_type(layers.layer) != jnp.int32:
+        raise ValueError(
+            f"{name}.layers.layer must be one int32, got {jnp.result_type(layers.layer)} "
+            f"{list(jnp.shape(layers.layer))}"
+        )
 
 
 def _part_scales(name: str, given: LoRAPart, num_adapters: int) -> tuple[Array, int | None]:
@@ -162,7 +185,7 @@ def _part_scales(name: str, given: LoRAPart, num_adapters: int) -> tuple[Array, 
 
 def slot_ranges(parts: Sequence[LoRAPart]) -> list[SlotRange]:
     """The range of slots of each part. ValueError where two overlap and are not equal."""
-    ranges = [SlotRange(p.first_slot, jnp.shape(p.lora_a)[0]) for p in parts]
+    ranges = [SlotRange(p.first_slot, p.slots) for p in parts]
     distinct = sorted(set(ranges))
     for one, other in itertools.pairwise(distinct):
         if other.first < one.stop:

@@ -5,6 +5,8 @@ Its time grows with the number of slots. It exists to switch kernels off
 others. Its gradients are XLA's.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -37,7 +39,7 @@ def add_lora(
     call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
 ) -> tuple[Array, ...]:
     """The ys plus both halves of each part, in order. A token's sum is rounded once."""
-    y, locals_ = side_by_side(ys), local_parts(parts, token_ids)
+    y, locals_ = side_by_side(ys), _local_parts(parts, token_ids)
     acc, touched = _add_parts(y if len(parts) == 1 else y.astype(jnp.float32), x, locals_)
     if acc.dtype != y.dtype:
         acc = jnp.where(touched, acc.astype(y.dtype), y)
@@ -49,9 +51,14 @@ def lora_delta(
 ) -> tuple[Array, ...]:
     """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
     zeros = jnp.zeros((x.shape[0], sum(call.widths)), jnp.float32)
-    total, touched = _add_parts(zeros, x, local_parts(parts, token_ids))
+    total, touched = _add_parts(zeros, x, _local_parts(parts, token_ids))
     total = total.astype(call.dtype)
     return apart(jnp.where(touched, total, jnp.asarray(-0.0, total.dtype)), call.widths)
+
+
+def _local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalPart]:
+    """By slices where they are those of several layers: every adapter of a layer is read anyway."""
+    return local_parts(tuple(dataclasses.replace(part, layers=None) for part in parts), token_ids)
 
 
 def _select(mask: Array, new: Array, old: Array) -> Array:

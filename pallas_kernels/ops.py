@@ -1,5 +1,6 @@
 """The public ops: checks, then the operation of the backend that runs the case."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
@@ -275,6 +276,9 @@ def _check_parts(
     phase = phase_of(x.shape[0]) if phase is None else check_phase(phase)
     y_shape = [x.shape[0], sum(widths)]
     parts = tuple(checks.part(n, part, x.shape[1], y_shape) for n, part in enumerate(given))
+    if len({None if part.layers is None else id(part.layers.layer) for part in parts}) > 1:
+        # A launch is of one layer.
+        parts = tuple(dataclasses.replace(part, layers=None) for part in parts)
     ranges = checks.slot_ranges(parts)
     token_ids = checks.shared_token_ids(indices, x.shape[0], ranges)
     missing = support.missing_parts(parts, widths, dtype)

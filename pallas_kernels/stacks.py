@@ -6,14 +6,49 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from pallas_kernels.renamed import removed_keywords
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerStacks:
+    """Stacks of several like layers, one behind the other, in which a layer's own stand.
+
+    In a loop over layers, a layer's stacks are slices of these. A kernel takes arrays, so XLA would
+    copy the slices for it in each turn. Those who know these arrays read the layer's in their
+    place. They are never differentiated: gradients are those of the slices.
+
+    Attributes:
+      lora_a: `[layers, L, R, H]`.
+      lora_b: `[layers, L, N, R]`.
+      scales: `[layers, S]`.
+      layer: int32, which layer's they are; it may be traced.
+    """
+
+    lora_a: Array
+    lora_b: Array
+    scales: Array
+    layer: Array
+
+    @property
+    def flat(self) -> tuple[Array, Array, Array]:
+        """A `[layers * L, R, H]`, B and the scales, with the first two axes as one."""
+        a, b, s = (t.reshape(-1, *t.shape[2:]) for t in (self.lora_a, self.lora_b, self.scales))
+        return a, b, s
+
+    def own(self) -> tuple[Array, Array, Array]:
+        """A `[L, R, H]`, B and the scales `[S]` of the layer, as slices."""
+        arrays = self.lora_a, self.lora_b, self.scales
+        a, b, s = (lax.dynamic_index_in_dim(t, self.layer, keepdims=False) for t in arrays)
+        return a, b, s
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("lora_a", "lora_b", "scales"),
+    data_fields=("lora_a", "lora_b", "scales", "layers"),
     meta_fields=("first_slot", "y_offset", "scales_offset"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +66,9 @@ class LoRAPart:
       y_offset: the first column of y that the part adds to (static).
       scales_offset: where the part's L scales start in `scales` `[S]`, which then holds those of
         several parts (static). A slice for each part would cost a launch.
+      layers: where the part's arrays stand among those of several layers, if they are slices of
+        them; else None. `lora_a` and `lora_b` are then `[L, R, H]` and `[L, N, R]`, and `scales`
+        has its `scales_offset`.
     """
 
     lora_a: ArrayLike
@@ -39,6 +77,25 @@ class LoRAPart:
     first_slot: int = 0
     y_offset: int = 0
     scales_offset: int | None = None
+    layers: LayerStacks | None = None
+
+    @property
+    def slots(self) -> int:
+        """L."""
+        return jnp.shape(self.lora_a)[0]
+
+    def without_slices(self) -> "LoRAPart":
+        """The part as a gradient keeps it: a loop would store the slices of all of its turns."""
+        if self.layers is None:
+            return self
+        return dataclasses.replace(self, lora_a=0.0, lora_b=0.0, scales=0.0)
+
+    def with_slices(self) -> "LoRAPart":
+        """The inverse of `without_slices`."""
+        if self.layers is None:
+            return self
+        a, b, scales = self.layers.own()
+        return dataclasses.replace(self, lora_a=a, lora_b=b, scales=scales)
 
 
 LoRAPart.__init__ = removed_keywords(  # type: ignore[method-assign]

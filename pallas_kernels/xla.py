@@ -27,6 +27,8 @@ _GATHER_BYTES_CPU = 2**20
 _GATHER_BYTES = 32 * 2**20
 
 Scale = Float[Array, "*L"]
+# Where a layer's first adapter stands in a stack; traced where the stack is that of several layers.
+Place = int | Array
 
 
 def dot(subscripts: str, x: Array, w: Array) -> Array:
@@ -42,9 +44,10 @@ def cast_v(v: Array, lora_b: Array) -> Array:
     return v.astype(lora_b.dtype) if v.dtype == jnp.float32 else v
 
 
-def slots_of(indices: Int[Array, " T"], num_adapters: int) -> Int[Array, " T"]:
-    """Ids for a gather that fills: -1 would wrap to the last adapter, `L` is out of bounds."""
-    return jnp.where(indices < 0, num_adapters, indices)
+def slots_of(indices: Int[Array, " T"], stack: Array, first: Place = 0) -> Int[Array, " T"]:
+    """Ids for a gather that fills: -1 would wrap to the last adapter, `len(stack)` is out of
+    bounds. Adapter 0 stands at `first`."""
+    return jnp.where(indices < 0, stack.shape[0], indices + first)
 
 
 def take(stack: Array, ids: Array) -> Array:
@@ -59,13 +62,17 @@ def add_rows(v: Array, new: Array, segments: Segments) -> Array:
 
 
 class LocalPart(NamedTuple):
-    """A part with the tokens of its own adapters, whose ids count from its first slot."""
+    """A part with the tokens of its own adapters, whose ids count from its first slot.
 
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
+    They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers.
+    """
+
+    lora_a: Float[Array, "M R H"]
+    lora_b: Float[Array, "M N R"]
     scales: Scale
     segments: Segments
     y_offset: int
+    first: Place = 0
 
     @property
     def columns(self) -> slice:
@@ -79,8 +86,12 @@ def local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalP
         a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
         if (first := part.scales_offset) is not None:
             scales = scales[first : first + a.shape[0]]
-        segments = local_segments(token_ids, SlotRange(part.first_slot, a.shape[0]))
-        found.append(LocalPart(a, b, scales, segments, part.y_offset))
+        segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
+        place: Place = 0
+        if (layers := part.layers) is not None:
+            place = layers.layer * part.slots
+            a, b, _ = layers.flat
+        found.append(LocalPart(a, b, scales, segments, part.y_offset, place))
     return found
 
 
@@ -161,15 +172,18 @@ def _shrink(
     scale: Scale,
     *,
     kernel: str,
+    first: Place = 0,
 ) -> Float[Array, "T R"]:
     if kernel == "bgmv":
-        ids = slots_of(segments.indices, lora_a.shape[0])
+        ids = slots_of(segments.indices, lora_a, first)
         v = _per_token(lambda xs, a: dot("th,trh->tr", xs, a), lora_a, x, ids)
-        scales = scale if scale.ndim == 0 else take(scale, ids)[:, None]
-        return jnp.where(segments.indices[:, None] < 0, 0.0, v * scales)
+        if scale.ndim:
+            scale = take(scale, slots_of(segments.indices, scale))[:, None]
+        return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
 
     def tile(v: Array, rows: Array, adapter: Array) -> Array:
-        out = dot("th,rh->tr", take(x, rows), lora_a[adapter]) * _scale_of(scale, adapter)
+        a = lora_a[first + adapter]
+        out = dot("th,rh->tr", take(x, rows), a) * _scale_of(scale, adapter)
         return v.at[rows].set(out, mode="drop")
 
     v = jnp.zeros((x.shape[0], lora_a.shape[1]), jnp.float32)
@@ -192,6 +206,7 @@ def _expand(
     *,
     add_inputs: bool,
     is_bgmv: bool,
+    first: Place = 0,
 ) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
     columns = slice(y_offset, y_offset + lora_b.shape[1])
@@ -201,7 +216,7 @@ def _expand(
         return new.astype(y.dtype)
 
     if is_bgmv:
-        ids = slots_of(segments.indices, lora_b.shape[0])
+        ids = slots_of(segments.indices, lora_b, first)
         delta = _per_token(lambda vs, b: dot("tr,tnr->tn", vs, b), lora_b, v, ids)
         old = y[:, columns]
         new = jnp.where(segments.indices[:, None] < 0, old, update(old, delta))
@@ -213,7 +228,7 @@ def _expand(
         return lax.dynamic_update_slice_in_dim(y, new, y_offset, axis=1)
 
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
-        delta = dot("tr,nr->tn", take(v, rows), lora_b[adapter])
+        delta = dot("tr,nr->tn", take(v, rows), lora_b[first + adapter])
         return y.at[rows, columns].set(update(_rows(y, rows, columns), delta), mode="drop")
 
     return _over_tiles(segments, _block(segments), tile, y)
@@ -274,15 +289,17 @@ def _add_parts(acc: Array, x: Array, parts: list[LocalPart], kernels: tuple[str,
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv")
-    return _expand(v, part.lora_b, part.segments, y, part.y_offset, add_inputs=True, is_bgmv=True)
+    first = part.first
+    v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv", first=first)
+    how = {"add_inputs": True, "is_bgmv": True}
+    return _expand(v, part.lora_b, part.segments, y, part.y_offset, **how, first=first)
 
 
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
-        v = dot("th,rh->tr", take(x, rows), part.lora_a[adapter])
+        v = dot("th,rh->tr", take(x, rows), part.lora_a[part.first + adapter])
         v = cast_v(v * _scale_of(part.scales, adapter), part.lora_b)
-        delta = dot("tr,nr->tn", v, part.lora_b[adapter])
+        delta = dot("tr,nr->tn", v, part.lora_b[part.first + adapter])
         new = _rows(y, rows, part.columns).astype(jnp.float32) + delta
         return y.at[rows, part.columns].set(new.astype(y.dtype), mode="drop")
 
@@ -366,7 +383,8 @@ def _part_grad(
     ) -> tuple[Array, Array, Array, Array]:
         dx, da, db, ds = carry
         xs, scale = take(x, rows), _scale_of(scales, adapter)
-        dys, a, b = _rows(dy, rows, part.columns), lora_a[adapter], lora_b[adapter]
+        dys, place = _rows(dy, rows, part.columns), part.first + adapter
+        a, b = lora_a[place], lora_b[place]
         u = dot("th,rh->tr", xs, a)
         dvs = dot("tn,nr->tr", dys, b)
         db = _add_at(db, adapter, dot("tn,tr->nr", dys, cast_v(u * scale, b)))
@@ -375,10 +393,11 @@ def _part_grad(
         da = _add_at(da, adapter, dot("tr,th->rh", du, xs))
         return dx, da, db, _scale_grad(ds, adapter, jnp.sum(dvs * u))
 
+    slots = part.segments.num_adapters
     zeros = (
         jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(lora_a.shape, jnp.float32),
-        jnp.zeros(lora_b.shape, jnp.float32),
+        jnp.zeros((slots, *lora_a.shape[1:]), jnp.float32),
+        jnp.zeros((slots, *lora_b.shape[1:]), jnp.float32),
         jnp.zeros_like(scales),
     )
     dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)

@@ -22,7 +22,7 @@ from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites, some
 from jax_lora.bank.slots import Entry
-from jax_lora.bank.writer import SlotWriter, read_slot, slot_values
+from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 
 
@@ -48,7 +48,13 @@ class AdapterBank(Roster):
 
     PEFT's module names are the NNX paths joined by dots. A model says otherwise by an attribute
     `peft_names`: a mapping from such a path to PEFT's name or, for a layer with `slices`, to a
-    tuple of names, one per slice.
+    tuple of names, one per slice. The path may be that of a module around layers, whose names then
+    begin with the name given.
+
+    Each layer of those that are stacked for a scan has a name of its own: `layers.7.q_proj` of the
+    path `layers.q_proj`. Its number stands behind the highest module below the model all of whose
+    arrays have the axis of layers. `peft_names` says otherwise with a `{}` for the number, as in
+    `{"model.stack.layers": "model.layers.{}"}`.
 
     Threads may share a bank. A load donates the stacks that it writes, so a step must not read them
     meanwhile. Where one thread loads while another steps, hold `bank.stepping` around the step::
@@ -79,12 +85,13 @@ class AdapterBank(Roster):
     Raises:
       RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
       ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
-        by `nnx.vmap`, or `peft_names` does not fit it.
+        along axes that are not in front, or `peft_names` does not fit it.
     """
 
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
-        self._sites: dict[str, Site] = find_sites(self._layers, getattr(model, "peft_names", {}))
+        peft_names = getattr(model, "peft_names", {})
+        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
@@ -260,7 +267,7 @@ class AdapterBank(Roster):
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""
         site = self._sites[module]
-        return np.asarray(site.layer.kernel_matrix()[:, site.columns]).T
+        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
 
     def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
         features = {
@@ -292,10 +299,8 @@ class AdapterBank(Roster):
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
         with self.stepping, self._lock:
             entry = self._entry(name)
-            slots = {
-                module: read_slot(self._sites[module].stacks[entry.bucket], entry.slot)
-                for module in sorted(entry.modules)
-            }
+            sites = {module: self._sites[module] for module in sorted(entry.modules)}
+            slots = read_slots(sites, entry.bucket, entry.slot)
         return as_adapter(entry.config, slots)
 
 

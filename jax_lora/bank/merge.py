@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site
-from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.names import path_name
 
 
 def as_adapter(config: LoRAConfig, slots: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Adapter:
@@ -75,10 +77,25 @@ def merged(model: nnx.Module, adapter: Adapter, sites: Mapping[str, Site]) -> nn
         layer = cast(LoRALayer, module)
         if holders[id(layer.kernel)] > 1:
             raise ValueError(f"{path_name(path)} shares its kernel with another layer")
-        matrix = layer.kernel_matrix().astype(jnp.float32)
-        for site, weights in by_layer[id(module)]:
-            a, b = (jnp.asarray(t).astype(jnp.float32) for t in (weights.a, weights.b))
-            delta = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
-            matrix = matrix.at[:, site.columns].add(delta * weights.scale)
-        state[*path, "kernel"].set_value(layer.kernel_tensor(matrix).astype(layer.kernel.dtype))
+        kernels = [
+            _merged_kernel(layer, index, [own for own in adapted if own[0].index == index])
+            for adapted in [by_layer[id(module)]]
+            for index in np.ndindex(*layer.lead)
+        ]
+        kernel = jnp.stack(kernels).reshape(layer.kernel.shape) if layer.lead else kernels[0]
+        state[*path, "kernel"].set_value(kernel)
     return nnx.from_flat_state(state)
+
+
+def _merged_kernel(
+    layer: LoRALayer, index: tuple[int, ...], adapted: list[tuple[Site, LoRAWeights]]
+) -> Array:
+    """The kernel of one layer, of those that are stacked, with what adapts it folded in."""
+    if not adapted:
+        return layer.kernel[index]
+    matrix = layer.kernel_matrix(index).astype(jnp.float32)
+    for site, weights in adapted:
+        a, b = (jnp.asarray(t).astype(jnp.float32) for t in (weights.a, weights.b))
+        delta = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
+        matrix = matrix.at[:, site.columns].add(delta * weights.scale)
+    return layer.kernel_tensor(matrix).astype(layer.kernel.dtype)

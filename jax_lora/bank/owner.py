@@ -9,7 +9,8 @@ from flax import nnx
 
 from jax_lora.bank.sites import common_slots
 from jax_lora.batch import Guard, Lock
-from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.names import Path, Shape, array_shapes, numbered_names, path_name
 from jax_lora.nn.stacks import LoRAScale, LoRAStack
 from jax_lora.process import check_process, undivided
 
@@ -47,6 +48,18 @@ class StackOwner:
         self._lock = threading.RLock()  # of what the host knows; taken after `stepping`
         self._guard = Guard()
         self._is_current = False
+
+    def _own_names(self) -> dict[str, str]:
+        """Each layer's path as a name, with a `{}` for the number of a layer that is stacked."""
+        leads: dict[Path, Shape] = {
+            path: module.lead
+            for path, module in nnx.iter_modules(self._model)
+            if isinstance(module, LoRALayer)
+        }
+        return numbered_names(self._array_shapes(), leads)
+
+    def _array_shapes(self) -> dict[Path, Shape]:
+        return array_shapes(self._model)
 
     @property
     def stepping(self) -> Lock:

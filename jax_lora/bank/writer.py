@@ -79,7 +79,7 @@ def _compile(
     def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
         written = []
         for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
-            scales = scales.at[first + slot].set(new_scales)
+            scales = scales.at[..., first + slot].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
@@ -87,10 +87,13 @@ def _compile(
 
     values = [
         (
-            jax.ShapeDtypeStruct(first.shape, jnp.float32),
-            [jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in stacks],
+            jax.ShapeDtypeStruct((*scales.shape[:-1], *first.shape), jnp.float32),
+            [
+                jax.ShapeDtypeStruct((*stack.shape[:-3], *stack.shape[-2:]), stack.dtype)
+                for stack in stacks
+            ],
         )
-        for first, (_, stacks) in zip(firsts, arrays)
+        for first, (scales, stacks) in zip(firsts, arrays)
     ]
     write = jax.jit(write_slot, donate_argnums=0)
     return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
@@ -113,48 +116,65 @@ def slot_values(
     Raises:
       ValueError: weights overflow the stacks' dtype.
     """
-    by_layer: dict[int, tuple[list[float], list[np.ndarray]]] = {}
-    for module, site in sites.items():
-        weights = adapter.modules.get(module)
-        scales, slots = by_layer.setdefault(id(site.layer), ([], []))
-        scales.append(0.0 if weights is None else weights.scale)
-        slots.extend(_slot_of(name, module, weights, site.stacks[bucket], is_own))
-    return [
-        (np.array(scales, np.float32), list(slots))
-        for scales, slots in (by_layer[id(layer)] for layer in layers)
+    slots = {id(layer): _empty_slot(layer, bucket) for layer in layers}
+    for module, weights in adapter.modules.items():
+        site = sites[module]
+        stack = site.stacks[bucket]
+        scales, arrays = slots[id(site.layer)]
+        scales[*site.index, site.nth] = weights.scale
+        halves = _as_stored(name, module, weights, stack.lora_a.dtype)
+        mine = slice(2 * site.nth, 2 * site.nth + 2)
+        if is_own and weights.rank == bucket and not site.index:
+            arrays[mine] = halves
+            continue
+        # As words: NumPy copies rows of bfloat16 one by one, several times slower.
+        words, rank = np.dtype(f"u{stack.lora_a.dtype.itemsize}"), weights.rank
+        (a, b), (new_a, new_b) = (
+            [np.ascontiguousarray(t).view(words) for t in halves],
+            [array[site.index].view(words) for array in arrays[mine]],
+        )
+        new_a[:rank], new_b[:, :rank] = a, b
+    return [(scales, list(arrays)) for scales, arrays in (slots[id(layer)] for layer in layers)]
+
+
+def _empty_slot(layer: LoRALayer, bucket: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    stacks = [stack for stack in layer.stacks if stack.bucket == bucket]
+    arrays = [
+        np.zeros((*layer.lead, *size[1:]), stack.lora_a.dtype)
+        for stack in stacks
+        for size in stack.shape.sizes
     ]
+    return np.zeros((*layer.lead, len(stacks)), np.float32), arrays
 
 
-def _slot_of(
-    name: str, module: str, weights: LoRAWeights | None, stack: LoRAStack, is_own: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    dtype = stack.lora_a.dtype
-    if weights is None:
-        empty = [np.zeros(size[1:], dtype) for size in stack.shape.sizes]
-        return empty[0], empty[1]
+def _as_stored(name: str, module: str, weights: LoRAWeights, dtype: np.dtype) -> list[np.ndarray]:
+    """A and B in the stacks' dtype."""
     with np.errstate(over="ignore"):
-        a, b = (t.astype(dtype, copy=False) for t in (weights.a, weights.b))
-    for new, old in (a, weights.a), (b, weights.b):
+        halves = [t.astype(dtype, copy=False) for t in (weights.a, weights.b)]
+    for new, old in zip(halves, (weights.a, weights.b)):
         if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
             raise ValueError(
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
                 "apply_lora another dtype="
             )
-    if is_own and weights.rank == stack.bucket:
-        return a, b
-    # As words: NumPy copies rows of bfloat16 one by one, several times slower.
-    words, rank = np.dtype(f"u{dtype.itemsize}"), weights.rank
-    a_slot, b_slot = (np.empty(size[1:], words) for size in stack.shape.sizes)
-    a_slot[:rank], b_slot[:, :rank] = (np.ascontiguousarray(t).view(words) for t in (a, b))
-    a_slot[rank:], b_slot[:, rank:] = 0, 0
-    return a_slot.view(dtype), b_slot.view(dtype)
+    return halves
 
 
-def read_slot(stack: LoRAStack, slot: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of one slot, whole.
+def read_slots(
+    sites: Mapping[str, Site], bucket: int, slot: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A and B of one slot of each site, whole.
 
     A slice by the true rank would compile for each rank. The slot is fetched alone: a stack of
     which NumPy holds a view, on the CPU, could not be updated in place.
     """
-    a, b = (np.asarray(get_slot(v.get_value(), np.int32(slot))) for v in stack.variables)
-    return a, b
+    fetched: dict[int, list[np.ndarray]] = {}  # layers stacked for a scan share theirs
+    found = {}
+    for name, site in sites.items():
+        stack = site.stacks[bucket]
+        if id(stack) not in fetched:
+            slots = (get_slot(v.get_value(), np.int32(slot)) for v in stack.variables)
+            fetched[id(stack)] = [np.asarray(array) for array in slots]
+        a, b = fetched[id(stack)]
+        found[name] = a[site.index], b[site.index]
+    return found

@@ -2,12 +2,15 @@
 
 Its forward knows nothing of adapters. Its NNX paths, joined by dots, are the module names of
 Hugging Face and PEFT (`model.layers.0.self_attn.q_proj`), so `jax_lora.apply_lora` and PEFT's
-adapters fit as they are.
+adapters fit as they are. Its layers are stacked in one module and run by a scan, which compiles one
+of them: the names then lack the number, which is an axis of the arrays.
 """
 
 import dataclasses
+import functools
+import itertools
 import os
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
-from jax_lora.models.config import AttentionKind, LlamaConfig
+from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.packed import call_packed
+from jax_lora.nn.scan import scan_layers
 
 
 def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -38,6 +42,11 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
         precision=_precision(dtype),
         rngs=rngs,
     )
+
+
+def _product(form: str, a: Array, b: Array) -> Array:
+    """An einsum in float32."""
+    return jnp.einsum(form, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -62,6 +71,16 @@ class RMSNorm(nnx.Module):
             out = scale * x32.astype(x.dtype)
         # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
         return jax.lax.optimization_barrier(out)
+
+
+# Keys and values of some tokens, each `[B, num_key_value_heads, T, head_dim]`.
+Memory = tuple[Array, Array]
+# Of all layers: one array with an axis of layers in front; of layers that are not stacked, a tuple.
+OfLayers = Array | tuple[Array, ...]
+# What tokens see: cosine and sine of their positions, and a mask `[#B, S, T]`.
+View = tuple[tuple[Array, Array], Array]
+# What a layer has of its own: the past tokens, and which of the views (None: there is one).
+Own = tuple[Memory | None, int | Array | None]
 
 
 class Attention(nnx.Module):
@@ -99,41 +118,37 @@ class Attention(nnx.Module):
 
     def _scores(self, q: Float[Array, "B S N G D"], k: Float[Array, "B N T D"]) -> Array:
         """`[B, N, G, S, T]` in float32, before the mask."""
-        config = self.config
-        scores = jnp.einsum(
-            "bsngd,bntd->bngst",
-            q,
-            k,
-            precision=_precision(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        scores *= (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        return _soft_cap(scores, config.attn_logit_softcapping)
+        scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
+        scores = _product("bsngd,bntd->bngst", q, k) * scale
+        return _soft_cap(scores, self.config.attn_logit_softcapping)
 
     def __call__(
         self,
         x: Float[Array, "B S H"],
         rope: tuple[Array, Array],
         mask: Bool[Array, "#B S T"],
-        past: tuple[Array, Array, Array] | None,
-    ) -> tuple[Float[Array, "B S H"], tuple[Array, Array]]:
-        """Also returns the keys and values it attended to: those of x, put into `past` if any."""
+        past: Memory | None,
+    ) -> tuple[Float[Array, "B S H"], Memory]:
+        """Attends to the `past` tokens, if any, and to those of x; also returns the latter's keys
+        and values. `mask` says which: all of the past ones, then those of x."""
         batch, length, _ = x.shape
         q, k, v = self._heads(x)
         q, k = rotate(q, rope), rotate(k, rope)
         # Heads before positions, as the products below batch over rows and heads: in another
         # order XLA transposes the whole cache at each step.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        if past is not None:
-            keys, values, lengths = past
-            rows = jnp.arange(batch)
-            k = keys.at[rows, :, lengths].set(k[:, :, 0], mode="drop")
-            v = values.at[rows, :, lengths].set(v[:, :, 0], mode="drop")
         # Query head n reads key-value head n // G.
         q = q.reshape(batch, length, k.shape[1], -1, self.config.head_dim)
-        scores = jnp.where(mask[:, None, None], self._scores(q, k), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bngst,bntd->bsngd", weights, v, precision=_precision(x.dtype))
+        # The past is read where it stands: who adds to it first has to copy the layer's.
+        memories = [(k, v)] if past is None else [past, (k, v)]
+        scores = [self._scores(q, keys) for keys, _ in memories]
+        score = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
+        weights = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
+        attended = [
+            _product("bngst,bntd->bsngd", some, values) for some, (_, values) in zip(each, memories)
+        ]
+        out = sum(attended[1:], attended[0]).astype(v.dtype)
         # Else XLA transposes the product once for each that reads it: the projection, its adapters.
         out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
         return self.o_proj(out), (k, v)
@@ -186,8 +201,8 @@ class DecoderLayer(nnx.Module):
         x: Array,
         rope: tuple[Array, Array],
         mask: Array,
-        past: tuple[Array, Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        past: Memory | None,
+    ) -> tuple[Array, Memory]:
         attended, memory = self.self_attn(self.input_layernorm(x), rope, mask, past)
         if not self.is_sandwich:
             x = x + attended
@@ -203,72 +218,111 @@ class KVCache:
     """Keys and values of all layers, of one static size.
 
     Attributes:
-      keys, values: per layer, `[B, num_key_value_heads, T, head_dim]`.
+      keys, values: `[layers, B, num_key_value_heads, T, head_dim]`; of a model with `scan=False`, a
+        tuple of the layers'.
       lengths: `[B]` int32, how many of the T positions of each row are in use.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: OfLayers
+    values: OfLayers
     lengths: Array
+
+    @property
+    def size(self) -> int:
+        """T."""
+        return int(jax.tree.leaves(self.keys)[0].shape[-2])
+
+    def extended(self, keys: OfLayers, values: OfLayers) -> "KVCache":
+        """With one more token per row, whose keys and values have T = 1; a full row keeps its own.
+
+        Once for all layers, so that nothing but the new ones is written.
+        """
+        rows = jnp.arange(self.lengths.shape[0])
+
+        def put(old: Array, new: Array) -> Array:
+            new = jnp.moveaxis(new, -4, 0)[..., 0, :]
+            return old.at[..., rows, :, self.lengths, :].set(new, mode="drop")
+
+        keys, values = jax.tree.map(put, (self.keys, self.values), (keys, values))
+        return KVCache(keys, values, self.lengths + 1)
 
 
 class Decoder(nnx.Module):
     """From tokens to the last hidden states."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(
+        self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, scan: bool
+    ) -> None:
+        self.config, self.scan = config, scan
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
-        self.layers = nnx.List(
-            DecoderLayer(config, dtype, rngs) for _ in range(config.num_hidden_layers)
+        make, count = functools.partial(DecoderLayer, config, dtype), config.num_hidden_layers
+        self.layers: Any = (
+            nnx.vmap(make)(rngs.split(count))
+            if scan
+            else nnx.List(make(rngs) for _ in range(count))
         )
         self.norm = RMSNorm(config.hidden_size, config, dtype)
 
     def __call__(
         self, tokens: Int[Array, "B S"], cache: KVCache | None = None, *, room: int | None = None
-    ) -> tuple[Float[Array, "B S H"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+    ) -> tuple[Float[Array, "B S H"], tuple[OfLayers, OfLayers]]:
         """With a cache, `tokens` `[B, 1]` follow what it holds; without, they begin at 0.
 
-        Also returns the keys and values of all layers: of the tokens, or those of the whole cache.
-        Scaled rotary embeddings follow the positions of the cache that these are for: `room`, by
-        default those of `cache`, or of the tokens.
+        Also returns the tokens' keys and values in all layers. Scaled rotary embeddings follow the
+        size of the cache that these are for: `room`, by default that of `cache`, or the tokens'
+        number.
         """
+        config = self.config
         if cache is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            stored, size = positions, tokens.shape[1]
+            distances = positions[:, :, None] - positions[:, None]
+            is_seen = distances >= 0
         else:
-            positions, size = cache.lengths[:, None], cache.keys[0].shape[2]
-            stored = jnp.arange(size, dtype=jnp.int32)[None]
-        views = {
-            kind: _view(kind, self.config.head_dim, positions, stored, room or size)
-            for kind in self.config.attention_kinds
-        }
+            positions = cache.lengths[:, None]
+            distances = positions[:, :, None] - jnp.arange(cache.size, dtype=jnp.int32)[None, None]
+            own = [(0, 0), (0, 0), (0, 1)]  # the token itself
+            is_seen = jnp.pad(distances > 0, own, constant_values=True)
+            distances = jnp.pad(distances, own)
+        room = room or (tokens.shape[1] if cache is None else cache.size)
+        views = [
+            (
+                waves(kind.rope, config.head_dim, positions, room),
+                is_seen if kind.window is None else is_seen & (distances < kind.window),
+            )
+            for kind in config.attention_kinds
+        ]
         x = self.embed_tokens(tokens)
-        if self.config.scaled_embeddings:
-            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        if config.scaled_embeddings:
+            x *= jnp.asarray(config.hidden_size**0.5, x.dtype)
+        past = None if cache is None else (cache.keys, cache.values)
+        x, memories = self._run_layers(x, views, past)
+        return self.norm(x), memories
+
+    def _run_layers(
+        self, x: Array, views: list[View], past: tuple[OfLayers, OfLayers] | None
+    ) -> tuple[Array, tuple[OfLayers, OfLayers]]:
+        kinds = [self.config.attention_kinds.index(k) for k in self.config.kinds_of_layers]
+        view_of_kind = jax.tree.map(lambda *each: jnp.stack(each), *views)
+
+        def run(layer: DecoderLayer, x: Array, own: Own | None) -> tuple[Array, Memory]:
+            past, kind = own or (None, None)
+            # In a scan the kind is data: its view is one of several that stand side by side.
+            rope, mask = views[0] if kind is None else jax.tree.map(lambda t: t[kind], view_of_kind)
+            return layer(x, rope, mask, past)
+
+        if self.scan:
+            numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None
+            x, stacked = scan_layers(run, self.layers, x, cast(Own, (past, numbers)))
+            return x, stacked
+        each = [None] * len(self.layers) if past is None else zip(*past, strict=True)
         memories = []
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds_of_layers)):
-            past = None if cache is None else (cache.keys[i], cache.values[i], cache.lengths)
-            x, memory = layer(x, *views[kind], past)
+        for layer, own, kind in zip(self.layers, each, kinds, strict=True):
+            x, memory = run(layer, x, (own, kind))
             memories.append(memory)
         keys, values = zip(*memories, strict=True)
-        return self.norm(x), (keys, values)
-
-
-def _view(
-    kind: AttentionKind,
-    head_dim: int,
-    positions: Int[Array, "#B S"],
-    stored: Int[Array, "#B T"],
-    room: int,
-) -> tuple[tuple[Array, Array], Bool[Array, "#B S T"]]:
-    """What tokens at `positions` see of those at `stored`: the waves that turn them, and a mask."""
-    distance = positions[:, :, None] - stored[:, None]
-    mask = distance >= 0
-    if kind.window is not None:
-        mask &= distance < kind.window
-    return waves(kind.rope, head_dim, positions, room), mask
+        return x, (keys, values)
 
 
 def _soft_cap(x: Array, limit: float | None) -> Array:
@@ -287,13 +341,19 @@ class Llama(nnx.Module):
       config: see `LlamaConfig`.
       dtype: of parameters, cache and computation. float32 is computed in full float32.
       rngs: for the random initial weights.
+      scan: whether the layers are stacked and run by a scan, so that one of them is compiled.
     """
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        scan: bool = True,
     ) -> None:
         self.config = config
-        self.model = Decoder(config, dtype, rngs)
+        self.model = Decoder(config, dtype, rngs, scan=scan)
         if not config.tie_word_embeddings:  # else there is no layer of its own to adapt
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
 
@@ -314,9 +374,13 @@ class Llama(nnx.Module):
         """An empty cache for `batch` rows of at most `max_length` tokens."""
         config = self.config
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        zeros = jnp.zeros(shape, self.model.embed_tokens.embedding.dtype)
-        layers = (zeros,) * config.num_hidden_layers
-        return KVCache(layers, layers, jnp.zeros(batch, jnp.int32))
+        layers, dtype = config.num_hidden_layers, self.model.embed_tokens.embedding.dtype
+        zeros: OfLayers = (
+            jnp.zeros((layers, *shape), dtype)
+            if self.model.scan
+            else (jnp.zeros(shape, dtype),) * layers
+        )
+        return KVCache(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
     @classmethod
     def from_pretrained(
@@ -325,6 +389,7 @@ class Llama(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         revision: str | None = None,
+        scan: bool = True,
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
 
@@ -333,6 +398,7 @@ class Llama(nnx.Module):
             `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
           dtype: None for that of the stored embedding.
           revision: of a name on the hub: a branch, a tag or a commit.
+          scan: as in `Llama`.
 
         Raises:
           FileNotFoundError: the folder or a file is missing; or the hub can't give it.
@@ -352,34 +418,49 @@ class Llama(nnx.Module):
             tensors.pop("lm_head.weight", None)
         if dtype is None and "model.embed_tokens.weight" in tensors:
             dtype = tensors["model.embed_tokens.weight"].dtype
-        model = nnx.eval_shape(lambda: cls(config, dtype=dtype or jnp.float32, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda: cls(config, dtype=dtype or jnp.float32, rngs=nnx.Rngs(0), scan=scan)
+        )
         params = nnx.to_flat_state(nnx.state(model))
-        names = {path: _stored_name(path) for path, _ in params}
-        if tensors.keys() != set(names.values()):
-            missing = sorted(set(names.values()) - tensors.keys())
-            superfluous = sorted(tensors.keys() - set(names.values()))
+        layers = config.num_hidden_layers if scan else None
+        names = {path: _stored_names(path, layers) for path, _ in params}
+        expected = set(itertools.chain(*names.values()))
+        if tensors.keys() != expected:
+            missing = sorted(expected - tensors.keys())
+            superfluous = sorted(tensors.keys() - expected)
             raise ValueError(
                 f"{folder} doesn't fit its config.json: it lacks {missing[:3]} ({len(missing)} in "
                 f"all) and has {superfluous[:3]} ({len(superfluous)} in all) too many"
             )
         loaded = []
         for path_, param in params:
-            tensor = tensors[names[path_]]
-            # Transposed on the device: NumPy would walk the kernel in strides.
-            value = jnp.array(tensor, param.dtype)
-            value = value.T if path_[-1] == "kernel" else value
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"{folder}: {names[path_]} has shape {[*tensor.shape]}, which config.json "
-                    f"contradicts; the layer holds {[*param.shape]}"
-                )
-            loaded.append((path_, param.replace(value)))
+            is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
+            values = []
+            for name in names[path_]:
+                # Transposed on the device: NumPy would walk the kernel in strides.
+                value = jnp.array(tensors[name], param.dtype)
+                value = value.T if is_kernel else value
+                if value.shape != (shape := param.shape[is_stacked:]):
+                    raise ValueError(
+                        f"{folder}: {name} has shape {[*tensors[name].shape]}, which config.json "
+                        f"contradicts; the layer holds {[*shape]}"
+                    )
+                values.append(value)
+            loaded.append((path_, param.replace(jnp.stack(values) if is_stacked else values[0])))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
 
 
-def _stored_name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path[:-1])) + (".bias" if path[-1] == "bias" else ".weight")
+def _stored_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
+    """The names of the tensors that a parameter is made of: of one for each stacked layer."""
+    names = [path]
+    if layers is not None and path[:2] == _LAYERS:
+        names = [(*_LAYERS, n, *path[2:]) for n in range(layers)]
+    kind = "bias" if path[-1] == "bias" else "weight"
+    return [".".join(map(str, (*name[:-1], kind))) for name in names]
+
+
+_LAYERS = ("model", "layers")
 
 
 def prefill(
@@ -398,13 +479,17 @@ def prefill(
     Returns:
       The logits of each prompt's last token, and the cache.
     """
-    size = cache.keys[0].shape[2]
+    size = cache.size
     if tokens.shape[1] > size:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed the cache's {size} positions")
     hidden, memories = model.model(tokens, room=size)
     # Zeros behind the prompts, so that what another batch left there, NaN maybe, is never read.
     room = [(0, 0), (0, 0), (0, size - tokens.shape[1]), (0, 0)]
-    keys, values = (tuple(jnp.pad(t, room) for t in layers) for layers in memories)
+
+    def fill(new: Array) -> Array:
+        return jnp.pad(new, [(0, 0)] * (new.ndim - 4) + room)
+
+    keys, values = jax.tree.map(fill, memories)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), KVCache(keys, values, lengths.astype(jnp.int32))
 
@@ -420,16 +505,18 @@ def decode(
     Where no row of the batch of `jax_lora.use` has an adapter, the plain model runs.
     """
 
-    def step(cache: KVCache) -> tuple[Array, KVCache]:
-        hidden, (keys, values) = model.model(tokens[:, None], cache)
-        return model.logits(hidden[:, 0]), KVCache(keys, values, cache.lengths + 1)
+    def step() -> tuple[Array, tuple[OfLayers, OfLayers]]:
+        hidden, memories = model.model(tokens[:, None], cache)
+        return model.logits(hidden[:, 0]), memories
 
-    def plain(cache: KVCache) -> tuple[Array, KVCache]:
+    def plain() -> tuple[Array, tuple[OfLayers, OfLayers]]:
         with use(None):
-            return step(cache)
+            return step()
 
     if (batch := current()) is None:
-        return step(cache)
-    # In one program, so that nothing recompiles; and once, for the whole step, as XLA takes the
-    # choice into the step's CUDA graph, where it costs a launch.
-    return jax.lax.cond(jnp.any(batch.indices >= 0), step, plain, cache)
+        logits, memories = step()
+    else:
+        # In one program, so that nothing recompiles; and once, for the whole step, as XLA takes the
+        # choice into the step's CUDA graph, where it costs a launch.
+        logits, memories = jax.lax.cond(jnp.any(batch.indices >= 0), step, plain)
+    return logits, cache.extended(*memories)

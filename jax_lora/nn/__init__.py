@@ -6,4 +6,5 @@ from jax_lora.nn.layer import LoRALayer as LoRALayer
 from jax_lora.nn.linear import LoRADense as LoRADense
 from jax_lora.nn.linear import LoRADenseGeneral as LoRADenseGeneral
 from jax_lora.nn.packed import call_packed as call_packed
+from jax_lora.nn.scan import scan_layers as scan_layers
 from jax_lora.nn.stacks import LoRAScale as LoRAScale

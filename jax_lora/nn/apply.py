@@ -10,8 +10,16 @@ from jaxtyping import DTypeLike
 
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import LoRAEinsum
-from jax_lora.nn.layer import LoRALayer, path_name
+from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
+from jax_lora.nn.names import (
+    Path,
+    Shape,
+    array_shapes,
+    numbered_names,
+    path_name,
+    with_numbers,
+)
 from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
@@ -37,6 +45,10 @@ def apply_lora(
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
     `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
     `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
+
+    Layers may be stacked for a scan, by `nnx.vmap` of what makes one: their kernels, and so their
+    stacks, have axes of layers in front. `jax_lora.scan_layers` runs them. Where a `target` matches
+    the name of one of them ("layers.0.q_proj" of the path "layers.q_proj"), all have room.
 
     The stacks take `slots * bucket * (H + N)` elements per layer and bucket: the defaults come to
     about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
@@ -72,7 +84,8 @@ def apply_lora(
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype)
+        lead = _lead(layer)
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
         layer.guard = guard
     return sum(
         variable.nbytes
@@ -87,9 +100,9 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
     if target is None:
         matched = {name: modules[name] for name in linear}
     else:
-        found: set[str] = set()
+        found, names = set[str](), _names_of_stacked(model)
         for pattern in _target_patterns(target):
-            found |= _matched(modules, pattern)
+            found |= _matched(modules, names, pattern)
         matched = {name: module for name, module in modules.items() if name in found}
     if not matched:
         done = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
@@ -102,12 +115,30 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
     return matched
 
 
-def _matched(modules: Mapping[str, Any], pattern: re.Pattern[str]) -> set[str]:
+def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
+    """The names of layers that are stacked for a scan, by the path that they share."""
+    leads: dict[Path, Shape] = {
+        path: lead
+        for path, module in nnx.iter_modules(model)
+        if type(module) in _LORA_CLASS and (lead := _lead(module))
+    }
+    names = numbered_names(array_shapes(model), leads) if leads else {}
+    leads_by_name = {path_name(path): lead for path, lead in leads.items()}
+    return {
+        path: list(with_numbers(name, leads_by_name[path]).values()) for path, name in names.items()
+    }
+
+
+def _matched(
+    modules: Mapping[str, Any], names: Mapping[str, Sequence[str]], pattern: re.Pattern[str]
+) -> set[str]:
     """The linear layers that match, unless layers of other types alone do."""
     layers = {
-        name: module
-        for name, module in modules.items()
-        if pattern.fullmatch(name) and not isinstance(module, LoRAStack) and _has_kernel(module)
+        path: module
+        for path, module in modules.items()
+        if any(map(pattern.fullmatch, (path, *names.get(path, ()))))
+        and not isinstance(module, LoRAStack)
+        and _has_kernel(module)
     }
     linear = {
         name
@@ -138,19 +169,29 @@ def _has_kernel(module: nnx.Module) -> bool:
 
 
 def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
-    if isinstance(layer, nnx.Linear):
-        expected: tuple[int, ...] = (layer.in_features, layer.out_features)
-    elif isinstance(layer, nnx.LinearGeneral):
-        expected = (*layer.in_features, *layer.out_features)
-    else:
-        expected = tuple(layer.kernel_shape)
+    expected, lead = _kernel_shape(layer), _lead(layer)
     try:
         _LORA_CLASS[type(layer)].features(layer)
         stack_dtype(dtype or layer.kernel.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if layer.kernel.shape != expected:
+    if layer.kernel.shape != (*lead, *expected):
         raise ValueError(
-            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; layers stacked "
-            "for a scan are not covered yet"
+            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; of layers "
+            "stacked for a scan, the axes of layers come in front of these"
         )
+
+
+def _kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The kernel's shape, of a layer alone."""
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.LinearGeneral):
+        return *layer.in_features, *layer.out_features
+    return tuple(layer.kernel_shape)
+
+
+def _lead(layer: Any) -> tuple[int, ...]:
+    """The axes of layers that are stacked for a scan."""
+    shape = tuple(layer.kernel.shape)
+    return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]

@@ -8,18 +8,20 @@ from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
 from jax_lora.nn.stacks import (
+    InPlace,
     LoRAScale,
     LoRAStack,
     Slots,
+    StackArrays,
     empty_scales,
     slots_of,
     stack_dtype,
-    stack_part,
     stack_shapes,
 )
 from jax_lora.process import check_process
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
+from pallas_kernels.stacks import LayerStacks
 
 
 class LoRALayer(nnx.Module):
@@ -27,11 +29,16 @@ class LoRALayer(nnx.Module):
 
     A subclass says how its `x` and `y` read as `[T, H]` and `[T, N]` matrices.
 
+    Like layers may be stacked for a scan: one module, as `nnx.vmap` makes it, whose arrays have
+    axes of layers in front. `scan_layers` runs it.
+
     Attributes:
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
+      in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
     """
 
     guard: Guard | None
+    in_place: nnx.List[InPlace]
     kernel: nnx.Param[Array]
     stacks: nnx.List[LoRAStack]
     scales: LoRAScale
@@ -57,13 +64,18 @@ class LoRALayer(nnx.Module):
         """The inverse of `y_matrix`: `y_matrix` in the shape of y."""
         return y_matrix.reshape(y.shape)
 
-    def kernel_matrix(self) -> Array:
-        """The kernel as `[H, N]`."""
-        return self.kernel[...].reshape(self.features())
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes of layers that are stacked; () for a layer alone."""
+        return tuple(self.scales.get_value().shape[:-1])
+
+    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+        """The kernel of the layer at `index` of `lead` as `[H, N]`."""
+        return self.kernel[index].reshape(self.features())
 
     def kernel_tensor(self, matrix: Array) -> Array:
-        """The inverse of `kernel_matrix`: `matrix` in the shape of the kernel."""
-        return matrix.reshape(self.kernel.shape)
+        """The inverse of `kernel_matrix`: `matrix` in the shape of a kernel."""
+        return matrix.reshape(self.kernel.shape[len(self.lead) :])
 
     def add_stacks(
         self,
@@ -71,6 +83,7 @@ class LoRALayer(nnx.Module):
         buckets: Sequence[int],
         slices: Sequence[int] | None,
         dtype: DTypeLike,
+        lead: tuple[int, ...] = (),
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
@@ -78,20 +91,24 @@ class LoRALayer(nnx.Module):
         shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard = slices, None
-        self.stacks = nnx.List(LoRAStack(shape, dtype) for shape in shapes)
-        self.scales = LoRAScale(empty_scales(shapes))
+        self.stacks = nnx.List(LoRAStack(shape, dtype, lead) for shape in shapes)
+        self.scales = LoRAScale(empty_scales(shapes, lead))
 
     def parts(self, batch: AdapterBatch) -> list[LoRAPart]:
         """What the stacks add to the output."""
         batch.check_guard(self.guard, type(self).__name__)
         first_slots = batch.first_slots(slots_of(stack.shape for stack in self.stacks))
-        scales = self.scales[...]
         return [
-            stack_part(
-                stack.lora_a[...], stack.lora_b[...], scales, stack.shape, first_slots[stack.bucket]
-            )
+            self._arrays(stack).part(stack.shape, first_slots[stack.bucket])
             for stack in self.stacks
         ]
+
+    def _arrays(self, stack: LoRAStack) -> StackArrays:
+        arrays = StackArrays(stack.lora_a[...], stack.lora_b[...], self.scales[...])
+        if not hasattr(self, "in_place"):
+            return arrays
+        whole = [variable.get_value() for variable in (*stack.in_place, *self.in_place)]
+        return arrays._replace(layers=LayerStacks(*whole))
 
     def __call__(
         self, x: Array, adapters: AdapterBatch | None = None, *, out_sharding: Any = None
@@ -107,6 +124,11 @@ class LoRALayer(nnx.Module):
           TypeError: `adapters` is no AdapterBatch.
           ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x.
         """
+        if self.lead:
+            raise ValueError(
+                f"the {type(self).__name__} is {list(self.lead)} layers, stacked for a scan; run "
+                "them by jax_lora.scan_layers, nnx.scan or nnx.vmap"
+            )
         adapters = batch_for(self, adapters)
         base = cast(Any, super())
         y = base.__call__(x, out_sharding=out_sharding)
@@ -136,8 +158,3 @@ def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:
             f"{type(adapters).__name__}; other arguments go by keyword"
         )
     return current() if adapters is None else adapters
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """An NNX path as PEFT names modules: joined by dots."""
-    return ".".join(map(str, path))

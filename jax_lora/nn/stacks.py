@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
+from pallas_kernels.stacks import LayerStacks
 
 Slots = int | Mapping[int, int]
 
@@ -19,10 +20,14 @@ FLAT_IS_GONE = "the library stores stacks in the form that its steps read fastes
 
 class LoRAScale(nnx.Variable[Array]):
     """Scale of each slot of a layer's stacks, one stack behind the other, alpha / r of the true
-    rank: `[S]` float32. No Param: it is not trained."""
+    rank: `[*lead, S]` float32. No Param: it is not trained."""
 
     # One array, as a step pays for each: H100, 16 layers with five buckets, 1,827 arguments, 5.7 to
     # 6.3 ms of the host's time; without 558 of the scales 3.9 to 5.1.
+
+
+class InPlace(nnx.Variable[Array]):
+    """An array of all layers of a scan, or the number of a turn's own; see `scan_layers`."""
 
 
 class StackShape(NamedTuple):
@@ -51,15 +56,19 @@ class LoRAStack(nnx.Module):
     """The adapters of one rank bucket and one output slice of a layer.
 
     Attributes:
-      lora_a: `[L, R, H]`, `lora_b`: `[L, n, R]`; zeros where empty.
+      lora_a: `[*lead, L, R, H]`, `lora_b`: `[*lead, L, n, R]`; zeros where empty. `lead` are the
+        axes of layers that are stacked for a scan, if any.
       shape: what is static about it.
+      in_place: in a turn of `scan_layers`, A and B of all layers.
     """
 
-    def __init__(self, shape: StackShape, dtype: DTypeLike) -> None:
+    in_place: nnx.List[InPlace]
+
+    def __init__(self, shape: StackShape, dtype: DTypeLike, lead: tuple[int, ...] = ()) -> None:
         self.shape = shape
         size_a, size_b = shape.sizes
-        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros(size_a, dtype))
-        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros(size_b, dtype))
+        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_a), dtype))
+        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_b), dtype))
 
     @property
     def bucket(self) -> int:
@@ -80,20 +89,27 @@ class LoRAStack(nnx.Module):
 
 
 def get_slot(stack: Array, slot: ArrayLike) -> Array:
-    """One adapter's A or B out of a stack."""
-    return jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
+    """One adapter's A or B out of a stack, of all layers that are stacked."""
+    return jax.lax.dynamic_index_in_dim(stack, slot, stack.ndim - 3, keepdims=False)
 
 
 def set_slot(stack: Array, slot: ArrayLike, new: Array) -> Array:
-    """`stack` with one adapter's A or B replaced."""
-    return jax.lax.dynamic_update_index_in_dim(stack, new, slot, 0)
+    """`stack` with one adapter's A or B replaced, in all layers that are stacked."""
+    return jax.lax.dynamic_update_index_in_dim(stack, new, slot, stack.ndim - 3)
 
 
-def stack_part(
-    lora_a: Array, lora_b: Array, scales: Array, shape: StackShape, first_slot: int
-) -> LoRAPart:
-    """What a stack adds to its layer's output."""
-    return LoRAPart(lora_a, lora_b, scales, first_slot, shape.y_offset, shape.scales_offset)
+class StackArrays(NamedTuple):
+    """A, B and the layer's scales, and where they stand among those of a scan's layers, if so."""
+
+    lora_a: Array
+    lora_b: Array
+    scales: Array
+    layers: LayerStacks | None = None
+
+    def part(self, shape: StackShape, first_slot: int) -> LoRAPart:
+        """What the stack adds to its layer's output."""
+        a, b, scales, layers = self
+        return LoRAPart(a, b, scales, first_slot, shape.y_offset, shape.scales_offset, layers)
 
 
 def slots_of(shapes: Iterable[StackShape]) -> dict[int, int]:
@@ -119,9 +135,9 @@ def stack_shapes(
     return shapes
 
 
-def empty_scales(shapes: Sequence[StackShape]) -> Array:
+def empty_scales(shapes: Sequence[StackShape], lead: tuple[int, ...] = ()) -> Array:
     """The scales of a layer with these stacks."""
-    return jnp.zeros(sum(shape.slots for shape in shapes), jnp.float32)
+    return jnp.zeros((*lead, sum(shape.slots for shape in shapes)), jnp.float32)
 
 
 def check_slots(slots: Slots, buckets: Sequence[int]) -> dict[int, int]:

@@ -114,6 +114,15 @@ def _steps() -> tuple[Callable[..., _Stepped], Callable[..., _Stepped]]:
     return first, following
 
 
+def cache_size(positions: int) -> int:
+    """The size of a cache that holds so many positions.
+
+    Few sizes, as each has its own compiled decode step: 256, 512, 1024, 2048, 3072 and so on.
+    """
+    small = max(256, 1 << (positions - 1).bit_length())
+    return min(small, -(-positions // 1024) * 1024) if positions > 1024 else small
+
+
 def check_prompts(
     config: LlamaConfig, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int
 ) -> None:
@@ -155,8 +164,10 @@ def generate(
 ) -> np.ndarray:
     """Greedy completions of a batch of prompts, by one compiled prefill and one compiled decode.
 
-    Nothing compiles again for another batch of the same shape, whatever its adapters. Other threads
-    may load and evict adapters meanwhile; those of the batch stay as they are.
+    Nothing compiles again for another batch of the same shape, whatever its adapters. For prompts
+    of another length the prefill does, and the decode where the cache is of another size, of which
+    there are few. Other threads may load and evict adapters meanwhile; those of the batch stay as
+    they are.
 
     Args:
       model: see `Llama`; with LoRA layers or without.
@@ -195,7 +206,7 @@ def generate(
     live = _LiveModel(model)
     first_token, next_token = _steps()
     cache, token, done = live.call(
-        functools.partial(first_token, max_length=prompts.shape[1] + max_new_tokens),
+        functools.partial(first_token, max_length=cache_size(prompts.shape[1] + max_new_tokens)),
         prompts.astype(np.int32),
         sizes.astype(np.int32),
         eos,

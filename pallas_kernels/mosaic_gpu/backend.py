@@ -93,14 +93,15 @@ def shrink(
     x = _needs_hopper(x)
     num_adapters, rank, features = lora_a.shape
     old = jnp.zeros((x.shape[0], rank), jnp.float32) if v is None else v
-    launch = _one_launch((old,), x, (DecodePart(lora_a, None, scale.reshape(-1)),), token_ids, call)
+    part = DecodePart(lora_a, None, scale.reshape(-1))
+    launch = _one_launch((old,), x, _Decode((part,)), token_ids, call)
     if launch is not None:
         [new] = launch.run((old,), x)
         return new
     segments = local_segments(token_ids, SlotRange(0, num_adapters))
-    config = call.config or _prefill_config(x, lora_a, features)
-    part = _Shrink(lora_a, segments, scale, 0, config)
-    [new] = _shrink_parts(x, [part], operands=False)
+    config = call.config or _prefill_config(x, lora_a.shape, features)
+    by_tiles = _Shrink(lora_a, segments, scale, 0, config)
+    [new] = _shrink_parts(x, [by_tiles], operands=False)
     return new if v is None else xla.add_rows(v, new, segments)
 
 
@@ -109,7 +110,7 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
     v = _needs_hopper(v)
     num_adapters, width, rank = lora_b.shape
     part = DecodePart(None, lora_b, None, y_offset=call.y_offset)
-    launch = _one_launch((y,), v, (part,), token_ids, call, add_inputs=call.add_inputs)
+    launch = _one_launch((y,), v, _Decode((part,)), token_ids, call, add_inputs=call.add_inputs)
     if launch is not None:
         [new] = launch.run((y,), v)
         return new
@@ -163,7 +164,7 @@ def makes_delta_at_once(
     """Whether one launch makes `lora_delta` of a case, which is then the fastest form in a step."""
     call = Call("lora_delta", "mosaic_gpu", ())
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), dtype) for width in widths)
-    sizes = _plan(shapes, x, _decode_parts(parts), call, add_inputs=False, seated=True)
+    sizes = _plan(shapes, x, _decode_parts(parts).parts, call, add_inputs=False, seated=True)
     return sizes is not None
 
 
@@ -176,29 +177,36 @@ class _Launch(NamedTuple):
     ids: Int[Array, " T"] | Int[Array, "T 2"] | Int[Array, "clusters 10"]
     parts: tuple[DecodePart, ...]
     plan: Plan
+    layer: Int[Array, ""] | None
 
     def run(self, ys: tuple[Array | jax.ShapeDtypeStruct, ...], x: Array) -> tuple[Array, ...]:
-        return decode_kernel(ys, x, self.ids, self.parts, self.plan)
+        return decode_kernel(ys, x, self.ids, self.parts, self.plan, self.layer)
 
 
-def _decode_parts(parts: tuple[LoRAPart, ...]) -> tuple[DecodePart, ...]:
-    return tuple(
-        DecodePart(
-            jnp.asarray(p.lora_a),
-            jnp.asarray(p.lora_b),
-            jnp.asarray(p.scales).reshape(-1),
-            p.first_slot,
-            p.y_offset,
-            p.scales_offset or 0,
-        )
-        for p in parts
-    )
+class _Decode(NamedTuple):
+    """Parts as the decode kernel takes them, and the number of their layer, if of several."""
+
+    parts: tuple[DecodePart, ...]
+    layer: Int[Array, ""] | None = None
+
+
+def _decode_parts(parts: tuple[LoRAPart, ...]) -> _Decode:
+    found, layer = [], None
+    for p in parts:
+        a, b, scales = (jnp.asarray(t) for t in (p.lora_a, p.lora_b, p.scales))
+        count = 1
+        if p.layers is not None and (several := p.layers.lora_a.shape[0]) > 1:
+            a, b, scales = p.layers.flat
+            count, layer = several, p.layers.layer
+        own = p.first_slot, p.y_offset, p.scales_offset or 0
+        found.append(DecodePart(a, b, scales.reshape(-1), *own, count))
+    return _Decode(tuple(found), layer)
 
 
 def _one_launch(
     ys: tuple[Array | jax.ShapeDtypeStruct, ...],
     x: Array,
-    parts: tuple[DecodePart, ...],
+    decode: _Decode,
     token_ids: TokenIds,
     call: Call,
     *,
@@ -206,12 +214,12 @@ def _one_launch(
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
     words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
-    seated = isinstance(token_ids, Segments)
+    seated, parts = isinstance(token_ids, Segments), decode.parts
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None
     # Sorted once, tokens serve all layers of a step: so XLA seats them once for all.
-    return _Launch(seating(words, sizes) if seated else words, parts, sizes)
+    return _Launch(seating(words, sizes) if seated else words, parts, sizes, decode.layer)
 
 
 def _plan(
@@ -231,7 +239,7 @@ def _plan(
         return None
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
-        ranges = {(part.first_slot, part.stacks[0].shape[0]) for part in parts}
+        ranges = {(part.first_slot, part.slots) for part in parts}
         config = decode_config(
             x.shape[0],
             width,
@@ -249,7 +257,7 @@ def _changed(
     ids, edges = ids_of(token_ids), np.cumsum(widths)
     covered: dict[SlotRange, np.ndarray] = {}  # the columns that parts of a range add to
     for part in parts:
-        slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
+        slots = SlotRange(part.first_slot, part.slots)
         columns = covered.setdefault(slots, np.zeros(edges[-1], bool))
         columns[part.y_offset :][: jnp.shape(part.lora_b)[1]] = True
     changed = [jnp.zeros((1, 1), bool)] * len(widths)
@@ -289,28 +297,41 @@ def _two_launches(
     y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
-    shrinks, expands = [], []
-    for part in parts:
-        a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
-        segments = local_segments(token_ids, SlotRange(part.first_slot, a.shape[0]))
-        own = config or _prefill_config(x, a, b.shape[1])
-        shrinks.append(_Shrink(a, segments, jnp.asarray(part.scales), part.scales_offset or 0, own))
-    for part, shrunk, v in zip(parts, shrinks, _shrink_parts(x, shrinks, operands=True)):
-        expands.append(
-            ExpandPart(
-                v,
-                jnp.asarray(part.lora_b),
-                shrunk.segments,
-                part.y_offset,
-                shrunk.config,
-                part.first_slot,
-            )
-        )
+    placed, shrinks = [_placed(part) for part in parts], []
+    for part, (a, b, scales, first_scale, first) in zip(parts, placed):
+        segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
+        own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
+        shrinks.append(_Shrink(a, segments, scales, first_scale, own, first))
+    expands = [
+        ExpandPart(v, p.b, s.segments, part.y_offset, s.config, part.first_slot, s.first)
+        for part, p, s, v in zip(parts, placed, shrinks, _shrink_parts(x, shrinks, operands=True))
+    ]
     return expand_kernel(y, tuple(expands), add_inputs=True)
 
 
-def _prefill_config(x: Array, lora_a: Array, width: int) -> Config:
-    num_adapters, rank, features = lora_a.shape
+class _Placed(NamedTuple):
+    """The arrays in which the prefill kernels read a part's adapters, from `first` on."""
+
+    a: Float[Array, "M R H"]
+    b: Float[Array, "M N R"]
+    scales: Float[Array, "*S"]
+    first_scale: int
+    first: Int[Array, ""] | None
+
+
+def _placed(part: LoRAPart) -> _Placed:
+    a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
+    layers, offset = part.layers, part.scales_offset or 0
+    # An H that is to be padded would be padded for all layers.
+    if layers is None or a.shape[2] % 16:
+        return _Placed(a, b, scales, offset, None)
+    a, b, _ = layers.flat
+    scales = layers.scales[:, offset : offset + part.slots].reshape(-1)
+    return _Placed(a, b, scales, 0, layers.layer * part.slots)
+
+
+def _prefill_config(x: Array, of_a: tuple[int, ...], width: int) -> Config:
+    num_adapters, rank, features = of_a
     return default_config(x.shape[0], features, width, rank, num_adapters)
 
 
@@ -327,6 +348,7 @@ class _Shrink(NamedTuple):
     scales: Float[Array, "*S"]
     first_scale: int
     config: Config
+    first: Int[Array, ""] | None = None
 
 
 def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
@@ -347,6 +369,7 @@ def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Arr
                 dtype if direct else jnp.dtype(jnp.float32),
                 part.config,
                 part.first_scale,
+                part.first,
             )
             for part in (parts[i] for i in which)
         )

@@ -40,6 +40,8 @@ from pallas_kernels.mosaic_gpu.layouts import in_place, interpreted
 def run_cluster(lane: Lane, cluster: Int, column_block: Int, refs: Refs) -> None:
     """Finds the cluster's tokens, and does those jobs whose adapters they use."""
     m, work = lane.m, lane.work
+    for layer in refs.layer:  # it comes while the tokens are found
+        lane = lane._replace(layer=m.load(m.address(layer, m.integer(0), 1), 0, lane.always))
     found = find(lane, cluster, column_block, refs.ids)
     # Where clusters without tokens leave later, nothing depends on whether there are any.
     when = _do if work.leaves else m.when
@@ -122,13 +124,15 @@ def _stacks(lane: Lane, job: Job, slot: Int, refs: Refs) -> Stacks:
     m, case, stacks = lane.m, lane.case, Stacks({}, {}, {})
     for p in job.parts:
         part, mine = case.parts[p], refs.parts[p]
+        place = slot + lane.layer * part.range.slots
         if case.shrinks:
-            stacks.a[p] = m.address(mine[0], slot, part.rank * case.features)
-            scale = m.address(mine[-1], slot, 1 if part.own_scales else 0)
+            stacks.a[p] = m.address(mine[0], place, part.rank * case.features)
+            own = slot + lane.layer * part.scales
+            scale = m.address(mine[-1], own, 1 if part.own_scales else 0)
             stacks.scales[p] = m.as_real(m.load(scale, part.first_scale, lane.always))
         if case.expands:
             b = mine[1 if case.shrinks else 0]
-            stacks.b[p] = m.address(b, slot, part.rank * part.width)
+            stacks.b[p] = m.address(b, place, part.rank * part.width)
     return stacks
 
 
@@ -147,6 +151,7 @@ def decode_kernel(
     ids: Ints[Array, " T"] | Ints[Array, "T 2"] | Ints[Array, "clusters 10"],
     parts: tuple[DecodePart, ...],
     plan: Plan,
+    layer: Ints[Array, ""] | None = None,
 ) -> tuple[Float[Array, "T _"], ...]:
     """Adds `scales * (x A^T) B^T` of a token's adapter, for each part that has it, to the ys.
 
@@ -161,8 +166,11 @@ def decode_kernel(
         of `seating`.
       parts: those that the plan was made of.
       plan: by `plan`.
+      layer: whose stacks to read, where the parts have those of several layers. An operand, so that
+        XLA need not slice the stacks in a loop over layers, which copies them.
     """
-    operands = x, ids, *(array for part in parts for array in part.operands)
+    which = () if layer is None else (layer.reshape(1),)
+    operands = x, ids, *which, *(array for part in parts for array in part.operands)
     made = tuple(y for y in ys if isinstance(y, jax.ShapeDtypeStruct))
     given = tuple(y for y in ys if not isinstance(y, jax.ShapeDtypeStruct))
     if interpreted():
@@ -217,10 +225,12 @@ def _launch(plan: Plan, dtypes: list[np.dtype], made: tuple[jax.ShapeDtypeStruct
 
 
 def _sorted_out(arrays: Sequence[Ref], plan: Plan) -> Refs:
-    """ys, x, ids, and each part's stacks and scales."""
-    num_ys, num_parts = len(plan.work.case.y_widths), len(plan.work.case.parts)
-    ys, (x, ids, *stacks) = arrays[:num_ys], arrays[num_ys:]
-    return Refs(ys, x, ids, list(itertools.batched(stacks, len(stacks) // num_parts)))
+    """ys, x, ids, the layer's number, and each part's stacks and scales."""
+    case = plan.work.case
+    num_ys, first = len(case.y_widths), 1 if case.layers > 1 else 0
+    ys, (x, ids, *rest) = arrays[:num_ys], arrays[num_ys:]
+    layer, stacks = rest[:first], rest[first:]
+    return Refs(ys, x, ids, layer, list(itertools.batched(stacks, len(stacks) // len(case.parts))))
 
 
 def _emulate(plan: Plan, *arrays: Array) -> tuple[np.ndarray, ...]:

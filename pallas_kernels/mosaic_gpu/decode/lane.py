@@ -15,6 +15,7 @@ class Refs(NamedTuple):
     ys: Sequence[Ref]
     x: Ref
     ids: Ref
+    layer: Sequence[Ref]  # the number of the layer, if the stacks are those of several
     parts: Sequence[Sequence[Ref]]  # of each part A, B and the scales: those that it has
 
 
@@ -31,6 +32,7 @@ class Lane(NamedTuple):
     share: Int  # the number of its block in the cluster
     ring: Int  # the first word of its warp's copies
     v: Number  # the first word of the v that its warp multiplies with B
+    layer: Number = 0  # whose stacks it reads, of those that stand one behind the other
 
     @property
     def case(self) -> Case:

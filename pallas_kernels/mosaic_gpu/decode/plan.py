@@ -50,6 +50,7 @@ class DecodePart(NamedTuple):
       first_slot: the id of its first adapter.
       y_offset: its first column in all ys side by side.
       first_scale: where its scales start.
+      layers: of how many layers stacks and scales are, one behind the other.
     """
 
     lora_a: Float[Array, "L R H"] | None
@@ -58,6 +59,12 @@ class DecodePart(NamedTuple):
     first_slot: int = 0
     y_offset: int = 0
     first_scale: int = 0
+    layers: int = 1
+
+    @property
+    def slots(self) -> int:
+        """L."""
+        return self.stacks[0].shape[0] // self.layers
 
     @property
     def stacks(self) -> list[Array]:
@@ -83,9 +90,10 @@ class DecodePart(NamedTuple):
         return Part(
             rank=self.rank,
             width=self.width,
-            range=Range(self.first_slot, self.stacks[0].shape[0]),
+            range=Range(self.first_slot, self.slots),
             own_scales=self.scales is not None and self.scales.size > 1,
             first_scale=self.first_scale,
+            scales=0 if self.scales is None else self.scales.size // self.layers,
         )
 
 
@@ -113,7 +121,7 @@ def plan(
 ) -> Plan | None:
     """The plan of a case; None if the kernel does not take it.
 
-    All parts have the same halves. Their ranges of ids are equal or disjoint.
+    All parts have the same halves and number of layers. Their ranges of ids are equal or disjoint.
 
     Args:
       ys: arrays or shapes; of a shrink alone v.
@@ -166,6 +174,7 @@ def _case(
         shrinks=shrinks,
         expands=expands,
         add_inputs=add_inputs,
+        layers=parts[0].layers,
     )
 
 

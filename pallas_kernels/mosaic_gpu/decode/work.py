@@ -45,6 +45,7 @@ class Part(NamedTuple):
     range: Range
     own_scales: bool  # one for each slot, else one for all
     first_scale: int
+    scales: int  # of a layer: those of all of its stacks
 
 
 class Bundle(NamedTuple):
@@ -103,6 +104,7 @@ class Case(NamedTuple):
     shrinks: bool
     expands: bool
     add_inputs: bool
+    layers: int  # whose stacks stand one behind the other; an operand says which one's are used
 
 
 class Work(NamedTuple):

@@ -68,6 +68,7 @@ class ExpandPart(NamedTuple):
       config: how to cut the work.
       first_slot: names the range of slots that the part's adapters are (static). A token has an
         adapter of one range at most; parts of one range have the same `segments`.
+      first: where its adapters start in `lora_b`, if that is of several layers.
     """
 
     v: Float[Array, "rows K"]
@@ -76,6 +77,7 @@ class ExpandPart(NamedTuple):
     y_offset: int
     config: Config
     first_slot: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def expand_kernel(
@@ -107,7 +109,9 @@ def expand_kernel(
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
-    operands = (array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows)))
+    operands = (
+        array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows, p.first))
+    )
     [y] = in_place(kernel, (y,), *operands)
     return y
 

@@ -26,8 +26,13 @@ _LOOK_AHEAD = 96
 _COPIED = 256
 
 
-def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
-    """The table of routes: a row for every `rows` consecutive tokens."""
+def routes(
+    segments: Segments, rows: int = TILE, first: Int[Array, ""] | None = None
+) -> Int[Array, "blocks W"]:
+    """The table of routes: a row for every `rows` consecutive tokens.
+
+    `first` is where adapter 0 stands in the stacks, if they are those of several layers.
+    """
     ids = pad_to(segments.indices, 0, rows, -1).reshape(-1, rows)
     if segments.num_tokens <= rows:
         distinct = segments.group_adapters[None]
@@ -43,6 +48,9 @@ def routes(segments: Segments, rows: int = TILE) -> Int[Array, "blocks W"]:
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
     count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
     pad = route_words(segments, rows) - (rows + 1 + distinct.shape[1])
+    if first is not None:
+        # Last, so that XLA makes the rest once for all layers of a loop.
+        ids, distinct = (jnp.where(z < 0, -1, z + first) for z in (ids, distinct))
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, count, distinct, tail], axis=1)
 

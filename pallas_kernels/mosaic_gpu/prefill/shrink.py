@@ -71,6 +71,8 @@ class ShrinkPart(NamedTuple):
       dtype: of v.
       config: how to cut the work.
       first_scale: where the part's scales start (static).
+      first: where its adapters start in `lora_a` and, behind `first_scale`, in `scales`, if these
+        are those of several layers.
     """
 
     lora_a: Float[Array, "L R H"]
@@ -79,6 +81,7 @@ class ShrinkPart(NamedTuple):
     dtype: DTypeLike
     config: Config
     first_scale: int = 0
+    first: Int[Array, ""] | None = None
 
 
 def shrink_kernel(
@@ -121,7 +124,11 @@ def shrink_kernel(
     )
     return kernel(
         x,
-        *(array for p in parts for array in (p.lora_a, p.scales, routes(p.segments, launch.rows))),
+        *(
+            array
+            for p in parts
+            for array in (p.lora_a, p.scales, routes(p.segments, launch.rows, p.first))
+        ),
     )
 
 

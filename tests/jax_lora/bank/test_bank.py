@@ -36,7 +36,7 @@ from jax_lora import (
     save_peft,
     use,
 )
-from jax_lora.bank.writer import read_slot
+from jax_lora.bank.writer import read_slots
 
 
 @pytest.fixture
@@ -1001,8 +1001,7 @@ def test_weights_of_other_tenants_are_not_read_from_a_file_of_the_bank(pair, tmp
     bank.save("small", tmp_path)
     assert {w.rank for w in load_peft(tmp_path).modules.values()} == {2}
     entry = bank._entry("small")
-    for site in bank._sites.values():
-        a, b = read_slot(site.stacks[entry.bucket], entry.slot)
+    for a, b in read_slots(bank._sites, entry.bucket, entry.slot).values():
         np.testing.assert_array_equal(a[2:], 0)
         np.testing.assert_array_equal(b[:, 2:], 0)
 
@@ -1265,13 +1264,13 @@ def test_an_adapter_that_is_gone_says_why(pair):
     assert len(str(raised.value)) < 2000
 
 
-def test_stacked_layers_are_refused_by_name():
-    class Block(nnx.Module):
-        def __init__(self, rngs):
-            self.up = LoRADense(16, 16, slots=2, buckets=(8,), rngs=rngs)
+def test_layers_stacked_along_a_later_axis_are_refused_by_name():
+    def make(rngs):
+        return LoRADense(16, 16, slots=2, buckets=(8,), rngs=rngs)
 
     model = nnx.Module()
-    model.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,)))(nnx.Rngs(0))
-    message = r"blocks.up: its stacks are \[3, 2, 8, 16\] .* stacked by nnx.vmap .* not covered yet"
+    axes = nnx.StateAxes({nnx.LoRAParam: 1, ...: 0})
+    model.up = nnx.vmap(make, out_axes=axes)(nnx.Rngs(0).split(3))
+    message = r"up: its stacks are \[2, 3, 8, 16\] and should be \[3, 2, 8, 16\]; of layers stacked"
     with pytest.raises(ValueError, match=message):
         AdapterBank(model)

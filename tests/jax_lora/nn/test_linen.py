@@ -194,28 +194,52 @@ def test_update_refuses_what_does_not_fit(pair):
             bank.update(bad)
 
 
+class ScannedLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, adapters):
+        return x + LoRADense(4, **OPTIONS, name="proj")(
+            nn.LayerNorm(name="norm")(x), adapters
+        ), None
+
+
+class Scanned(nn.Module):
+    """Three layers by `nn.scan`, and one that is not scanned."""
+
+    lora_axis: int = 0
+
+    @nn.compact
+    def __call__(self, x, adapters=None):
+        axes = {"params": 0, "lora": self.lora_axis, "lora_scale": 0}
+        split = {"params": True}
+        scan = nn.scan(
+            ScannedLayer, variable_axes=axes, split_rngs=split, in_axes=nn.broadcast, length=3
+        )
+        x, _ = scan(name="layers")(x, adapters)
+        return LoRADense(4, **OPTIONS, name="head")(x, adapters)
+
+
+def test_layers_of_a_scan():
+    x, names = tokens(2), ["head", *(f"layers.{n}.proj" for n in range(3))]
+    variables = Scanned().init(jax.random.key(0), x)
+    bank = linen.AdapterBank(variables)
+    bank.load("a", make_adapter(1, 4, features=dict.fromkeys(names, (4, 4))))
+    model = jax.jit(Scanned().apply)
+    got = model({"params": variables["params"], **bank.variables}, x, bank.batch(["a", None]))
+    merged = model({"params": bank.merged_params("a", variables["params"])}, x)
+    base = model({"params": variables["params"]}, x)
+    np.testing.assert_allclose(got, [merged[0], base[1]], atol=1e-5)
+    assert np.abs(merged - base).min() > 0.01
+
+
 def test_what_the_bank_cannot_serve_is_refused():
     x = tokens(2)
     with pytest.raises(ValueError, match="no LoRA layers"):
         linen.AdapterBank(nn.Dense(4).init(jax.random.key(0), x))
     with pytest.raises(ValueError, match="a LoRADense alone has no path"):
         linen.AdapterBank(LoRADense(4, **OPTIONS).init(jax.random.key(0), x))
-
-    class Scanned(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            class Step(nn.Module):
-                @nn.compact
-                def __call__(self, x, _):
-                    return LoRADense(4, **OPTIONS, name="proj")(x), None
-
-            split = {"params": True}
-            axes = {"params": 0, "lora": 0, "lora_scale": 0}
-            scanned = nn.scan(Step, variable_axes=axes, split_rngs=split, length=3)
-            return scanned(name="layers")(x, None)[0]
-
-    with pytest.raises(ValueError, match=r"layers\.proj: kernel \[3, 4, 4\] should have 2 axes"):
-        linen.AdapterBank(Scanned().init(jax.random.key(0), x))
+    message = r"layers\.proj: kernel \[3, 4, 4\] and stacks \[2, 3, 8, 4\] must have the same axes"
+    with pytest.raises(ValueError, match=message):
+        linen.AdapterBank(Scanned(lora_axis=1).init(jax.random.key(0), x))
     variables = nn.Sequential([LoRADense(6)]).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="stacks, but no lora_scale, of layers_0"):
         linen.AdapterBank({k: v for k, v in variables.items() if k != "lora_scale"})

@@ -1,0 +1,63 @@
+"""Where the number of a layer stands in its name, if like layers are stacked in one module."""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Path = tuple[Hashable, ...]
+Shape = tuple[int, ...]
+
+
+def path_name(path: Sequence[Hashable]) -> str:
+    """An NNX path as PEFT names modules: joined by dots."""
+    return ".".join(map(str, path))
+
+
+def array_shapes(model: nnx.Module) -> dict[Path, Shape]:
+    """The shapes of all of a model's arrays, by path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {path: jnp.shape(variable.get_value()) for path, variable in flat}
+
+
+def numbered_names(shapes: Mapping[Path, Shape], leads: Mapping[Path, Shape]) -> dict[str, str]:
+    """`{"layers.q": "layers.{}.q"}`: the name of each layer, with a `{}` for each axis of `lead`.
+
+    The number stands behind the highest module, below the model itself, all of whose arrays have
+    the axis: there PEFT's model has a list of layers.
+
+    Args:
+      shapes: of all arrays of the model, by path.
+      leads: the axes of layers in front of a layer's arrays, by the layer's path.
+    """
+    common: dict[Path, Shape] = {}  # the axes that all arrays below a module have in front
+    for path, shape in shapes.items():
+        for end in range(1, len(path)):
+            common[path[:end]] = _common(common.get(path[:end], shape), shape)
+    names = {}
+    for path, lead in leads.items():
+        parts, done = list[Hashable](), 0
+        for end, part in enumerate(path, 1):
+            here = len(_common(common.get(path[:end], lead), lead))
+            parts += [part, *["{}"] * (here - done)]
+            done = max(done, here)
+        names[path_name(path)] = path_name(parts)
+    return names
+
+
+def _common(one: Shape, other: Shape) -> Shape:
+    pairs = list(zip(one, other))
+    same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return one[:same]
+
+
+def with_numbers(name: str, lead: Shape) -> dict[Shape, str]:
+    """The name of each layer, by its place in `lead`, where `name` has a `{}` for each axis."""
+    names = {}
+    for index in np.ndindex(*lead):
+        numbered = name
+        for number in index:
+            numbered = numbered.replace("{}", str(number), 1)
+        names[index] = numbered
+    return names

@@ -1,0 +1,116 @@
+"""`scan_layers`: like layers, stacked in one module, compiled once and run one after the other."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.batch import AdapterBatch, current, use
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.names import path_name
+from jax_lora.nn.stacks import InPlace, LoRAStack
+
+
+def scan_layers[M: nnx.Module, C, X, Y](
+    body: Callable[[M, C, X | None], tuple[C, Y]], layers: M, carry: C, xs: X | None = None
+) -> tuple[C, Y]:
+    """`jax.lax.scan` over layers that are stacked in one module.
+
+        for n in range(N):
+            carry, ys[n] = body(layers[n], carry, xs[n])
+
+    Layers are stacked by `nnx.vmap` of what makes one, which gives each array an axis of layers in
+    front. In a plain `nnx.scan` or `jax.lax.scan` they compute the same; but there a GPU copies the
+    layer's stacks of adapters in each turn. Here each layer reads them where they stand.
+
+    Example::
+
+        @nnx.vmap
+        def make(rngs):
+            return Block(rngs)
+
+        layers = make(nnx.Rngs(0).fork(split=12))
+        x, _ = scan_layers(lambda block, x, _: (block(x), None), layers, x)
+
+    Args:
+      body: `(layer, carry, x) -> (carry, y)`. What it writes to the layer's variables is lost.
+      layers: the module. Layers stacked along several axes take a scan inside of a scan.
+      carry: as in `jax.lax.scan`. Where its first array is the layers' x `[..., H]`, the tokens of
+        the batch of `jax_lora.use` are sorted before the loop, not in each turn.
+      xs: as in `jax.lax.scan`; None for none.
+
+    Returns:
+      The last carry, and the ys, stacked.
+
+    Raises:
+      ValueError: the arrays of `layers` have no common axis in front.
+    """
+    graphdef, *(places, state) = nnx.split(layers, InPlace, ...)
+    numbers = jnp.arange(_count(state), dtype=jnp.int32)
+    outer = _lora_layers(layers)
+    batch = _sorted_before(current(), carry)
+
+    def turn(carry: C, given: tuple[Array, nnx.State, X | None]) -> tuple[C, Y]:
+        number, own, x = given
+        layer = nnx.merge(graphdef, places, own)
+        _read_in_place(layer, outer, number)
+        with use(batch):
+            return body(layer, carry, x)
+
+    last, ys = jax.lax.scan(turn, carry, (numbers, state, xs))
+    return last, ys
+
+
+def _count(state: nnx.State) -> int:
+    """The layers that are stacked."""
+    shapes = {path: jnp.shape(v.get_value()) for path, v in nnx.to_flat_state(state)}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or sizes == {()}:
+        shown = ", ".join(f"{path_name(p)} {list(s)}" for p, s in list(shapes.items())[:8])
+        raise ValueError(
+            "all arrays of layers stacked for a scan have one axis of layers in front; these have "
+            f"{shown or 'no arrays'}"
+        )
+    return int(sizes.pop()[0])
+
+
+def _lora_layers(module: nnx.Module) -> list[LoRALayer]:
+    return [layer for _, layer in nnx.iter_modules(module) if isinstance(layer, LoRALayer)]
+
+
+def _read_in_place(layer: nnx.Module, outer: Sequence[LoRALayer], number: Array) -> None:
+    """Tells the LoRA layers of a turn where their adapters stand among those of all layers."""
+    numbers: dict[int, InPlace] = {}  # one variable for all: a launch takes one number
+    for mine, all_layers in zip(_lora_layers(layer), outer):
+        before = None
+        if hasattr(all_layers, "in_place"):  # inside of an outer scan, whose layer has a number
+            before = all_layers.in_place[1].get_value()
+        if id(before) not in numbers:
+            own = number if before is None else before * all_layers.lead[0] + number
+            numbers[id(before)] = InPlace(own)
+        scales = _of_all_layers(all_layers, [all_layers.scales])
+        mine.in_place = nnx.List([*scales, numbers[id(before)]])
+        for stack, of_all in zip(mine.stacks, all_layers.stacks):
+            stack.in_place = nnx.List(_of_all_layers(of_all, of_all.variables))
+
+
+def _of_all_layers(
+    holder: LoRALayer | LoRAStack, variables: Sequence[nnx.Variable[Array]]
+) -> list[InPlace]:
+    """What `variables` of all layers of the scan hold, and of all turns of outer scans."""
+    if hasattr(holder, "in_place"):
+        whole = [variable.get_value() for variable, _ in zip(holder.in_place, variables)]
+        return [InPlace(array.reshape(-1, *array.shape[2:])) for array in whole]
+    # Gradients are those of the slices: through these, each turn would add to all of the stacks.
+    return [InPlace(jax.lax.stop_gradient(variable.get_value())) for variable in variables]
+
+
+def _sorted_before(batch: AdapterBatch | None, carry: object) -> AdapterBatch | None:
+    arrays = jax.tree.leaves(carry)
+    if batch is not None and arrays and jnp.ndim(arrays[0]) > 1:
+        with contextlib.suppress(ValueError):  # it is no x of the batch; a layer may have another
+            return batch.sorted_for(jnp.shape(arrays[0])[:-1])
+    return batch
