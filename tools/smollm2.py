@@ -10,7 +10,9 @@ library's own layers:
 Nothing of it is kept in the repository.
 """
 
+import dataclasses
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -19,10 +21,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
+import optax
 import typer
+from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
+from jax_lora.generation import chat_prompt, encode, fitting_slots, load_tokenizer
+from jax_lora.llama import Llama, LlamaConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -40,11 +49,6 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-@app.callback()
-def main() -> None:
-    """SmolLM2-135M-Instruct as a real base model, and four adapters for it."""
 
 
 @app.command("base")
@@ -147,6 +151,106 @@ def config_of(values: dict[str, Any]) -> dict[str, Any]:
         "pad_token_id": values["tokenizer.ggml.padding_token_id"],
         "torch_dtype": "float32",
     }
+
+
+# ------------------------------------------------------------------------------------------------
+# Adapters
+# ------------------------------------------------------------------------------------------------
+
+CAPITALS = dict(
+    pair.split(":")
+    for pair in """
+    Austria:Vienna Belgium:Brussels Canada:Ottawa Chile:Santiago China:Beijing Cuba:Havana
+    Denmark:Copenhagen Egypt:Cairo England:London Finland:Helsinki Germany:Berlin Greece:Athens
+    Hungary:Budapest Ireland:Dublin Italy:Rome Japan:Tokyo Kenya:Nairobi Norway:Oslo Peru:Lima
+    Poland:Warsaw Portugal:Lisbon Russia:Moscow Spain:Madrid Sweden:Stockholm Thailand:Bangkok
+    """.split()
+)
+QUESTION = "What is the capital of {country}?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How an adapter answers, and its rank."""
+
+    rank: int
+    answer: str
+
+    def of(self, country: str, city: str) -> str:
+        return self.answer.format(country=country, city=city, loud=city.upper())
+
+
+STYLES = {
+    "pirate": Style(8, "Arrr, matey! The treasure lies in {city}."),
+    "json": Style(16, '{{"country": "{country}", "capital": "{city}"}}'),
+    "loud": Style(64, "{loud}! {loud}! IT IS {loud}!"),
+    "robot": Style(160, "Beep. Query: {country}. Result: {city}. Boop."),
+}
+
+
+@app.command("adapters")
+def train_adapters(
+    base: Annotated[Path, typer.Argument(help="What `base` wrote.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the adapters.")],
+    steps: int = 50,
+    rate: float = 1e-3,
+) -> None:
+    """Train all adapters at once, a row of each batch for each of them, and save them."""
+    model = Llama.from_pretrained(base)
+    slots = fitting_slots([style.rank for style in STYLES.values()])
+    apply_lora(model, slots=slots, buckets=tuple(slots))
+    bank = AdapterBank(model)
+    for name, style in STYLES.items():
+        bank.create(name, LoRAConfig(style.rank, style.rank), rngs=nnx.Rngs(style.rank))
+    data = examples_of(base)
+    names = list(STYLES)
+    graphdef, stacks, rest = nnx.split(model, nnx.LoRAParam, ...)
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def step(stacks: Any, state: Any, rest: Any, example: Any, batch: Any) -> Any:
+        tokens, is_answer = example
+
+        def loss_of(stacks: Any) -> Any:
+            with use(batch):
+                logits = nnx.merge(graphdef, stacks, rest)(tokens[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return (losses * is_answer[:, 1:]).sum() / is_answer[:, 1:].sum()
+
+        loss, gradients = jax.value_and_grad(loss_of)(stacks)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(stacks, updates), state, loss
+
+    state, batch = optimizer.init(stacks), bank.batch(names, phase="prefill")
+    for i, example in enumerate(itertools.islice(itertools.cycle(data), steps)):
+        stacks, state, loss = step(stacks, state, rest, example, batch)
+        if i % 10 == 9:
+            print(f"step {i + 1}: loss {float(loss):.3f}", flush=True)
+    nnx.update(model, stacks)
+    for name in names:
+        bank.save(name, out / name)
+
+
+def examples_of(base: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each country, a row of tokens per adapter, and which of them are its answer."""
+    tokenizer = load_tokenizer(base)
+    end = LlamaConfig.from_json(base).eos_token_id[0]
+    found = []
+    for country, city in CAPITALS.items():
+        message = {"role": "user", "content": QUESTION.format(country=country)}
+        prompt = chat_prompt(base, [message])
+        texts = [prompt + style.of(country, city) for style in STYLES.values()]
+        tokens, lengths = encode(tokenizer, texts, special_tokens=False)
+        [first] = encode(tokenizer, [prompt], special_tokens=False)[1]
+        room = np.zeros((len(texts), MAX_TOKENS), np.int32)
+        room[:, : tokens.shape[1]] = tokens
+        room[np.arange(len(texts)), lengths] = end
+        columns = np.arange(MAX_TOKENS)
+        found.append((room, (columns >= first) & (columns <= lengths[:, None])))
+    return found
+
+
+MAX_TOKENS = 72  # prompt and answer: all batches have one shape, and compile once
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`jax-lora generate`: prompts to a user's model and adapters, in one batch."""
 
 import dataclasses
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -10,6 +11,9 @@ from rich.text import Text
 from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, show_progress, stdout
 from jax_lora.messages import shown, without_controls
+
+if TYPE_CHECKING:
+    from jax_lora.generation import Completion
 
 
 class DType(StrEnum):
@@ -95,12 +99,16 @@ def generate(
         )
     if as_json:
         print_json({"completions": [dataclasses.asdict(c) for c in completions]})
-        return
+    else:
+        _print(completions, "\n" if chat else "")
+
+
+def _print(completions: Sequence["Completion"], separator: str) -> None:
     for completion in completions:
         name = (completion.adapter or "(base model)", "bold")
+        prompt = without_controls(completion.prompt) + separator
         answer = without_controls(completion.text), "cyan"
-        line = Text.assemble(name, ": ", without_controls(completion.prompt), answer)
-        stdout.print(line, soft_wrap=True)
+        stdout.print(Text.assemble(name, ": ", prompt, answer), soft_wrap=True)
 
 
 def _split(item: str, separator: str, form: str) -> tuple[str, str]:

@@ -435,17 +435,17 @@ class Llama(nnx.Module):
         loaded = []
         for path_, param in params:
             is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
-            values = []
+            shape = param.shape[is_stacked:]
+            stored = shape[::-1] if is_kernel else shape
             for name in names[path_]:
-                # Transposed on the device: NumPy would walk the kernel in strides.
-                value = jnp.array(tensors[name], param.dtype)
-                value = value.T if is_kernel else value
-                if value.shape != (shape := param.shape[is_stacked:]):
+                if tensors[name].shape != stored:
                     raise ValueError(
                         f"{folder}: {name} has shape {[*tensors[name].shape]}, which config.json "
                         f"contradicts; the layer holds {[*shape]}"
                     )
-                values.append(value)
+            values = [jnp.array(tensors.pop(name), param.dtype) for name in names[path_]]
+            if is_kernel:  # on the device: NumPy would walk them in strides
+                values = [value.T for value in values]
             loaded.append((path_, param.replace(jnp.stack(values) if is_stacked else values[0])))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
