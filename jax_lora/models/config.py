@@ -238,10 +238,15 @@ def _ropes(family: Family, given: Json) -> Json:
     if "original_max_position_embeddings" in family.defaults:  # Phi-3 has it outside, and it counts
         full["original_max_position_embeddings"] = given["original_max_position_embeddings"]
     found = Rope.of(full, positions, given.get("rope_theta"))
+    partial = found.partial_rotary_factor
+    if partial != 1 and "partial_rotary_factor" not in family.reads:
+        raise ValueError(
+            f"partial_rotary_factor={partial} is not supported for {family.architecture}"
+        )
     return {
         "rope_theta": found.theta,
         "rope_scaling": found.scaling,
-        "partial_rotary_factor": found.partial_rotary_factor,
+        "partial_rotary_factor": partial,
         "local_rope": None
         if local_theta is None
         else Rope.of(by_kind.get("sliding_attention", {}), positions, local_theta),

@@ -97,7 +97,7 @@ FAMILIES = {
         "Phi3ForCausalLM",
         fixed={"packed_projections": True},
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
-        reads=frozenset({"sliding_window"}),
+        reads=frozenset({"sliding_window", "partial_rotary_factor"}),
     ),
 }
 

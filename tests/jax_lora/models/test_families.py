@@ -73,6 +73,25 @@ def test_prefill_and_decode_equal_transformers_whatever_the_padding(
         logits, cache = run_decode(model, cache, tokens[rows, lengths + step])
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize(("prompt", "room"), [(12, 32), (36, 40)])
+def test_the_cache_decides_which_factors_of_longrope_count(
+    tmp_path: Path, prompt: int, room: int
+) -> None:
+    """Up to 32 positions the short ones, beyond the long ones: for prompt and new tokens alike."""
+    reference, folder, _ = build(tmp_path, "Phi-3-128k")
+    model = llama.Llama.from_pretrained(folder)
+    tokens = tokens_of((1, prompt + 3))
+    expected = logits_of(reference, tokens)[:, prompt - 1 :]
+    cache, lengths = model.init_cache(1, room), np.array([prompt], np.int32)
+    logits, cache = nnx.jit(llama.prefill)(model, cache, tokens[:, :prompt], lengths)
+    run_decode = nnx.jit(llama.decode)
+    for step in range(3):
+        np.testing.assert_allclose(logits, expected[:, step], atol=1e-4)
+        logits, cache = run_decode(model, cache, tokens[:, prompt + step])
+    np.testing.assert_allclose(logits, expected[:, 3], atol=1e-4)
+
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "small": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "middle": {"r": 16, "lora_alpha": 16, "target_modules": r".*self_attn\.(o|v|qkv)_proj"},

@@ -523,7 +523,11 @@ def test_config_defaults():
             "lacks original_max_position_embeddings",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "must be at most 1, got 1.5"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.8}}, "got 4 of which 3 rotate"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not supported for LlamaForCausalLM",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.8}, "got 4 of which 3 rotate"),
         (
             {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
             "long_factor must have a number for each of the 2 rotary frequencies, got 1",
