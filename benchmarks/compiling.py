@@ -208,8 +208,11 @@ def _in_loops(computations: dict[str, list[_Instruction]]) -> Iterator[str]:
 
 
 def _what_it_does(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> str:
-    """Its opcode; of a fusion, that of its last instruction."""
+    """Its opcode; of a fusion that ends by writing a slice of an array in its place, that."""
     if instruction.opcode != "fusion":
         return instruction.opcode
-    [fused] = _called(instruction.line)
-    return next(i.opcode for i in computations[fused] if i.line.lstrip().startswith("ROOT"))
+    [name] = _called(instruction.line)
+    *_, last = computations[name]
+    if operand := re.search(r" bitcast\(%?([\w.\-]+)\)", last.line):
+        last = next(i for i in computations[name] if re.search(rf"%?{operand[1]} = ", i.line))
+    return last.opcode if last.opcode == "dynamic-update-slice" else "fusion"

@@ -16,7 +16,7 @@ from jax_lora import bank
 from jax_lora.bank.owner import StackOwner
 from jax_lora.batch import AdapterBatch, Guard
 from jax_lora.nn.layer import LoRALayer, batch_for
-from jax_lora.nn.names import Path, Shape
+from jax_lora.nn.names import ModulePath, Shape
 from jax_lora.nn.stacks import Slots, StackArrays, empty_scales, slots_of, stack_dtype, stack_shapes
 from pallas_kernels.ops import add_in_step
 from pallas_kernels.ranks import DEFAULT_BUCKETS
@@ -213,7 +213,7 @@ class AdapterBank(bank.AdapterBank):
         super().__init__(model)
         _LINEN_BANKS.add(self)
 
-    def _array_shapes(self) -> dict[Path, Shape]:
+    def _array_shapes(self) -> dict[ModulePath, Shape]:
         return self._shapes
 
     def _owners_before(self) -> list[StackOwner]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax_lora.bank.sites import common_slots
 from jax_lora.batch import Guard, Lock
 from jax_lora.nn.layer import LoRALayer
-from jax_lora.nn.names import Path, Shape, array_shapes, numbered_names, path_name
+from jax_lora.nn.names import ModulePath, Shape, array_shapes, numbered_names, path_name
 from jax_lora.nn.stacks import LoRAScale, LoRAStack
 from jax_lora.process import check_process, undivided
 
@@ -51,14 +51,14 @@ class StackOwner:
 
     def _own_names(self) -> dict[str, str]:
         """Each layer's path as a name, with a `{}` for the number of a layer that is stacked."""
-        leads: dict[Path, Shape] = {
+        leads: dict[ModulePath, Shape] = {
             path: module.lead
             for path, module in nnx.iter_modules(self._model)
             if isinstance(module, LoRALayer)
         }
         return numbered_names(self._array_shapes(), leads)
 
-    def _array_shapes(self) -> dict[Path, Shape]:
+    def _array_shapes(self) -> dict[ModulePath, Shape]:
         return array_shapes(self._model)
 
     @property

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.rope import rotate, waves
+from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
 
@@ -42,11 +43,6 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
         precision=_precision(dtype),
         rngs=rngs,
     )
-
-
-def _product(form: str, a: Array, b: Array) -> Array:
-    """An einsum in float32."""
-    return jnp.einsum(form, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +115,8 @@ class Attention(nnx.Module):
     def _scores(self, q: Float[Array, "B S N G D"], k: Float[Array, "B N T D"]) -> Array:
         """`[B, N, G, S, T]` in float32, before the mask."""
         scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
-        scores = _product("bsngd,bntd->bngst", q, k) * scale
+        exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = exact("bsngd,bntd->bngst", q, k, precision=_precision(q.dtype)) * scale
         return _soft_cap(scores, self.config.attn_logit_softcapping)
 
     def __call__(
@@ -146,9 +143,10 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(score, axis=-1).astype(v.dtype)
         each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
         attended = [
-            _product("bngst,bntd->bsngd", some, values) for some, (_, values) in zip(each, memories)
+            jnp.einsum("bngst,bntd->bsngd", some, values, precision=_precision(x.dtype))
+            for some, (_, values) in zip(each, memories)
         ]
-        out = sum(attended[1:], attended[0]).astype(v.dtype)
+        out = sum(attended[1:], attended[0])
         # Else XLA transposes the product once for each that reads it: the projection, its adapters.
         out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
         return self.o_proj(out), (k, v)
@@ -258,7 +256,7 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         make, count = functools.partial(DecoderLayer, config, dtype), config.num_hidden_layers
-        self.layers: Any = (
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
             nnx.vmap(make)(rngs.split(count))
             if scan
             else nnx.List(make(rngs) for _ in range(count))
@@ -314,12 +312,14 @@ class Decoder(nnx.Module):
 
         if self.scan:
             numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None
-            x, stacked = scan_layers(run, self.layers, x, cast(Own, (past, numbers)))
-            return x, stacked
-        each = [None] * len(self.layers) if past is None else zip(*past, strict=True)
+            stacked, own = cast(DecoderLayer, self.layers), cast(Own, (past, numbers))
+            x, memory = scan_layers(run, stacked, x, own)
+            return x, memory
+        layers = cast(nnx.List[DecoderLayer], self.layers)
+        each = [None] * len(layers) if past is None else zip(*past, strict=True)
         memories = []
-        for layer, own, kind in zip(self.layers, each, kinds, strict=True):
-            x, memory = run(layer, x, (own, kind))
+        for layer, past_of_layer, kind in zip(layers, each, kinds, strict=True):
+            x, memory = run(layer, x, (past_of_layer, kind))
             memories.append(memory)
         keys, values = zip(*memories, strict=True)
         return x, (keys, values)
@@ -451,7 +451,7 @@ class Llama(nnx.Module):
         return model
 
 
-def _stored_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
+def _stored_names(path: ModulePath, layers: int | None) -> list[str]:
     """The names of the tensors that a parameter is made of: of one for each stacked layer."""
     names = [path]
     if layers is not None and path[:2] == _LAYERS:

@@ -13,7 +13,7 @@ from jax_lora.nn.einsum import LoRAEinsum
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
 from jax_lora.nn.names import (
-    Path,
+    ModulePath,
     Shape,
     array_shapes,
     numbered_names,
@@ -24,6 +24,7 @@ from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stac
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
+_Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRADense,
     nnx.LinearGeneral: LoRADenseGeneral,
@@ -117,10 +118,10 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
 
 def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
     """The names of layers that are stacked for a scan, by the path that they share."""
-    leads: dict[Path, Shape] = {
+    leads: dict[ModulePath, Shape] = {
         path: lead
         for path, module in nnx.iter_modules(model)
-        if type(module) in _LORA_CLASS and (lead := _lead(module))
+        if isinstance(module, _Linear) and type(module) in _LORA_CLASS and (lead := _lead(module))
     }
     names = numbered_names(array_shapes(model), leads) if leads else {}
     leads_by_name = {path_name(path): lead for path, lead in leads.items()}
@@ -182,7 +183,7 @@ def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
         )
 
 
-def _kernel_shape(layer: Any) -> tuple[int, ...]:
+def _kernel_shape(layer: _Linear) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
@@ -191,7 +192,7 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
     return tuple(layer.kernel_shape)
 
 
-def _lead(layer: Any) -> tuple[int, ...]:
+def _lead(layer: _Linear) -> tuple[int, ...]:
     """The axes of layers that are stacked for a scan."""
     shape = tuple(layer.kernel.shape)
     return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]

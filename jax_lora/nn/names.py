@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Path = tuple[Hashable, ...]
+ModulePath = tuple[Hashable, ...]
 Shape = tuple[int, ...]
 
 
@@ -15,13 +15,15 @@ def path_name(path: Sequence[Hashable]) -> str:
     return ".".join(map(str, path))
 
 
-def array_shapes(model: nnx.Module) -> dict[Path, Shape]:
+def array_shapes(model: nnx.Module) -> dict[ModulePath, Shape]:
     """The shapes of all of a model's arrays, by path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {path: jnp.shape(variable.get_value()) for path, variable in flat}
 
 
-def numbered_names(shapes: Mapping[Path, Shape], leads: Mapping[Path, Shape]) -> dict[str, str]:
+def numbered_names(
+    shapes: Mapping[ModulePath, Shape], leads: Mapping[ModulePath, Shape]
+) -> dict[str, str]:
     """`{"layers.q": "layers.{}.q"}`: the name of each layer, with a `{}` for each axis of `lead`.
 
     The number stands behind the highest module, below the model itself, all of whose arrays have
@@ -31,7 +33,7 @@ def numbered_names(shapes: Mapping[Path, Shape], leads: Mapping[Path, Shape]) ->
       shapes: of all arrays of the model, by path.
       leads: the axes of layers in front of a layer's arrays, by the layer's path.
     """
-    common: dict[Path, Shape] = {}  # the axes that all arrays below a module have in front
+    common: dict[ModulePath, Shape] = {}  # the axes that all arrays below a module have in front
     for path, shape in shapes.items():
         for end in range(1, len(path)):
             common[path[:end]] = _common(common.get(path[:end], shape), shape)

@@ -49,23 +49,26 @@ def scan_layers[M: nnx.Module, C, X, Y](
       ValueError: the arrays of `layers` have no common axis in front.
     """
     graphdef, *(places, state) = nnx.split(layers, InPlace, ...)
-    numbers = jnp.arange(_count(state), dtype=jnp.int32)
-    outer = _lora_layers(layers)
-    batch = _sorted_before(current(), carry)
+    _check_axis(state)
+    outer, batch = _lora_layers(layers), _sorted_before(current(), carry)
 
-    def turn(carry: C, given: tuple[Array, nnx.State, X | None]) -> tuple[C, Y]:
-        number, own, x = given
+    def turn(
+        before: tuple[Array, C], given: tuple[nnx.State, X | None]
+    ) -> tuple[tuple[Array, C], Y]:
+        (number, carry), (own, x) = before, given
         layer = nnx.merge(graphdef, places, own)
         _read_in_place(layer, outer, number)
         with use(batch):
-            return body(layer, carry, x)
+            carry, y = body(layer, carry, x)
+        return (number + 1, carry), y
 
-    last, ys = jax.lax.scan(turn, carry, (numbers, state, xs))
+    # The number is carried: XLA takes the loop's own for it, where it would slice a range of them.
+    (_, last), ys = jax.lax.scan(turn, (jnp.int32(0), carry), (state, xs))
     return last, ys
 
 
-def _count(state: nnx.State) -> int:
-    """The layers that are stacked."""
+def _check_axis(state: nnx.State) -> None:
+    """ValueError unless all arrays have one axis of layers in front."""
     shapes = {path: jnp.shape(v.get_value()) for path, v in nnx.to_flat_state(state)}
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or sizes == {()}:
@@ -74,7 +77,6 @@ def _count(state: nnx.State) -> int:
             "all arrays of layers stacked for a scan have one axis of layers in front; these have "
             f"{shown or 'no arrays'}"
         )
-    return int(sizes.pop()[0])
 
 
 def _lora_layers(module: nnx.Module) -> list[LoRALayer]:

@@ -62,20 +62,30 @@ def operands(dtype: str, tokens: int) -> tuple[Array, Array, Array]:
 
 
 @pytest.mark.parametrize(
-    "name", ["xla", "loop", "decode", pytest.param("prefill", marks=pytest.mark.ci)]
+    ("name", "num_tokens"),
+    [
+        ("xla", 7),
+        ("xla", 300),
+        ("loop", 7),
+        ("decode", 7),
+        pytest.param("prefill", 7, marks=pytest.mark.ci),
+        pytest.param("prefill", 70, marks=pytest.mark.ci),
+    ],
 )
 @pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
-def test_stacks_in_their_place_compute_the_bits_of_slices(name: str, delta: bool) -> None:
+def test_stacks_in_their_place_compute_the_bits_of_slices(
+    name: str, num_tokens: int, delta: bool
+) -> None:
     implementation, config = CONFIGS[name]
     dtype = "bfloat16" if implementation == "mosaic_gpu" else "float32"
-    whole, (y, x, ids) = whole_parts(dtype), operands(dtype, 7)
+    whole, (y, x, ids) = whole_parts(dtype), operands(dtype, num_tokens)
     segments = pk.make_segments(ids, 5).split([(0, 2), (2, 3)])
 
     @functools.partial(jax.jit, static_argnames="in_place")
     def run(layer: Array, *, in_place: bool) -> Array:
         parts = parts_of(whole, layer, in_place=in_place)
-        how = {"implementation": implementation, "config": config, "phase": "decode"}
+        how = {"implementation": implementation, "config": config}
         if delta:
             return pk.lora_delta(x, parts, segments, sum(WIDTHS), **how)
         return pk.add_lora_multi(y, x, parts, segments, **how)

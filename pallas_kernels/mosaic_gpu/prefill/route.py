@@ -27,11 +27,11 @@ _COPIED = 256
 
 
 def routes(
-    segments: Segments, rows: int = TILE, first: Int[Array, ""] | None = None
+    segments: Segments, rows: int = TILE, place: Int[Array, ""] | None = None
 ) -> Int[Array, "blocks W"]:
     """The table of routes: a row for every `rows` consecutive tokens.
 
-    `first` is where adapter 0 stands in the stacks, if they are those of several layers.
+    `place` is where adapter 0 stands in the stacks, if they are those of several layers.
     """
     ids = pad_to(segments.indices, 0, rows, -1).reshape(-1, rows)
     if segments.num_tokens <= rows:
@@ -40,17 +40,17 @@ def routes(
         token = jnp.arange(rows, dtype=jnp.int32)[None]
         is_before = (token < token.T)[None]
         first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & is_before, axis=2)
-        place = jnp.sum(first[:, None, :] & is_before, axis=2, dtype=jnp.int32)
-        # Without the barrier XLA computes each place once per slot: 91 us with T=4096 and one slot.
-        place = lax.optimization_barrier(jnp.where(first, place, rows))
+        nth = jnp.sum(first[:, None, :] & is_before, axis=2, dtype=jnp.int32)
+        # Without the barrier XLA computes each of these once per slot: 91 us with T=4096, one slot.
+        nth = lax.optimization_barrier(jnp.where(first, nth, rows))
         slot = jnp.arange(min(rows, segments.num_adapters), dtype=jnp.int32)
-        here = place[:, None, :] == slot[None, :, None]
+        here = nth[:, None, :] == slot[None, :, None]
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
     count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
     pad = route_words(segments, rows) - (rows + 1 + distinct.shape[1])
-    if first is not None:
+    if place is not None:
         # Last, so that XLA makes the rest once for all layers of a loop.
-        ids, distinct = (jnp.where(z < 0, -1, z + first) for z in (ids, distinct))
+        ids, distinct = (jnp.where(z < 0, -1, z + place) for z in (ids, distinct))
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, count, distinct, tail], axis=1)
 

@@ -18,6 +18,8 @@ from flax import nnx
 
 import jax_lora
 from jax_lora import llama
+from jax_lora.nn.names import array_shapes, numbered_names, path_name, with_numbers
+from jax_lora.serving.generate import cache_size
 from jax_lora.serving.options import step_options
 
 ROPE3 = {
@@ -169,12 +171,100 @@ def test_bfloat16(tmp_path):
 def test_paths_are_the_names_of_transformers(pair):
     reference, model = pair
     linear = {name for name, m in reference.named_modules() if isinstance(m, torch.nn.Linear)}
-    paths = {
-        ".".join(map(str, path))
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Linear)
-    }
-    assert paths == linear and "model.layers.1.self_attn.q_proj" in paths
+    numbered = {*layer_names(model, nnx.Linear)}
+    assert numbered == linear and "model.layers.1.self_attn.q_proj" in numbered
+
+
+def layer_names(model, kind):
+    """The names of a model's layers of a kind, each by its number where they are stacked."""
+    found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, kind)}
+    leads = {path: layer.kernel.shape[:-2] for path, layer in found.items()}
+    names = numbered_names(array_shapes(model), leads)
+    for path, lead in leads.items():
+        yield from with_numbers(names[path_name(path)], lead).values()
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """One checkpoint with its layers scanned, and one by one, each with the same adapters."""
+    path = tmp_path_factory.mktemp("forms")
+    save_reference(path, **VARIANTS["biases"], num_hidden_layers=3)
+    models = [llama.Llama.from_pretrained(path, scan=scan) for scan in (True, False)]
+    banks = []
+    for model in models:
+        jax_lora.apply_lora(model, slots=2, buckets=(8, 16))
+        banks.append(jax_lora.AdapterBank(model))
+        banks[-1].load("a", random_adapter(0, 5, "q_proj"))
+        banks[-1].load("b", random_adapter(1, 16, "down_proj"))
+        banks[-1].load("c", random_adapter(2, 8, "lm_head"))
+    return models, banks
+
+
+@pytest.mark.ci
+def test_scanned_layers_compute_what_unrolled_ones_do(forms):
+    tokens, lengths = tokens_of((4, 7)), np.array([7, 2, 5, 1], np.int32)
+
+    @jax.jit
+    def run(split, batch):
+        model = nnx.merge(*split)
+        with jax_lora.use(batch):
+            logits, cache = llama.prefill(model, model.init_cache(4, 12), tokens, lengths)
+            followed = llama.decode(model, cache, tokens[:, 0])
+        return logits, followed[0], jnp.stack(followed[1].keys), jnp.stack(followed[1].values)
+
+    results = [
+        run(nnx.split(model), bank.batch(["a", None, "b", "c"])) for model, bank in zip(*forms)
+    ]
+    for mine, theirs in zip(*results):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())
+    base, _ = run(nnx.split(forms[0][0]), None)[:2]
+    assert (np.abs(results[0][0] - base).max(axis=1) > 1e-2).tolist() == [True, False, True, True]
+
+
+@pytest.mark.ci
+def test_gradients_of_scanned_layers_are_those_of_unrolled_ones(forms):
+    tokens = tokens_of((3, 6))
+
+    @jax.jit
+    @jax.grad
+    def gradient(stacks, rest, batch):
+        with jax_lora.use(batch):
+            logits = nnx.merge(*rest[:1], stacks, *rest[1:])(tokens)
+        return jnp.sum(jnp.sin(logits))
+
+    gradients = []
+    for model, bank in zip(*forms):
+        graphdef, stacks, rest = nnx.split(model, nnx.LoRAParam, ...)
+        found = gradient(stacks, (graphdef, rest), bank.batch(["a", "b", None]))
+        gradients.append(dict(nnx.to_flat_state(found)))
+    scanned, unrolled = gradients
+    for path, mine in scanned.items():
+        theirs = (
+            np.stack([unrolled[*path[:2], n, *path[2:]][...] for n in range(3)])
+            if path[1] == "layers"
+            else unrolled[path][...]
+        )
+        np.testing.assert_allclose(mine[...], theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
+    used = [path for path, gradient in scanned.items() if np.abs(gradient[...]).max() > 0]
+    assert {path[-4] for path in used} == {"q_proj", "down_proj"} and len(used) == 4
+
+
+def test_a_model_of_one_layer(tmp_path):
+    reference = save_reference(tmp_path, num_hidden_layers=1)
+    model, tokens = llama.Llama.from_pretrained(tmp_path), tokens_of((1, 5))
+    assert model.model.layers.mlp.up_proj.kernel.shape == (1, 32, 48)
+    np.testing.assert_allclose(model(tokens), reference_logits(reference, tokens), atol=1e-4)
+
+
+def test_a_full_cache_is_not_extended(pair):
+    _, model = pair
+    tokens = tokens_of((2, 4))
+    _, cache = llama.prefill(model, model.init_cache(2, 4), tokens, np.array([4, 3]))
+    _, after = nnx.jit(llama.decode)(model, cache, tokens[:, 0])
+    for old, new in ((cache.keys, after.keys), (cache.values, after.values)):
+        np.testing.assert_array_equal(new[:, 0], old[:, 0])
+        np.testing.assert_array_equal(new[:, 1, :, :3], old[:, 1, :, :3])
+        assert np.abs(new[:, 1, :, 3] - old[:, 1, :, 3]).min() > 0
 
 
 def test_prefill_and_decode_equal_the_full_forward(pair):
@@ -272,7 +362,14 @@ def test_generate_compiles_once_per_shape(pair):
         assert not np.array_equal(a, b)
         assert not compiled
         llama.generate(model, tokens_of((2, 5)), [5, 5], max_new_tokens=3)
-        assert compiled
+        assert len(compiled) == 1  # the prefill alone
+
+
+def test_caches_have_few_sizes():
+    sizes = {n: cache_size(n) for n in (1, 256, 257, 700, 1024, 1025, 2049, 100_000)}
+    assert sizes == {
+        1: 256, 256: 256, 257: 512, 700: 1024, 1024: 1024, 1025: 2048, 2049: 3072, 100_000: 100_352
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -388,15 +388,15 @@ def test_target_matches_ends_of_paths(target, matched):
     assert paths(model) == matched
 
 
-def scanned():
-    @nnx.vmap
+def stacked():
     def make(key):
         return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
 
     class Model(nnx.Module):
         def __init__(self):
             self.head = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-            self.layers = make(jax.random.split(jax.random.key(0), 3))
+            make_all = nnx.vmap(make, out_axes=1)
+            self.layers = make_all(jax.random.split(jax.random.key(0), 3))
 
     return Model()
 
@@ -427,11 +427,11 @@ REFUSED = {
     "slots": (Zoo, {"slots": 0}, ValueError, "at least 1 slot"),
     "buckets": (Zoo, {"buckets": (10,)}, ValueError, "multiples of 8"),
     "dtype": (Zoo, {"dtype": jnp.int32}, ValueError, "stacks are float32, bfloat16 or float16"),
-    "scanned": (
-        lambda _: scanned(),
+    "stacked along the second axis": (
+        lambda _: stacked(),
         {},
         ValueError,
-        r"layers: kernel \[3, 4, 4\] should be \[4, 4",
+        r"layers: kernel \[4, 3, 4\] should be \[4, 4\]; of layers stacked for a scan, the axes",
     ),
     "batch axis": (
         lambda rngs: Mixer(nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs)),
