@@ -84,7 +84,8 @@ def generate(
                 f"{', '.join(map(repr, folders)) or 'none'}"
             )
         progress("starting JAX")
-        keep_programs()
+        if place := keep_programs():
+            progress(f"keeping compiled programs in {place}")
         from jax_lora.generation import complete
 
         completions = complete(

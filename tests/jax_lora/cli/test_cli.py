@@ -189,13 +189,13 @@ def test_compiled_programs_are_kept_where_help_says(
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        keep_programs()  # the tests have switched it off
+        assert keep_programs() is None  # the tests have switched it off
         assert {name: getattr(jax.config, name) for name in names} == before
         jax.config.update("jax_enable_compilation_cache", True)
-        keep_programs()
+        assert keep_programs() == tmp_path / "jax-lora" / "programs"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax-lora" / "programs")
         jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        keep_programs()
+        assert keep_programs() is None
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         for name, value in before.items():

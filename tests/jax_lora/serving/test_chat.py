@@ -1,6 +1,7 @@
 """Chat templates, against Transformers, and what is said about those that fail."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models
 
-from jax_lora.generation import chat_prompt, encode
+from jax_lora.demo.job import FOLDER
+from jax_lora.generation import chat_prompt, complete, encode, load_tokenizer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -78,3 +80,18 @@ def test_special_tokens_are_added_only_where_asked() -> None:
     tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     assert encode(tokenizer, ["a"])[0].tolist() == [[0, 2]]
     assert encode(tokenizer, ["a"], special_tokens=False)[0].tolist() == [[2]]
+
+
+@pytest.mark.ci
+def test_messages_go_through_the_template(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "base", tmp_path / "base")
+    asked = [(None, "window")]
+    with pytest.raises(FileNotFoundError, match="has no chat template"):
+        complete(tmp_path / "base", {}, asked, chat=True)
+    tokenizer = load_tokenizer(tmp_path / "base")
+    begin = tokenizer.id_to_token(int(encode(tokenizer, ["a"])[0][0, 0]))
+    template = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}"
+    config = {"bos_token": begin, "chat_template": template}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    found = complete(tmp_path / "base", {}, asked, chat=True)
+    assert [(c.adapter, c.prompt, c.text) for c in found] == [(None, "window", "window")]
