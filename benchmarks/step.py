@@ -461,8 +461,10 @@ def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    inputs = shape[-2] if len(shape) > 1 else shape[0]
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
+    if len(shape) > 2:  # of several layers or rows: one by one, as the bits take more than they do
+        keys = jax.random.split(key, shape[0])
+        return jax.lax.map(lambda own: _normal(own, shape[1:], dtype), keys)
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
 
 
 def _random_model(shape: Shape) -> Llama:

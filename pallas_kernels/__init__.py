@@ -33,6 +33,7 @@ from pallas_kernels.renamed import removed_names
 from pallas_kernels.routing import Segments as Segments
 from pallas_kernels.routing import make_segments as make_segments
 from pallas_kernels.routing import segments_from_lengths as segments_from_lengths
+from pallas_kernels.stacks import LayerStacks as LayerStacks
 from pallas_kernels.stacks import LoRAPart as LoRAPart
 
 __getattr__ = removed_names(

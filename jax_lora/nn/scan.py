@@ -32,7 +32,7 @@ def scan_layers[M: nnx.Module, C, X, Y](
         def make(rngs):
             return Block(rngs)
 
-        layers = make(nnx.Rngs(0).fork(split=12))
+        layers = make(nnx.Rngs(0).split(12))
         x, _ = scan_layers(lambda block, x, _: (block(x), None), layers, x)
 
     Args:

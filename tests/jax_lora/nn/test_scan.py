@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from tiny import make_adapter, tokens
 
 from jax_lora import (
@@ -104,13 +104,14 @@ def served(how="scan_layers"):
     return model, bank
 
 
-def outputs(model, x, batch):
-    @jax.jit
-    def step(split, x, batch):
-        with use(batch):
-            return nnx.merge(*split)(x)
+@jax.jit
+def forward(split, x, batch):
+    with use(batch):
+        return nnx.merge(*split)(x)
 
-    return np.asarray(step(nnx.split(model), x, batch))
+
+def outputs(model, x, batch):
+    return np.asarray(forward(nnx.split(model), x, batch))
 
 
 X = tokens(3)
@@ -341,6 +342,45 @@ def test_packed_slices_of_stacked_layers():
     for index, weights in zip((np.s_[0, :, :2], np.s_[1, :, 2:]), adapter.modules.values()):
         want[index] = weights.scale * (X @ weights.a.T) @ weights.b.T
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+class Heads(nnx.Module):
+    """Einsums, whose kernels have heads between the axes of layers and the features."""
+
+    def __init__(self, rngs):
+        def make(rngs):
+            return nnx.Einsum("...h,nhd->...nd", (2, H, 2), (2, 2), rngs=rngs)
+
+        self.heads = nnx.vmap(make)(rngs.split(LAYERS))
+
+    def __call__(self, x):
+        return scan_layers(lambda layer, x, _: (layer(x).reshape(x.shape), None), self.heads, x)[0]
+
+
+def test_einsums_of_a_scan():
+    model, plain = Heads(nnx.Rngs(0)), Heads(nnx.Rngs(0))
+    apply_lora(model, **OPTIONS)
+    assert model.heads.stacks[0].lora_b.shape == (LAYERS, 2, H, 8)
+    bank = AdapterBank(model)
+    bank.load("a", make_adapter(1, 4, features={"heads.0": (H, H), "heads.2": (H, H)}))
+    got, base = outputs(model, X, bank.batch(["a", None, "a"])), outputs(plain, X, None)
+    nnx.update(plain, bank.merge("a"))
+    merged = outputs(plain, X, None)
+    np.testing.assert_allclose(got, [merged[0], base[1], merged[2]], atol=2e-5)
+    assert np.abs(merged - base).max(axis=1).min() > 1e-2
+
+
+def test_checkpoints_of_flax():
+    model, bank = served()
+    stored = serialization.msgpack_serialize(nnx.to_pure_dict(nnx.state(model)))
+    other = Model(nnx.Rngs(1))
+    apply_lora(other, **OPTIONS)
+    state = nnx.state(other)
+    nnx.replace_by_pure_dict(state, serialization.msgpack_restore(stored))
+    nnx.update(other, state)
+    batch = AdapterBatch(bank.batch(NAMES).indices, ranges=((8, 2), (16, 3)))
+    want = outputs(model, X, bank.batch(NAMES))
+    np.testing.assert_array_equal(outputs(other, X, batch), want)
 
 
 # ------------------------------------------------------------------------------------------ names
