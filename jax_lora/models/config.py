@@ -214,10 +214,16 @@ def _windows(family: Family, given: Json) -> Json:
     if types is None and window is not None and "layer_types" in family.reads:
         layers = range(given["num_hidden_layers"])
         if "max_window_layers" in given:  # Qwen's
-            types = _types(i >= given["max_window_layers"] for i in layers)
+            first = given["max_window_layers"]
+            _check_size("max_window_layers", first, least=0)
+            types = _types(i >= first for i in layers)
         else:
-            types = _types((i + 1) % given["sliding_window_pattern"] != 0 for i in layers)
-    elif isinstance(types, list):
+            pattern = given["sliding_window_pattern"]
+            _check_size("sliding_window_pattern", pattern)
+            types = _types((i + 1) % pattern != 0 for i in layers)
+    elif types is not None:
+        if not (isinstance(types, list) and all(isinstance(name, str) for name in types)):
+            raise ValueError(f"layer_types must be a list of names, got {shown(types)}")
         types = tuple(types)
     return {"sliding_window": window, "layer_types": types}
 
@@ -231,6 +237,8 @@ def _ropes(family: Family, given: Json) -> Json:
     rope, local_theta = _rope_values(given), given.get("rope_local_base_freq")
     positions = given.get("max_position_embeddings")
     by_kind = {k: rope[k] for k in ("full_attention", "sliding_attention") if rope.get(k)}
+    if not all(isinstance(kind, dict) for kind in by_kind.values()):
+        raise ValueError(f"rope_parameters by kind of layer must be objects, got {shown(rope)}")
     if by_kind and local_theta is None:
         raise ValueError(f"rope_parameters by kind of layer are not supported: {shown(rope)}")
     beside = {k: given[k] for k in ("partial_rotary_factor",) if k in given}
@@ -259,11 +267,12 @@ def _rope_values(values: Json) -> Json:
     for key in ("rope_scaling", "rope_parameters"):
         if rope := values.get(key):
             if not isinstance(rope, dict):
-                raise ValueError(f"{key} must be an object, got {rope!r:.100}")
+                raise ValueError(f"{key} must be an object, got {shown(rope)}")
             return rope
     return {}
 
 
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def _check_size(name: str, value: object, least: int = 1) -> None:
+    if type(value) is not int or value < least:
+        what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {what}, got {shown(value)}")

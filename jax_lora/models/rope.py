@@ -256,8 +256,13 @@ class Rope:
             )
         if isinstance(self.scaling, DynamicScaling) and dim < 4:
             raise ValueError(f"rope_type='dynamic' takes heads of at least 4, got {head_dim}")
-        for length in (1, 1 << 40):  # LongRoPE has a list of divisors for each
-            self.angles(head_dim, length)
+        try:
+            for length in (1, 1 << 24):  # LongRoPE has a list of divisors for each
+                self.angles(head_dim, length)
+        except ArithmeticError as error:
+            raise ValueError(
+                f"rope_theta={self.theta} and {shown(self.scaling)} give no frequencies: {error}"
+            ) from None
 
     def angles(self, head_dim: int, length: int) -> tuple[np.ndarray, float]:
         """The frequencies of a head, for sequences of `length`, and the factor of their waves."""

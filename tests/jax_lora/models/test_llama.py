@@ -639,6 +639,28 @@ def test_config_defaults():
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["global"]},
             "layer_types must hold full_attention or sliding_attention for each of the 1 layers",
         ),
+        ({"model_type": "gemma2", "layer_types": [[]]}, r"layer_types must be a list .*\[\[\]\]"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 0}, "sliding_window_pattern must be a"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
+            "max_window_layers must be an integer of at least 0, got '1'",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 1}},
+            "rope_parameters by kind of layer must be objects",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 8,
+                },
+                "rope_theta": 1.0,
+            },
+            "rope_theta=1.0 and YarnScaling.* give no frequencies: float division by zero",
+        ),
+        ({"vocab_size": "\x1b" * 999}, r"vocab_size must be a positive integer, got '\\x1b"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive int"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),
