@@ -213,12 +213,13 @@ def _windows(family: Family, given: Json) -> Json:
         return {"sliding_window": None, "layer_types": None}
     if types is None and window is not None and "layer_types" in family.reads:
         layers = range(given["num_hidden_layers"])
-        if "max_window_layers" in given:  # Qwen's
-            first = given["max_window_layers"]
+        known = {**family.defaults, **given}  # here null says nothing
+        if "max_window_layers" in family.defaults:  # Qwen's
+            first = known["max_window_layers"]
             _check_size("max_window_layers", first, least=0)
             types = _types(i >= first for i in layers)
         else:
-            pattern = given["sliding_window_pattern"]
+            pattern = known["sliding_window_pattern"]
             _check_size("sliding_window_pattern", pattern)
             types = _types((i + 1) % pattern != 0 for i in layers)
     elif types is not None:
@@ -244,7 +245,8 @@ def _ropes(family: Family, given: Json) -> Json:
     beside = {k: given[k] for k in ("partial_rotary_factor",) if k in given}
     full = {**beside, **(by_kind.get("full_attention", {}) if by_kind else rope)}
     if "original_max_position_embeddings" in family.defaults:  # Phi-3 has it outside, and it counts
-        full["original_max_position_embeddings"] = given["original_max_position_embeddings"]
+        name = "original_max_position_embeddings"
+        full[name] = given.get(name, family.defaults[name])
     found = Rope.of(full, positions, given.get("rope_theta"))
     partial = found.partial_rotary_factor
     if partial != 1 and "partial_rotary_factor" not in family.reads:
@@ -272,7 +274,12 @@ def _rope_values(values: Json) -> Json:
     return {}
 
 
+_MAX_LAYERS = 4096  # what layers are is listed one by one
+
+
 def _check_size(name: str, value: object, least: int = 1) -> None:
-    if type(value) is not int or value < least:
+    most = _MAX_LAYERS if name == "num_hidden_layers" else _INT32_MAX
+    if type(value) is not int or not least <= value <= most:
         what = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {what}, got {shown(value)}")
+        bound = f", at most {most}" if type(value) is int and value > most else ""
+        raise ValueError(f"{name} must be {what}{bound}, got {shown(value)}")

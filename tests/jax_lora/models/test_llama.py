@@ -667,6 +667,7 @@ def test_config_defaults():
         ({"head_dim": 3}, "head_dim must be even.*3"),
         ({"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
         ({"num_hidden_layers": "1"}, "num_hidden_layers must be a positive integer"),
+        ({"num_hidden_layers": 2**70}, "num_hidden_layers must be .*, at most 4096, got 11805"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
         ({"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
         ({"rope_theta": "big"}, "rope_theta must be a positive number, got 'big'"),
