@@ -216,8 +216,8 @@ def _one_launch(
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
     words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
-    parts = decode.parts
     seated = isinstance(token_ids, Segments) or words.shape[0] > MAX_UNSEATED_TOKENS
+    parts = decode.parts
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None

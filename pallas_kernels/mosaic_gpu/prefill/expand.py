@@ -43,7 +43,6 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
-    in_stacks,
     route_size,
     routes,
     row_mask,
@@ -117,8 +116,11 @@ def expand_kernel(
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
-    tables = (in_stacks(routes(p.segments, plan.rows, tokens), plan.rows, p.first) for p in parts)
-    operands = (array for p, table in zip(parts, tables) for array in (p.v, p.lora_b, table))
+    operands = (
+        array
+        for p in parts
+        for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens, p.first))
+    )
     [y] = in_place(kernel, (y,), *operands)
     return y
 

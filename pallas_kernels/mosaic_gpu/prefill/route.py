@@ -88,9 +88,15 @@ def route_size(segments: Segments, rows: int) -> RouteSize:
 
 
 def routes(
-    segments: Segments, rows: int = TILE, tokens: Int[Array, " T"] | None = None
+    segments: Segments,
+    rows: int = TILE,
+    tokens: Int[Array, " T"] | None = None,
+    first_adapter: Int[Array, ""] | None = None,
 ) -> Int[Array, "tiles W"]:
-    """The table of tiles' routes: a row for every `rows` tokens, in the order of `tokens`."""
+    """The table of tiles' routes: a row for every `rows` tokens, in the order of `tokens`.
+
+    `first_adapter` is where adapter 0 stands in the stacks, if they are those of several layers.
+    """
     places = jnp.arange(-(-segments.num_tokens // rows) * rows, dtype=jnp.int32)
     ids = segments.indices
     if tokens is None:
@@ -104,11 +110,11 @@ def routes(
         token = jnp.arange(rows, dtype=jnp.int32)[None]
         is_before = (token < token.T)[None]
         first = (ids >= 0) & ~jnp.any((ids[:, :, None] == ids[:, None, :]) & is_before, axis=2)
-        place = jnp.sum(first[:, None, :] & is_before, axis=2, dtype=jnp.int32)
-        # Without the barrier XLA computes each place once per slot: 91 us with T=4096 and one slot.
-        place = lax.optimization_barrier(jnp.where(first, place, rows))
+        nth = jnp.sum(first[:, None, :] & is_before, axis=2, dtype=jnp.int32)
+        # Without the barrier XLA computes each of these once per slot: 91 us with T=4096, one slot.
+        nth = lax.optimization_barrier(jnp.where(first, nth, rows))
         slot = jnp.arange(min(rows, segments.num_adapters), dtype=jnp.int32)
-        here = place[:, None, :] == slot[None, :, None]
+        here = nth[:, None, :] == slot[None, :, None]
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
     count = jnp.sum(distinct >= 0, axis=1, dtype=jnp.int32)
     is_scattered = jnp.any(tokens != places.reshape(-1, rows), axis=1).astype(jnp.int32)
@@ -116,22 +122,17 @@ def routes(
     zeros = jnp.zeros_like(tile)
     head = jnp.stack([count, is_scattered, tile, zeros, zeros, zeros], axis=1)
     pad = route_size(segments, rows).words - (2 * rows + _HEAD + distinct.shape[1])
+    ids, distinct = _moved(ids, first_adapter), _moved(distinct, first_adapter)
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, tokens, head, distinct, tail], axis=1)
 
 
-def in_stacks(
-    table: Int[Array, "n W"], rows: int, first: Int[Array, ""] | None
-) -> Int[Array, "n W"]:
-    """A table of tiles or rounds whose adapters start at `first`, in stacks of several layers.
-
-    The last step, so that XLA makes the rest of a table once for all layers of a loop.
-    """
-    if first is None:
-        return table
-    column = jnp.arange(table.shape[1], dtype=jnp.int32)
-    is_adapter = (column < rows) | (column >= 2 * rows + _HEAD)
-    return jnp.where(is_adapter & (table >= 0), table + first, table)
+def _moved(
+    adapters: Int[Array, "blocks _"], first: Int[Array, ""] | None
+) -> Int[Array, "blocks _"]:
+    """Adapters by their places in stacks of several layers. The last step, so that XLA makes the
+    rest of a table once for all layers of a loop."""
+    return adapters if first is None else jnp.where(adapters < 0, -1, adapters + first)
 
 
 class Rounds(NamedTuple):
@@ -141,11 +142,13 @@ class Rounds(NamedTuple):
       segments: the tokens' adapters.
       stack: adapters of a round.
       blocks: blocks that take a round, for different ranks.
+      first_adapter: as of `routes`.
     """
 
     segments: Segments
     stack: int
     blocks: int
+    first_adapter: Int[Array, ""] | None = None
 
     def size(self, rows: int) -> RouteSize:
         """The size of a round's route."""
@@ -193,7 +196,8 @@ def rounds(
         ]  # fmt: skip
         pad = part.size(rows).words - (2 * rows + _HEAD + part.stack)
         tail = jnp.full((n.size, pad), -1, jnp.int32)
-        columns = [table[tile, : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
+        ids, adapters = (_moved(z, part.first_adapter) for z in (table[tile, :rows], adapters))
+        columns = [ids, table[tile, rows : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
         tables.append(jnp.concatenate(columns, axis=1))
         first_item += items
     return tables

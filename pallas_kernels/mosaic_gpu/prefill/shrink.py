@@ -45,7 +45,6 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     Rounds,
     Route,
     RouteSize,
-    in_stacks,
     rounds,
     row_mask,
 )
@@ -123,10 +122,7 @@ def shrink_kernel(
         cluster_names=tuple(cluster),
     )
     tables = rounds(tuple(plan.rounds for plan in plans), launch.rows, tokens, every_tile=zero_rows)
-    operands = (
-        (p.lora_a, p.scales, in_stacks(table, launch.rows, p.first))
-        for p, table in zip(parts, tables)
-    )
+    operands = ((p.lora_a, p.scales, table) for p, table in zip(parts, tables))
     return kernel(x, *itertools.chain(*operands))
 
 
@@ -289,7 +285,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
         _PartPlan(
             rank=part.lora_a.shape[1],
             width=width,
-            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width),
+            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width, part.first),
             first_scale=part.first_scale,
             out=_out_type(launch, part),
         )
