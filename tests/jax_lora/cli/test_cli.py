@@ -65,11 +65,15 @@ def test_generate_prints_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--prompt", ":a", "--adapter", "x=/no/\\[/x]"], "no folder '/no/\\\\[/x]'"),
         (["--prompt", "x:hello"], "no --adapter is called 'x'; there are none"),
-        (["--prompt", "hello"], "--prompt NAME:text is the form, got 'hello'"),
+        (
+            ["--prompt", "hello"],
+            "--prompt NAME:text is the form, got 'hello'; to ask the base model, write ':hello'",
+        ),
         (["--prompt", ":a", "--adapter", "x"], "--adapter NAME=DIR is the form, got 'x'"),
         (["--prompt", ":a", "--adapter", "x=1", "--adapter", "x=2"], "have the same name"),
         (["--prompt", ":a", "--adapter", "x=/no/such"], "no folder '/no/such'"),
-        (["--prompt", ":a", "--base", "/no/such"], "has no tokenizer.json"),
+        (["--prompt", ":a", "--base", "/no/such"], "has no tokenizer.json; it is no folder; give"),
+        (["--prompt", ":a", "--base", BASE, "--chat"], "has no chat template, in neither chat_"),
     ],
 )
 def test_generate_says_what_is_wrong_with_its_input(args: list[str], message: str) -> None:
@@ -172,3 +176,29 @@ def test_links_out_of_a_folder_need_an_option(tmp_path: Path) -> None:
     command = ["generate", "--base", BASE, "--prompt", "a:x", "--adapter", f"a={folder}"]
     assert "--allow-links" in run(*command).stderr
     assert "--allow-links" not in run(*command, "--allow-links").stderr
+
+
+def test_compiled_programs_are_kept_where_help_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import jax
+
+    from jax_lora.cli.programs import keep_programs
+
+    names = "enable_compilation_cache compilation_cache_dir compilation_cache_max_size".split()
+    names = [f"jax_{name}" for name in [*names, "persistent_cache_min_compile_time_secs"]]
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert keep_programs() is None  # the tests have switched it off
+        assert {name: getattr(jax.config, name) for name in names} == before
+        jax.config.update("jax_enable_compilation_cache", True)
+        assert keep_programs() == tmp_path / "jax-lora" / "programs"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax-lora" / "programs")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        assert keep_programs() is None
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert "~/.cache/jax-lora/programs" in run("generate", "--help").stdout
