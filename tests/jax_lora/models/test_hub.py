@@ -51,6 +51,7 @@ def test_a_name_is_found_in_the_cache_of_the_hub(cache: Path, name: str) -> None
     assert (folder / "config.json").is_file()
 
 
+@pytest.mark.ci
 def test_a_model_and_an_adapter_of_the_hub_generate(cache: Path) -> None:
     # The adapter's files are links out of its folder.
     adapters = {"upper": "jax-lora/upper"}
