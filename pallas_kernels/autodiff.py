@@ -148,9 +148,8 @@ def _gradients(
 def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
     """A part's gradient in all of the scales that it was given, zero in those of others.
 
-    There is none in `layers`: it is in the slices of them.
+    It has no `layers`: a backend gives the gradients of the slices of them.
     """
-    gradient = dataclasses.replace(gradient, layers=None)
     if part.scales_offset is None:
         return gradient
     own = jnp.asarray(gradient.scales)

@@ -399,7 +399,7 @@ def add_lora_grad(
             used = slots_of(slots_in_use(local.segments, every, call.compact), da)
             da, db = take(da, used), take(db, used)
             ds = take(ds, used) if ds.ndim else ds
-        dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
+        dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds, layers=None))
     return dx.astype(x.dtype), tuple(dparts)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +100,19 @@ def test_stacks_in_their_place_compute_the_bits_of_slices(
     assert np.abs(outs[0] - outs[1]).max() > 0.1
 
 
+# With None the module holds both the kernels' gradients and XLA's, as the device decides.
+@pytest.mark.parametrize(
+    ("dtype", "implementation"), [("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", None)]
+)
 @pytest.mark.parametrize("tokens", [7, 300], ids=["bgmv", "sgmv"])
-def test_gradients_are_those_of_the_slices(tokens: int) -> None:
-    whole, (y, x, ids) = whole_parts("float32"), operands("float32", tokens)
+def test_gradients_are_those_of_the_slices(
+    tokens: int, dtype: str, implementation: Literal["xla"] | None
+) -> None:
+    whole, (y, x, ids) = whole_parts(dtype), operands(dtype, tokens)
     layer = jnp.int32(1)
 
     def loss(x: Array, parts: list[pk.LoRAPart]) -> Array:
-        out = pk.add_lora_multi(y, x, parts, ids, implementation="xla")
+        out = pk.add_lora_multi(y, x, parts, ids, implementation=implementation)
         return jnp.sum(jnp.sin(out))
 
     sliced, in_place = (parts_of(whole, layer, in_place=where) for where in (False, True))
@@ -113,6 +120,7 @@ def test_gradients_are_those_of_the_slices(tokens: int) -> None:
         jax.jit(jax.grad(loss, (0, 1), allow_int=True))(x, parts) for parts in (sliced, in_place)
     )
     np.testing.assert_allclose(dx, want[0], atol=1e-5)
+    assert np.abs(np.asarray(dx, np.float32)).max() > 0.1
     for mine, theirs in zip(dparts, want[1]):
         for name in ("lora_a", "lora_b", "scales"):
             np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), atol=1e-4)
