@@ -508,7 +508,8 @@ def add_in_step(
 ) -> tuple[Array, ...]:
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
-    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place.
+    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
+    does not work inside `jax.shard_map`.
     """
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
@@ -519,7 +520,7 @@ def add_in_step(
     by_kernels = call.implementation == "auto" and makes_delta_at_once(
         x, checked.parts, call.widths, ys[0].dtype
     )
-    if not by_kernels:
+    if not (by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.token_ids)
     deltas = autodiff.lora_delta(call, x, checked.parts, checked.token_ids)
     return tuple(

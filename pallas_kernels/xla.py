@@ -262,9 +262,12 @@ def lora_delta(
 def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
     """Zeros to which results of the operands are added: inside of `jax.shard_map` they vary over
     the same axes of the mesh."""
-    # `and False` varies as the operand does, and costs nothing: XLA knows what it is.
-    nothing = functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
-    return jnp.broadcast_to(nothing.astype(jnp.float32), shape)
+    return jnp.broadcast_to(_never(*operands).astype(jnp.float32), shape)
+
+
+def _never(*operands: Array) -> Bool[Array, ""]:
+    """False, which varies as the operands do, and costs nothing: XLA knows what it is."""
+    return functools.reduce(jnp.logical_or, [(t.reshape(-1)[0] != 0) & False for t in operands])
 
 
 def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
@@ -394,11 +397,12 @@ def _part_grad(
         return dx, da, db, _scale_grad(ds, adapter, jnp.sum(dvs * u))
 
     slots = part.segments.num_adapters
+    zero = _zeros((), dy, x, lora_a, lora_b, part.segments.indices)
     zeros = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros((slots, *lora_a.shape[1:]), jnp.float32),
-        jnp.zeros((slots, *lora_b.shape[1:]), jnp.float32),
-        jnp.zeros_like(scales),
+        jnp.broadcast_to(zero, x.shape),
+        jnp.broadcast_to(zero, (slots, *lora_a.shape[1:])),
+        jnp.broadcast_to(zero, (slots, *lora_b.shape[1:])),
+        jnp.broadcast_to(zero, scales.shape),
     )
     dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)
     return dx, da.astype(lora_a.dtype), db.astype(lora_b.dtype), ds
