@@ -48,6 +48,9 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2))
 
 
+Plot = Annotated[Path | None, typer.Option(help="Draw the report into this image file.")]
+
+
 @app.command()
 def kernels(
     peers: Annotated[
@@ -57,33 +60,92 @@ def kernels(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `large` '
-            "(ranks 256 and 512, and 8192 tokens) or `between` (256 to 2048 tokens). "
-            "Default: 35 cases."
+            help="`grid`: 120 sizes between decode and prefill, uneven, shuffled and mixed, or "
+            "`grid:200`: 200 of them. `sweep`: T from 1 to 8192. `between`: 256 to 2048 tokens. "
+            "`large`: ranks 256 and 512, and 8192 tokens. Or a JSON file with a list of cases, as "
+            '[{"T": 64, "D": 8, "r": 16}]. Default: 35 cases.'
         ),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw times and speed-ups into this image file.")
+    seed: Annotated[
+        int | None, typer.Option(help="What `grid` draws its cases by; default: 0.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="Time one part of the cases alone; `join` puts them together."
+        ),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=32,
+            help="So many processes share the GPU: they compile and check their cases together and "
+            "time them in turns. A host of 16 cores may take 6.",
+        ),
+    ] = 1,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the report into this JSON file, after each case anew."),
+    ] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Time the kernels against their floor, against XLA and against vLLM and SGLang.
 
     Microseconds per `y += (x A^T) B^T` in bfloat16, inside one jitted loop over weight sets that
-    together exceed the L2 cache. T tokens use D adapters of rank r. The floor is what moving each
-    byte once, or multiplying, takes at least, and the aim 1.05 x floor + 3 us. Each result is
-    checked before it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
+    together exceed the L2 cache. T tokens use D adapters of rank r. Each result is checked before
+    it is timed. Where tokamax is installed, its `ragged_dot` is timed too.
+
+    The floor is what moving each byte once, or multiplying, takes at least. A case may take
+    1.05 x floor and 3 us up to 256 tokens, and 1.08 x floor and 5 us beyond. Shuffled tokens may
+    take 1.3 times as long as the same in runs, and twice as long beyond 1024 tokens. No case may
+    take longer than the best peer or XLA, nor longer than one with twice the tokens. The end of
+    the table tells which cases miss which target. Exits with 1 where a case gave a wrong result.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import kernels as benchmark
-        from benchmarks import tables
+        from benchmarks import pictures, tables
+        from benchmarks.cases import cases_of, name_of, part_of
+        from benchmarks.workers import run_in_processes
 
+        chosen = cases_of(cases, seed)
+        chosen = chosen if part is None else part_of(chosen, part)
         if plot is not None:
-            benchmark.check_plot(plot)
-        report = benchmark.run(benchmark.cases_of(cases), peers, progress)
+            pictures.check_path(plot)
+        if save is not None and not save.parent.is_dir():
+            raise ValueError(f"save {str(save)!r:.99}: there is no such folder")
+        name = name_of(cases)
+        if processes > 1:
+            report = run_in_processes(chosen, peers, progress, processes, name=name, save=save)
+        else:
+            report = benchmark.run(chosen, peers, progress, name=name, save=save)
         if plot is not None:
-            benchmark.plot(report, plot)
+            pictures.draw(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_kernels(report)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def join(
+    reports: Annotated[list[Path], typer.Argument(help="Files that `kernels --save` wrote.")],
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Print saved reports of `kernels` as one, with the verdicts of all their cases."""
+    with input_errors():
+        from benchmarks import pictures, tables
+        from benchmarks.report import Report
+        from benchmarks.report import join as joined
+
+        report = joined([Report.load(path) for path in reports])
+        if plot is not None:
+            pictures.draw(report, plot)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -1,337 +1,238 @@
 """Times `y += (x A^T) B^T`: our kernels, XLA's forms, and the kernels of vLLM and SGLang."""
 
-import dataclasses
-import json
+import functools
+import itertools
 import math
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+from benchmarks.cases import Case
+from benchmarks.peer_runs import Row, run_peers
+from benchmarks.report import PEERS, Report, Result
 from benchmarks.timing import (
     COPY_RATE,
+    Loop,
     ceilings,
-    loop_us,
+    copy_rate_here,
     rounds_of,
     sets_to_rotate,
     turn,
 )
-from pallas_kernels import Segments, add_lora, make_segments
-from pallas_kernels.dispatch import prefers_xla
+from benchmarks.turns import Turns
+from pallas_kernels import LoRAPart, Segments, add_lora, add_lora_multi, make_segments
 
 try:  # a comparison, where someone has installed it
     from tokamax import ragged_dot  # type: ignore[import-not-found,unused-ignore]
 except ImportError:
     ragged_dot = None
 
-PEERS = ("vllm", "csgmv", "sgl_v2")
-# What the geometric mean over the best peer is to be, by phase.
-AIMS = {"decode": 1.8, "prefill": 1.15}
+# y, x, and A and B of each bucket; a call gives the new y.
+Set = tuple[jax.Array, ...]
+LoRACall = Callable[..., jax.Array]
+Rates = tuple[float | None, float | None]
 
-# Each call in a turn takes time to compile: one round of the sets does where it is this long.
-_LONG_TURN_US = 2000
+ALONE = Turns(None)
 _MAX_ERROR = 1e-2  # of bfloat16 results, relative, as the peers are checked
+# XLA's forms take long to compile, so a program has one call of each set, and the host may add to
+# its time. What is close to ours, by this factor, is timed once more with as many calls as ours.
+_CLOSE = 2
+# XLA's sgmv walks over the tiles one by one, each of which takes as many microseconds (H100).
+_SGMV_TILE_US = 10
+# Random numbers that arrays repeat: a prime, so that no two adapters are equal.
+_NOISE = 4_194_301
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """T tokens that use D of L adapters of rank r, in runs of equal length."""
-
-    T: int
-    D: int
-    r: int
-    H: int = 4096
-    N: int = 4096
-    L: int = 64
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} must be an int of at least 1, got {value!r}")
-        if self.T < self.D or self.L < self.D or self.T % self.D:
-            raise ValueError(f"D must divide T and be at most L, got {self}")
-
-    @property
-    def phase(self) -> str:
-        return "decode" if self.T <= 256 else "prefill"
-
-    @property
-    def label(self) -> str:
-        shape = "" if (self.H, self.N) == (4096, 4096) else f" {self.H}x{self.N}"
-        return f"T={self.T} D={self.D} r={self.r}{shape}"
-
-    def floor_us(self, matmul_rate: float) -> float:
-        """The least microseconds: of each half, bytes at COPY_RATE or operations at `matmul_rate`.
-
-        Bytes: each adapter in use once, x once, y read and written.
-        """
-        shrink = 2 * (self.D * self.r * self.H + self.T * self.H)
-        expand = 2 * (self.D * self.r * self.N + 2 * self.T * self.N)
-        operations = [2 * self.T * self.r * features for features in (self.H, self.N)]
-        halves = zip((shrink, expand), operations)
-        return 1e6 * sum(max(b / COPY_RATE, ops / matmul_rate) for b, ops in halves)
-
-
-_MIXES = ((1, 1), (16, 16), (64, 64), (64, 8), (64, 1), (256, 64), (4096, 32), (4096, 1))
-_SHAPES = ((4096, 14336), (14336, 4096), (2048, 2048))
-CASES = [Case(t, d, r) for r in (8, 16, 64, 128) for t, d in _MIXES]
-CASES += [Case(64, 8, 16, h, n) for h, n in _SHAPES]
-# Ranks and tokens beyond those; of the ranks, 16 slots exceed the L2 cache as it is.
-_LARGE = [Case(t, 8, r, L=16) for r in (256, 512) for t in (64, 4096)]
-_LARGE += [Case(8192, 32, 16), Case(8192, 1, 128)]
-_BETWEEN = (
-    *((256, 8, 128), (512, 4, 16), (512, 32, 16), (512, 8, 64)),
-    *((1024, 8, 16), (1024, 64, 64), (2048, 8, 16)),
-)
-# What `--cases` takes by name. On 2026-11-28 peers won two of those in between.
-SETS = {"large": _LARGE, "between": [Case(*mix) for mix in _BETWEEN]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Microseconds of one case; None where something did not run, with the reason in `notes`."""
-
-    case: Case
-    floor: float
-    ours: float | None
-    xla: float
-    tokamax: float | None
-    peers: dict[str, float]
-    notes: list[str]
-
-    @property
-    def best_peer(self) -> float | None:
-        return min(self.peers.values(), default=None)
-
-    @property
-    def aim(self) -> float:
-        return 1.05 * self.floor + 3
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.ours is None else self.ours <= self.aim
-
-    @property
-    def speed_up(self) -> float | None:
-        """Over the best peer."""
-        return None if self.ours is None or self.best_peer is None else self.best_peer / self.ours
-
-    @property
-    def slower_than(self) -> list[str]:
-        """The peers, and XLA's forms, that take less time than ours."""
-        others = {"XLA": self.xla, **self.peers}
-        return [name for name, us in others.items() if self.ours is not None and us < self.ours]
-
-    def to_dict(self) -> dict[str, Any]:
-        names = "best_peer", "aim", "met", "speed_up", "slower_than"
-        verdicts = {name: getattr(self, name) for name in names}
-        return {**dataclasses.asdict(self), "label": self.case.label, **verdicts}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """The geometric mean of a phase's speed-ups over the best peer, and the aim for it."""
-
-    phase: str
-    cases: int
-    speed_up: float
-    aim: float
-
-    @property
-    def met(self) -> bool:
-        return self.speed_up >= self.aim
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """All cases of a run. Rates in bytes and operations per second, None without a GPU."""
-
-    device: str
-    date: str
-    copy_rate: float | None
-    matmul_rate: float | None
-    results: list[Result]
-
-    @property
-    def means(self) -> list[Mean]:
-        """For the phases with cases that ours and a peer ran."""
-        means = []
-        for phase, aim in AIMS.items():
-            ratios = [r.speed_up for r in self.results if r.case.phase == phase and r.speed_up]
-            if ratios:
-                means.append(Mean(phase, len(ratios), geometric_mean(ratios), aim))
-        return means
-
-    def to_dict(self) -> dict[str, Any]:
-        results = [result.to_dict() for result in self.results]
-        means = [{**dataclasses.asdict(mean), "met": mean.met} for mean in self.means]
-        return {**dataclasses.asdict(self), "results": results, "means": means}
-
-
-def cases_of(name: str | None) -> list[Case]:
-    """CASES for None, one of SETS by its name, else what `read_cases` reads from that file."""
-    if name is None:
-        return CASES
-    return SETS[name] if name in SETS else read_cases(Path(name))
-
-
-def read_cases(path: Path) -> list[Case]:
-    """Cases from a JSON list of objects with T, D, r and, unless 4096, 4096, 64, H, N, L.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is malformed or a case can't be.
-    """
-    try:
-        return [Case(**case) for case in json.loads(path.read_text())]
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} must be a JSON list of objects like {CASES[0]}: {error}"
-        ) from None
-
-
-def run(cases: Sequence[Case], peers: Path | None, progress: Callable[[str], None]) -> Report:
+def run(
+    cases: Sequence[Case],
+    peers: Path | None,
+    progress: Callable[[str], None],
+    *,
+    name: str | None = None,
+    save: Path | None = None,
+    rates: Rates | None = None,
+    turns: Turns = ALONE,
+) -> Report:
     """Times the cases, the peers first, in a process of their own that then frees the GPU.
 
+    Args:
+      cases, name: what to time, and the name of that set of cases.
+      peers: the folder that benchmarks/peers/fetch.sh made; None for ours and XLA alone.
+      progress: takes a line for each step.
+      save: a file that gets the report after each case, so that one that is cut off has told
+        something.
+      rates: what `rates_here` gave; None to measure them.
+      turns: those of the processes that use this GPU too.
+
     Raises:
-      FileNotFoundError: `peers` is not a folder that benchmarks/peers/fetch.sh made.
-      RuntimeError: a result of ours is wrong, or the peers' process failed.
+      FileNotFoundError: `peers` is no such folder.
+      RuntimeError: the peers' process gave nothing.
     """
-    measured: list[dict[str, Any]] = [{} for _ in cases]
-    if peers is not None:
-        progress(f"timing {', '.join(PEERS)}")
-        measured = _run_peers(cases, peers)
-    on_gpu = jax.default_backend() == "gpu"
-    copy_rate, matmul_rate = ceilings() if on_gpu else (None, None)
-    results = []
-    for case, row in zip(cases, measured):
-        progress(f"timing {case.label}")
-        times, notes = _time_case(case, on_gpu)
-        by_peer = {peer: row[peer] for peer in PEERS if isinstance(row.get(peer), float)}
-        notes += [f"{peer} {row[peer]}" for peer in PEERS if isinstance(row.get(peer), str)]
-        floor = case.floor_us(matmul_rate or float("inf"))
-        ours, tokamax = times.get("ours"), times.get("tokamax")
-        # Lest a run that is cut off has told nothing.
-        progress(f"{case.label} takes {times['xla' if ours is None else 'ours']:,.2f} us")
-        results.append(Result(case, floor, ours, times["xla"], tokamax, by_peer, notes))
+    rows = [{} for _ in cases] if peers is None else run_peers(cases, peers, progress, turns)
+    with turns.shared():  # it starts the device
+        on_gpu = jax.default_backend() == "gpu"
+    copy_rate, matmul_rate = rates_here() if rates is None else rates
     device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
-    return Report(device, date, copy_rate, matmul_rate, results)
+    report = Report(name, device, date, copy_rate, matmul_rate, [])
+    for case, row in zip(cases, rows):
+        progress(f"timing {case.label}")
+        try:
+            times, notes = time_case(case, on_gpu, turns)
+        except (RuntimeError, ValueError) as error:  # a wrong result, or none; others may be right
+            report.failed.append(f"{case.label}: {' '.join(str(error).split())[:300]}")
+            progress(f"failed {report.failed[-1]}")
+        else:
+            report.results.append(_result(case, times, notes, row, report))
+            us = times.get("ours", times["xla"])
+            progress(f"{case.label} takes {us:,.2f} us")
+        if save is not None:
+            report.save(save)
+    return report
 
 
-def _run_peers(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
-    script = folder / "peer_bench.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"{script} is missing; make the folder with benchmarks/peers/fetch.sh"
-        )
-    with tempfile.TemporaryDirectory() as temporary:
-        given, out = Path(temporary, "cases.json"), Path(temporary, "out.json")
-        given.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-        command = [sys.executable, str(script), "--cases", str(given), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{script} failed:\n{done.stderr[-2000:]}")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
-        return rows
+def _result(
+    case: Case, times: dict[str, float], notes: list[str], row: Row, report: Report
+) -> Result:
+    by_peer = {peer: us for peer in PEERS if isinstance(us := row.get(peer), float)}
+    notes += [f"{peer} {row[peer]}" for peer in PEERS if isinstance(row.get(peer), str)]
+    floor, here = _floors(case, report.copy_rate, report.matmul_rate)
+    ours, tokamax = times.get("ours"), times.get("tokamax")
+    return Result(case, floor, here, ours, times["xla"], tokamax, by_peer, notes)
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+def rates_here() -> Rates:
+    """Bytes and operations per second, as `ceilings`; None without a GPU."""
+    return ceilings() if jax.default_backend() == "gpu" else (None, None)
 
 
-def weight_sets(case: Case) -> list[Any]:
-    """(y, x, a, b) of random data, as often as it takes to exceed the L2 cache."""
-    count = sets_to_rotate(2 * case.L * case.r * (case.H + case.N))
-    shapes: list[tuple[int, ...]] = [(case.T, case.N), (case.T, case.H)]
-    shapes += [(case.L, case.r, case.H), (case.L, case.N, case.r)]
-    scales = (1, 1, case.H**-0.5, 1)
-    keys = jax.random.split(jax.random.key(0), (count, 4))
+def _floors(
+    case: Case, copy_rate: float | None, matmul_rate: float | None
+) -> tuple[float, float | None]:
+    """At COPY_RATE, and at this device's own rate."""
+    multiplied = matmul_rate or math.inf
+    here = copy_rate and case.floor_us(multiplied, copy_rate_here(copy_rate))
+    return case.floor_us(multiplied), here
+
+
+# ------------------------------------------------------------------------------------- operands
+
+
+@functools.lru_cache(8)
+def _noise(scale: float) -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal(_NOISE, np.float32) * np.float32(scale)
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def shapes_of(case: Case) -> list[tuple[int, ...]]:
+    """Of y, x, and of A and B of each bucket."""
+    stacks = [
+        shape
+        for rank, slots in case.slots.items()
+        for shape in ((slots, rank, case.H), (slots, case.N, rank))
+    ]
+    return [(case.T, case.N), (case.T, case.H), *stacks]
+
+
+def operands(case: Case) -> list[np.ndarray]:
+    """Random bfloat16, made on the host: on a device each shape would be compiled for."""
+    y_x_and_stacks = shapes_of(case)
+    scales = [1.0, 1.0, *[case.H**-0.5, 1.0] * len(case.slots)]
+    offsets = itertools.count(0, 1_000_003)  # else x would be y's numbers
     return [
-        tuple(
-            (jax.random.normal(key, shape) * scale).astype(jnp.bfloat16)
-            for key, shape, scale in zip(row, shapes, scales)
-        )
-        for row in keys
+        np.resize(np.roll(_noise(scale), offset), shape)
+        for shape, scale, offset in zip(y_x_and_stacks, scales, offsets)
     ]
 
 
-def segments_of(case: Case) -> Segments:
-    """The tokens' adapters."""
-    used = np.random.default_rng(0).permutation(case.L)[: case.D].astype(np.int32)
-    return make_segments(np.repeat(used, case.T // case.D), case.L)
+def count_of(case: Case) -> int:
+    """Sets of weights that together exceed the L2 cache."""
+    return sets_to_rotate(2 * sum(math.prod(shape) for shape in shapes_of(case)[2:]))
 
 
-def expected(case: Case, sets: list[Any], segments: Segments) -> jax.Array:
-    """What a call gives of the first set, in float32."""
-    y, x, a, b = (t.astype(jnp.float32) for t in sets[0])
-    return add_lora(y, x, a, b, segments, phase="prefill", implementation="xla")
+def expected(case: Case, given: Sequence[np.ndarray]) -> np.ndarray:
+    """What a call gives of these operands, in float32, by NumPy."""
+    y, x = (t.astype(np.float32) for t in given[:2])
+    ids, stacks = case.ids(), itertools.batched(given[2:], 2)
+    for (first, slots), (a, b) in zip(zip(case.first_slots.values(), case.slots.values()), stacks):
+        for slot in np.unique(ids[(first <= ids) & (ids < first + slots)]):
+            rows = ids == slot
+            one_a, one_b = (t[slot - first].astype(np.float32) for t in (a, b))
+            y[rows] += x[rows] @ one_a.T @ one_b.T
+    return y
 
 
-def check(name: str, case: Case, got: jax.Array, want: jax.Array) -> None:
-    error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+def check(name: str, got: jax.Array, want: np.ndarray) -> None:
+    error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
     if not error < _MAX_ERROR:
-        raise RuntimeError(f"{name} is wrong at {case}: relative error {error:.1e}")
+        raise RuntimeError(f"{name} is wrong: relative error {error:.1e}")
 
 
-def _time_case(case: Case, on_gpu: bool) -> tuple[dict[str, float], list[str]]:
-    """Microseconds by form: "ours" on a GPU, by default the kernels, "xla" by the better of its two
-    forms, "tokamax" where that is installed."""
-    sets, segments = weight_sets(case), segments_of(case)
-    want = expected(case, sets, segments)
-    calls = {"xla, sgmv": _add_lora(segments, "xla", "prefill")}
-    if case.phase == "decode":  # else it would gather the weights of each of thousands of tokens
-        calls["xla, bgmv"] = _add_lora(segments, "xla", "decode")
-    forms = list(calls)
-    by_xla = prefers_xla(case.T, case.r, case.phase)
-    if on_gpu and not by_xla:
-        calls["ours"] = _add_lora(segments, "mosaic_gpu", case.phase)
-    if ragged_dot is not None:
-        calls["tokamax"] = _ragged_dots(segments, ragged_dot)
-    rounds, times, notes = rounds_of(sets), {}, []
+def segments_of(case: Case) -> Segments:
+    """The tokens' adapters, for each bucket too where there are several."""
+    slots = sum(case.slots.values())
+    ranges = list(zip(case.first_slots.values(), case.slots.values()))
 
-    def us(call: Callable[..., Any], rounds: int) -> float:
-        return loop_us(turn(call, rounds), sets, rounds * len(sets))
+    def make(ids: jax.Array) -> Segments:
+        segments = make_segments(ids, slots)
+        return segments.split(ranges) if len(ranges) > 1 else segments
 
-    for name, call in calls.items():
-        try:
-            check(name, case, jax.jit(call)(*sets[0]), want)
-        except NotImplementedError as lacking:
-            notes.append(f"{name}: {lacking}" if name == "tokamax" else str(lacking))
-            continue
-        times[name] = us(call, rounds if name == "ours" else 1)
-    better = min(forms, key=lambda form: times[form])
-    times["xla"], calls["xla"] = times[better], calls[better]
-    for name in ("xla", "tokamax"):
-        if name in times and rounds > 1 and times[name] * len(sets) < _LONG_TURN_US:
-            times[name] = us(calls[name], rounds)
-    if on_gpu and by_xla:
-        times["ours"] = times["xla" if better == "xla, bgmv" else "xla, bgmv"]
-        notes.append("ours is XLA's form, by default for so few tokens")
-    return times, notes
+    return jax.jit(make)(jnp.asarray(case.ids()))
 
 
-def _add_lora(segments: Segments, implementation: Any, phase: str) -> Callable[..., jax.Array]:
-    def call(y: Any, x: Any, a: Any, b: Any) -> jax.Array:
-        return add_lora(y, x, a, b, segments, phase=phase, implementation=implementation)
+# ---------------------------------------------------------------------------------------- calls
+
+
+def _call_of(
+    case: Case, segments: Segments, phase: str, implementation: Literal["xla"] | None = None
+) -> LoRACall:
+    """`add_lora`, or `add_lora_multi` for several buckets, by default by what it chooses itself."""
+    firsts = tuple(case.first_slots.values())
+
+    def call(y: jax.Array, x: jax.Array, *stacks: jax.Array) -> jax.Array:
+        if len(firsts) == 1:
+            a, b = stacks
+            return add_lora(y, x, a, b, segments, phase=phase, implementation=implementation)
+        parts = [
+            LoRAPart(a, b, first_slot=first)
+            for (a, b), first in zip(itertools.batched(stacks, 2), firsts)
+        ]
+        return add_lora_multi(y, x, parts, segments, phase=phase, implementation=implementation)
 
     return call
 
 
-def _ragged_dots(segments: Segments, dot: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _xla_phases(case: Case) -> list[str]:
+    """The phases whose form of XLA may be the faster of the two: bgmv gathers each token's weights,
+    so not for many; sgmv takes the tiles one by one, so not where bgmv gathers little."""
+    if case.phase == "prefill":
+        return ["prefill"]
+    ranks = sum(n * rank for n, rank in zip(case.runs, case.adapter_ranks))
+    gather_us = 1e6 * 2 * ranks * (case.H + case.N) / COPY_RATE
+    loses = 2 * gather_us + 4 < _SGMV_TILE_US * case.D
+    return ["decode"] if loses else ["decode", "prefill"]
+
+
+def _others(case: Case, segments: Segments) -> dict[str, LoRACall]:
+    """What ours is compared with in this process, by name."""
+    calls = {f"xla, {phase}": _call_of(case, segments, phase, "xla") for phase in _xla_phases(case)}
+    if ragged_dot is not None and len(case.slots) == 1:
+        calls["tokamax"] = _ragged_dots(segments, ragged_dot)
+    return calls
+
+
+def _ragged_dots(segments: Segments, dot: LoRACall) -> LoRACall:
     """Both halves as grouped products of the rows sorted by adapter; every token has one."""
     slots = jnp.arange(segments.num_adapters)
     sizes = jnp.sum(segments.indices == slots[:, None], axis=1, dtype=jnp.int32)
     rows = segments.rows
 
-    def call(y: Any, x: Any, a: Any, b: Any) -> jax.Array:
+    def call(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         v = dot(x[rows], a.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
         delta = dot(
             v.astype(b.dtype), b.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32
@@ -341,55 +242,64 @@ def _ragged_dots(segments: Segments, dot: Callable[..., jax.Array]) -> Callable[
     return call
 
 
-def check_plot(path: Path) -> None:
-    """Whether `plot` can write there, as a run may take minutes.
+class _Prepared:
+    """A case whose programs are compiled and checked: what is left is to time them.
 
-    Raises:
-      ValueError: matplotlib is not installed, or does not know the file's ending, or there is no
-        such folder.
+    "ours", by what `add_lora` chooses on a GPU; XLA's forms; "tokamax" where that is installed.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install matplotlib") from None
-    endings = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in endings:
-        raise ValueError(f"plot {str(path)!r} must end with one of .{', .'.join(endings)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"plot {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+    def __init__(self, case: Case, on_gpu: bool, given: list[np.ndarray], want: np.ndarray) -> None:
+        segments = segments_of(case)
+        self.sets: list[Set] = [
+            tuple(jax.device_put(t) for t in given) for _ in range(count_of(case))
+        ]
+        self.calls = _others(case, segments)
+        self.loops: dict[str, Loop] = {}
+        self.notes: list[str] = []
+        self.ours_is_xla = False
+        if on_gpu:
+            self._prepare_ours(_call_of(case, segments, case.phase), want)
+        for name, call in self.calls.items():
+            loop = Loop(turn(call, 1), len(self.sets), turns=1)
+            try:
+                check(name, loop(self.sets)[0][0], want)  # of the program that is timed
+            except NotImplementedError as lacking:
+                self.notes.append(f"{name}: {lacking}")
+            else:
+                self.loops[name] = loop
+
+    def _prepare_ours(self, call: LoRACall, want: np.ndarray) -> None:
+        lowered = jax.jit(call).lower(*self.sets[0])
+        check("ours", lowered.compile()(*self.sets[0]), want)
+        self.loops["ours"] = self._in_turns(call)
+        jax.block_until_ready(self.loops["ours"](self.sets))
+        if "mosaic_gpu" not in lowered.as_text():
+            self.ours_is_xla = True
+            self.notes.append("ours is XLA's form, by default for so few tokens")
+
+    def _in_turns(self, call: LoRACall) -> Loop:
+        """So many calls in a turn of the loop that it adds nothing to them."""
+        rounds = rounds_of(self.sets)
+        return Loop(turn(call, rounds), rounds * len(self.sets))
+
+    def times(self) -> dict[str, float]:
+        """Microseconds by name; "xla" is the better of its forms."""
+        times = {name: loop.us(self.sets) for name, loop in self.loops.items()}
+        better = min((name for name in times if name.startswith("xla")), key=lambda n: times[n])
+        times["xla"], self.calls["xla"] = times[better], self.calls[better]
+        for name in ("xla", "tokamax"):
+            if name in times and times[name] < _CLOSE * times.get("ours", 0):
+                times[name] = self._in_turns(self.calls[name]).us(self.sets)
+        if self.ours_is_xla:
+            times["xla"] = min(times["xla"], times["ours"])
+        return times
 
 
-def plot(report: Report, path: Path) -> None:
-    """Two pictures in one file: time against the floor, and speed-up over the best peer.
-
-    Raises:
-      ValueError: `check_plot` does.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    labels = [result.case.label for result in report.results]
-    rows = np.arange(len(labels))
-    figure = Figure(figsize=(13, 1.5 + 0.26 * len(labels)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    series: dict[str, list[float | None]] = {
-        "floor": [result.floor for result in report.results],
-        "jax-lora": [result.ours for result in report.results],
-        "XLA": [result.xla for result in report.results],
-        "tokamax": [result.tokamax for result in report.results],
-        **{p: [result.peers.get(p) for result in report.results] for p in PEERS},
-    }
-    for (name, values), marker in zip(series.items(), "|osPv^D"):
-        points = [(v, row) for v, row in zip(values, rows) if v is not None]
-        if points:
-            left.plot(*zip(*points), marker, label=name, markersize=12 if name == "floor" else 5)
-    left.set(xscale="log", xlabel="microseconds per call", yticks=rows, yticklabels=labels)
-    left.invert_yaxis()
-    left.legend()
-    compared = [(row, r.speed_up) for row, r in zip(rows, report.results) if r.speed_up]
-    if compared:
-        right.barh(*zip(*compared), color=["C2" if ratio >= 1 else "C3" for _, ratio in compared])
-    right.axvline(1, color="black", linewidth=1)
-    right.set(xlabel="speed-up over the best of vLLM and SGLang")
-    figure.suptitle(f"y += (x Aᵀ) Bᵀ in bfloat16 on {report.device}, {report.date}")
-    figure.savefig(path, dpi=120)
+def time_case(case: Case, on_gpu: bool, turns: Turns = ALONE) -> tuple[dict[str, float], list[str]]:
+    """Microseconds of "ours", "xla" and "tokamax", of those that ran, and notes."""
+    given = operands(case)
+    want = expected(case, given)
+    with turns.shared():
+        prepared = _Prepared(case, on_gpu, given, want)
+    with turns.alone():
+        return prepared.times(), prepared.notes

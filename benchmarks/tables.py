@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import kernels
-from benchmarks.timing import COPY_RATE
+from benchmarks.report import PEERS, Report
+from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
     from benchmarks import step, torch_calls
@@ -16,55 +16,58 @@ if TYPE_CHECKING:
 _stdout = Console()
 
 
-def print_kernels(report: kernels.Report) -> None:
-    """A row per case, the phases' means against their aims, and what was left out."""
+def print_kernels(report: Report) -> None:
+    """A row per case, what was left out, and each target with what missed it."""
     others = ["tokamax"] if any(result.tokamax for result in report.results) else []
-    others += kernels.PEERS
+    others += PEERS
     names = ["case", "floor", "ours", "XLA", *others, "speed-up", "aim", "", "slower than"]
     table = _table(names, range(1, len(names) - 2))
     for result in report.results:
         times = [result.floor, result.ours, result.xla]
         times += [{"tokamax": result.tokamax, **result.peers}.get(other) for other in others]
-        times += [result.speed_up, result.aim]
+        times += [result.speed_up, report.aim(result)]
+        met = report.met(result)
         table.add_row(
             result.case.label,
             *("-" if t is None else f"{t:.2f}" for t in times),
-            "" if result.met is None else _verdict(result.met),
+            "" if met is None else _verdict(met),
             ", ".join(result.slower_than),
         )
     # Each row stands on a line of its own, which a narrow terminal may wrap.
-    Console(width=max(_stdout.width, 132)).print(table)
+    Console(width=max(_stdout.width, 160)).print(table)
     for result in report.results:
         for note in result.notes:
             _say(f"{result.case.label}: {note}")
     for mean in report.means:
         _say(
-            f"{mean.phase}, over the best peer: {mean.speed_up:.2f} in the geometric mean of "
-            f"{mean.cases} cases; aim {mean.aim:g}, {_verdict(mean.met)}."
+            f"{_verdict(mean.met)}: {mean.name}, over the best peer: {mean.speed_up:.2f} in the "
+            f"geometric mean of {mean.cases} cases; aim {mean.aim:g}"
         )
-    _say_verdicts([result for result in report.results if result.met is not None])
+    for verdict in report.verdicts:
+        _say(
+            f"{_verdict(verdict.met)}: {verdict.target}, in "
+            f"{verdict.cases - len(verdict.missed)} of {verdict.cases} cases"
+        )
+        for missed in verdict.missed:
+            _say(f"    {missed}")
+    for failed in report.failed:
+        _say(f"failed: {failed}")
     _say(f"{report.device}, {report.date}; microseconds.")
+    _say_rates(report)
+
+
+def _say_rates(report: Report) -> None:
     if report.copy_rate is None or report.matmul_rate is None:
         _say(
             "No GPU: the kernels and the peers were not measured, XLA ran on the CPU, and the "
             "floor is an H100's."
         )
     else:
+        here = copy_rate_here(report.copy_rate)
         _say(
-            f"This run copied at {report.copy_rate / 1e12:.2f} TB/s (floors take "
-            f"{COPY_RATE / 1e12:.2f}) and multiplied at "
-            f"{report.matmul_rate / 1e12:.0f} TFLOP/s."
-        )
-
-
-def _say_verdicts(timed: list[kernels.Result]) -> None:
-    if timed:
-        met = sum(result.met is True for result in timed)
-        than_xla = sum("XLA" in result.slower_than for result in timed)
-        than_peers = sum(bool({*result.slower_than} & {*kernels.PEERS}) for result in timed)
-        _say(
-            f"{met} of {len(timed)} cases meet the aim of 1.05 x floor + 3 us, {than_xla} are "
-            f"slower than XLA and {than_peers} than a peer."
+            f"This run copied at {report.copy_rate / 1e12:.2f} TB/s and multiplied at "
+            f"{report.matmul_rate / 1e12:.0f} TFLOP/s. Floors take {COPY_RATE / 1e12:.2f} TB/s, "
+            f"and those of this device {here / 1e12:.2f}: the same share of what it copies at."
         )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The copy rate that floors are computed with, so that tables of different runs compare: measured by
-# benchmarks/peers/peer_bench.py on an H100 80GB. A run's own rate is reported beside it.
+# The copy rate that floors are computed with, so that tables of different runs compare: that of
+# torch's copy of 1 GB on an H100 80GB. A run's own rate is reported beside it.
 COPY_RATE = 2.40e12
+# What `ceilings` measures on an H100.
+_H100_COPIES = 3.00e12
 
 # Weight sets are rotated so that together they exceed the L2 cache (50 MB) several times over.
 _ROTATED_BYTES = 200_000_000
@@ -31,6 +33,11 @@ def ceilings() -> tuple[float, float]:
     weights = jax.random.normal(jax.random.key(1), (size, size), jnp.bfloat16)
     product = loop_us(lambda c: (jnp.tanh(c[0] @ c[1]), c[1]), (left, weights), 1)
     return 2 * 2**30 / copied * 1e6, 2 * size**3 / product * 1e6
+
+
+def copy_rate_here(copied: float) -> float:
+    """What COPY_RATE is for a device on which `ceilings` measures `copied`."""
+    return copied / _H100_COPIES * COPY_RATE
 
 
 def sets_to_rotate(set_bytes: int) -> int:
@@ -62,7 +69,7 @@ def turn(call: Callable[..., Any], rounds: int) -> Callable[..., Any]:
 
 class Loop:
     """carry = body(carry, *given), several turns in one compiled program that is called back to
-    back; `calls`: of what is timed, in a body.
+    back; `calls`: of what is timed, in a body; `turns`: None for as many as 512 calls take.
 
     The turns are known when XLA compiles, and the host does not wait for one program before it
     starts the next: so the GPU waits for no host. Asked after each turn whether to go on, as a loop
@@ -70,8 +77,9 @@ class Loop:
     not.
     """
 
-    def __init__(self, body: Callable[..., Any], calls: int) -> None:
-        turns = max(1, _LOOPED_CALLS // calls) if jax.default_backend() == "gpu" else 1
+    def __init__(self, body: Callable[..., Any], calls: int, turns: int | None = None) -> None:
+        if turns is None:
+            turns = max(1, _LOOPED_CALLS // calls) if jax.default_backend() == "gpu" else 1
 
         def run(carry: Any, *given: Any) -> Any:
             return jax.lax.fori_loop(0, turns, lambda _, carry: body(carry, *given), carry)

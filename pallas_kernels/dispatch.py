@@ -14,7 +14,6 @@ from pallas_kernels.call import Backend, Call
 from pallas_kernels.mosaic_gpu import backend as mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.config import Config
-from pallas_kernels.mosaic_gpu.decode import MAX_DECODE_TOKENS
 from pallas_kernels.ranks import kernels_disabled, select_kernel
 
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
@@ -116,9 +115,13 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
     return least is not None and rank >= least and select_kernel(rank, phase) == "bgmv"
 
 
+# Of more tokens XLA would gather too many copies of adapters.
+_MAX_DECODE_TOKENS = 256
+
+
 def phase_of(num_tokens: int) -> str:
     """The phase of a call that names none."""
-    return "decode" if num_tokens <= MAX_DECODE_TOKENS else "prefill"
+    return "decode" if num_tokens <= _MAX_DECODE_TOKENS else "prefill"
 
 
 def xla_kernel(rank: int, phase: str) -> str:

@@ -1,16 +1,18 @@
-"""Times vLLM's and SGLang's multi-LoRA kernels: y += scale * (x @ A[i].T) @ B[i].T, per call, in a CUDA graph.
+"""Times vLLM's and SGLang's multi-LoRA kernels: y += (x @ A[i].T) @ B[i].T, per call, in a CUDA graph.
 
 Each case runs over several weight sets, together larger than the L2 cache, so the adapters come from device
 memory as they do between two layers of a real model. Every result is checked against float32 first.
 
-    python3 peer_bench.py [--cases cases.json] [--out peers.json]
+    python3 peer_bench.py --cases cases.json --out peers.json
 
-`floor_us` is the fewest bytes the case must move (each adapter in use once, x once, y read and written) over the
-copy bandwidth measured in the same run. Columns: vllm (lora_shrink + lora_expand), csgmv (SGLang's default),
-sgl_v2 (SGLang's plan-driven backend), base_gemm (the dense projection the LoRA sits on, cuBLAS).
+benchmarks/peer_runs.py writes the cases: T, H, N, `r`, the adapter of each token in `ids`, the rank of each slot
+in `ranks`. Adapters of smaller rank than r are padded with zeros, as vLLM and SGLang pad them; SGLang's kernels
+read their own rank alone. Peers: vllm (lora_shrink + lora_expand), csgmv (SGLang's default), sgl_v2 (SGLang's
+plan-driven backend). Where SGLang may choose between two chunk sizes or two phases, the faster counts.
 """
 
 import argparse
+import functools
 import json
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,19 +20,23 @@ from pathlib import Path
 
 import stubs  # noqa: F401  (must come first)
 import torch
+from turns import Turns  # type: ignore[import-not-found]
 
 DEV = "cuda"
 Case = dict[str, int]
 Set = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # x, A, B, y
 Call = Callable[[], object]
-CASES = [
-    dict(T=t, D=d, r=r, H=4096, N=4096, L=64)
-    for r in (8, 16, 64, 128)
-    for t, d in ((1, 1), (16, 16), (64, 64), (64, 8), (64, 1), (256, 64), (4096, 32), (4096, 1))
-]
-CASES += [
-    dict(T=64, D=8, r=16, H=h, N=n, L=64) for h, n in ((4096, 14336), (14336, 4096), (2048, 2048))
-]
+
+
+class Tokens:
+    """The adapter of each token, and the rank of each slot."""
+
+    def __init__(self, ids: list[int], ranks: list[int]) -> None:
+        self.ids, self.ranks = (
+            torch.tensor(v, device=DEV, dtype=torch.int32) for v in (ids, ranks)
+        )
+        self.slots = len(ranks)
+        self.adapters = len(set(ids))
 
 
 def graph_us(fns: Sequence[Call], reps: int = 20) -> float:
@@ -60,27 +66,21 @@ def graph_us(fns: Sequence[Call], reps: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth() -> float:
-    src = torch.empty(1 << 30, device=DEV, dtype=torch.uint8).random_()
-    dst = torch.empty_like(src)
-    return 2 * src.numel() / (graph_us([lambda: dst.copy_(src)]) * 1e-6)
-
-
-def make(case: Case) -> tuple[list[Set], torch.Tensor]:
-    adapter_bytes = 2 * case["L"] * case["r"] * (case["H"] + case["N"])
+def make(case: Case, tokens: Tokens) -> list[Set]:
+    """As many sets as exceed the L2 cache."""
+    slots = tokens.slots
+    adapter_bytes = 2 * int(tokens.ranks.sum()) * (case["H"] + case["N"])
+    live = torch.arange(case["r"], device=DEV) < tokens.ranks[:, None]
     sets = []
     for _ in range(max(4, min(16, -(-200_000_000 // adapter_bytes)))):
-        a = (torch.randn(case["L"], case["r"], case["H"], device=DEV) / case["H"] ** 0.5).bfloat16()
-        b = torch.randn(case["L"], case["N"], case["r"], device=DEV).bfloat16()
+        a = (torch.randn(slots, case["r"], case["H"], device=DEV) / case["H"] ** 0.5).bfloat16()
+        b = torch.randn(slots, case["N"], case["r"], device=DEV).bfloat16()
+        a.masked_fill_(~live[:, :, None], 0)
+        b.masked_fill_(~live[:, None, :], 0)
         x = torch.randn(case["T"], case["H"], device=DEV).bfloat16()
         y = torch.randn(case["T"], case["N"], device=DEV).bfloat16()
         sets.append((x, a, b, y))
-    ids = (
-        torch.randperm(case["L"], device=DEV)[: case["D"]]
-        .repeat_interleave(case["T"] // case["D"])
-        .to(torch.int32)
-    )
-    return sets, ids
+    return sets
 
 
 def rel_error(fn: Call, tensors: Set, ids: torch.Tensor) -> float:
@@ -96,13 +96,13 @@ def rel_error(fn: Call, tensors: Set, ids: torch.Tensor) -> float:
     return error
 
 
-def vllm(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
+def vllm(case: Case, sets: list[Set], tokens: Tokens) -> list[Call]:
     from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
 
-    meta = LoRAKernelMeta.make(case["L"], case["T"], DEV)
-    meta.prepare_tensors(ids)
+    meta = LoRAKernelMeta.make(tokens.slots, case["T"], DEV)
+    meta.prepare_tensors(tokens.ids)
     args = meta.meta_args(case["T"], True)
 
     def one(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> Call:
@@ -115,7 +115,15 @@ def vllm(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     return [one(*s) for s in sets]
 
 
-def csgmv(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
+def forget_vllm() -> None:
+    """Drops the weights that vLLM keeps by their address, else they would fill the memory."""
+    from vllm.lora.ops.triton_ops import utils
+
+    utils._LORA_A_PTR_DICT.clear()
+    utils._LORA_B_PTR_DICT.clear()
+
+
+def csgmv(case: Case, sets: list[Set], tokens: Tokens, chunk: int) -> list[Call]:
     from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
         chunked_sgmv_lora_expand_forward as expand,
     )
@@ -124,8 +132,9 @@ def csgmv(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     )
     from sglang.srt.lora.utils import LoRABatchInfo
 
-    chunk = 128 if case["T"] >= 256 else 32 if case["T"] >= 64 else 16
-    adapters, counts = torch.unique_consecutive(ids, return_counts=True)
+    # SGLang sorts the tokens by adapter and cuts each adapter's into chunks.
+    order = torch.argsort(tokens.ids, stable=True)
+    adapters, counts = torch.unique_consecutive(tokens.ids[order], return_counts=True)
     ptr, which = [0], []
     for adapter, count in zip(adapters.tolist(), counts.tolist()):
         while count > 0:
@@ -145,9 +154,9 @@ def csgmv(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
         seg_lens=None,
         seg_indptr=i32(ptr),
         weight_indices=i32(which),
-        lora_ranks=i32([case["r"]] * case["L"]),
-        scalings=torch.ones(case["L"], device=DEV),
-        permutation=i32([*range(case["T"])]),
+        lora_ranks=tokens.ranks,
+        scalings=torch.ones(tokens.slots, device=DEV),
+        permutation=order.to(torch.int32),
     )
     offsets = i32([0, case["N"]])
 
@@ -157,7 +166,7 @@ def csgmv(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     return [one(*s) for s in sets]
 
 
-def sgl_v2(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
+def sgl_v2(case: Case, sets: list[Set], tokens: Tokens, phase: str) -> list[Call]:
     import sglang.srt.lora.dense.runner as runner_module
     from sglang.kernels.ops.lora.common.route_view import RouteView, RouteViewKind
     from sglang.srt.lora.dense.plan import DenseLoraKind
@@ -190,15 +199,15 @@ def sgl_v2(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
 
     runner_module.build_route = build_route
     runner = runner_module.DenseLoraRunner(
-        LoraWorkspace(), max_loras=case["L"], device=torch.device("cuda", 0)
+        LoraWorkspace(), max_loras=tokens.slots, device=torch.device("cuda", 0)
     )
     runner.begin_batch(
-        token_slots=ids,
-        lora_ranks=torch.full((case["L"],), case["r"], device=DEV, dtype=torch.int32),
-        scalings=torch.ones(case["L"], device=DEV),
+        token_slots=tokens.ids,
+        lora_ranks=tokens.ranks,
+        scalings=torch.ones(tokens.slots, device=DEV),
         num_tokens=case["T"],
         graph_mode=False,
-        phase=Phase.PREFILL if case["T"] > 256 else Phase.DECODE,
+        phase=Phase(phase),
     )
     plan = runner.plan_for(
         DenseLoraKind.LINEAR, case["r"], case["H"], case["N"], num_tokens=case["T"]
@@ -214,52 +223,83 @@ def sgl_v2(case: Case, sets: list[Set], ids: torch.Tensor) -> list[Call]:
     return [one(*s) for s in sets]
 
 
-def product(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> Call:
-    return lambda: torch.mm(x, w.T, out=y)
+def variants(case: Case, tokens: Tokens) -> dict[str, list[Callable[[list[Set]], list[Call]]]]:
+    """What each peer may run. SGLang's chunk follows from T, and is 16 unless a user allows more: for short runs
+    that may be the faster. A step of 65 to 1024 tokens may be a decode or hold a chunk of a prompt."""
+    count = case["T"]
+    chunk = 128 if count >= 256 else 32 if count >= 64 else 16
+    chunks = [chunk, *[16] * (chunk > 16 and count < chunk * tokens.adapters)]
+    phases = ["decode"] * (count <= 1024) + ["prefill"] * (count > 64)
+    return {
+        "vllm": [functools.partial(vllm, case, tokens=tokens)],
+        "csgmv": [functools.partial(csgmv, case, tokens=tokens, chunk=size) for size in chunks],
+        "sgl_v2": [functools.partial(sgl_v2, case, tokens=tokens, phase=name) for name in phases],
+    }
+
+
+def prepare(
+    runs: list[Callable[[list[Set]], list[Call]]], sets: list[Set], ids: torch.Tensor
+) -> list[list[Call]] | str:
+    """What of these gives the right result, its kernels compiled; or why nothing does."""
+    ready, reason = [], ""
+    for run in runs:
+        try:
+            fns = run(sets)
+            error = rel_error(fns[0], sets[0], ids)
+            if error < 1e-2:
+                ready.append(fns)
+            else:
+                reason = f"wrong: {error:.1e}"
+        except Exception as e:  # a peer that cannot run a case is a result
+            reason = f"fails: {type(e).__name__}"
+            traceback.print_exc(limit=1)
+    torch.cuda.synchronize()
+    return ready or reason
+
+
+def fastest(ready: list[list[Call]] | str) -> float | str:
+    """Microseconds of the fastest, or why there are none."""
+    if isinstance(ready, str):
+        return ready
+    try:
+        return min(round(graph_us(fns), 2) for fns in ready)
+    except Exception as e:
+        traceback.print_exc(limit=1)
+        return f"fails: {type(e).__name__}"
+
+
+def time_case(case: Case, tokens: Tokens, turns: Turns) -> dict[str, float | str]:
+    with turns.shared():
+        sets = make(case, tokens)
+        runs = variants(case, tokens)
+        ready = {peer: prepare(runs[peer], sets, tokens.ids) for peer in runs}
+    with turns.alone():
+        row = {peer: fastest(ready[peer]) for peer in ready}
+        torch.cuda.synchronize()
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cases")
-    parser.add_argument("--out")
+    parser.add_argument("--cases", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--turns", help="file by which processes on this GPU take turns")
     args = parser.parse_args()
-    cases = json.loads(Path(args.cases).read_text()) if args.cases else CASES
-    bandwidth = copy_bandwidth()
-    print(
-        torch.cuda.get_device_name(),
-        "torch",
-        torch.__version__,
-        f"copy {bandwidth / 1e9:.0f} GB/s",
-        flush=True,
-    )
-    rows = []
-    for case in cases:
-        sets, ids = make(case)
-        moved = 2 * (
-            case["D"] * case["r"] * (case["H"] + case["N"])
-            + case["T"] * (case["H"] + 2 * case["N"])
-        )
-        row: dict[str, object] = {**case, "floor_us": round(moved / bandwidth * 1e6, 2)}
-        for peer in (vllm, csgmv, sgl_v2):
-            try:
-                fns = peer(case, sets, ids)
-                error = rel_error(fns[0], sets[0], ids)
-                row[peer.__name__] = (
-                    round(graph_us(fns), 2) if error < 1e-2 else f"wrong: {error:.1e}"
-                )
-            except Exception as e:  # a peer that cannot run a case is a result
-                row[peer.__name__] = f"fails: {type(e).__name__}"
-                traceback.print_exc(limit=1)
-        weights = [torch.randn(case["N"], case["H"], device=DEV).bfloat16() for _ in sets[:4]]
-        us = graph_us([product(x, y, w) for (x, _, _, y), w in zip(sets, weights)])
-        row["base_gemm"] = round(us, 2)
-        print(json.dumps(row), flush=True)
+    turns = Turns(args.turns)
+    with turns.shared():
+        torch.cuda.init()
+    rows: list[dict[str, float | str]] = []
+    for case in json.loads(Path(args.cases).read_text()):
+        tokens = Tokens(case.pop("ids"), case.pop("ranks"))
+        row = time_case(case, tokens, turns)
+        print(json.dumps({**case, **row}), flush=True)
         rows.append(row)
-        del sets, weights
-        torch.cuda.empty_cache()
-    if args.out:
-        report = dict(device=torch.cuda.get_device_name(), bandwidth=bandwidth, rows=rows)
-        Path(args.out).write_text(json.dumps(report, indent=1))
+        Path(args.out).write_text(
+            json.dumps(dict(rows=rows))
+        )  # so far: a later case may end the process
+        with turns.shared():
+            forget_vllm()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `docs/kernels.md` draws them. There are two kinds. A *prefill* kernel takes tiles of 64 consecutive
 tokens, which are wgmma's M, and multiplies all of a tile with every adapter that occurs in it; each
 row then keeps its own product. So tokens may come in any order, no row is gathered, and what a row
-gets depends on that row alone. The *decode* kernel takes up to 256 tokens, does one half or both in
+gets depends on that row alone. The *decode* kernel takes few tokens, does one half or both in
 one launch, and gathers the few tokens of one adapter for each cluster.
 """
 
@@ -22,6 +22,7 @@ from pallas_kernels import xla
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
+    MAX_UNSEATED_TOKENS,
     DecodePart,
     Plan,
     decode_config,
@@ -37,6 +38,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
+from pallas_kernels.mosaic_gpu.prefill.route import order
 from pallas_kernels.mosaic_gpu.support import MAX_FEATURES
 from pallas_kernels.routing import (
     Segments,
@@ -214,7 +216,8 @@ def _one_launch(
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
     words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
-    seated, parts = isinstance(token_ids, Segments), decode.parts
+    seated = isinstance(token_ids, Segments) or words.shape[0] > MAX_UNSEATED_TOKENS
+    parts = decode.parts
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None
@@ -297,16 +300,22 @@ def _two_launches(
     y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
+    slots = max(part.first_slot + part.slots for part in parts)
+    if isinstance(token_ids, Segments):
+        tokens = order(token_ids)
+    else:
+        tokens = order(local_segments(token_ids, SlotRange(0, slots)))
     placed, shrinks = [_placed(part) for part in parts], []
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
         shrinks.append(_Shrink(a, segments, scales, first_scale, own, first))
-    expands = [
+    vs = _shrink_parts(x, shrinks, operands=True, tokens=tokens)
+    expands = tuple(
         ExpandPart(v, p.b, s.segments, part.y_offset, s.config, part.first_slot, s.first)
-        for part, p, s, v in zip(parts, placed, shrinks, _shrink_parts(x, shrinks, operands=True))
-    ]
-    return expand_kernel(y, tuple(expands), add_inputs=True)
+        for part, p, s, v in zip(parts, placed, shrinks, vs)
+    )
+    return expand_kernel(y, expands, add_inputs=True, tokens=tokens)
 
 
 class _Placed(NamedTuple):
@@ -351,9 +360,11 @@ class _Shrink(NamedTuple):
     first: Int[Array, ""] | None = None
 
 
-def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Array]:
+def _shrink_parts(
+    x: Array, parts: list[_Shrink], *, operands: bool, tokens: Int[Array, " T"] | None = None
+) -> list[Array]:
     """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
-    it, undefined in rows of -1."""
+    it, undefined in rows of -1. Rows are in the order of `tokens`, or, where that is None, of x."""
     num_tokens, twin = x.shape[0], interpreted()
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
@@ -374,13 +385,13 @@ def _shrink_parts(x: Array, parts: list[_Shrink], *, operands: bool) -> list[Arr
             for part in (parts[i] for i in which)
         )
         padded = pad_to(pad_rows(planes, 1), 2, 16)
-        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands)
+        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands, tokens=tokens)
         for i, v in zip(which, out):
             if twin:
                 used = parts[i].segments.indices[:, None] >= 0
                 v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
             if factor is not None:
-                v = v * factor[:, None]
+                v = v * (factor if tokens is None else factor[tokens])[:, None]
             vs[i] = _operand(v, dtype) if operands and not direct else v
     return [vs[i] for i in range(len(parts))]
 

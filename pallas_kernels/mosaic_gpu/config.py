@@ -14,7 +14,6 @@ class Config:
       split: blocks of a cluster over which the shrink splits H: 1, 2, 4 or 8.
       rank_block: ranks that one block of the shrink computes, at most; a divisor of R is taken.
       stack: adapters that one block of the shrink multiplies at once.
-      chunks: blocks among which the shrink deals a tile's adapters.
       stages: pipeline stages of the shrink, at most.
       row_tiles: tiles of 64 tokens that share what a block of the shrink loads of A, at most: 1 or
         2. A launch takes the least of its parts, and 1 where two don't fit.
@@ -32,7 +31,6 @@ class Config:
     split: int = 8
     rank_block: int = 128
     stack: int = 1
-    chunks: int = 1
     stages: int = 4
     row_tiles: int = 1
     block_n: int = 64
@@ -53,7 +51,7 @@ class Config:
                 raise ValueError(f"{name} must be 1 or 2, got {getattr(self, name)}")
         if self.block_n % 8 or not 8 <= self.block_n <= 256:
             raise ValueError(f"block_n must be a multiple of 8 up to 256, got {self.block_n}")
-        counts = "stack", "chunks", "stages", "expand_stack", "expand_stages", "expand_columns"
+        counts = "stack", "stages", "expand_stack", "expand_stages", "expand_columns"
         for name in (*counts, "column_clusters"):
             if not 1 <= getattr(self, name) <= 64:
                 raise ValueError(f"{name} must be between 1 and 64, got {getattr(self, name)}")

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from click.testing import Result
+from click.testing import Result as Output
 from typer.testing import CliRunner
 
 from benchmarks import kernels, launches, step, timing
 from benchmarks.__main__ import app
+from benchmarks.cases import CASES, SETS, Case, cases_of
+from benchmarks.peer_runs import run_peers
+from benchmarks.report import Report, Result
 
 TINY = [
     {"T": 8, "D": 4, "r": 16, "H": 64, "N": 128, "L": 8},
@@ -19,7 +22,7 @@ TINY = [
 ]
 
 
-def run(tmp_path: Path, *args: object) -> Result:
+def run(tmp_path: Path, *args: object) -> Output:
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps(TINY))
     return CliRunner().invoke(app, ["kernels", "--cases", str(cases), *map(str, args)])
@@ -33,10 +36,10 @@ def peers(tmp_path: Path, body: str) -> Path:
 
 
 def test_the_floor_counts_each_byte_once_and_operations_where_they_bound() -> None:
-    case = kernels.Case(64, 8, 16)
+    case = Case(64, 8, 16)
     moved = 2 * (8 * 16 * (4096 + 4096) + 64 * (4096 + 2 * 4096))
     assert case.floor_us(float("inf")) == pytest.approx(moved / 2.40e12 * 1e6)
-    large = kernels.Case(4096, 1, 512)
+    large = Case(4096, 1, 512)
     operations = 2 * (2 * 4096 * 512 * 4096)
     assert large.floor_us(1e12) == pytest.approx(operations / 1e12 * 1e6)
     shrink_bytes = 2 * (512 * 4096 + 4096 * 4096)
@@ -44,29 +47,19 @@ def test_the_floor_counts_each_byte_once_and_operations_where_they_bound() -> No
     expand_bytes = shrink_bytes + 2 * 4096 * 4096
     expected = 1.2 * shrink_bytes / 2.40e12 + expand_bytes / 2.40e12
     assert large.floor_us(between) == pytest.approx(expected * 1e6)
+    assert timing.copy_rate_here(3.00e12) == pytest.approx(2.40e12)
 
 
 def test_there_are_the_peers_35_cases() -> None:
-    assert len(set(kernels.CASES)) == 35
-    assert {case.phase for case in kernels.CASES if case.T > 256} == {"prefill"}
-
-
-@pytest.mark.parametrize(
-    "case", [{"T": 0, "D": 1, "r": 8}, {"T": 8, "D": 3, "r": 8}, {"T": 4, "D": 8, "r": 8}]
-)
-def test_cases_that_cannot_be(case: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|divide T"):
-        kernels.Case(**case)
-    (tmp_path / "cases.json").write_text(json.dumps([case]))
-    result = CliRunner().invoke(app, ["kernels", "--cases", str(tmp_path / "cases.json")])
-    assert result.exit_code == 2
+    assert len(set(CASES)) == 35
+    assert {case.phase for case in CASES if case.T > 256} == {"prefill"}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"T": 1}]', '[{"T": 1, "D": 1, "r": 8, "x": 1}]'])
 def test_malformed_case_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(text)
     with pytest.raises(ValueError, match="must be a JSON list of objects"):
-        kernels.read_cases(tmp_path / "cases.json")
+        cases_of(str(tmp_path / "cases.json"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +68,11 @@ def test_malformed_case_files(text: str, tmp_path: Path) -> None:
         (("--plot", "x.foo"), "plot 'x.foo' must end with one of ."),
         (("--plot", "no/such/x.png"), "there is no folder 'no/such'"),
         (("--cases", "."), "Is a directory"),
-        (("--cases", '[{"T": 64}]'), "No such file"),
+        (("--cases", '[{"T": 64}]'), "cases must be one of grid, large, between, sweep, or a file"),
+        (("--save", "no/such/x.json"), "save 'no/such/x.json': there is no such folder"),
+        (("--part", "3/2"), "part must be K/N with K from 1 to N, such as 1/2, got '3/2'"),
+        (("--seed", "3"), "a seed is for the cases named grid, got cases None"),
+        (("--cases", "grid:x"), "the grid is named grid, or grid:200 for 200 cases, got 'grid:x'"),
     ],
 )
 def test_bad_files_are_refused_before_anything_is_timed(
@@ -112,44 +109,39 @@ def test_a_loop_takes_turns_and_keeps_the_carry_that_it_was_given(
     np.testing.assert_array_equal(carry[0], np.zeros(3))
 
 
-def test_of_xla_only_the_better_form_is_timed_with_many_calls(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[int] = []
-    times: list[float] = []
-
-    def loop_us(body: object, carry: object, calls: int) -> float:
-        asked.append(calls)
-        return times.pop(0)
-
-    monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
-    monkeypatch.setattr(kernels, "loop_us", loop_us)
-    case = kernels.Case(8, 4, 16, 64, 128, 8)
-    times[:] = [900.0, 20.0, 7.0]
-    assert kernels._time_case(case, False)[0]["xla"] == 7.0
-    assert asked == [1, 1, 64]
-    times[:] = [3000.0, 4000.0]  # so long that a turn's own time is nothing
-    assert kernels._time_case(case, False)[0]["xla"] == 3000.0
-    assert asked == [1, 1, 64, 1, 1]
+def take_from(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops that take these times."""
+    monkeypatch.setattr(timing.Loop, "us", lambda loop, carry: times.pop(0))
 
 
 @pytest.mark.parametrize(
-    ("times", "xla", "ours"), [([9.0, 8.0, 7.0], 7.0, 7.0), ([8.0, 9.0, 7.0], 7.0, 9.0)]
+    ("times", "xla", "ours"),
+    [
+        ([6.0, 8.0, 5.0], 5.0, 6.0),  # close to ours, so with as many calls as ours
+        ([6.0, 90.0], 6.0, 6.0),  # too long to be, but ours is one of XLA's forms
+        ([6.0, 8.0, 6.1], 6.0, 6.0),
+    ],
 )
-def test_of_one_token_ours_is_the_form_that_add_lora_takes(
+def test_xla_is_timed_with_many_calls_where_it_is_close_to_ours(
     times: list[float], xla: float, ours: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(times)
-    monkeypatch.setattr(kernels, "rounds_of", lambda sets: 64)
-    monkeypatch.setattr(kernels, "loop_us", lambda *args: left.pop(0))
-    found, [note] = kernels._time_case(kernels.Case(1, 1, 64, 64, 128, 8), True)
-    assert (found["xla"], found["ours"]) == (xla, ours)
+    take_from(left, monkeypatch)
+    found, [note] = kernels.time_case(Case(1, 1, 64, 64, 128, 8), True)
+    assert (found["xla"], found["ours"], left) == (xla, ours, [])
     assert "XLA's form" in note
+
+
+def test_without_a_gpu_each_form_of_xla_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [900.0, 20.0]
+    take_from(left, monkeypatch)
+    assert kernels.time_case(Case(64, 1, 128, 256, 256, 2), False)[0]["xla"] == 20.0
+    assert left == []
 
 
 def test_progress_tells_times_as_they_are_taken() -> None:
     lines: list[str] = []
-    [result] = kernels.run([kernels.Case(8, 4, 16, 64, 128, 8)], None, lines.append).results
+    [result] = kernels.run([Case(8, 4, 16, 64, 128, 8)], None, lines.append).results
     label = "T=8 D=4 r=16 64x128"
     assert lines == [f"timing {label}", f"{label} takes {result.xla:,.2f} us"]
 
@@ -166,8 +158,11 @@ def test_tokamax_is_timed_and_checked_where_it_is_installed(
     monkeypatch.setattr(
         kernels, "ragged_dot", lambda *args, **how: 2 * jax.lax.ragged_dot(*args, **how)
     )
-    with pytest.raises(RuntimeError, match="tokamax is wrong at"):
-        kernels.run([kernels.Case(8, 4, 16, 64, 128, 8)], None, lambda text: None)
+    wrong = run(tmp_path, "--save", tmp_path / "report.json")
+    assert wrong.exit_code == 1
+    assert "failed: T=8 D=4 r=16 64x128: tokamax is wrong: relative error" in wrong.stdout
+    left = Report.load(tmp_path / "report.json")
+    assert (len(left.failed), left.results) == (2, [])
 
 
 def test_peers_are_asked_for_the_same_cases_and_a_failing_one_is_a_note(tmp_path: Path) -> None:
@@ -183,43 +178,56 @@ json.dump(dict(rows=rows), open(out, "w"))"""
 
 
 def test_a_folder_without_peers_and_peers_that_fail(tmp_path: Path) -> None:
-    result = run(tmp_path, "--peers", tmp_path)
-    assert result.exit_code == 2
-    assert "benchmarks/peers/fetch.sh" in result.stderr
-    with pytest.raises(RuntimeError, match="no CUDA here"):
-        kernels.run(
-            kernels.CASES[:1], peers(tmp_path, "sys.exit('no CUDA here')"), lambda text: None
+    for processes in (1, 2):
+        result = run(tmp_path, "--peers", tmp_path, "--processes", processes)
+        assert result.exit_code == 2
+        assert "peer_bench.py' is missing; make the folder with benchmarks/peers/fetch.sh" in (
+            result.stderr
         )
+    with pytest.raises(RuntimeError, match="no CUDA here"):
+        kernels.run(CASES[:1], peers(tmp_path, "sys.exit('no CUDA here')"), lambda text: None)
 
 
-def result(case: kernels.Case, ours: float | None, xla: float, **peers: float) -> kernels.Result:
-    return kernels.Result(case, 10.0, ours, xla, None, peers, [])
+def test_peers_that_end_early_leave_the_rows_that_they_wrote(tmp_path: Path) -> None:
+    body = """
+json.dump(dict(rows=[dict(vllm=10.0, csgmv=9.0)]), open(out, "w"))
+sys.exit("illegal address")"""
+    lines: list[str] = []
+    rows = run_peers(CASES[:2], peers(tmp_path, body), lines.append, kernels.ALONE)
+    assert rows[0] == {"vllm": 10.0, "csgmv": 9.0}
+    assert rows[1]["sgl_v2"] == "fails: its process ended before"
+    assert "illegal address\n\nThe peers ran 1 of 2 cases" in lines[-1]
+
+
+def result(case: Case, ours: float | None, xla: float, **peers: float) -> Result:
+    return Result(case, 10.0, None, ours, xla, None, peers, [])
 
 
 RESULTS = [
-    result(kernels.Case(64, 8, 16), 13.5, 20.0, vllm=27.0, sgl_v2=40.0),
-    result(kernels.Case(256, 64, 16), 20.0, 15.0, vllm=10.0, csgmv=19.0, sgl_v2=30.0),
-    result(kernels.Case(4096, 1, 16), 13.6, 900.0, sgl_v2=17.0),
-    result(kernels.Case(4096, 1, 64), None, 900.0, vllm=17.0),
-    result(kernels.Case(1, 1, 16), 4.0, 3.9),
+    result(Case(64, 8, 16), 13.5, 20.0, vllm=27.0, sgl_v2=40.0),
+    result(Case(256, 64, 16), 20.0, 15.0, vllm=10.0, csgmv=19.0, sgl_v2=30.0),
+    result(Case(4096, 1, 16), 15.9, 900.0, sgl_v2=19.875),
+    result(Case(4096, 1, 64), None, 900.0, vllm=17.0),
+    result(Case(1, 1, 16), 4.0, 3.9),
 ]
 
 
 def test_a_result_says_whether_the_aim_is_met_and_what_is_faster() -> None:
-    assert {r.aim for r in RESULTS} == {13.5}
-    assert [r.met for r in RESULTS] == [True, False, False, None, True]
+    whole = Report(None, "H100", "2026-01-01", 2.4e12, 6e14, RESULTS)
+    assert [whole.aim(r) for r in RESULTS] == [13.5, 13.5, 15.8, 15.8, 13.5]
+    assert [whole.met(r) for r in RESULTS] == [True, False, False, None, True]
     assert [r.slower_than for r in RESULTS] == [[], ["XLA", "vllm", "csgmv"], [], [], ["XLA"]]
     assert [r.speed_up for r in RESULTS] == [2.0, 0.5, 1.25, None, None]
 
 
 def test_the_report_holds_geometric_means_against_the_aims(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = kernels.Report("H100", "2026-01-01", 2.4e12, 6e14, RESULTS)
+    report = Report(None, "H100", "2026-01-01", 2.4e12, 6e14, RESULTS)
     decode, prefill = report.means
-    assert (decode.phase, decode.cases, decode.aim, decode.met) == ("decode", 2, 1.8, False)
+    assert (decode.name, decode.cases, decode.aim, decode.met) == ("decode", 2, 1.8, False)
     assert decode.speed_up == pytest.approx(1.0)  # of 2 and 1/2
-    assert (prefill.phase, prefill.cases, prefill.aim, prefill.met) == ("prefill", 1, 1.15, True)
+    assert (prefill.name, prefill.cases, prefill.aim, prefill.met) == ("prefill", 1, 1.15, True)
     assert prefill.speed_up == pytest.approx(1.25)
-    assert kernels.Report("H100", "2026-01-01", None, None, RESULTS[3:]).means == []
+    assert Report(None, "H100", "2026-01-01", None, None, RESULTS[3:]).means == []
     as_dict = json.loads(json.dumps(report.to_dict()))
     assert [mean["met"] for mean in as_dict["means"]] == [False, True]
     row = as_dict["results"][1]
@@ -227,36 +235,38 @@ def test_the_report_holds_geometric_means_against_the_aims(monkeypatch: pytest.M
     assert row["slower_than"] == ["XLA", "vllm", "csgmv"]
 
     asked = []
-    monkeypatch.setattr(kernels, "run", lambda cases, *_: asked.append(cases) or report)
+    monkeypatch.setattr(kernels, "run", lambda cases, *_, **__: asked.append(cases) or report)
     printed = CliRunner().invoke(app, ["kernels", "--cases", "large"])
     assert printed.exit_code == 0, printed.output
-    assert asked == [kernels.SETS["large"]]
+    assert asked == [SETS["large"]]
     lines = printed.stdout.splitlines()
     assert lines[1].split()[3:] == "10.00 13.50 20.00 27.00 - 40.00 2.00 13.50 met".split()
     row = "10.00 20.00 15.00 10.00 19.00 30.00 0.50 13.50 missed XLA, vllm, csgmv"
     assert lines[2].split()[3:] == row.split()
     told = " ".join(printed.stdout.split())
     for line in (
-        "decode, over the best peer: 1.00 in the geometric mean of 2 cases; aim 1.8, missed.",
-        "prefill, over the best peer: 1.25 in the geometric mean of 1 cases; aim 1.15, met.",
-        "2 of 4 cases meet the aim of 1.05 x floor + 3 us, 2 are slower than XLA and 1 than a "
-        "peer.",
+        "missed: decode, over the best peer: 1.00 in the geometric mean of 2 cases; aim 1.8",
+        "met: prefill, over the best peer: 1.25 in the geometric mean of 1 cases; aim 1.15",
+        "missed: 1.05 x floor + 3 us up to T=256, in 2 of 3 cases "
+        "T=256 D=64 r=16: 20.00 us, 1.48 x 13.50 (floor 10.00)",
+        "missed: 1.08 x floor + 5 us beyond T=256, in 0 of 1 cases",
+        "missed: no slower than the best of vLLM, SGLang and XLA, in 2 of 4 cases",
     ):
         assert line in told
 
 
 def test_the_sets_of_cases_that_have_a_name() -> None:
-    assert {(c.T, c.D, c.r) for c in kernels.SETS["large"]} == {
+    assert {(c.T, c.D, c.r) for c in SETS["large"]} == {
         (64, 8, 256), (64, 8, 512), (4096, 8, 256), (4096, 8, 512), (8192, 32, 16), (8192, 1, 128),
     }  # fmt: skip
-    assert {(c.T, c.D, c.r) for c in kernels.SETS["between"]} == {
+    assert {(c.T, c.D, c.r) for c in SETS["between"]} == {
         (256, 8, 128), (512, 4, 16), (512, 32, 16), (512, 8, 64),
         (1024, 8, 16), (1024, 64, 64), (2048, 8, 16),
     }  # fmt: skip
-    for name, cases in kernels.SETS.items():
-        assert kernels.cases_of(name) is cases
-        assert not set(cases) & set(kernels.CASES)
-    assert kernels.cases_of(None) is kernels.CASES
+    for name, cases in SETS.items():
+        assert cases_of(name) is cases
+        assert name == "sweep" or not set(cases) & set(CASES)
+    assert cases_of(None) is CASES
 
 
 def test_help_names_the_commands() -> None:

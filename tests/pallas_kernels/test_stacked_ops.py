@@ -92,11 +92,11 @@ def test_stacks_in_their_place_compute_the_bits_of_slices(
 
     outs = []
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        for layer in jnp.arange(LAYERS, dtype=jnp.int32):
+        for layer in jnp.array([2, 1], jnp.int32):
             want, out = (np.asarray(run(layer, in_place=where)) for where in (False, True))
             np.testing.assert_array_equal(out, want)
             outs.append(out)
-    assert np.abs(outs[0] - outs[1]).max() > 0.1 < np.abs(outs[1] - outs[2]).max()
+    assert np.abs(outs[0] - outs[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("tokens", [7, 300], ids=["bgmv", "sgmv"])

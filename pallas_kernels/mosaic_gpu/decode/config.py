@@ -4,8 +4,10 @@ import dataclasses
 
 from pallas_kernels.mosaic_gpu.config import Config
 
-# A launch looks for equal adapters among all of its tokens.
-MAX_DECODE_TOKENS = 256
+# The most tokens of a launch; XLA seats them (`seating`) where there are more than 256.
+MAX_DECODE_TOKENS = 1024
+# Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
+MAX_UNSEATED_TOKENS = 256
 
 
 def decode_config(
@@ -17,7 +19,7 @@ def decode_config(
     `buckets` counts the ranges of ids. `delta`: XLA adds what the kernel makes, so that it may run
     beside the product that makes y.
     """
-    if num_tokens > MAX_DECODE_TOKENS:
+    if num_tokens > _most_tokens(rank, buckets):
         return Config()
     config = _decode_config(num_tokens, width, rank, buckets)
     if buckets > 1 and rank >= 64:
@@ -31,11 +33,24 @@ def decode_config(
     return config
 
 
+def _most_tokens(rank: int, buckets: int) -> int:
+    """Up to how many tokens one launch is faster than two.
+
+    Each cluster of eight tokens reads its adapter from the L2 cache, tiles of 64 tokens read it
+    once. But clusters take tokens in any order, and decode rows beside a prompt, without loss.
+
+    H100, T=256, 8 adapters: R=256 44.1 us in one, 28.0 in two; R=128 20.6 and 24.9. H200, T=512,
+    R=16: 4 adapters 7.6 us in one, 9.7 in two; shuffled, 32 adapters, 9.3 and 16.6; 64 rows of 64
+    adapters and a prompt of 448 tokens 14.5 and 24.3. Several buckets were not timed.
+    """
+    if rank > 128 or (rank == 128 and buckets > 1):
+        return 128
+    if rank > 64 or buckets > 1:
+        return 256
+    return 512 if rank > 32 else MAX_DECODE_TOKENS
+
+
 def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:
-    if num_tokens > 128 and (rank > 128 or (rank == 128 and buckets > 1)):
-        # One launch is slower here. H100, T=256, 8 adapters of R=256: 44.1 us in one, 28.0 in two.
-        # With one bucket of rank 128 it is faster (20.6 and 24.9); with more it was not timed.
-        return Config()
     # More copies on their way would keep others' A waiting. H100, T=64, 64 adapters of R=64: 30.0
     # us with 2, 35.2 with 4. Where a warp has six turns at most, all of its B comes at once: q, k
     # and v of Llama-3-8B, R=16, 64 adapters 18.7 us with 4, 17.9 with 6. R=128 comes in sections of

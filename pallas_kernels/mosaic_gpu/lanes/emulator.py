@@ -346,7 +346,13 @@ class Emulator:
         return use, Words(block, index, self._tid[use][:, None])
 
     def get(self, word: Number, count: int) -> list[Int]:
-        use, words = self._places(self._block, word, count, None)
+        return self._read(self._block, word, count)
+
+    def peek(self, block: int, word: Number, count: int) -> list[Int]:
+        return self._read(np.full_like(self._block, block), word, count)
+
+    def _read(self, block: np.ndarray, word: Number, count: int) -> list[Int]:
+        use, words = self._places(block, word, count, None)
         found = np.zeros((*self._shape, count), np.int32)
         found[use] = self._shared.read(words)
         return [Lanes(found[..., n]) for n in range(count)]

@@ -159,14 +159,17 @@ def take_over_start() -> bool:
 class Gpu:
     """Emits an instruction or a few for each method; `values.Machine` says what they do."""
 
-    def __init__(self, shared: ir.Value) -> None:
+    def __init__(self, shared: ir.Value, *, begins: bool = True) -> None:
+        """The lanes of a block, with `shared` as its shared memory. `begins`: the machine is all of
+        the kernel, and `begun` says when to wait for the cluster; else Mosaic waits at the start.
+        """
         self._i32 = ir.IntegerType.get_signless(32)
         self._i64 = ir.IntegerType.get_signless(64)
         self._f32 = ir.F32Type.get()
         pointer = mgpu.utils.memref_ptr(shared)
         self._shared = Register(llvm.ptrtoint(self._i32, pointer))
         [self._tid] = _gives("mov.u32 $0, %tid.x;", (self._i32,))
-        self._waits = take_over_start()
+        self._waits = begins and take_over_start()
 
     @property
     def tid(self) -> Register:
@@ -301,12 +304,22 @@ class Gpu:
     def put(self, word: Number, words: Sequence[Int], where: Flag | None = None) -> None:
         self._put("shared", self._word(word), words, where)
 
+    def peek(self, block: int, word: Number, count: int) -> list[Int]:
+        kind, names = _vector(0, count)
+        there = self._there(self.integer(block), word)
+        text = f"ld.shared::cluster.{kind} {names}, [${count}];"
+        return [*_gives(text, (self._i32,) * count, there, effects=True)]
+
     def push(self, block: Int, word: Number, words: Sequence[Int], where: Flag) -> None:
         # Not `st.async`, which would need no barrier of the cluster: the receiver counts each 16
         # bytes, one after the other. H100, T=64, 64 adapters of R=128: 79 us so, 58 with this.
+        self._put("shared::cluster", self._there(block, word), words, where)
+
+    def _there(self, block: Int, word: Number) -> Register:
+        """Where another block has a word, as an address of the cluster."""
         text = "mapa.shared::cluster.u32 $0, $1, $2;"
         [there] = _gives(text, (self._i32,), self._word(word), block)
-        self._put("shared::cluster", there, words, where)
+        return there
 
     def _put(self, space: str, place: Int, words: Sequence[Int], where: Flag | None) -> None:
         kind, names = _vector(1, len(words))

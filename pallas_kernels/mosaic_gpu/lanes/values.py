@@ -140,6 +140,9 @@ class Machine(Protocol):
     def get(self, word: Number, count: int, /) -> list[Int]: ...
     def put(self, word: Number, words: Sequence[Int], where: Flag | None = None, /) -> None: ...
 
+    def peek(self, block: int, word: Number, count: int, /) -> list[Int]:
+        """`get` from the shared memory of another block of the cluster, after its barrier."""
+
     def push(self, block: Int, word: Number, words: Sequence[Int], where: Flag, /) -> None:
         """`put` into the shared memory of another block of the cluster."""
 

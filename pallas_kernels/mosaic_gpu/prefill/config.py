@@ -25,17 +25,14 @@ def rank_width(rank: int, at_most: int) -> int:
 def default_config(
     num_tokens: int, features: int, width: int, rank: int, num_adapters: int
 ) -> Config:
-    """The config of a case, from static shapes alone; `split` from H, so T changes no bit.
+    """The config of a case, from static shapes alone.
 
     `features` is H, `width` N, `num_adapters` L.
     """
     tiles = -(-num_tokens // TILE)
     per_tile = min(num_tokens, TILE, num_adapters)  # adapters of a tile, at most
-    # A longer cluster has a shorter way through H, but its blocks exchange 64 x R x split^2 floats
-    # per tile. T=4096, one adapter of R=128: 95.5 us with 4, 54.6 with 2, 60.1 with 1.
-    split = min(2, 1 << (-(-features // SPLIT_UNIT) - 1).bit_length())
-    few = tiles * -(-width // 128) < MULTIPROCESSORS
-    if few:
+    split = _split(tiles, features, rank)
+    if tiles * -(-width // 128) < MULTIPROCESSORS:
         return _few_tiles(split, rank, per_tile)
     config = _many_tiles(split, tiles, width, rank, per_tile)
     if rank >= 128 and num_tokens >= 4096:  # fewer tokens have not been timed
@@ -43,23 +40,36 @@ def default_config(
     return config
 
 
+def _split(tiles: int, features: int, rank: int) -> int:
+    """Blocks of a cluster: as many as it takes to fill the chip, since each has a shorter way
+    through H then. But they exchange 64 x R x split floats per tile.
+
+    H200: T=512, 4 adapters of R=16, 13.1 us with 2, 10.9 with 4, 9.7 with 8. T=1024, 8 of R=128,
+    21.4 us with 2, 19.4 with 4, 23.5 with 8.
+    """
+    most = MULTIPROCESSORS * 3 // 2 if rank <= 32 else MULTIPROCESSORS * 5 // 9
+    split = next((s for s in (8, 4) if tiles * s <= most), 2)
+    return min(split, 1 << (-(-features // SPLIT_UNIT) - 1).bit_length())
+
+
 def _few_tiles(split: int, rank: int, per_tile: int) -> Config:
     """For tiles too few to keep the multiprocessors busy: narrow blocks, so that there are more,
     which take many adapters at once and so use all of wgmma's N."""
     # Every block pays for x and for the exchange, whatever its adapters. T=64, 64 adapters of R=16:
     # 28.9 us with 2 in a round, 21.9 with 8.
-    stack = max(1, min(per_tile, 128 // rank_width(rank, 64)))
     adapter_bytes = 32 * rank * 2  # of B, in one block
     expand_stack = max(1, min(per_tile, MAX_COLUMNS // 32, 32 * 1024 // adapter_bytes))
+    expand_stages = min(6, 96 * 1024 // (expand_stack * adapter_bytes))
+    if rank >= 128:  # H200, T=256, 8 adapters of R=128: 18.9 us with 4 and 3 stages, 12.5 so
+        expand_stack, expand_stages = 1, 2
     return Config(
         split=split,
         rank_block=64,
-        stack=stack,
-        chunks=-(-per_tile // stack),
+        stack=max(1, min(per_tile, 128 // rank_width(rank, 64))),
         stages=4,
         block_n=32,
         expand_stack=expand_stack,
-        expand_stages=max(1, min(6, 96 * 1024 // (expand_stack * adapter_bytes))),
+        expand_stages=max(1, expand_stages),
     )
 
 
@@ -70,14 +80,21 @@ def _many_tiles(split: int, tiles: int, width: int, rank: int, per_tile: int) ->
     # too. T=4096, 32 adapters of R=16: 53.8 us with 1, 50.1 with 4, 51.2 with 8.
     blocks = tiles * -(-width // block_n)
     columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * MULTIPROCESSORS)))
+    adapter_bytes = block_n * rank * 2  # of B, in one block
+    # A tile of decode rows has many adapters. Of many tiles that is one, and room for more of them
+    # would cost the others blocks on a multiprocessor.
+    at_once = 1 if tiles >= 64 else min(MAX_COLUMNS // block_n, 8 * 1024 // adapter_bytes)
     return Config(
         split=split,
         rank_block=128,
         # A tile seldom has more than two adapters. T=4096, 7 of R=48: 55.6 us with 1, 45.3 with 2.
+        # Room for more costs stages. H200, T=2048, 8 of R=16: 21.3 us with 2, 30.8 with 8.
         stack=max(1, min(per_tile, 2, MAX_COLUMNS // rank_width(rank, 128))),
         stages=4,
         block_n=block_n,
-        expand_stages=max(1, min(2, 16 * 1024 // (block_n * rank * 2))),
+        expand_stack=max(1, min(per_tile, at_once)),
+        # H200, 64 rows of 64 adapters of R=128 and a prompt of 1984: 168 us with 1, 113 with 2.
+        expand_stages=max(1, min(2, 32 * 1024 // adapter_bytes)),
         expand_columns=columns,
     )
 

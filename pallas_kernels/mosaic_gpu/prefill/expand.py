@@ -15,6 +15,7 @@ The functions stand top down: the plan of a launch, a block, its sweeps, and the
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -39,10 +40,10 @@ from pallas_kernels.mosaic_gpu.layouts import (
     plain_layout,
     shared_bytes,
 )
+from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
-    route_copies,
-    route_memory,
+    route_size,
     routes,
     row_mask,
 )
@@ -81,7 +82,11 @@ class ExpandPart(NamedTuple):
 
 
 def expand_kernel(
-    y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], *, add_inputs: bool
+    y: Float[Array, "T Ny"],
+    parts: tuple[ExpandPart, ...],
+    *,
+    add_inputs: bool,
+    tokens: Int[Array, " T"] | None = None,
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
 
@@ -89,8 +94,10 @@ def expand_kernel(
     columns. A block takes range after range, mostly one that its tokens use. Where shared memory
     doesn't hold all parts of a range that share columns, it takes several sweeps for them, and
     rounds after each.
+
+    Rows of v are in the order of `tokens`, or, where that is None, of y.
     """
-    plan = _plan(y.dtype, parts, add_inputs)
+    plan = _plan(y, parts, add_inputs, tokens is not None)
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
     kernel = plgpu.kernel(
         functools.partial(_block_body, plan),
@@ -110,7 +117,9 @@ def expand_kernel(
         kernel_name=f"lora_expand_{ranks}",
     )
     operands = (
-        array for p in parts for array in (p.v, p.lora_b, routes(p.segments, plan.rows, p.first))
+        array
+        for p in parts
+        for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens, p.first))
     )
     [y] = in_place(kernel, (y,), *operands)
     return y
@@ -161,25 +170,29 @@ class _Plan:
       parts: with configs whose shared memory fits.
       cuts: the columns of y.
       dtype: of y.
+      y_shape: rows and columns of y.
       rows: tokens of a block.
       block_n: columns of y that a block takes at once.
       columns: how many times it takes those, at most.
       y_stages: stages of y's ring.
+      sorts: whether tokens may be sorted, so that rows of y are copied one by one.
     """
 
     parts: tuple[ExpandPart, ...]
     cuts: tuple[_CutPlan, ...]
     dtype: DTypeLike
+    y_shape: tuple[int, int]
     rows: int
     block_n: int
     columns: int
     y_stages: int
+    sorts: bool
 
     # A barrier expects the same number of arrivals in every block. A block with fewer copies than
     # another arrives itself for each that it lacks.
 
     def copies_of_routes(self, cut: Cut) -> int:
-        return sum(route_copies(self.parts[i].segments, self.rows) for i in cut.parts)
+        return sum(route_size(self.parts[i].segments, self.rows).copies for i in cut.parts)
 
     @property
     def route_arrivals(self) -> int:
@@ -198,8 +211,11 @@ class _Plan:
         return bands(width, jnp.dtype(self.dtype).itemsize)
 
 
-def _plan(dtype: jnp.dtype, parts: tuple[ExpandPart, ...], add_inputs: bool) -> _Plan:
-    """The plan of `expand_kernel`; `dtype` is y's."""
+def _plan(
+    y: Float[Array, "T Ny"], parts: tuple[ExpandPart, ...], add_inputs: bool, sorts: bool
+) -> _Plan:
+    """The plan of `expand_kernel`."""
+    dtype = jnp.dtype(y.dtype)
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
     sweeps = [_sweeps(cut.parts, parts, add_inputs, dtype.itemsize) for cut in spans]
     at_once = {sweep.parts for of_cut in sweeps for sweep in of_cut}
@@ -216,10 +232,12 @@ def _plan(dtype: jnp.dtype, parts: tuple[ExpandPart, ...], add_inputs: bool) -> 
         parts=fit.parts,
         cuts=tuple(plans),
         dtype=dtype,
+        y_shape=(y.shape[0], y.shape[1]),
         rows=fit.rows,
         block_n=fit.block_n,
         columns=fit.columns,
         y_stages=min(most_ys, fit.columns),
+        sorts=sorts,
     )
 
 
@@ -304,7 +322,7 @@ def _nbytes(
     memory = [
         ref for i in sweep for ref in _part_memory(parts[i], rows, block_n) if ref is not None
     ]
-    memory += [route_memory(part.segments, rows) for part in parts]
+    memory += [route_size(part.segments, rows).memory for part in parts]
     return shared_bytes(memory) + rows * block_n * y_bytes
 
 
@@ -421,7 +439,7 @@ def _run_block(block: _Block) -> None:
 
     def run(y_smem: list[Ref], *words: Ref) -> None:
         route_of = {i: Route(of, plan.rows) for i, of in zip(cut.parts, words)}
-        _take_sweeps(block, _YRing(block, y_smem), route_of)
+        _take_sweeps(block, _YRing(block, y_smem, route_of[cut.parts[0]]), route_of)
 
     pl.run_scoped(
         run,
@@ -433,7 +451,7 @@ def _run_block(block: _Block) -> None:
             )
             for _, size in plan.y_bands(block.width)
         ],
-        *(route_memory(plan.parts[i].segments, plan.rows) for i in cut.parts),
+        *(route_size(plan.parts[i].segments, plan.rows).memory for i in cut.parts),
     )
 
 
@@ -455,6 +473,7 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     else:
         ring.fetch_first()
         plgpu.barrier_wait(launched.routes_loaded)
+        ring = ring.routed(_is_used(cut.parts, route_of))
         for n, sweep in enumerate(sweeps):
             pl.when(_is_used(sweep.parts, route_of))(
                 functools.partial(_one_of_several, block, ring, route_of, n)
@@ -470,6 +489,7 @@ def _only_sweep(
     _fetch_v(block, sweep.parts, memory)
     ring.fetch_first()
     plgpu.barrier_wait(launched.routes_loaded)
+    ring = ring.routed(_is_used(sweep.parts, route_of))
     pl.when(_is_used(sweep.parts, route_of))(
         functools.partial(_add_sweep, block, ring, route_of, sweep, memory)
     )
@@ -486,7 +506,7 @@ def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n
 
     pl.run_scoped(run, _sweep_memory(block, sweep.parts))
     if used := [_is_used(other.parts, route_of) for other in later]:
-        pl.when(functools.reduce(jnp.logical_or, used))(ring.fetch_first)
+        pl.when(functools.reduce(jnp.logical_or, used))(ring.fetch_again)
 
 
 def _sweep_memory(block: _Block, parts: tuple[int, ...]) -> list[_PartMemory]:
@@ -514,12 +534,28 @@ def _add_sweep(
     block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
     memory: list[_PartMemory],
 ) -> None:  # fmt: skip
+    """Adds the parts of a sweep, with several adapters of a part at once if the tile has them."""
+    configs = [block.launched.plan.parts[i].config for i in sweep.parts]
+    add = functools.partial(_add_parts, block, ring, route_of, sweep, memory)
+    if max(config.expand_stack for config in configs) == 1:
+        return add(at_once=1)
+    most = functools.reduce(jnp.maximum, [route_of[i].count() for i in sweep.parts])
+    # wgmma would multiply with what is there of other adapters. T=1024, 8 adapters of R=16, one in
+    # most tiles: 15.4 us with one, 18.1 with four.
+    pl.when(most == 1)(functools.partial(add, at_once=1))
+    pl.when(most > 1)(functools.partial(add, at_once=MAX_COLUMNS))
+
+
+def _add_parts(
+    block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
+    memory: list[_PartMemory], *, at_once: int,
+) -> None:  # fmt: skip
     """Adds the parts of a sweep to all columns of the block, `width` of them at a time."""
     launched = block.launched
     rings, used = [], []
     for i, of_part in zip(sweep.parts, memory):
         ids = route_of[i].ids()
-        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part)
+        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part, at_once)
         ring_of_b.fetch_first()
         rings.append(ring_of_b)
         used.append(ids >= 0)
@@ -539,10 +575,16 @@ def _add_sweep(
 
 class _YRing(NamedTuple):
     """A block's columns of y on their way, in shared memory: `[stages, rows, size]` for each band
-    of `width` columns. Columns n are in stage n modulo stages; its barrier says that they came."""
+    of `width` columns. Columns n are in stage n modulo stages; its barrier says that they came.
+
+    TMA copies whole tiles. Where the route says that the tokens do not lie side by side, lanes copy
+    row by row instead.
+    """
 
     block: _Block
     memory: list[Ref]
+    route: Route
+    is_scattered: Bool[Array, ""] | bool = False  # before the route is here nothing tells
 
     @property
     def stages(self) -> int:
@@ -552,14 +594,25 @@ class _YRing(NamedTuple):
     def bands(self) -> list[Band]:
         return self.block.launched.plan.y_bands(self.block.width)
 
+    def start_of(self, n: Array | int, band: Band) -> Array:
+        """The first column of y in a band of columns n."""
+        return self.block.column + n * self.block.width + band.first
+
     def band_of_y(self, n: Array | int, band: Band) -> Ref:
-        """A band of columns n in device memory."""
-        block, plan = self.block, self.block.launched.plan
-        start = block.column + n * block.width + band.first
-        return block.launched.y.at[pl.ds(block.row_start, plan.rows), pl.ds(start, band.size)]
+        """A tile's band of columns n in device memory."""
+        block, rows = self.block, self.block.launched.plan.rows
+        columns = pl.ds(self.start_of(n, band), band.size)
+        return block.launched.y.at[pl.ds(block.row_start, rows), columns]
+
+    def either(self, tile: Callable[[], None], rows: Callable[[], None]) -> None:
+        """tile(), or rows() where the tokens do not lie side by side."""
+        if not self.block.launched.plan.sorts:
+            return tile()
+        pl.when(jnp.logical_not(self.is_scattered))(tile)
+        pl.when(self.is_scattered)(rows)
 
     def fetch(self, n: Array | int, slot: Array | int) -> None:
-        """Starts to copy columns n."""
+        """Starts to copy columns n of a tile."""
         loaded = self.block.launched.y_loaded.at[slot]
         for band, memory in zip(self.bands, self.memory):
             plgpu.copy_gmem_to_smem(self.band_of_y(n, band), memory.at[slot], loaded)
@@ -567,9 +620,59 @@ class _YRing(NamedTuple):
             plgpu.barrier_arrive(loaded)
 
     def fetch_first(self) -> None:
-        """Starts to copy as many columns as there are stages."""
+        """Starts to copy as many columns of a tile as there are stages."""
         for n in range(self.stages):
             pl.when(n < self.block.count)(functools.partial(self.fetch, n, n))
+
+    def fetch_rows(self, n: Array, slot: Array, is_more: Bool[Array, ""]) -> None:
+        """Starts to copy columns n row by row, if there `is_more`; in either case one group."""
+        plan = self.block.launched.plan
+
+        @pl.when(is_more)
+        def copy() -> None:
+            for band, memory in zip(self.bands, self.memory):
+                lanes.fetch(
+                    memory.at[slot], plain_layout(band.size * jnp.dtype(plan.dtype).itemsize),
+                    self.y_of_lanes, self.tokens, self.start_of(n, band),
+                )  # fmt: skip
+
+        lanes.end_group()
+
+    @property
+    def y_of_lanes(self) -> lanes.Array:
+        plan = self.block.launched.plan
+        return lanes.Array(self.block.launched.y, plan.dtype, *plan.y_shape)
+
+    @property
+    def tokens(self) -> lanes.Tokens:
+        plan = self.block.launched.plan
+        return lanes.Tokens(self.route.words, plan.rows, plan.y_shape[0])
+
+    def fetch_first_rows(self) -> None:
+        """As `fetch_first`, row by row."""
+
+        def fetch(n: Array, _: None) -> None:
+            self.fetch_rows(n, n, n < self.block.count)
+
+        lax.fori_loop(0, self.stages, fetch, None)
+
+    def fetch_again(self) -> None:
+        """The first columns once more, with what was stored."""
+        self.either(self.fetch_first, self.fetch_first_rows)
+
+    def routed(self, used: Bool[Array, ""]) -> "_YRing":
+        """The ring once the route is here, which tells whether the tokens lie side by side. If not,
+        the first columns come anew, row by row. A tile has not waited for its route."""
+        if not self.block.launched.plan.sorts:
+            return self
+        is_scattered = self.route.is_scattered()
+
+        @pl.when(used & is_scattered)
+        def change() -> None:
+            self.wait_for_first()
+            self.fetch_first_rows()
+
+        return self._replace(is_scattered=is_scattered)
 
     def put(
         self, n: Array, delta: Float[Array, "rows width"], touched: Bool[Array, " rows"], *,
@@ -579,7 +682,10 @@ class _YRing(NamedTuple):
         Then stores these columns, and asks for later ones."""
         plan = self.block.launched.plan
         slot = lax.rem(n, jnp.int32(self.stages))
-        plgpu.barrier_wait(self.block.launched.y_loaded.at[slot])
+        self.either(
+            lambda: plgpu.barrier_wait(self.block.launched.y_loaded.at[slot]),
+            lambda: lanes.wait_for_groups(max(0, self.stages - 2)),
+        )
         for (first, size), memory in zip(self.bands, self.memory):
             here = memory.at[slot]
             old = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -589,22 +695,45 @@ class _YRing(NamedTuple):
             mask = lax.broadcast_in_dim(touched, (plan.rows, size), (0,))
             here[...] = jnp.where(mask, new.astype(plan.dtype), old)
         plgpu.commit_smem()
+        self.either(
+            functools.partial(self.store_tile, n, slot), functools.partial(self.store_rows, n, slot)
+        )
+
+    def store_tile(self, n: Array, slot: Array) -> None:
+        """Starts to store columns n, and to copy later ones to the place of those before."""
         for band, memory in zip(self.bands, self.memory):
             plgpu.copy_smem_to_gmem(memory.at[slot], self.band_of_y(n, band))
-        if self.stages > 1:  # the columns stored before these make room
+        if self.stages > 1:
             plgpu.wait_smem_to_gmem(len(self.bands), wait_read_only=True)
             ahead = n + (self.stages - 1)
             pl.when((n > 0) & (ahead < self.block.count))(
                 lambda: self.fetch(ahead, lax.rem(ahead, jnp.int32(self.stages)))
             )
 
+    def store_rows(self, n: Array, slot: Array) -> None:
+        """As `store_tile`, row by row."""
+        itemsize = jnp.dtype(self.block.launched.plan.dtype).itemsize
+        for band, memory in zip(self.bands, self.memory):
+            lanes.store(
+                memory.at[slot], plain_layout(band.size * itemsize), self.y_of_lanes, self.tokens,
+                self.start_of(n, band),
+            )  # fmt: skip
+        if self.stages > 1:
+            ahead = n + (self.stages - 1)
+            is_more = (n > 0) & (ahead < self.block.count)
+            self.fetch_rows(ahead, lax.rem(ahead, jnp.int32(self.stages)), is_more)
+
+    def wait_for_first(self) -> None:
+        """Waits for the first columns of a tile."""
+        for n in range(self.stages):
+            pl.when(n < self.block.count)(
+                functools.partial(plgpu.barrier_wait, self.block.launched.y_loaded.at[n])
+            )
+
     def wait_for_unused(self, unused: Bool[Array, ""]) -> None:
         """If the columns are `unused`, waits for the first ones: a block must not end before what
         it has copied is here."""
-        for n in range(self.stages):
-            pl.when(unused & (n < self.block.count))(
-                functools.partial(plgpu.barrier_wait, self.block.launched.y_loaded.at[n])
-            )
+        pl.when(unused)(self.wait_for_first)
 
 
 class _BRing(NamedTuple):
@@ -640,12 +769,13 @@ class _BRing(NamedTuple):
 
     @classmethod
     def of(
-        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory
-    ) -> "_BRing":
-        """The ring of part i."""
+        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory,
+        at_once: int,
+    ) -> "_BRing":  # fmt: skip
+        """The ring of part i, with `at_once` adapters in an item, at most."""
         part = block.launched.plan.parts[i]
         feature = block.column - part.y_offset
-        stack = _stacked(part.config, route.rows, block.width)
+        stack = min(at_once, _stacked(part.config, route.rows, block.width))
         rounds = route.rounds(stack)
         total = block.count * rounds
         inputs = block.launched.inputs[i]
@@ -707,10 +837,10 @@ class _BRing(NamedTuple):
 
     def operand(self, slot: Array) -> Ref:
         """B of an item as wgmma takes it, in shared memory."""
-        here, wide_b = self.memory.b.at[slot], self.memory.wide_b
+        used, wide_b = pl.ds(0, self.stack * self.width), self.memory.wide_b
         if wide_b is None:
-            return here
-        b = plgpu.load(here, layout=plgpu.Layout.WGMMA, optimized=False)
+            return self.memory.b.at[slot, used]
+        b = plgpu.load(self.memory.b.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
         wide_b[...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
         plgpu.commit_smem()
-        return wide_b.at[pl.ds(0, self.stack * self.width)]
+        return wide_b.at[used]

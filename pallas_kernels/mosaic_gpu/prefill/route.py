@@ -1,13 +1,19 @@
-"""The route of a block's tokens: which adapter each has, and which distinct ones there are.
+"""The route of a block's tokens: which they are, which adapter each has, and which distinct ones
+there are.
 
-XLA makes a table with one row of int32 words per block, once for all layers of a step as it merges
-equal computations. Each block copies its row to shared memory before it does anything else:
+XLA makes tables with one row of int32 words per route, once for all layers of a step as it merges
+equal computations. A block copies its row to shared memory before it does anything else:
 
-    word      0 .. rows - 1          rows        rows + 1 ...
-              adapter of each row    count       the distinct adapters, then -1
+    word      0 ..               rows ..   2 rows          2 rows + _HEAD ...
+              adapters of rows   tokens    six numbers     distinct adapters, then -1
+
+The expand has a route for each tile (`routes`), the shrink for each round of a tile, which has only
+a few of the tile's adapters (`rounds`). Tokens are taken as they come, or, where their adapters
+change often, sorted by adapter: `order`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,24 +22,88 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.mosaic_gpu.chip import TILE
-from pallas_kernels.mosaic_gpu.layouts import ROWS, Memory, Ref, pad_to
+from pallas_kernels.mosaic_gpu.layouts import ROWS, Memory, Ref, interpreted, pad_to
 from pallas_kernels.routing import Segments
 
 # -1s behind a route's adapters: a kernel reads all places of a round, also where fewer are
 # left, and asks for those of later rounds ahead of time.
 _LOOK_AHEAD = 96
+# Numbers between the tokens and the adapters of a route: `Route.count` to `Route.items`.
+_HEAD = 6
 # Elements that TMA copies at once along an axis, at most.
 _COPIED = 256
 
 
-def routes(
-    segments: Segments, rows: int = TILE, place: Int[Array, ""] | None = None
-) -> Int[Array, "blocks W"]:
-    """The table of routes: a row for every `rows` consecutive tokens.
+def may_sort(num_tokens: int) -> bool:
+    """Whether `order` may be another one than that in which tokens come, from static shapes.
 
-    `place` is where adapter 0 stands in the stacks, if they are those of several layers.
+    Then the kernels have code for rows that do not lie side by side, which Pallas's interpreter
+    cannot run.
     """
-    ids = pad_to(segments.indices, 0, rows, -1).reshape(-1, rows)
+    return num_tokens > TILE and not interpreted()
+
+
+def order(segments: Segments) -> Int[Array, " T"] | None:
+    """The tokens in the order in which tiles take them; None for as they come.
+
+    Runs of one adapter stay where they are: TMA copies whole tiles of them. Where there are many
+    more runs than adapters, tiles of sorted tokens have far fewer adapters each, and copy rows one
+    by one. No row's bits depend on the order.
+    """
+    num_tokens, ids = segments.num_tokens, segments.indices
+    if not may_sort(num_tokens):
+        return None
+    runs = 1 + jnp.sum(ids[1:] != ids[:-1], dtype=jnp.int32)
+    groups = jnp.sum(segments.group_adapters >= 0, dtype=jnp.int32)
+    is_mixed = runs > 2 * groups + -(-num_tokens // TILE)
+    return jnp.where(is_mixed, segments.rows, jnp.arange(num_tokens, dtype=jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteSize:
+    """How large a route is: of `rows` tokens, with room for so many adapters."""
+
+    rows: int
+    adapters: int
+
+    @property
+    def words(self) -> int:
+        """Words of a route: TMA wants whole 128 bytes."""
+        return -(-(2 * self.rows + _HEAD + self.adapters) // 32) * 32
+
+    @property
+    def memory(self) -> Memory:
+        """The shared memory of a route."""
+        return plgpu.SMEM((self.words,), jnp.int32)
+
+    @property
+    def copies(self) -> int:
+        """Copies of `Route.fetch`, each of which arrives at its barrier."""
+        return -(-self.words // _COPIED)
+
+
+def route_size(segments: Segments, rows: int) -> RouteSize:
+    """The size of `routes`."""
+    return RouteSize(rows, min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD)
+
+
+def routes(
+    segments: Segments,
+    rows: int = TILE,
+    tokens: Int[Array, " T"] | None = None,
+    first_adapter: Int[Array, ""] | None = None,
+) -> Int[Array, "tiles W"]:
+    """The table of tiles' routes: a row for every `rows` tokens, in the order of `tokens`.
+
+    `first_adapter` is where adapter 0 stands in the stacks, if they are those of several layers.
+    """
+    places = jnp.arange(-(-segments.num_tokens // rows) * rows, dtype=jnp.int32)
+    ids = segments.indices
+    if tokens is None:
+        tokens = places
+    else:
+        ids, tokens = ids[tokens], jnp.concatenate([tokens, places[segments.num_tokens :]])
+    ids, tokens = pad_to(ids, 0, rows, -1).reshape(-1, rows), tokens.reshape(-1, rows)
     if segments.num_tokens <= rows:
         distinct = segments.group_adapters[None]
     else:
@@ -46,29 +116,91 @@ def routes(
         slot = jnp.arange(min(rows, segments.num_adapters), dtype=jnp.int32)
         here = nth[:, None, :] == slot[None, :, None]
         distinct = jnp.max(jnp.where(here, ids[:, None, :], -1), axis=2)
-    count = jnp.sum(distinct >= 0, axis=1, keepdims=True, dtype=jnp.int32)
-    pad = route_words(segments, rows) - (rows + 1 + distinct.shape[1])
-    if place is not None:
-        # Last, so that XLA makes the rest once for all layers of a loop.
-        ids, distinct = (jnp.where(z < 0, -1, z + place) for z in (ids, distinct))
+    count = jnp.sum(distinct >= 0, axis=1, dtype=jnp.int32)
+    is_scattered = jnp.any(tokens != places.reshape(-1, rows), axis=1).astype(jnp.int32)
+    tile = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    zeros = jnp.zeros_like(tile)
+    head = jnp.stack([count, is_scattered, tile, zeros, zeros, zeros], axis=1)
+    pad = route_size(segments, rows).words - (2 * rows + _HEAD + distinct.shape[1])
+    ids, distinct = _moved(ids, first_adapter), _moved(distinct, first_adapter)
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
-    return jnp.concatenate([ids, count, distinct, tail], axis=1)
+    return jnp.concatenate([ids, tokens, head, distinct, tail], axis=1)
 
 
-def route_words(segments: Segments, rows: int) -> int:
-    """Words of a route: TMA wants whole 128 bytes."""
-    words = rows + 1 + min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD
-    return -(-words // 32) * 32
+def _moved(
+    adapters: Int[Array, "blocks _"], first: Int[Array, ""] | None
+) -> Int[Array, "blocks _"]:
+    """Adapters by their places in stacks of several layers. The last step, so that XLA makes the
+    rest of a table once for all layers of a loop."""
+    return adapters if first is None else jnp.where(adapters < 0, -1, adapters + first)
 
 
-def route_memory(segments: Segments, rows: int) -> Memory:
-    """The shared memory of a block's route."""
-    return plgpu.SMEM((route_words(segments, rows),), jnp.int32)
+class Rounds(NamedTuple):
+    """What decides the rounds of a part of the shrink.
+
+    Attributes:
+      segments: the tokens' adapters.
+      stack: adapters of a round.
+      blocks: blocks that take a round, for different ranks.
+      first_adapter: as of `routes`.
+    """
+
+    segments: Segments
+    stack: int
+    blocks: int
+    first_adapter: Int[Array, ""] | None = None
+
+    def size(self, rows: int) -> RouteSize:
+        """The size of a round's route."""
+        return RouteSize(rows, self.stack)
+
+    def most(self, rows: int, tokens: Int[Array, " T"] | None) -> int:
+        """How many rounds there are at most, whatever the adapters of the tokens are."""
+        num_tokens, slots = self.segments.num_tokens, self.segments.num_adapters
+        tiles = -(-num_tokens // rows)
+        pairs = min(num_tokens, tiles * slots)  # of a tile and an adapter that it has
+        if tokens is not None:  # as `order` cuts them
+            pairs = min(pairs, 2 * min(num_tokens, slots) + tiles + -(-num_tokens // TILE))
+        return tiles + pairs // self.stack
 
 
-def route_copies(segments: Segments, rows: int) -> int:
-    """Copies of `Route.fetch`, each of which arrives at its barrier."""
-    return -(-route_words(segments, rows) // _COPIED)
+def rounds(
+    parts: tuple[Rounds, ...], rows: int, tokens: Int[Array, " T"] | None, *, every_tile: bool
+) -> list[Int[Array, "rounds W"]]:
+    """The tables of rounds, part by part. With `every_tile` a tile has one round at least.
+
+    Items are what blocks take: a round for some of the ranks. They count through all parts.
+    """
+    tables, first_item = [], jnp.zeros((), jnp.int32)
+    for part in parts:
+        table = routes(part.segments, rows, tokens)
+        count = table[:, 2 * rows]
+        per_tile = -(-count // part.stack)
+        if every_tile:
+            per_tile = jnp.maximum(per_tile, 1)
+        tile = jnp.arange(table.shape[0], dtype=jnp.int32)
+        starts = jnp.sum(jnp.where(tile[None] < tile[:, None], per_tile[None], 0), axis=1)
+        total = jnp.sum(per_tile)
+        n = jnp.arange(part.most(rows, tokens), dtype=jnp.int32)
+        tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
+        nth = n - starts[tile]
+        first = nth[:, None] * part.stack + jnp.arange(part.stack, dtype=jnp.int32)
+        there = (first < count[tile][:, None]) & (n < total)[:, None]
+        place = jnp.where(there, 2 * rows + _HEAD + first, 0)
+        adapters = jnp.where(there, table[tile[:, None], place], -1)
+        items = total * part.blocks
+        head = [
+            jnp.sum(there, axis=1, dtype=jnp.int32), table[tile, 2 * rows + 1], tile,
+            (nth == 0).astype(jnp.int32), jnp.broadcast_to(first_item, n.shape),
+            jnp.broadcast_to(items, n.shape),
+        ]  # fmt: skip
+        pad = part.size(rows).words - (2 * rows + _HEAD + part.stack)
+        tail = jnp.full((n.size, pad), -1, jnp.int32)
+        ids, adapters = (_moved(z, part.first_adapter) for z in (table[tile, :rows], adapters))
+        columns = [ids, table[tile, rows : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
+        tables.append(jnp.concatenate(columns, axis=1))
+        first_item += items
+    return tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +210,12 @@ class Route:
     words: Ref
     rows: int
 
-    def fetch(self, table: Ref, block: Array, barrier: Ref) -> None:
-        """Starts to copy the route of `block` from the table in device memory."""
+    def fetch(self, table: Ref, row: Array, barrier: Ref) -> None:
+        """Starts to copy a row of the table from device memory."""
         size = self.words.shape[0]
         for first in range(0, size, _COPIED):
             here = pl.ds(first, min(_COPIED, size - first))
-            plgpu.copy_gmem_to_smem(table.at[block, here], self.words.at[here], barrier)
+            plgpu.copy_gmem_to_smem(table.at[row, here], self.words.at[here], barrier)
 
     def ids(self) -> Int[Array, " rows"]:
         """Every row's adapter, in registers."""
@@ -94,12 +226,32 @@ class Route:
         return self.words[row]
 
     def count(self) -> Int[Array, ""]:
-        """How many distinct adapters the tokens have."""
-        return self.words[self.rows]
+        """How many distinct adapters the tokens have, or the round."""
+        return self.words[2 * self.rows]
 
-    def adapter(self, first: Array, nth: int) -> Int[Array, ""]:
+    def is_scattered(self) -> Bool[Array, ""]:
+        """Whether the tokens are others than those of this place among all tokens."""
+        return self.words[2 * self.rows + 1] > 0
+
+    def tile(self) -> Int[Array, ""]:
+        """The number of the tile."""
+        return self.words[2 * self.rows + 2]
+
+    def is_first(self) -> Bool[Array, ""]:
+        """Whether the round is the first one of its tile."""
+        return self.words[2 * self.rows + 3] > 0
+
+    def first_item(self) -> Int[Array, ""]:
+        """Items of the parts before the round's."""
+        return self.words[2 * self.rows + 4]
+
+    def items(self) -> Int[Array, ""]:
+        """Items of the round's part."""
+        return self.words[2 * self.rows + 5]
+
+    def adapter(self, first: Array | int, nth: int) -> Int[Array, ""]:
         """The distinct adapter number `first + nth`; -1 behind the last."""
-        return self.words[self.rows + 1 + first + nth]
+        return self.words[2 * self.rows + _HEAD + first + nth]
 
     def rounds(self, stack: int) -> Int[Array, ""]:
         """Rounds in which `stack` adapters at a time are all of them."""

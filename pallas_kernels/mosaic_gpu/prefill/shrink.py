@@ -1,13 +1,14 @@
 """v = scale * x @ A[i].T: a cluster of blocks takes 64 or 128 tokens and splits H among its blocks.
 
-A block works in rounds, each for a few of its tokens' adapters. The life of a round:
+It works in rounds, each for a few of the tokens' adapters. The rounds of all tiles and parts are
+dealt to the clusters in turn. The life of a round:
 
-    route      which adapters                         shared memory, copied once per part
+    route      which tokens and adapters              shared memory
     pipeline   x and A, some columns of H at a time   shared memory, by TMA
     products   all rows with all of them              registers, float32
     v          each row's product with its adapter    registers, this block's share of H
     exchange   the sum over the cluster's shares      peers' shared memory, then registers
-    out        v in its dtype                         shared memory, then by TMA to device memory
+    out        v in its dtype                         from there to device memory
 
 The functions stand in that order, behind the plan of a launch.
 """
@@ -29,25 +30,22 @@ from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, MULTIPROCESSORS, TILE
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.layouts import (
-    Band,
     Memory,
     Ref,
     accumulator,
-    bands,
     cluster_barrier,
     interpreted,
     operand_layout,
     operand_rows,
-    plain_layout,
     shared_bytes,
-    store_rows,
 )
+from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.config import SPLIT_UNIT, rank_width
 from pallas_kernels.mosaic_gpu.prefill.route import (
+    Rounds,
     Route,
-    route_copies,
-    route_memory,
-    routes,
+    RouteSize,
+    rounds,
     row_mask,
 )
 from pallas_kernels.routing import Segments
@@ -85,17 +83,24 @@ class ShrinkPart(NamedTuple):
 
 
 def shrink_kernel(
-    x: Float[Array, "P T H"], parts: tuple[ShrinkPart, ...], num_tokens: int, *, zero_rows: bool
+    x: Float[Array, "P T H"],
+    parts: tuple[ShrinkPart, ...],
+    num_tokens: int,
+    *,
+    zero_rows: bool,
+    tokens: Int[Array, " T"] | None = None,
 ) -> list[Array]:
     """v of each part, summed over the planes of x. T is `num_tokens` or padded.
 
     Returns one array per part: `[num_tokens, R]` in float32; in half precision, as the expand takes
     it, `[operand_rows, max(R, 16)]`; in interpret mode `[split, num_tokens, R]`, float32 partial
-    sums. Rows of -1 are zero if `zero_rows` (not in interpret mode), else undefined.
+    sums. Rows are in the order of `tokens`, or, where that is None, of x. Rows of -1 are zero if
+    `zero_rows`, else undefined.
     """
-    launch = _plan_launch(x, parts, num_tokens, zero_rows)
+    launch = _plan_launch(x, parts, num_tokens, zero_rows, tokens is not None)
     plans = _plan_parts(launch, parts)
-    grid = {"tile": launch.blocks_of_tokens, "block": max(p.first_block + p.blocks for p in plans)}
+    sizes = [plan.rounds.size(launch.rows) for plan in plans]
+    grid = {"block": _clusters(launch, plans, tokens)}
     cluster = {"split": launch.split}
     if launch.interpreted:  # an axis of the grid takes the place of the cluster
         grid, cluster = grid | cluster, {}
@@ -108,13 +113,7 @@ def shrink_kernel(
                 num_barriers=max(launch.stages(plan.width) for plan in plans),
                 num_arrivals=launch.arrivals,
             ),
-            [
-                (
-                    route_memory(p.segments, launch.rows),
-                    plgpu.Barrier(num_arrivals=route_copies(p.segments, launch.rows)),
-                )
-                for p in parts
-            ],
+            [(size.memory, plgpu.Barrier(num_arrivals=size.copies)) for size in sizes],
         ],
         kernel_name=f"lora_shrink_{ranks}",
         grid=tuple(grid.values()),
@@ -122,14 +121,9 @@ def shrink_kernel(
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
     )
-    return kernel(
-        x,
-        *(
-            array
-            for p in parts
-            for array in (p.lora_a, p.scales, routes(p.segments, launch.rows, p.first))
-        ),
-    )
+    tables = rounds(tuple(plan.rounds for plan in plans), launch.rows, tokens, every_tile=zero_rows)
+    operands = ((p.lora_a, p.scales, table) for p, table in zip(parts, tables))
+    return kernel(x, *itertools.chain(*operands))
 
 
 # ------------------------------------------------------------------------ the plan, from shapes
@@ -141,6 +135,7 @@ class _Launch:
 
     Attributes:
       num_tokens: T.
+      x_shape: rows and columns of a plane of x.
       planes: arrays that x is the sum of.
       dtype: of x and A.
       layout: of x and A in shared memory.
@@ -152,11 +147,13 @@ class _Launch:
       most_stages: of the pipeline.
       most_adapters: adapters of a round, of all parts.
       zero_rows: whether rows without an adapter become zero.
+      sorts: whether tokens may be sorted, so that rows of x are copied one by one.
       interpreted: whether this is for Pallas's interpreter. It has no peers' shared memory, so
         blocks put their partial sums out.
     """
 
     num_tokens: int
+    x_shape: tuple[int, int]
     planes: int
     dtype: DTypeLike
     layout: tuple[plgpu.Transform, ...]
@@ -168,26 +165,8 @@ class _Launch:
     most_stages: int
     most_adapters: int
     zero_rows: bool
+    sorts: bool
     interpreted: bool
-
-    @property
-    def blocks_of_tokens(self) -> int:
-        return -(-self.num_tokens // self.rows)
-
-    @property
-    def alone(self) -> bool:
-        """Whether a block exchanges nothing, and so puts out all of its rows."""
-        return self.interpreted or self.split == 1
-
-    @property
-    def out_rows(self) -> int:
-        """Rows in shared memory on their way out: all, or the tile in which the block's own are."""
-        return self.rows if self.alone else TILE
-
-    @property
-    def own_rows(self) -> int:
-        """Rows of v that a block stores."""
-        return self.rows if self.interpreted else self.rows // self.split
 
     @property
     def steps(self) -> int:
@@ -216,39 +195,27 @@ class _PartPlan:
     Attributes:
       rank: R.
       width: ranks of a block.
-      stack: adapters that a block multiplies at once.
-      chunks: blocks that deal the rounds of a tile among themselves.
-      first_block: where the part's blocks start along the grid's axis "block".
+      rounds: how many adapters a block multiplies at once, and how many blocks deal the ranks among
+        themselves.
       first_scale: where its scales start.
       out: shape and dtype of v.
     """
 
     rank: int
     width: int
-    stack: int
-    chunks: int
-    first_block: int
+    rounds: Rounds
     first_scale: int
     out: jax.ShapeDtypeStruct
 
     @property
-    def rank_blocks(self) -> int:
-        """Blocks that deal the ranks among themselves."""
-        return self.rank // self.width
-
-    @property
-    def blocks(self) -> int:
-        return self.chunks * self.rank_blocks
+    def stack(self) -> int:
+        return self.rounds.stack
 
     @property
     def row_width(self) -> int:
         """Columns of a row of v that a block stores. In half precision rank 8 has 16, the K of the
         expand's wgmma."""
-        return self.width if self.rank_blocks > 1 else self.out.shape[-1]
-
-    @property
-    def bands(self) -> list[Band]:
-        return bands(self.row_width, self.out.dtype.itemsize)
+        return self.width if self.rounds.blocks > 1 else self.out.shape[-1]
 
 
 def _columns_in(room: int, rows: int, dtype: DTypeLike) -> int:
@@ -268,10 +235,14 @@ def _stacks(parts: tuple[ShrinkPart, ...], rows: int) -> list[int]:
 
 
 def _plan_launch(
-    x: Float[Array, "P T H"], parts: tuple[ShrinkPart, ...], num_tokens: int, zero_rows: bool
+    x: Float[Array, "P T H"],
+    parts: tuple[ShrinkPart, ...],
+    num_tokens: int,
+    zero_rows: bool,
+    sorts: bool,
 ) -> _Launch:
     """The launch of `shrink_kernel`."""
-    planes, _, features = x.shape
+    planes, height, features = x.shape
     widths = _widths(parts)
     split = min(part.config.split for part in parts)
     row_tiles = min(min(p.config.row_tiles for p in parts), MAX_COLUMNS // max(widths))
@@ -279,6 +250,7 @@ def _plan_launch(
     stacks = _stacks(parts, rows)
     launch = _Launch(
         num_tokens=num_tokens,
+        x_shape=(height, features),
         planes=planes,
         dtype=x.dtype,
         layout=operand_layout(x.dtype, math.gcd(features, 64)),
@@ -290,6 +262,7 @@ def _plan_launch(
         most_stages=max(p.config.stages for p in parts),
         most_adapters=max(stacks),
         zero_rows=zero_rows,
+        sorts=sorts,
         interpreted=interpreted(),
     )
     room = _room(launch, parts)
@@ -301,37 +274,44 @@ def _plan_launch(
 
 
 def _room(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> int:
-    """Bytes of shared memory that the output and the routes leave for the pipeline."""
-    out_bytes = 0
-    for part, width in zip(parts, _widths(parts)):
-        dtype = jnp.float32 if launch.interpreted else part.dtype
-        memory = _out_memory(launch.out_rows, max(16, width), dtype)
-        arrays = (ref for of_band in memory for ref in of_band if ref is not None)
-        out_bytes = max(out_bytes, shared_bytes(arrays))
-    routes_bytes = shared_bytes(route_memory(p.segments, launch.rows) for p in parts)
-    return min(_PIPELINE_BYTES, _SHARED_BYTES - routes_bytes) - out_bytes
+    """Bytes of shared memory that the routes leave for the pipeline."""
+    memory = (RouteSize(launch.rows, MAX_COLUMNS).memory for _ in parts)
+    return min(_PIPELINE_BYTES, _SHARED_BYTES - shared_bytes(memory))
 
 
 def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPlan, ...]:
     """The parts of `shrink_kernel`, in order."""
-    # Where tiles alone keep most multiprocessors busy, the same blocks take all parts, one after
-    # the other. Blocks for each part would mostly find none of its adapters in their tile, and end.
-    in_turn = launch.blocks_of_tokens * launch.split > MULTIPROCESSORS * 3 // 4
-    plans: list[_PartPlan] = []
-    for part, width, stack in zip(parts, _widths(parts), _stacks(parts, launch.rows)):
-        before = 0 if in_turn or not plans else plans[-1].first_block + plans[-1].blocks
-        plans.append(
-            _PartPlan(
-                rank=part.lora_a.shape[1],
-                width=width,
-                stack=stack,
-                chunks=part.config.chunks,
-                first_block=before,
-                first_scale=part.first_scale,
-                out=_out_type(launch, part),
-            )
+    return tuple(
+        _PartPlan(
+            rank=part.lora_a.shape[1],
+            width=width,
+            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width, part.first),
+            first_scale=part.first_scale,
+            out=_out_type(launch, part),
         )
-    return tuple(plans)
+        for part, width, stack in zip(parts, _widths(parts), _stacks(parts, launch.rows))
+    )
+
+
+def _clusters(
+    launch: _Launch, plans: tuple[_PartPlan, ...], tokens: Int[Array, " T"] | None
+) -> int:
+    """Clusters of the launch: as many as are there at once and can have work. Where tiles fill the
+    chip, there are as many as tiles, which mostly have one round."""
+    items = sum(plan.rounds.most(launch.rows, tokens) * plan.rounds.blocks for plan in plans)
+    tiles = -(-launch.num_tokens // launch.rows) * max(plan.rounds.blocks for plan in plans)
+    if tiles * launch.split > MULTIPROCESSORS * 3 // 4:
+        return min(items, tiles)
+    nbytes = max(
+        launch.stages(ranks)
+        * (launch.planes * launch.rows + ranks)
+        * launch.block_k
+        * jnp.dtype(launch.dtype).itemsize
+        for plan in plans
+        for ranks in (plan.width, plan.stack * plan.width)
+    )
+    at_once = 2 if nbytes <= chip.SHARED_BYTES // 2 - 8 * 1024 else 1
+    return min(items, -(-at_once * MULTIPROCESSORS // launch.split))
 
 
 def _out_type(launch: _Launch, part: ShrinkPart) -> jax.ShapeDtypeStruct:
@@ -363,42 +343,27 @@ class _Refs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """What one block does for one part, as numbers in registers that all of its threads share.
+    """What one block does in a round, as numbers in registers that all of its threads share.
 
     Attributes:
       launch, plan, refs: what it works by.
       me: its place in the cluster.
-      chunk: the first round that it takes; then every `plan.chunks`-th.
       rank_start: first of its ranks.
       row_start: first of its tokens.
       k_start: first of its columns of H.
-      out_start: first row, among its tokens, of those on their way out.
+      ids: each row's adapter.
+      is_scattered: whether rows of x are copied one by one.
     """
 
     launch: _Launch
     plan: _PartPlan
     refs: _Refs
     me: Int[Array, ""]
-    chunk: Int[Array, ""]
     rank_start: Int[Array, ""]
     row_start: Int[Array, ""]
     k_start: Int[Array, ""]
-    out_start: Int[Array, ""] | int
-
-
-class _Kept(NamedTuple):
-    """What a block keeps for all rounds of a part.
-
-    Attributes:
-      ids: each row's adapter, in registers.
-      whole: whether one round has all adapters of the tile. Then rows without an adapter in this
-        round have none at all, and whole tiles of v may be stored.
-      out: v on its way out, in shared memory.
-    """
-
     ids: Int[Array, " rows"]
-    whole: Bool[Array, ""]
-    out: list["_OutMemory"]
+    is_scattered: Bool[Array, ""]
 
 
 def _block_body(launch: _Launch, plans: tuple[_PartPlan, ...], x_ref: Ref, *refs: Ref) -> None:
@@ -409,65 +374,78 @@ def _block_body(launch: _Launch, plans: tuple[_PartPlan, ...], x_ref: Ref, *refs
         _Refs(x_ref, a, scales, table, v_ref, Route(words, launch.rows), route_loaded, loaded)
         for (a, scales, table), v_ref, (words, route_loaded) in zip(inputs, out_refs, scratch)
     ]
-    tile, block = lax.axis_index("tile"), lax.axis_index("block")
-    runs = [
-        (block >= plan.first_block) & (block < plan.first_block + plan.blocks) for plan in plans
-    ]
+    block = lax.axis_index("block")
     # All routes are on their way before the first is waited for.
-    for run, of in zip(runs, all_refs):
-        pl.when(run)(functools.partial(of.route.fetch, of.table, tile, of.route_loaded))
-    for run, plan, of in zip(runs, plans, all_refs):
-        nth = block - plan.first_block
-        pl.when(run)(functools.partial(_run_part, launch, plan, of, nth))
+    for plan, of in zip(plans, all_refs):
+        of.route.fetch(of.table, _first_guess(plan, of, block), of.route_loaded)
+    for plan, of in zip(plans, all_refs):
+        _run_part(launch, plan, of, block)
 
 
-def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, nth: Array) -> None:
-    """Block number `nth` of a part: finds its place, and takes its rounds."""
-    tile, me = lax.axis_index("tile"), lax.axis_index("split")
-    per_chunk = jnp.int32(plan.rank_blocks)
-    chunk, rank_start = lax.div(nth, per_chunk), lax.rem(nth, per_chunk) * plan.width
-    row_start, k_start = tile * launch.rows, me * launch.share
-    out_start: Array | int = 0
-    if launch.out_rows < launch.rows:
-        out_start = lax.div(me * launch.own_rows, jnp.int32(TILE)) * TILE
-    block = _Block(launch, plan, refs, me, chunk, rank_start, row_start, k_start, out_start)
-    pl.run_scoped(
-        functools.partial(_take_rounds, block),
-        _out_memory(launch.out_rows, plan.row_width, plan.out.dtype),
-    )
+def _first_guess(plan: _PartPlan, refs: _Refs, block: Array) -> Array:
+    """The round that a block takes first if no part comes before."""
+    first = lax.div(block, jnp.int32(plan.rounds.blocks))
+    return jnp.minimum(first, refs.table.shape[0] - 1)
 
 
-def _take_rounds(block: _Block, out: list["_OutMemory"]) -> None:
-    """The rounds chunk, chunk + chunks, ... of a tile, once its route is here."""
-    launch, plan, route = block.launch, block.plan, block.refs.route
-    plgpu.barrier_wait(block.refs.route_loaded)
-    ids = route.ids()
-    whole = (route.count() <= plan.stack) & (plan.out.shape[-2] > 1)
-    kept = _Kept(ids, whole, out)
-    rounds = route.rounds(plan.stack)
-    if launch.zero_rows:
-        rounds = jnp.maximum(rounds, 1)
-    mine = lax.div(rounds - block.chunk + (plan.chunks - 1), jnp.int32(plan.chunks))
+def _run_part(launch: _Launch, plan: _PartPlan, refs: _Refs, block: Array) -> None:
+    """The block's items of a part: all clusters take items in turn, through all parts."""
+    route, per_round = refs.route, jnp.int32(plan.rounds.blocks)
+    clusters = jnp.int32(lax.axis_size("block"))
+    here = _first_guess(plan, refs, block)
+    plgpu.barrier_wait(refs.route_loaded)
+    nth = lax.rem(block - route.first_item(), clusters)
+    nth = jnp.where(nth < 0, nth + clusters, nth)
+    mine = lax.div(route.items() - nth + (clusters - 1), clusters)
 
-    def take(n: Array) -> None:
-        if launch.stages(plan.width) == launch.stages(plan.stack * plan.width):
-            return _round(block, kept, plan.stack, n)
-        # Room for more adapters costs stages, and most tiles have one adapter.
-        is_one = route.count() - n * plan.stack <= 1
-        pl.when(is_one)(functools.partial(_round, block, kept, 1, n))
-        pl.when(~is_one)(functools.partial(_round, block, kept, plan.stack, n))
+    def take(i: Array, _: None) -> None:
+        item = nth + i * clusters
+        wanted = lax.div(item, per_round)
+        pl.when((i > 0) | (wanted != here))(functools.partial(_fetch_route, refs, wanted))
+        me = lax.axis_index("split")
+        _take(
+            _Block(
+                launch,
+                plan,
+                refs,
+                me,
+                rank_start=lax.rem(item, per_round) * plan.width,
+                row_start=route.tile() * launch.rows,
+                k_start=me * launch.share,
+                ids=route.ids(),
+                is_scattered=route.is_scattered(),
+            )
+        )
 
-    lax.fori_loop(0, mine, lambda n, _: take(block.chunk + n * plan.chunks), None)
+    lax.fori_loop(0, mine, take, None)
 
 
-def _round(block: _Block, kept: _Kept, count: int, n: Array) -> None:
-    """Round n of a tile, which has up to `count` adapters: from x to v in device memory."""
+def _fetch_route(refs: _Refs, wanted: Array) -> None:
+    """Copies another round's route, and waits for it."""
+    plgpu.commit_smem()  # all are done with the one before
+    refs.route.fetch(refs.table, wanted, refs.route_loaded)
+    plgpu.barrier_wait(refs.route_loaded)
+
+
+def _take(block: _Block) -> None:
+    """A round, with room for one adapter or several."""
+    launch, plan = block.launch, block.plan
+    if launch.stages(plan.width) == launch.stages(plan.stack * plan.width):
+        return _round(block, plan.stack)
+    # Room for more adapters costs stages, and most tiles have one adapter.
+    is_one = block.refs.route.count() <= 1
+    pl.when(is_one)(functools.partial(_round, block, 1))
+    pl.when(~is_one)(functools.partial(_round, block, plan.stack))
+
+
+def _round(block: _Block, count: int) -> None:
+    """A round, which has up to `count` adapters: from x to v in device memory."""
     launch, plan, refs = block.launch, block.plan, block.refs
-    adapters = [refs.route.adapter(n * plan.stack, j) for j in range(count)]
+    adapters = [refs.route.adapter(0, j) for j in range(count)]
     wide = count * plan.width
     stages = launch.stages(wide)
     v = pl.run_scoped(
-        lambda x_smem, a_smem: _share_of_v(block, kept, adapters, _Pipeline(x_smem, a_smem)),
+        lambda x_smem, a_smem: _share_of_v(block, adapters, _Pipeline(x_smem, a_smem)),
         plgpu.SMEM(
             (stages, launch.planes, launch.rows, launch.block_k),
             launch.dtype,
@@ -475,15 +453,13 @@ def _round(block: _Block, kept: _Kept, count: int, n: Array) -> None:
         ),
         plgpu.SMEM((stages, wide, launch.block_k), launch.dtype, transforms=launch.layout),
     )
-    if launch.alone:
-        _put_out(block, kept, v)
+    if launch.interpreted:
+        share: Memory = plgpu.SMEM((launch.rows, plan.width), jnp.float32)
+        pl.run_scoped(functools.partial(_store_share, block, adapters, v), share)
     else:
         layout = operand_layout(jnp.float32, plan.width)
-        share = plgpu.SMEM((TILE, plan.width), jnp.float32, transforms=layout)
-        pl.run_scoped(functools.partial(_exchange, block, kept, v), [share] * (launch.rows // TILE))
-    plgpu.commit_smem()
-    _store(block, kept, adapters, n)
-    plgpu.wait_smem_to_gmem(0)
+        share = plgpu.SMEM((launch.rows, plan.width), jnp.float32, transforms=layout)
+        pl.run_scoped(functools.partial(_exchange, block, adapters, v), share)
 
 
 # ------------------------------------------------------------- the pipeline, and the products
@@ -498,7 +474,7 @@ class _Pipeline(NamedTuple):
 
 
 def _share_of_v(
-    block: _Block, kept: _Kept, adapters: list[Array], ring: _Pipeline
+    block: _Block, adapters: list[Array], ring: _Pipeline
 ) -> Float[Array, "rows width"]:
     """Each row's sum with its own adapter over the block's share of H, scaled; zero without one.
     In registers."""
@@ -509,7 +485,7 @@ def _share_of_v(
         slot = jnp.maximum(adapter, 0) if scales.shape[0] > 1 else 0
         scale = scales[plan.first_scale + slot]
         mine = products[:, j * plan.width : (j + 1) * plan.width] * scale
-        v = jnp.where(row_mask(kept.ids, adapter, plan.width), mine, v)
+        v = jnp.where(row_mask(block.ids, adapter, plan.width), mine, v)
     return v
 
 
@@ -530,8 +506,12 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
 
         return total + pl.run_scoped(product, accumulator(rows, wide))
 
-    for k in range(ring.x.shape[0]):
+    stages = ring.x.shape[0]
+    for k in range(stages):
         _fetch(block, adapters, ring, k, k)
+    if launch.sorts:
+        fetch = lambda k, _: _fetch_rows(block, ring, k, k, True)  # noqa: E731
+        pl.when(block.is_scattered)(lambda: lax.fori_loop(0, stages, fetch, None))
     zeros = jnp.zeros((rows, wide), jnp.float32)
     if steps <= span_steps:
         return span(0, zeros)
@@ -540,35 +520,43 @@ def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Ar
 
 def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Array) -> None:
     """Adds the products of step k to `acc`, once they are here, and asks for a later step's."""
-    planes, steps, stages = block.launch.planes, block.launch.steps, ring.x.shape[0]
+    launch, stages = block.launch, ring.x.shape[0]
     slot = lax.rem(jnp.int32(k), jnp.int32(stages))
+    # This step still reads its slot, so the next copy goes to the slot of the step before. With one
+    # stage that is the same slot, and this step must end first.
+    running = min(1, stages - 1)
     plgpu.barrier_wait(block.refs.loaded.at[slot])
-    for p in range(planes):
+    if launch.sorts:
+        pl.when(block.is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
+    for p in range(launch.planes):
         plgpu.wgmma(acc, ring.x.at[slot, p], ring.a.at[slot].T)
-    if steps > stages:
-        # This step still reads its slot, so the next copy goes to the slot of the step before. With
-        # one stage that is the same slot, and this step must end first.
-        running = min(1, stages - 1)
-        plgpu.wgmma_wait(planes * running)
-        ahead = k + (stages - running)
-        pl.when((k >= running) & (ahead < steps))(
-            lambda: _fetch(
-                block, adapters, ring, ahead, lax.rem(jnp.int32(ahead), jnp.int32(stages))
-            )
-        )
+    if launch.steps > stages:
+        plgpu.wgmma_wait(launch.planes * running)
+    ahead = k + (stages - running)
+    later = lax.rem(jnp.int32(ahead), jnp.int32(stages))
+    is_more = (k >= running) & (ahead < launch.steps)
+    if launch.steps > stages:
+        pl.when(is_more)(lambda: _fetch(block, adapters, ring, ahead, later))
+    if launch.sorts:
+        pl.when(block.is_scattered)(lambda: _fetch_rows(block, ring, ahead, later, is_more))
 
 
 def _fetch(
     block: _Block, adapters: list[Array], ring: _Pipeline, k: Array | int, slot: Array | int
 ) -> None:
-    """Starts the copies of step k: x, and A of the round's adapters. What is not copied arrives."""
+    """Starts the copies of step k: a tile of x, and A of the round's adapters. What is not copied
+    arrives, as do rows of x, which other barriers tell of."""
     launch, plan, refs = block.launch, block.plan, block.refs
     barrier = refs.loaded.at[slot]
     columns = pl.ds(block.k_start + k * launch.block_k, launch.block_k)
-    for p in range(launch.planes):
-        plgpu.copy_gmem_to_smem(
-            refs.x.at[p, pl.ds(block.row_start, launch.rows), columns], ring.x.at[slot, p], barrier
-        )
+
+    def copy_x() -> None:
+        for p in range(launch.planes):
+            plgpu.copy_gmem_to_smem(
+                refs.x.at[p, pl.ds(block.row_start, launch.rows), columns],
+                ring.x.at[slot, p],
+                barrier,
+            )
 
     def copy_a(j: int, adapter: Array) -> None:
         plgpu.copy_gmem_to_smem(
@@ -577,114 +565,97 @@ def _fetch(
             barrier,
         )
 
+    if launch.sorts:
+        pl.when(~block.is_scattered)(copy_x)
+        pl.when(block.is_scattered)(lambda: _arrive(barrier, launch.planes))
+    else:
+        copy_x()
     for j, adapter in enumerate(adapters):
         pl.when(adapter >= 0)(functools.partial(copy_a, j, adapter))
         pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(barrier))
-    for _ in range(launch.planes + len(adapters), launch.arrivals):
+    _arrive(barrier, launch.arrivals - launch.planes - len(adapters))
+
+
+def _arrive(barrier: Ref, times: int) -> None:
+    for _ in range(times):
         plgpu.barrier_arrive(barrier)
+
+
+# ------------------------------------------------------------- rows of x that are not side by side
+
+
+def _fetch_rows(
+    block: _Block, ring: _Pipeline, k: Array, slot: Array, is_step: Array | bool
+) -> None:
+    """Starts to copy the tokens' columns of x of step k row by row, if there is that step.
+
+    In either case this is one group of copies, so it is known how many of them are on their way.
+    """
+    launch, words = block.launch, block.refs.route.words
+    start = block.k_start + k * launch.block_k
+
+    @pl.when(is_step)
+    def copy() -> None:
+        for plane in range(launch.planes):
+            lanes.fetch(
+                ring.x.at[slot, plane],
+                launch.layout,
+                lanes.Array(block.refs.x, launch.dtype, *launch.x_shape),
+                lanes.Tokens(words, launch.rows, launch.num_tokens),
+                start,
+                plane,
+            )
+
+    lanes.end_group()
 
 
 # ----------------------------------------------------------------------- from registers to v
 
 
-class _OutMemory(NamedTuple):
-    """A band of v's columns on its way out, in shared memory.
+def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> None:
+    """Sums what the cluster's blocks have, in their order. Each block takes some of the rows, and
+    stores those with one of the adapters; in the first round also those without any.
 
-    Attributes:
-      by_row: `[rows, 128 bytes]`. TMA wants rows that it copies one by one 128 bytes apart.
-      tile: `[rows, size]`, rows side by side as TMA wants those of a tile. None where `size` is 128
-        bytes: `by_row` then serves for both.
+    `share` is the block's share of v in shared memory.
     """
-
-    by_row: Ref
-    tile: Ref | None = None
-
-
-def _out_memory(rows: int, columns: int, dtype: DTypeLike) -> list[_OutMemory]:
-    """The shared memory to ask for, band by band of the columns."""
-    itemsize, memory = jnp.dtype(dtype).itemsize, []
-    for _, size in bands(columns, itemsize):
-        nbytes = size * itemsize
-        tile: Memory = plgpu.SMEM((rows, size), dtype, transforms=plain_layout(nbytes))
-        if nbytes == 128:
-            memory.append(_OutMemory(tile))
-        else:
-            memory.append(_OutMemory(plgpu.SMEM((rows, 128 // itemsize), dtype), tile))
-    return memory
-
-
-def _exchange(block: _Block, kept: _Kept, v: Array, share: list[Ref]) -> None:
-    """Sums what the cluster's blocks have, in their order, for the tile with this block's own rows.
-
-    `share` is the block's share of v in shared memory, tile by tile: JAX 0.11 cannot slice a peer's
-    memory.
-    """
-    starts = range(0, block.launch.rows, TILE)
-    for start, of_tile in zip(starts, share):
-        of_tile[...] = v[start : start + TILE]
-    cluster_barrier()
-
-    def add_up(of_tile: Ref) -> None:
-        peers = [plgpu.cluster_ref(of_tile, {"split": s}) for s in range(block.launch.split)]
-        loads = [plgpu.load(peer, layout=plgpu.Layout.WGMMA) for peer in peers]
-        _put_out(block, kept, functools.reduce(jnp.add, loads))
-
-    for start, of_tile in zip(starts, share):
-        pl.when(block.out_start == start)(functools.partial(add_up, of_tile))
-    cluster_barrier()  # peers read `share` until here
-
-
-def _put_out(block: _Block, kept: _Kept, v: Array) -> None:
-    """Rounds v to its dtype, and writes it to shared memory in the form that `_store` takes."""
-    plan = block.plan
-    v = v.astype(plan.out.dtype)
-    if plan.row_width > plan.width:
-        v = jnp.concatenate([v, jnp.zeros_like(v)], axis=1)
-    for (first, size), memory in zip(plan.bands, kept.out):
-        columns = v[:, first : first + size]
-        by_row = functools.partial(store_rows, memory.by_row.at[:, pl.ds(0, size)], columns)
-        if memory.tile is None:
-            by_row()
-        else:
-            pl.when(kept.whole)(functools.partial(store_rows, memory.tile, columns))
-            pl.when(jnp.logical_not(kept.whole))(by_row)
-
-
-def _store(block: _Block, kept: _Kept, adapters: list[Array], n: Array) -> None:
-    """Copies the block's own rows of round n to device memory: all at once if no other round has
-    any of them, else those with one of the round's adapters, one by one."""
     launch, plan, refs = block.launch, block.plan, block.refs
-    own, out_start = launch.own_rows, block.out_start
-    target = refs.v.at[block.me] if launch.interpreted else refs.v
-    first_row = 0 if launch.interpreted else block.me * own
+    share[...] = v
+    sums = lanes.Sums(
+        split=launch.split,
+        width=plan.width,
+        out_width=plan.row_width,
+        first_id=0,
+        own=launch.rows // launch.split,
+    )
+    out = lanes.Array(refs.v, plan.out.dtype, *plan.out.shape)
+    layout = operand_layout(jnp.float32, plan.width)
+    cluster_barrier()
+    lanes.add_up_shares(
+        sums, share, layout, refs.route.words, out, block.me, block.row_start, block.rank_start,
+        refs.route.is_first(), adapters,
+    )  # fmt: skip
+    cluster_barrier()  # peers read `share` until here
+    plgpu.commit_smem()  # TMA may write there next
 
-    def store_tile() -> None:
-        for (first, size), memory in zip(plan.bands, kept.out):
-            tile = memory.by_row if memory.tile is None else memory.tile
-            plgpu.copy_smem_to_gmem(
-                tile.at[pl.ds(first_row - out_start, own)],
-                target.at[
-                    pl.ds(block.row_start + first_row, own), pl.ds(block.rank_start + first, size)
-                ],
-            )
 
-    def copy_row(row: Array) -> None:
-        for (first, size), memory in zip(plan.bands, kept.out):
-            plgpu.copy_smem_to_gmem(
-                memory.by_row.at[pl.ds(row - out_start, 1), pl.ds(0, size)],
-                target.at[pl.ds(block.row_start + row, 1), pl.ds(block.rank_start + first, size)],
-            )
+def _store_share(block: _Block, adapters: list[Array], v: Array, share: Ref) -> None:
+    """In interpret mode: stores the block's share of those rows."""
+    launch, refs = block.launch, block.refs
+    share[...] = v
+    plgpu.commit_smem()
+    columns = pl.ds(block.rank_start, block.plan.width)
 
-    def store_row(r: Array, _: None) -> None:
-        row = first_row + r
+    def store_row(row: Array, _: None) -> None:
         adapter = refs.route.id_of(row)
         mine = [(adapter == a) & (a >= 0) for a in adapters]
-        if launch.zero_rows:
-            mine.append((adapter < 0) & (n == 0))
-        is_mine = functools.reduce(jnp.logical_or, mine)
-        # TMA clips rows behind the last one, but not where there is one row in all.
+        mine.append((adapter < 0) & refs.route.is_first())
         is_token = block.row_start + row < launch.num_tokens
-        pl.when(is_mine & is_token)(functools.partial(copy_row, row))
+        pl.when(functools.reduce(jnp.logical_or, mine) & is_token)(
+            lambda: plgpu.copy_smem_to_gmem(
+                share.at[pl.ds(row, 1)],
+                refs.v.at[block.me, pl.ds(block.row_start + row, 1), columns],
+            )
+        )
 
-    pl.when(kept.whole)(store_tile)
-    pl.when(jnp.logical_not(kept.whole))(lambda: lax.fori_loop(0, own, store_row, None))
+    lax.fori_loop(0, launch.rows, store_row, None)
+    plgpu.wait_smem_to_gmem(0)

@@ -47,7 +47,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import route_words, routes
+from pallas_kernels.mosaic_gpu.prefill.route import RouteSize, route_size, routes
 from pallas_kernels.routing import WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -229,7 +229,7 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
         slow(Case(70, 64, 72, 8, 3, "zipf"), dict(expand_columns=3)),
         slow(
             Case(130, 128, 64, 48, 3, "uniform"),
-            dict(stages=1, stack=2, chunks=2, expand_stack=2),
+            dict(stages=1, stack=2, expand_stack=2),
         ),
         slow(Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         slow(Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
@@ -267,7 +267,7 @@ def ids_of_three_parts() -> np.ndarray:
 
 def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True) -> None:
     module = sys.modules[shrink_kernel.__module__]
-    monkeypatch.setattr(module, "MULTIPROCESSORS", 0 if in_turn else 1000)
+    monkeypatch.setattr(module, "MULTIPROCESSORS", 1 if in_turn else 1000)
 
 
 @pytest.mark.parametrize("planes", [1, slow(3)])
@@ -282,7 +282,7 @@ def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
     case = Case(len(ids), 256, 64, 16, 3, "uniform", dtype, "bfloat16")
     z = {**as_jax(of_integers(case.arrays())), "ids": jnp.asarray(ids)}
     # Columns of 64 in shared memory: three with one adapter, two with two.
-    room = 12 * 1024 + 3 * 64 * 2 * (planes * 64 + 16)
+    room = 3 * 64 * 2 * (planes * 64 + 16)
     monkeypatch.setattr(module, "_PIPELINE_BYTES", room)
     want = shrink(z, one := Config(split=1))
     seen, smem = set(), module.plgpu.SMEM
@@ -299,8 +299,8 @@ def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
 def test_shrink_takes_parts_in_turn(
     zero_rows: bool, row_tiles: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One block, two chunks, and two blocks of ranks.
-    ranks = {8: {}, 16: dict(stack=2, chunks=2), 96: dict(rank_block=48)}
+    # One adapter in a round, two, and two blocks of ranks.
+    ranks = {8: {}, 16: dict(stack=2), 96: dict(rank_block=48)}
     rng, ids = np.random.default_rng(0), ids_of_three_parts()
     x = rng.standard_normal((200, 384)).astype(ml_dtypes.bfloat16)  # 3 steps for 2 stages
     parts, wants = [], []
@@ -452,7 +452,7 @@ def test_overlapping_parts_of_high_ranks_fit_shared_memory(
 def test_a_row_depends_on_itself_alone(interpreted: None) -> None:
     """In one config, other rows, their order and their number change no bit."""
     arrays = Case(70, 128, 64, 16, 3).arrays()
-    config = Config(split=2, stack=2, chunks=2, stages=2, block_n=32, expand_stack=2)
+    config = Config(split=2, stack=2, stages=2, block_n=32, expand_stack=2)
     order = np.random.default_rng(5).permutation(70)[:9]
     picked = Arrays(
         arrays.x[order], arrays.a, arrays.b, arrays.y[order], arrays.v[order], arrays.scales,
@@ -714,8 +714,10 @@ def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int
         module = lowered(num_tokens, 2048, 4096, rank, dtypes=dtypes, config=config)
         assert_kernels(module, rank)
         calls = re.findall(r"custom_call @mosaic_gpu_v2.* : \(([^)]*)\)", module)
-        blocks = [int(max(re.findall(r"tensor<(\d+)x\d+xi32>", call))) for call in calls]
-        assert blocks == [-(-num_tokens // tokens) for tokens in tokens_of_a_block]
+        shrink, expand = (re.findall(r"tensor<(\d+)x(\d+)xi32>", call)[-1] for call in calls)
+        shrinks, expands = tokens_of_a_block
+        assert int(shrink[1]) == RouteSize(shrinks, 1).words  # a route for each round
+        assert int(expand[0]) == -(-num_tokens // expands)  # and for each tile
 
 
 def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> None:
@@ -775,7 +777,7 @@ def test_every_dtype_lowers(x: str, weights: str, y: str) -> None:
     "config",
     [
         Config(split=1),
-        Config(split=8, stack=4, chunks=2, stages=8),
+        Config(split=8, stack=4, stages=8),
         Config(rank_block=32, block_n=256, expand_stack=2, expand_stages=4),
         Config(block_n=8, expand_stack=32),
         Config(split=8, stack=2, row_tiles=2, block_n=256, expand_row_tiles=2),
@@ -871,13 +873,15 @@ def test_missing_names_what_a_case_lacks() -> None:
 
 
 @pytest.mark.parametrize("rank", EVERY_RANK)
-def test_the_order_of_sums_does_not_depend_on_tokens(rank: int) -> None:
+def test_the_order_of_sums_follows_from_tokens_features_and_rank(rank: int) -> None:
     for features in (64, 1000, 4096, 131072):
-        splits = {
-            default_config(t, features, n, rank, slots).split
-            for t in (1, 64, 65, 4096) for n in (64, 14336) for slots in (1, 64)
-        }  # fmt: skip
-        assert len(splits) == 1
+        for num_tokens in (1, 64, 65, 1024, 4096, 65536):
+            splits = {
+                default_config(num_tokens, features, n, rank, slots).split
+                for n in (64, 14336) for slots in (1, 64)
+            }  # fmt: skip
+            assert len(splits) == 1
+            assert splits <= {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(
@@ -910,11 +914,13 @@ def test_routes_list_the_adapters_of_each_block(
     segments = pk.make_segments(ids, 7)
     with jax.numpy_rank_promotion("raise"):
         table = np.asarray(routes(segments, rows))
-    assert table.shape[1] == route_words(segments, rows)
+    assert table.shape[1] == route_size(segments, rows).words
     checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % rows), constant_values=-1)
     np.testing.assert_array_equal(table[:, :rows], checked.reshape(-1, rows))
+    np.testing.assert_array_equal(table[:, rows : 2 * rows].reshape(-1), np.arange(checked.size))
+    assert not table[:, 2 * rows + 1].any()  # no tile is scattered
     for row in table:
-        count, adapters = row[rows], row[rows + 1 :]
+        count, adapters = row[2 * rows], row[2 * rows + 6 :]
         assert sorted(adapters[:count]) == sorted(set(row[:rows].tolist()) - {-1})
         assert (adapters[count:] == -1).all()
         assert len(adapters) - count >= 63  # kernels look ahead
