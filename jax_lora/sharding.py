@@ -38,6 +38,9 @@ class Labels(NamedTuple):
         return tuple(label for label in self.kernel if label not in self.x)
 
 
+_ANY_NDIM = 16  # of an x: the labels of a kernel don't depend on it
+
+
 class Placed(Protocol):
     """What this module needs of a LoRA layer."""
 
@@ -98,8 +101,8 @@ class Shards(NamedTuple):
 
         return jax.tree.map(one, tree)
 
-    def of_variable(self, name: Hashable, variable: nnx.Variable[Array]) -> PartitionSpec:
-        """Of a variable of the layer, by its name."""
+    def of_variable(self, name: Hashable, ndim: int) -> PartitionSpec:
+        """Of a variable of the layer, by its name; of stacked layers, axes in front are whole."""
         ends: dict[Hashable, tuple[MeshAxes | None, ...]] = {
             "lora_a": (None, None, self.inputs or None),
             "lora_b": (None, self.outputs or None, None),
@@ -107,7 +110,6 @@ class Shards(NamedTuple):
             "bias": tuple(self.spec(x for x in self.labels.y if x in self.labels.kernel)),
         }
         end = ends.get(name, ())
-        ndim = jnp.ndim(variable.get_value())
         return PartitionSpec(*[None] * (ndim - len(end)), *end)
 
 
@@ -155,11 +157,16 @@ def _mesh(layer: Placed, x: Array) -> AnyMesh | None:
 
 def _mesh_of(array: Array) -> AnyMesh:
     """With its devices, if they are known; it is empty where `array` is on no mesh."""
-    if not isinstance(array, jax.core.Tracer):
-        sharding = getattr(array, "sharding", None)
-        if isinstance(sharding, NamedSharding):
-            return sharding.mesh
-    return jax.typeof(array).sharding.mesh
+    known = _sharding_of(array)
+    return jax.typeof(array).sharding.mesh if known is None else known.mesh
+
+
+def _sharding_of(array: Array) -> NamedSharding | None:
+    """Where an array is; None of a tracer, or where it is on no mesh."""
+    if isinstance(array, jax.core.Tracer):
+        return None
+    sharding = getattr(array, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def by_shard(tokens: NamedSharding) -> PartitionSpec:
@@ -195,12 +202,55 @@ def _explicit(array: Array) -> list[MeshAxes]:
 
 def _kernel_axes(layer: Placed) -> list[MeshAxes]:
     """Of each axis of the kernel of one layer."""
-    kernel = layer.kernel.get_value()
-    own = _explicit(kernel)[len(layer.lead) :]
-    if layer.placement is None or any(own):
+    own = _explicit(layer.kernel.get_value())[len(layer.lead) :]
+    if any(own):
         return own
-    spec = tuple(layer.placement.spec)
-    return list(map(_names, (*spec, *[None] * (len(own) - len(spec)))))
+    spec = _annotated(layer.kernel) if layer.placement is None else layer.placement.spec
+    return _per_axis(spec, len(own))
+
+
+def _whole(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
+
+
+def _per_axis(spec: PartitionSpec, ndim: int) -> list[MeshAxes]:
+    """Of each of the last axes. Those in front are of stacked layers, and may lack."""
+    return list(map(_names, _whole(spec, ndim)))[-ndim:]
+
+
+def _annotated(kernel: nnx.Variable[Array]) -> PartitionSpec:
+    """What Flax's metadata say, by the axes of the mesh."""
+    if not kernel.has_metadata("out_sharding") or not kernel.out_sharding:
+        return PartitionSpec()
+    spec = nnx.get_partition_spec(kernel).get_value()
+    return spec.spec if isinstance(spec, NamedSharding) else PartitionSpec(*spec)
+
+
+def placement_of(layer: Placed, lead: int) -> Shards | None:
+    """How the kernel of one layer is divided, and its stacks are to be; None where no mesh is.
+
+    Raises:
+      ValueError: features do not divide over the mesh.
+    """
+    kernel = layer.kernel.get_value()
+    mesh, spec = _mesh_of(kernel), _annotated(layer.kernel)
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    elif (known := _sharding_of(kernel)) is not None:
+        spec = _whole(known.spec, kernel.ndim)
+    elif any(_explicit(kernel)):
+        spec = jax.typeof(kernel).sharding.spec
+    if mesh.empty or mesh.manual_axes:
+        return None
+    shape = jnp.shape(kernel)[lead:]
+    labels = layer.labels(_ANY_NDIM)
+    on_mesh = [
+        tuple(axis for axis in axes if axis in mesh.axis_names)
+        for axes in _per_axis(spec, len(shape))
+    ]
+    shards = Shards(mesh, labels, dict(zip(labels.kernel, on_mesh)), frozenset())
+    check_divisible(type(layer).__name__, shards, dict(zip(labels.kernel, shape)))
+    return shards
 
 
 def _check(layer: Placed, shards: Shards, x: Array, of_x: Mapping[Label, MeshAxes]) -> None:

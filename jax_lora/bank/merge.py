@@ -95,7 +95,7 @@ def _placed(matrix: Array, a: np.ndarray, b: np.ndarray) -> tuple[Array, Array]:
     mesh, spec = matrix.sharding.mesh, matrix.sharding.spec
     rows, columns = (*spec, None, None)[:2]
     of_a, of_b = PartitionSpec(rows, None), PartitionSpec(None, columns)
-    return jax.device_put((a, b), (NamedSharding(mesh, of_a), NamedSharding(mesh, of_b)))  # type: ignore[no-any-return]
+    return jax.device_put((a, b), (NamedSharding(mesh, of_a), NamedSharding(mesh, of_b)))
 
 
 def _merged_kernel(
@@ -106,10 +106,9 @@ def _merged_kernel(
         return layer.kernel[index]
     matrix = layer.kernel_matrix(index).astype(jnp.float32)
     for site, weights in adapted:
-        a = weights.a.T.astype(np.float32)
-        b = np.zeros((a.shape[1], matrix.shape[1]), np.float32)
-        b[:, site.columns] = weights.b.T
-        a, b = _placed(matrix, a, b)
+        wide = np.zeros((weights.rank, matrix.shape[1]), np.float32)
+        wide[:, site.columns] = weights.b.T
+        a, b = _placed(matrix, weights.a.T.astype(np.float32), wide)
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         matrix += delta * jnp.float32(weights.scale)
     return layer.kernel_tensor(matrix).astype(layer.kernel.dtype)

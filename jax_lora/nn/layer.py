@@ -22,7 +22,7 @@ from jax_lora.nn.stacks import (
     stack_shapes,
 )
 from jax_lora.process import check_process
-from jax_lora.sharding import Labels, Shards, by_shard, resharded, shards_of
+from jax_lora.sharding import Labels, Shards, by_shard, placement_of, resharded, shards_of
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
 from pallas_kernels.routing import Segments
@@ -79,7 +79,8 @@ class LoRALayer(nnx.Module):
 
     def labels(self, x_ndim: int) -> Labels:
         """The layer read as an einsum, of an x with so many axes."""
-        raise NotImplementedError
+        lead = tuple(range(x_ndim - 1))
+        return Labels((*lead, "h"), ("h", "n"), (*lead, "n"))
 
     def resize(self) -> None:
         """Takes the sizes of what it holds, a shard, for its own."""
@@ -107,8 +108,34 @@ class LoRALayer(nnx.Module):
         shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard, self.placement = slices, None, None
-        self.stacks = nnx.List(LoRAStack(shape, dtype, lead) for shape in shapes)
+        shards = placement_of(self, len(lead))
+        self.stacks = nnx.List([])
+        for shape in shapes:
+            self.stacks.append(LoRAStack(shape, dtype, lead))
+            self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
+        self._place(shards, self)
+
+    def place(self) -> None:
+        """Moves the stacks to where the kernel is, each device's shards to that device.
+
+        Raises:
+          ValueError: features do not divide over the mesh.
+        """
+        shards = placement_of(self, len(self.lead))
+        for holder in (*self.stacks, self):
+            self._place(shards, holder)
+
+    def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
+        if shards is None:
+            return
+        self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
+        for name in ("lora_a", "lora_b", "scales"):
+            if (variable := getattr(holder, name, None)) is not None:
+                spec = shards.of_variable(name, variable.ndim)
+                sharding = NamedSharding(shards.mesh, spec)
+                variable.set_value(jax.device_put(variable.get_value(), sharding))
+                variable.set_metadata(out_sharding=tuple(spec))
 
     def parts(self, batch: AdapterBatch) -> list[LoRAPart]:
         """What the stacks add to the output."""
@@ -157,7 +184,7 @@ class LoRALayer(nnx.Module):
         """The call, in which each device runs the layer that its own shards make up."""
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
-        specs = [shards.of_variable(path[-1], v) for path, v in zip(paths, variables)]
+        specs = [shards.of_variable(path[-1], v.ndim) for path, v in zip(paths, variables)]
         of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
         tokens, labels = shards.tokens, shards.labels
         lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)

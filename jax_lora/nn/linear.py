@@ -57,10 +57,6 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
     def features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
-    def labels(self, x_ndim: int) -> Labels:
-        lead = tuple(range(x_ndim - 1))
-        return Labels((*lead, "h"), ("h", "n"), (*lead, "n"))
-
     def resize(self) -> None:
         self.in_features, self.out_features = self.kernel.shape
 

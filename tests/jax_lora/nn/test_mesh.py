@@ -1,6 +1,8 @@
 """LoRA layers on a mesh: four devices compute what one does."""
 
+import collections
 import contextlib
+import re
 
 import jax
 import jax.monitoring
@@ -14,7 +16,7 @@ from tiny import Mlp, expected, make_adapter, make_bank
 from tiny import tokens as tiny_tokens
 
 import jax_lora
-from jax_lora import AdapterBatch, LoRAConfig, LoRADense, load_peft
+from jax_lora import AdapterBatch, LoRAConfig, LoRADense, apply_lora, load_peft
 
 SLOTS = {8: 3, 16: 2}
 ROWS = [0, 3, -1, 4, 2, 2, 1, 0]
@@ -69,11 +71,9 @@ def value_and_grads(layer, x, adapters):
 
 
 def assert_equal(got, want, rtol=1e-5):
-    def close(a, b):
-        a, b = np.asarray(a), np.asarray(b)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    for a, b in (map(np.asarray, pair) for pair in pairs):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1.0, np.abs(b).max()))
-
-    jax.tree.map(close, got, want)
 
 
 @pytest.mark.parametrize("devices, phase, lead", [(1, "decode", (8,)), (4, "prefill", (8, 3))])
@@ -88,6 +88,82 @@ def test_tokens_over_an_explicit_mesh(devices, phase, lead):
     assert_equal(got, want)
     with jax.set_mesh(mesh):
         assert_equal(value_and_grads(dense(), x, batch(phase=phase)), want)
+
+
+COLUMN, ROW = P(None, "tp"), P("tp", None)
+
+
+def divided(mesh, spec, how, **options):
+    """A layer whose kernel is divided over the mesh: by a sharding, or by Flax's metadata."""
+    if how == "metadata":
+        with jax.set_mesh(mesh):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), tuple(spec))
+            return dense(kernel_init=init, **options)
+    layer = nnx.Linear(32, 24, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jax.device_put(layer.kernel.get_value(), NamedSharding(mesh, spec)))
+    apply_lora(layer, slots=SLOTS, buckets=tuple(SLOTS), **options)
+    return fill(layer)
+
+
+def collectives(fn, *operands):
+    """`{collective: how many}` of the compiled program."""
+    text = fn.lower(*operands).compile().as_text()
+    names = re.findall(
+        r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text
+    )
+    return dict(collections.Counter(names))
+
+
+@nnx.jit
+def call(layer, x, adapters):
+    return layer(x, adapters)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("how", ["metadata", "sharding"])
+@pytest.mark.parametrize("spec", [COLUMN, ROW])
+def test_layers_follow_their_kernel(spec, how, kind):
+    """Column-parallel: B and y are divided, nothing is exchanged. Row-parallel: A and x are, and
+    one sum over the devices, that of the base layer, has the adapters in it."""
+    mesh = mesh_of(kind, tp=4)
+    layer = divided(mesh, spec, how)
+    for stack in layer.stacks:
+        a, b = (variable.get_value().sharding for variable in stack.variables)
+        assert (a.spec, b.spec) == (P(None, None, spec[0]), P(None, spec[1], None))
+    x = jax.device_put(tokens(8), NamedSharding(mesh, P(None, spec[0])))
+    want = value_and_grads(dense(), tokens(8), batch())
+    assert collectives(call, layer, x, batch()) == ({} if spec == COLUMN else {"all-reduce": 1})
+    assert call(layer, x, batch()).sharding.is_equivalent_to(
+        NamedSharding(mesh, P(None, spec[1])), 2
+    )
+    got = value_and_grads(layer, x, batch())
+    assert_equal(got, want)
+
+
+def test_x_that_would_be_gathered_is_refused():
+    mesh = mesh_of(tp=4)
+    layer = divided(mesh, COLUMN, "sharding")
+    x = jax.device_put(tokens(8), NamedSharding(mesh, P(None, "tp")))
+    with pytest.raises(ValueError, match=r"all of x would be gathered; .*P\(None, None\)"):
+        layer(x, batch())
+
+
+@pytest.mark.parametrize("spec, features", [(COLUMN, "22 output"), (ROW, "30 input")])
+def test_widths_that_do_not_divide_are_refused(spec, features):
+    layer = nnx.Linear(30, 22, rngs=nnx.Rngs(0))
+    layer.kernel.set_metadata(out_sharding=tuple(spec))
+    message = rf"{features} features do not divide over the 4 devices of mesh axes \('tp',\)"
+    with jax.set_mesh(mesh_of(tp=4)), pytest.raises(ValueError, match=message):
+        apply_lora(layer)
+
+
+def test_slices_whose_columns_are_divided_are_refused():
+    layer = divided(mesh_of(tp=4), ROW, "metadata", slices=(8, 16))
+    x = tokens(8)
+    assert_equal(call(layer, x, batch()), call(dense(slices=(8, 16)), x, batch()))
+    layer = divided(mesh_of(tp=4), COLUMN, "metadata", slices=(8, 16))
+    with pytest.raises(ValueError, match=r"slices \(8, 16\), .* make a layer of each"):
+        layer(x, batch())
 
 
 @contextlib.contextmanager
