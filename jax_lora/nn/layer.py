@@ -1,6 +1,6 @@
 """What the LoRA layers share."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
     LoRAScale,
@@ -184,7 +185,7 @@ class LoRALayer(nnx.Module):
         """The call, in which each device runs the layer that its own shards make up."""
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
-        specs = [shards.of_variable(path[-1], v.ndim) for path, v in zip(paths, variables)]
+        specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
         of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
         tokens, labels = shards.tokens, shards.labels
         lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
@@ -230,6 +231,12 @@ class LoRALayer(nnx.Module):
             phase=adapters.phase,
         )
         return self.y_tensor(out.reshape(y_matrix.shape), y)
+
+
+def _name(path: ModulePath) -> Hashable:
+    """What a variable of a layer holds; see `LoRAStack.in_place`."""
+    is_of_stacks = path[0] == "stacks" and "in_place" in path
+    return ("lora_a", "lora_b")[path[-1] == 1] if is_of_stacks else path[-1]
 
 
 def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:

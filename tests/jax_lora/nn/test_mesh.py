@@ -16,7 +16,7 @@ from tiny import Mlp, expected, make_adapter, make_bank
 from tiny import tokens as tiny_tokens
 
 import jax_lora
-from jax_lora import AdapterBank, AdapterBatch, LoRAConfig, LoRADense, apply_lora, load_peft
+from jax_lora import AdapterBank, AdapterBatch, LoRAConfig, LoRADense, apply_lora, llama, load_peft
 
 SLOTS = {8: 3, 16: 2}
 ROWS = [0, 3, -1, 4, 2, 2, 1, 0]
@@ -326,3 +326,66 @@ def test_layers_over_two_axes(case, kind):
     got = value_and_grads(layer(mesh), jax.device_put(x, NamedSharding(mesh, of_x)), batch())
     want, got = (jax.tree.map(lambda t: t.astype(jnp.float32), tree) for tree in (want, got))
     assert_equal(got, want, rtol=1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+RANKS = (3, 16, 40, 160)
+LLAMA = llama.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+)
+
+
+def small_llama(mesh, scan):
+    """A Llama, attention and MLP divided if there is a mesh, with adapters of several ranks."""
+    model = llama.Llama(LLAMA, rngs=nnx.Rngs(0), scan=scan)
+    for path, module in nnx.iter_modules(model):
+        if mesh is not None and path and str(path[-1]).endswith("_proj"):
+            spec = ROW if path[-1] in ("o_proj", "down_proj") else COLUMN
+            lead = [None] * (module.kernel.ndim - 2)
+            sharding = NamedSharding(mesh, P(*lead, *spec))
+            module.kernel.set_value(jax.device_put(module.kernel.get_value(), sharding))
+    apply_lora(model, slots=1, buckets=(8, 16, 64, 160), target=".*_proj")
+    bank = AdapterBank(model)
+    features = {name: site.features for name, site in bank._sites.items()}
+    for rank in RANKS:
+        bank.load(f"{rank}", make_adapter(rank, rank, features=features))
+    return model, bank
+
+
+@nnx.jit
+def llama_value_and_grads(model, ids, adapters):
+    def loss(model):
+        with jax_lora.use(adapters):
+            logits = model(ids)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
+
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)
+
+
+@nnx.jit
+def llama_step(model, ids, adapters):
+    with jax_lora.use(adapters):
+        return model(ids)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("tp, scan, phase", [(2, True, "decode"), (4, False, "prefill")])
+def test_a_llama_equals_that_of_one_device(tp, scan, phase):
+    """Adapters of ranks 3 to 160 in one batch; logits, and the gradients of all stacks."""
+    ids = np.random.default_rng(0).integers(0, 61, (6, 5)).astype(np.int32)
+    names = ["160", "3", None, "16", "40", "3"]
+    mesh = mesh_of(AxisType.Auto, tp=tp)
+    results = []
+    for placed in (None, mesh):
+        model, bank = small_llama(placed, scan)
+        results.append(llama_value_and_grads(model, ids, bank.batch(names, phase=phase)))
+    want, got = results
+    assert_equal(got, want)
+    assert any("tp" in str(gradient.sharding.spec) for gradient in jax.tree.leaves(got[1]))
+    sums = 2 if scan else 2 * LLAMA.num_hidden_layers
+    assert collectives(llama_step, model, ids, bank.batch(names)) == {"all-reduce": sums}
