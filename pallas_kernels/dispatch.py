@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 from jax.custom_batching import sequential_vmap
+from jaxtyping import Array
 
 from pallas_kernels import loop, xla
 from pallas_kernels.call import Backend, Call
@@ -117,6 +118,17 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
 
 # Of more tokens XLA would gather too many copies of adapters.
 _MAX_DECODE_TOKENS = 256
+
+
+def check_may_write(call: Call, *operands: Array) -> None:
+    """NotImplementedError for a kernel that writes in place where `jax.shard_map` checks what
+    varies over the mesh: JAX has no types for such references."""
+    varies = any(jax.typeof(operand).manual_axis_type.varying for operand in operands)
+    if varies and call.implementation in ("auto", "mosaic_gpu"):
+        raise NotImplementedError(
+            f"{call.op} writes its result in place, which jax.shard_map supports with "
+            "check_vma=False alone; use lora_delta, which works with its check too"
+        )
 
 
 def phase_of(num_tokens: int) -> str:

@@ -10,7 +10,14 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
 from pallas_kernels import autodiff, checks
 from pallas_kernels.call import Call
-from pallas_kernels.dispatch import Implementation, choose, phase_of, prefers_xla, xla_kernel
+from pallas_kernels.dispatch import (
+    Implementation,
+    check_may_write,
+    choose,
+    phase_of,
+    prefers_xla,
+    xla_kernel,
+)
 from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.backend import makes_delta_at_once
 from pallas_kernels.mosaic_gpu.config import Config
@@ -51,6 +58,7 @@ def _shrink_op(
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
+    check_may_write(call, x, lora_a)
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
 
 
@@ -88,7 +96,10 @@ def _expand_op(
     implementation, config = choose(how.implementation, how.config, missing)
     op = f"{kernel}_expand"
     call = Call(op, implementation, (kernel,), y_offset, bool(add_inputs), config=config)
-    return y if v.shape[0] == 0 else autodiff.expand(call, v, lora_b, token_ids, y)
+    if v.shape[0] == 0:
+        return y
+    check_may_write(call, v, lora_b, y)
+    return autodiff.expand(call, v, lora_b, token_ids, y)
 
 
 def _need_segments(segments: object) -> Segments:
@@ -419,6 +430,7 @@ def add_lora_multi(
     how = _How(implementation, config)
     checked = _check_parts("add_lora", x, parts, indices, phase, shapes, how)
     if checked.parts and x.shape[0] * sum(checked.call.widths):
+        check_may_write(checked.call, x, *ys)
         ys = autodiff.add_lora(checked.call, ys, x, checked.parts, checked.token_ids)
     return ys if is_tuple else ys[0]
 

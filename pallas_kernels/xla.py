@@ -186,7 +186,7 @@ def _shrink(
         out = dot("th,rh->tr", take(x, rows), a) * _scale_of(scale, adapter)
         return v.at[rows].set(out, mode="drop")
 
-    v = jnp.zeros((x.shape[0], lora_a.shape[1]), jnp.float32)
+    v = _zeros((x.shape[0], lora_a.shape[1]), x, lora_a, segments.indices, scale)
     return _over_tiles(segments, _block(segments), tile, v)
 
 

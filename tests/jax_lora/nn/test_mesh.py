@@ -16,6 +16,7 @@ from tiny import Mlp, expected, make_adapter, make_bank
 from tiny import tokens as tiny_tokens
 
 import jax_lora
+import pallas_kernels as pk
 from jax_lora import AdapterBank, AdapterBatch, LoRAConfig, LoRADense, apply_lora, llama, load_peft
 
 SLOTS = {8: 3, 16: 2}
@@ -389,3 +390,34 @@ def test_a_llama_equals_that_of_one_device(tp, scan, phase):
     assert any("tp" in str(gradient.sharding.spec) for gradient in jax.tree.leaves(got[1]))
     sums = 2 if scan else 2 * LLAMA.num_hidden_layers
     assert collectives(llama_step, model, ids, bank.batch(names)) == {"all-reduce": sums}
+
+
+OPS = {
+    "add_lora": lambda a, b, x, y, v, i: pk.add_lora(y, x, a, b, i),
+    "bgmv_shrink": lambda a, b, x, y, v, i: pk.bgmv_shrink(x, a, i),
+    "sgmv_shrink": lambda a, b, x, y, v, i: pk.sgmv_shrink(x, a, pk.make_segments(i, 2)),
+    "bgmv_expand": lambda a, b, x, y, v, i: pk.bgmv_expand(v, b, i, y),
+    "lora_delta": lambda a, b, x, y, v, i: pk.lora_delta(x, [pk.LoRAPart(a, b)], i, 64),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_in_a_shard_map_that_checks(op):
+    """Those that write in place name the one that works there."""
+    rows, whole = P("dp"), P()
+    shapes = [(2, 16, 64), (2, 64, 16), (8, 64), (8, 64), (8, 16)]
+    operands = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    operands.append(jnp.zeros(8, jnp.int32))
+    specs = (whole, whole, rows, rows, rows, rows)
+    mesh = mesh_of(AxisType.Auto, dp=4)
+    maps = [
+        jax.jit(jax.shard_map(OPS[op], mesh=mesh, in_specs=specs, out_specs=rows, check_vma=check))
+        for check in (False, True)
+    ]
+    want = maps[0](*operands)
+    if op == "lora_delta":
+        np.testing.assert_array_equal(maps[1](*operands), want)
+    else:
+        message = f"{op} writes its result in place.*check_vma=False alone; use lora_delta"
+        with pytest.raises(NotImplementedError, match=message):
+            maps[1](*operands)
