@@ -84,9 +84,9 @@ class Shards(NamedTuple):
         return self._along(self.labels.kept)
 
     @property
-    def tokens(self) -> NamedSharding:
-        """Of the ids of the tokens, `[*lead]`."""
-        return NamedSharding(self.mesh, self.spec(self.labels.lead))
+    def tokens(self) -> NamedSharding | None:
+        """Of the ids of the tokens, `[*lead]`; None where they are not divided."""
+        return _divided(self.mesh, [self.axes.get(label, ()) for label in self.labels.lead])
 
     def varying[T](self, tree: T) -> T:
         """`tree` inside of the `shard_map`, each array different on each shard.
@@ -169,9 +169,20 @@ def _sharding_of(array: Array) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def by_shard(tokens: NamedSharding) -> PartitionSpec:
+def _divided(mesh: AnyMesh, axes: Sequence[MeshAxes]) -> NamedSharding | None:
+    return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes))) if any(axes) else None
+
+
+def tokens_of(x: Array) -> NamedSharding | None:
+    """How the tokens of an x `[*lead, H]` are divided, as far as types say so."""
+    return _divided(_mesh_of(x), _explicit(x)[:-1])
+
+
+def by_shard(tokens: NamedSharding | None) -> PartitionSpec:
     """Of arrays that hold something of each shard of the tokens, along their first axis."""
-    return PartitionSpec(tuple(axis for entry in tokens.spec for axis in _names(entry)) or None)
+    if tokens is None:
+        return PartitionSpec()
+    return PartitionSpec(tuple(axis for entry in tokens.spec for axis in _names(entry)))
 
 
 def resharded(value: Array, sharding: NamedSharding) -> Array:

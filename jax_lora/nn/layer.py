@@ -174,8 +174,8 @@ class LoRALayer(nnx.Module):
                 "them by jax_lora.scan_layers, nnx.scan or nnx.vmap"
             )
         adapters = batch_for(self, adapters)
-        if adapters is not None and (shards := shards_of(self, x)) is not None:
-            y = self._on_shards(shards, x, adapters)
+        if adapters is not None and (shards := shards_of(self, jnp.asarray(x))):
+            y = self._on_shards(shards, jnp.asarray(x), adapters)
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
         base = cast(Any, super())
         y = base.__call__(x, out_sharding=out_sharding)

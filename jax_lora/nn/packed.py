@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -42,7 +43,7 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         batch is None
         or batch.phase == "prefill"
         or not any(isinstance(layer, LoRADense) for layer in layers)
-        or any(isinstance(layer, LoRADense) and shards_of(layer, x) for layer in layers)
+        or any(isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers)
     ):
         return tuple(layer(x) for layer in layers)
     with use(None):

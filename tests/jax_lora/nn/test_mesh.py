@@ -18,6 +18,7 @@ from tiny import tokens as tiny_tokens
 import jax_lora
 import pallas_kernels as pk
 from jax_lora import AdapterBank, AdapterBatch, LoRAConfig, LoRADense, apply_lora, llama, load_peft
+from pallas_kernels import routing
 
 SLOTS = {8: 3, 16: 2}
 ROWS = [0, 3, -1, 4, 2, 2, 1, 0]
@@ -120,6 +121,7 @@ def call(layer, x, adapters):
     return layer(x, adapters)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("how", ["metadata", "sharding"])
 @pytest.mark.parametrize("spec", [COLUMN, ROW])
@@ -390,6 +392,29 @@ def test_a_llama_equals_that_of_one_device(tp, scan, phase):
     assert any("tp" in str(gradient.sharding.spec) for gradient in jax.tree.leaves(got[1]))
     sums = 2 if scan else 2 * LLAMA.num_hidden_layers
     assert collectives(llama_step, model, ids, bank.batch(names)) == {"all-reduce": sums}
+
+
+def stacked_layers():
+    layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(nnx.Rngs(0).split(3))
+    apply_lora(layers, slots=SLOTS, buckets=tuple(SLOTS))
+    return fill(layers)
+
+
+def test_a_scan_over_divided_tokens_sorts_them_once(monkeypatch):
+    make, sorts = routing._make, []
+    monkeypatch.setattr(routing, "_make", lambda *args: sorts.append(args) or make(*args))
+    graphdef, state = nnx.split(stacked_layers())
+
+    @jax.jit
+    def run(state, x, adapters):
+        layers = nnx.merge(graphdef, state)
+        with jax_lora.use(adapters):
+            return jax_lora.scan_layers(lambda layer, x, _: (jnp.sin(layer(x)), None), layers, x)
+
+    x = jax.device_put(tokens(8, 3), NamedSharding(mesh_of(dp=4), P("dp")))
+    got = run(state, x, batch())
+    assert len(sorts) == len(SLOTS)
+    assert_equal(got, run(state, tokens(8, 3), batch()))
 
 
 OPS = {
