@@ -43,7 +43,9 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         batch is None
         or batch.phase == "prefill"
         or not any(isinstance(layer, LoRADense) for layer in layers)
-        or any(isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers)
+        or any(
+            isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers
+        )
     ):
         return tuple(layer(x) for layer in layers)
     with use(None):
