@@ -120,11 +120,24 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
 _MAX_DECODE_TOKENS = 256
 
 
+def _varies(operands: object) -> set[str]:
+    """The axes of a mesh over which they vary, inside of a `jax.shard_map` that checks."""
+    leaves = jax.tree.leaves(operands)
+    return {axis for leaf in leaves for axis in jax.typeof(leaf).manual_axis_type.varying}
+
+
+def _varying[T](results: T, operands: object) -> T:
+    """`results`, which vary as the operands do: JAX does not see that of a kernel's."""
+    axes = _varies(operands)
+    return jax.tree.map(
+        lambda t: jax.lax.pcast(t, tuple(sorted(axes - _varies(t))), to="varying"), results
+    )
+
+
 def check_may_write(call: Call, *operands: Array) -> None:
     """NotImplementedError for a kernel that writes in place where `jax.shard_map` checks what
     varies over the mesh: JAX has no types for such references."""
-    varies = any(jax.typeof(operand).manual_axis_type.varying for operand in operands)
-    if varies and call.implementation in ("auto", "mosaic_gpu"):
+    if _varies(operands) and call.implementation in ("auto", "mosaic_gpu"):
         raise NotImplementedError(
             f"{call.op} writes its result in place, which jax.shard_map supports with "
             "check_vma=False alone; use lora_delta, which works with its check too"
@@ -154,7 +167,7 @@ def compiled(operation: Operation, call: Call) -> Callable[..., Any]:
     kernels = () if call.implementation == "loop" else tuple(dict.fromkeys(call.kernels))
 
     def named(*args: Any) -> Any:
-        return run(*args)
+        return _varying(run(*args), args)
 
     named.__name__ = "_".join((*kernels, operation, call.implementation))
     # A kernel launch has no batching rule of its own: under vmap it runs once per element.

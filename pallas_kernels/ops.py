@@ -58,7 +58,8 @@ def _shrink_op(
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
-    check_may_write(call, x, lora_a)
+    if v is not None:
+        check_may_write(call, v, x, lora_a)
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
 
 
