@@ -35,6 +35,12 @@ class LoRALayer(nnx.Module):
 
     A subclass says how its `x` and `y` read as `[T, H]` and `[T, N]` matrices.
 
+    On a mesh of devices it follows its kernel. Where that is divided over columns, so are B and the
+    output. Where it is divided over rows, so are A and the input, and the sum over the devices
+    that the base layer needs has the adapters in it. Weights that are divided over the mesh's axis of the tokens are
+    gathered for each call. The types of explicit axes say how x is divided; automatic axes over
+    which no weights are divided are left to XLA.
+
     Like layers may be stacked for a scan: one module, as `nnx.vmap` makes it, whose arrays have
     axes of layers in front. `scan_layers` runs it.
 
@@ -166,7 +172,8 @@ class LoRALayer(nnx.Module):
 
         Raises:
           TypeError: `adapters` is no AdapterBatch.
-          ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x.
+          ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x;
+            on a mesh, the layer would gather x, or its features do not divide over the devices.
         """
         if self.lead:
             raise ValueError(

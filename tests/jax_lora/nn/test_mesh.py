@@ -17,7 +17,16 @@ from tiny import tokens as tiny_tokens
 
 import jax_lora
 import pallas_kernels as pk
-from jax_lora import AdapterBank, AdapterBatch, LoRAConfig, LoRADense, apply_lora, llama, load_peft
+from jax_lora import (
+    AdapterBank,
+    AdapterBatch,
+    LoRAConfig,
+    LoRADense,
+    LoRAScale,
+    apply_lora,
+    llama,
+    load_peft,
+)
 from pallas_kernels import routing
 
 SLOTS = {8: 3, 16: 2}
@@ -394,8 +403,10 @@ def test_a_llama_equals_that_of_one_device(tp, scan, phase):
     assert collectives(llama_step, model, ids, bank.batch(names)) == {"all-reduce": sums}
 
 
-def stacked_layers():
+def stacked_layers(sharding=None):
     layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(nnx.Rngs(0).split(3))
+    if sharding is not None:
+        layers.kernel.set_value(jax.device_put(layers.kernel.get_value(), sharding))
     apply_lora(layers, slots=SLOTS, buckets=tuple(SLOTS))
     return fill(layers)
 
@@ -435,6 +446,62 @@ def test_kernels_run_on_shards(spec, sums, kind, tokens, phase):
     assert "mosaic_gpu" in text
     exchanges = re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_permute)", text)
     assert exchanges == ["all_reduce"] * sums
+
+
+@nnx.jit
+def run_layers(layers, x, adapters):
+    def body(layer, x, _):
+        return 0.02 * layer(x), None
+
+    with jax_lora.use(adapters):
+        return jax_lora.scan_layers(body, layers, x)[0]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_scan_of_divided_layers(kind):
+    mesh = mesh_of(kind, dp=2, tp=2)
+    layers = stacked_layers(NamedSharding(mesh, P(None, "tp", None)))
+    x = jax.device_put(tokens(8, 3), NamedSharding(mesh, P("dp")))
+    assert_equal(
+        run_layers(layers, x, batch()), run_layers(stacked_layers(), tokens(8, 3), batch())
+    )
+
+
+def test_a_model_that_is_placed_later():
+    """Its bank moves the stacks; their shardings are in Flax's metadata, for `in_shardings`."""
+    mesh = mesh_of(AxisType.Auto, tp=2)
+    model = Mlp(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8, 16))
+    for layer, spec in ((model.up, COLUMN), (model.down, ROW)):
+        kernel = layer.kernel.get_value()
+        layer.kernel.set_value(jax.device_put(kernel, NamedSharding(mesh, spec)))
+    bank = AdapterBank(model)
+    assert model.up.stacks[0].lora_b.get_value().sharding.spec == P(None, "tp", None)
+    adapter, x = make_adapter(0, 4), tiny_tokens(2)
+    bank.load("a", adapter)
+    graphdef, _, rest = nnx.split(model, (nnx.LoRAParam, LoRAScale), ...)
+
+    def step(state, rest, x, adapters):
+        with jax_lora.use(adapters):
+            return nnx.merge(graphdef, state, rest)(x)
+
+    shardings = nnx.get_named_sharding(bank.state, mesh)
+    step = jax.jit(step, in_shardings=(shardings, None, None, None))
+    got = step(bank.state, rest, x, bank.batch(["a", None]))
+    np.testing.assert_allclose(got, expected(model, x, [adapter, None]), 1e-5, 1e-5)
+
+
+def test_a_mesh_that_the_call_alone_has():
+    """The kernel's metadata say how it is divided, where no mesh was set when it was made."""
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "tp"))
+    with nnx.use_eager_sharding(False):
+        layer = dense(kernel_init=init)
+    want = call(layer, tokens(8), batch())
+    mesh = mesh_of(AxisType.Auto, tp=4)
+    with jax.set_mesh(mesh):
+        got = call(layer, tokens(8), batch())
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "tp")), 2)
+    assert_equal(got, want)
 
 
 OPS = {
