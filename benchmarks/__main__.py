@@ -212,6 +212,47 @@ def compile_steps(
 
 
 @app.command()
+def gradients(
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `first` '
+            "for the most telling ones."
+        ),
+    ] = None,
+    ways: Annotated[
+        str, typer.Option(help="What to time: some of ours, compact, xla, ragged, dense.")
+    ] = "ours,dense,ragged,xla",
+    seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that prepare cases together.")
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="Add each result to this JSON-lines file.")] = Path(
+        "gradients.jsonl"
+    ),
+) -> None:
+    """Time forward and backward of `y + lora(x)`, with gradients for x, A and B.
+
+    Microseconds in bfloat16, inside one jitted loop. Beside ours stand XLA's form, `ragged_dot`
+    over sorted tokens, and one dense adapter in plain `jax.numpy`. The floor is what moving each
+    byte once takes. The aim is 1.5 x floor + 20 us, twice the floor for shuffled tokens.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import gradients as benchmark
+
+        chosen = tuple(ways.split(","))
+        if unknown := set(chosen) - {"ours", "compact", "xla", "ragged", "dense"}:
+            known = "ours, compact, xla, ragged and dense"
+            raise ValueError(f"--ways takes {known}, got {sorted(unknown)}")
+        named = benchmark.cases_of(cases)
+        if processes > 1:
+            benchmark.run_in_processes(named, chosen, seconds, out, processes)
+        else:
+            benchmark.run(named, chosen, seconds, out)
+
+
+@app.command()
 def bits(
     before: Annotated[Path, typer.Option(help="Folder of another checkout of jax-lora.")],
 ) -> None:

@@ -84,12 +84,17 @@ class Loop:
         def run(carry: Any, *given: Any) -> Any:
             return jax.lax.fori_loop(0, turns, lambda _, carry: body(carry, *given), carry)
 
-        self._run = jax.jit(run, donate_argnums=0)
+        self._jitted = jax.jit(run, donate_argnums=0)
+        self._run: Callable[..., Any] = self._jitted
         self._calls = turns * calls
 
     def __call__(self, carry: Any, *given: Any) -> Any:
         """What all turns make of the carry."""
         return self._run(_copied(carry), *given)
+
+    def compile(self, carry: Any, *given: Any) -> None:
+        """Compiles the program for such arrays, without running it."""
+        self._run = self._jitted.lower(carry, *given).compile()
 
     def us(self, carry: Any, *given: Any, least_ms: float = 20) -> float:
         """Median microseconds of one call."""

@@ -1,5 +1,6 @@
 """Text in, text out; see `jax_lora.serving.text`."""
 
+from jax_lora.serving.chat import chat_prompt as chat_prompt
 from jax_lora.serving.text import Completion as Completion
 from jax_lora.serving.text import complete as complete
 from jax_lora.serving.text import decode as decode

@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from jax_lora.adapters import peft_header
+from jax_lora.messages import printable
 from pallas_kernels import (
     BGMV_MAX_RANK,
     padded_rank,
@@ -19,6 +21,13 @@ LORAX_GRAPH_MAX_RANK = 64
 # LoRAX, server/punica_kernels: the ranks that its CUDA kernels are compiled for.
 LORAX_COMPILED_RANKS = (8, 16, 32, 64, 128)
 FAST_RANKS = (16, 32, 64)
+
+MAX_FOLDERS = 100_000
+# What an adapter's folder has, of PEFT or of another project.
+ADAPTER_FILES = frozenset({
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+    "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,49 @@ def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
         path, header.rank, str(header.dtype), header.nbytes, modules,
         _lorax(ranks), _advice(ranks, bucket),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BrokenAdapter:
+    """An adapter that can't be read, and why."""
+
+    path: Path
+    error: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"path": str(self.path), "error": self.error}
+
+
+def inspect_below(path: Path, *, allow_links: bool = False) -> list[AdapterReport | BrokenAdapter]:
+    """Reports on each adapter folder at or below `path`, in order; see `inspect_adapter`.
+
+    Links to folders and hidden folders are left out. If there is no adapter, the only report says
+    so.
+
+    Raises:
+      ValueError: there are more than `MAX_FOLDERS`.
+    """
+    reports: list[AdapterReport | BrokenAdapter] = []
+    for folder in _adapter_folders(path) or [path]:
+        try:
+            reports.append(inspect_adapter(folder, allow_links=allow_links))
+        except (OSError, ValueError) as error:
+            reports.append(BrokenAdapter(folder, str(error)))
+    return reports
+
+
+def _adapter_folders(path: Path) -> list[Path]:
+    found = []
+    for count, (folder, names, files) in enumerate(os.walk(path)):
+        if count >= MAX_FOLDERS:
+            raise ValueError(
+                f"{printable(path)} holds more than {MAX_FOLDERS} folders; give folders nearer to "
+                "the adapters"
+            )
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        if not ADAPTER_FILES.isdisjoint(files):
+            found.append(Path(folder))
+    return found
 
 
 def _lorax(ranks: list[int]) -> list[str]:

@@ -5,12 +5,14 @@
 Names, shapes and meanings follow Punica (arXiv 2310.18547) and LoRAX.
 """
 
+from pallas_kernels.ops import LoRAGradient as LoRAGradient
 from pallas_kernels.ops import add_lora as add_lora
 from pallas_kernels.ops import add_lora_multi as add_lora_multi
 from pallas_kernels.ops import bgmv_expand as bgmv_expand
 from pallas_kernels.ops import bgmv_expand_slice as bgmv_expand_slice
 from pallas_kernels.ops import bgmv_shrink as bgmv_shrink
 from pallas_kernels.ops import lora_delta as lora_delta
+from pallas_kernels.ops import lora_gradients as lora_gradients
 from pallas_kernels.ops import sgmv_expand as sgmv_expand
 from pallas_kernels.ops import sgmv_expand_slice as sgmv_expand_slice
 from pallas_kernels.ops import sgmv_shrink as sgmv_shrink

@@ -8,18 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import derivatives
-from pallas_kernels.call import Backend, Call
-from pallas_kernels.dispatch import BACKENDS, compiled
+from pallas_kernels.call import Call
+from pallas_kernels.dispatch import compiled, varying
 from pallas_kernels.routing import TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
 
 Parts = tuple[LoRAPart, ...]
 Ys = tuple[Array, ...]
-
-
-def _backward(call: Call) -> Backend:
-    """The backend of the gradients; "auto" has those of XLA, which every platform runs."""
-    return BACKENDS["xla" if call.implementation == "auto" else call.implementation]
 
 
 # ------------------------------------------------------------------------------------------ shrink
@@ -43,8 +38,8 @@ def _shrink_bwd(
     call: Call, residuals: tuple[Array | None, Array, Array, TokenIds, Array], dv: Array
 ) -> tuple[Array | None, ...]:
     v, x, lora_a, token_ids, scale = derivatives.cotangents(call.op, residuals)
-    backend = _backward(call)
-    dx, da, ds = backend.shrink_grad(call, dv.astype(jnp.float32), x, lora_a, token_ids, scale)
+    gradient = compiled("shrink_grad", call)
+    dx, da, ds = gradient(dv.astype(jnp.float32), x, lora_a, token_ids, scale)
     return None if v is None else dv, dx, da, None, ds
 
 
@@ -78,7 +73,7 @@ def _expand_bwd(
     call: Call, residuals: tuple[Array, Array, TokenIds], dy: Array
 ) -> tuple[Array | None, ...]:
     v, lora_b, token_ids = derivatives.cotangents(call.op, residuals)
-    dv, db, dy = _backward(call).expand_grad(call, dy, v, lora_b, token_ids)
+    dv, db, dy = compiled("expand_grad", call)(dy, v, lora_b, token_ids)
     return dv, db, None, dy
 
 
@@ -144,8 +139,9 @@ def _gradients(
 ) -> tuple[Array, Parts, None]:
     x, parts, token_ids = derivatives.cotangents(call.op, residuals)
     parts = tuple(part.with_slices() for part in parts)
-    dx, dparts = _backward(call).add_lora_grad(call, side_by_side(dys), x, parts, token_ids)
-    return dx.astype(x.dtype), tuple(map(_in_whole_scales, parts, dparts)), None
+    gradient = compiled("add_lora_grad", call)
+    dx, dparts = gradient(side_by_side(dys), x, parts, token_ids)
+    return dx, tuple(map(_in_whole_scales, parts, dparts)), None
 
 
 def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
@@ -170,5 +166,7 @@ def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) ->
 
 def lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
     """`Backend.lora_delta`, with its gradient."""
+    # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
+    x, parts = varying((x, parts), (x, parts, token_ids))
     out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, token_ids)))
     return out

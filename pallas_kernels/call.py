@@ -20,6 +20,7 @@ class Call(NamedTuple):
       add_inputs: whether an expand adds to y.
       widths, dtype: of what `lora_delta` makes.
       config: how the Mosaic kernels cut their work, if the caller says so.
+      compact: slots of which gradients are made, of those in use; None for all slots.
     """
 
     op: str
@@ -30,6 +31,7 @@ class Call(NamedTuple):
     widths: tuple[int, ...] = ()
     dtype: DTypeLike | None = None
     config: Config | None = None
+    compact: int | None = None
 
 
 @runtime_checkable
@@ -82,4 +84,5 @@ class Backend(Protocol):
     def add_lora_grad(
         self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
     ) -> tuple[Array, tuple[LoRAPart, ...]]:
-        """Gradients in x (float32) and in the parts; `dy` is that of all columns side by side."""
+        """Gradients in x and in the parts; `dy` is that of all columns side by side. Stacks and
+        scales hold the slots of `slots_in_use` alone if `call.compact` says how many."""

@@ -20,7 +20,15 @@ from pallas_kernels.ranks import kernels_disabled, select_kernel
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 BACKENDS: dict[str, Backend] = {"xla": xla, "mosaic_gpu": mosaic_gpu, "loop": loop}
-Operation = Literal["shrink", "expand", "add_lora", "lora_delta"]
+Operation = Literal[
+    "shrink",
+    "expand",
+    "add_lora",
+    "lora_delta",
+    "shrink_grad",
+    "expand_grad",
+    "add_lora_grad",
+]
 
 _HERE = os.path.dirname(__file__)  # warnings point at the first caller outside
 
@@ -126,8 +134,8 @@ def _varies(operands: object) -> set[str]:
     return {axis for leaf in leaves for axis in jax.typeof(leaf).manual_axis_type.varying}
 
 
-def _varying[T](results: T, operands: object) -> T:
-    """`results`, which vary as the operands do: JAX does not see that of a kernel's."""
+def varying[T](results: T, operands: object) -> T:
+    """`results`, which vary as the operands do: JAX does not see that of what a kernel makes."""
     axes = _varies(operands)
     return jax.tree.map(
         lambda t: jax.lax.pcast(t, tuple(sorted(axes - _varies(t))), to="varying"), results
@@ -167,7 +175,7 @@ def compiled(operation: Operation, call: Call) -> Callable[..., Any]:
     kernels = () if call.implementation == "loop" else tuple(dict.fromkeys(call.kernels))
 
     def named(*args: Any) -> Any:
-        return _varying(run(*args), args)
+        return varying(run(*args), args)
 
     named.__name__ = "_".join((*kernels, operation, call.implementation))
     # A kernel launch has no batching rule of its own: under vmap it runs once per element.

@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import (
     Implementation,
     check_may_write,
     choose,
+    compiled,
     phase_of,
     prefers_xla,
     xla_kernel,
@@ -23,7 +24,14 @@ from pallas_kernels.mosaic_gpu.backend import makes_delta_at_once
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.ranks import check_phase
 from pallas_kernels.renamed import removed_keywords
-from pallas_kernels.routing import Segments, TokenIds, WideIndices, static
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    WideIndices,
+    slots_in_use,
+    static,
+)
 from pallas_kernels.stacks import LoRAPart
 
 
@@ -509,6 +517,80 @@ def lora_delta(
     else:
         out = tuple(jnp.full(shape.shape, -0.0, dtype) for shape in shapes)
     return out if is_tuple else out[0]
+
+
+class LoRAGradient(NamedTuple):
+    """The gradients in a part.
+
+    Attributes:
+      lora_a: `[S, R, H]`, lora_b: `[S, N, R]`, in the dtype of the part's.
+      scales: `[S]`, or a number where the part has one for all.
+      slots: `[S]`, the slot of each row, counted from the part's first one; -1 for rows of zeros.
+      in_use: how many slots tokens use, a scalar.
+    """
+
+    lora_a: Array
+    lora_b: Array
+    scales: Array
+    slots: Array
+    in_use: Array
+
+
+def lora_gradients(
+    dy: ArrayLike,
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    indices: ArrayLike | Segments,
+    *,
+    compact: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, tuple[LoRAGradient, ...]]:
+    """The gradients of `add_lora_multi(y, x, parts, indices)` where y' has the gradient `dy`.
+
+    `jax.grad` gives the same, in whole stacks, S = L. In the compact form a stack has rows for the
+    slots that tokens use, in order: no zeros are written for the many others.
+
+    Args:
+      dy: `[T, Ny]`.
+      x: `[T, H]`.
+      parts, indices: as in `add_lora_multi`.
+      compact: S of the compact form, a bound on the slots of a part that tokens use; None for
+        whole stacks. If `in_use` is larger, the gradients of the last slots are left out.
+      implementation: as in `add_lora`.
+
+    Returns:
+      The gradient in x, `[T, H]` in its dtype, and one `LoRAGradient` for each part.
+
+    Raises: as `add_lora_multi`; TypeError or ValueError where `compact` is no int of at least 1.
+    """
+    if compact is not None and (compact := static("compact", compact)) < 1:
+        raise ValueError(f"compact must be at least 1, got {compact}")
+    dy, x = checks.floats("dy", dy, "T Ny"), checks.floats("x", x, "T H")
+    shapes = [jax.ShapeDtypeStruct(dy.shape, dy.dtype)]
+    how = _How(implementation, None)
+    checked = _check_parts("lora_gradients", x, parts, indices, None, shapes, how)
+    call = checked.call._replace(compact=compact)
+    dx, found = jnp.zeros_like(x), checked.parts
+    if x.shape[0] and found:
+        dx, found = compiled("add_lora_grad", call)(dy, x, found, checked.token_ids)
+    gradients = []
+    for part, (a, b, scales) in zip(checked.parts, map(_arrays, found)):
+        slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
+        rows = jnp.arange(slots.slots, dtype=jnp.int32)
+        if compact is not None:
+            rows = slots_in_use(checked.token_ids, slots, compact)
+        groups = slots_in_use(checked.token_ids, slots, slots.slots)
+        in_use = jnp.sum(groups >= 0, dtype=jnp.int32)
+        if not x.shape[0]:
+            size = rows.shape[0]
+            a, b = (jnp.zeros((size, *stack.shape[1:]), stack.dtype) for stack in (a, b))
+            scales = jnp.zeros((size,) * scales.ndim, scales.dtype)
+        gradients.append(LoRAGradient(a, b, scales, rows, in_use))
+    return dx, tuple(gradients)
+
+
+def _arrays(part: LoRAPart) -> tuple[Array, Array, Array]:
+    return jnp.asarray(part.lora_a), jnp.asarray(part.lora_b), jnp.asarray(part.scales)
 
 
 def add_in_step(

@@ -164,6 +164,13 @@ def local_segments(token_ids: TokenIds, slots: SlotRange) -> Segments:
     return _make(slots.local(ids_of(token_ids)), slots.slots)
 
 
+def slots_in_use(token_ids: TokenIds, slots: SlotRange, most: int) -> Int[Array, " most"]:
+    """The first `most` slots of a range that tokens use, counted from its first one, ascending;
+    then -1."""
+    used = local_segments(token_ids, slots).group_adapters[:most]
+    return jnp.pad(used, (0, most - used.shape[0]), constant_values=-1)
+
+
 def num_tokens_of(token_ids: TokenIds) -> int:
     if isinstance(token_ids, Segments):
         return token_ids.num_tokens

@@ -1,4 +1,4 @@
-"""The ops as plain XLA, for any device; and the gradients, for every implementation.
+"""The ops and their gradients as plain XLA, for any device.
 
 Two forms. *bgmv* gathers the adapter of each token and contracts, a few tokens at a time so that
 the gathered weights stay small. *sgmv* walks the tile map of the segments: one dense product per
@@ -18,7 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
-from pallas_kernels.routing import Segments, SlotRange, TokenIds, ids_of, local_segments
+from pallas_kernels.routing import (
+    Segments,
+    SlotRange,
+    TokenIds,
+    ids_of,
+    local_segments,
+    slots_in_use,
+)
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
@@ -358,22 +365,33 @@ def expand_grad(
 
     zeros = (jnp.zeros_like(v), jnp.zeros(lora_b.shape, jnp.float32))
     dv, db = _over_tiles(segments, _block(segments), tile, zeros)
-    if not call.add_inputs:
-        kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
-        dy = dy.at[:, columns].set(kept)
-    return dv, db.astype(lora_b.dtype), dy
+    return dv, db.astype(lora_b.dtype), expand_grad_of_y(call, dy, lora_b, segments)
+
+
+def expand_grad_of_y(call: Call, dy: Array, lora_b: Array, segments: Segments) -> Array:
+    """Gradient of `expand` in y: zero where the expand overwrites it."""
+    if call.add_inputs:
+        return dy
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
+    kept = jnp.where(segments.indices[:, None] < 0, dy[:, columns], 0).astype(dy.dtype)
+    return dy.at[:, columns].set(kept)
 
 
 def add_lora_grad(
     call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
 ) -> tuple[Array, tuple[LoRAPart, ...]]:
-    """Gradients of `add_lora` in x (float32), and in each part's stacks and own scales."""
+    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
     dx, dparts = jnp.zeros(x.shape, jnp.float32), []
     for part, local in zip(parts, local_parts(parts, token_ids)):
         dx_part, da, db, ds = _part_grad(dy, x, local)
         dx += dx_part
+        if call.compact is not None:
+            every = SlotRange(0, da.shape[0])
+            used = slots_of(slots_in_use(local.segments, every, call.compact), da)
+            da, db = take(da, used), take(db, used)
+            ds = take(ds, used) if ds.ndim else ds
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds))
-    return dx, tuple(dparts)
+    return dx.astype(x.dtype), tuple(dparts)
 
 
 def _part_grad(

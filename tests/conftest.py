@@ -1,6 +1,10 @@
 """Strict numbers for every test: no silent dtype promotion; backends' array shapes are checked."""
 
 import importlib.util
+import os
+
+# The command line would keep what it compiles in the home of whoever runs the tests.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 if importlib.util.find_spec("beartype"):  # absent on some GPU machines
     from jaxtyping import install_import_hook

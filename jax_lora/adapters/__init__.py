@@ -1,5 +1,7 @@
 """LoRA adapters on the host: what one is, and reading and writing the files of Hugging Face PEFT.
 
+`read_foreign` reads those of other projects, to be saved as PEFT's.
+
 Needs no device, no JAX and no torch. Everything read here may come from a stranger: nothing is
 unpickled, sizes are checked before anything is allocated, and a PEFT feature is either exact or
 refused by its name.
@@ -8,6 +10,12 @@ refused by its name.
 from jax_lora.adapters.files import read_json as read_json
 from jax_lora.adapters.files import read_safetensors as read_safetensors
 from jax_lora.adapters.files import refuse_pointer as refuse_pointer
+from jax_lora.adapters.foreign import from_qwix as from_qwix
+from jax_lora.adapters.foreign import is_foreign as is_foreign
+from jax_lora.adapters.foreign import read_foreign as read_foreign
+from jax_lora.adapters.names import Rename as Rename
+from jax_lora.adapters.names import meant as meant
+from jax_lora.adapters.names import renamed as renamed
 from jax_lora.adapters.peft import load_peft as load_peft
 from jax_lora.adapters.peft import peft_header as peft_header
 from jax_lora.adapters.peft import save_peft as save_peft

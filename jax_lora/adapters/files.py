@@ -37,6 +37,9 @@ _MAX_SHARDS = 512
 _SPARSE_BYTES = 64 << 20
 
 
+type JsonObject = dict[str, Any]
+
+
 class Stored(NamedTuple):
     """Where a tensor lies in the data of a safetensors file."""
 
@@ -140,7 +143,7 @@ def refuse_pointer(data: bytes, file: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def read_json(folder: Path, name: str, *, allow_links: bool = True) -> dict[str, Any]:
+def read_json(folder: Path, name: str, *, allow_links: bool = True) -> JsonObject:
     """The object in a JSON file.
 
     Raises:
@@ -161,7 +164,7 @@ def read_bounded(stream: BinaryIO, file: Path, limit: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes, file: Path) -> dict[str, Any]:
+def parse_json(data: bytes, file: Path) -> JsonObject:
     """The object in `data`, the JSON text of `file`, in bounded time and memory.
 
     Raises:
@@ -176,7 +179,7 @@ def parse_json(data: bytes, file: Path) -> dict[str, Any]:
         ) from None
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _json_object(data: bytes) -> JsonObject:
     marks = sum(map(data.count, (b",", b"[", b"{")))
     if marks > _MAX_JSON_MARKS:
         raise ValueError(f"it has {marks} commas and brackets, at most {_MAX_JSON_MARKS} are read")
@@ -189,7 +192,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()
@@ -330,7 +333,8 @@ def _read_header(path: Path, stream: BufferedReader) -> TensorFile:
             )
         stream.seek(8)
         header = _json_object(stream.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # MLX writes null
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise ValueError("its __metadata__ must map text to text")
         tensors = _tensors(header, status.st_size - 8 - length)
@@ -353,7 +357,7 @@ def _read_header(path: Path, stream: BufferedReader) -> TensorFile:
     return TensorFile(path, stream, 8 + length, tensors, metadata)
 
 
-def _tensors(header: dict[str, Any], size: int) -> dict[str, Stored]:
+def _tensors(header: JsonObject, size: int) -> dict[str, Stored]:
     """The header's entries. ValueError if they don't fill the data of `size` bytes exactly."""
     tensors: dict[str, Stored] = {}
     for key, entry in header.items():
@@ -390,7 +394,7 @@ def write_safetensors(
 ) -> None:
     """Writes contiguous arrays, the widest dtype first, so that each is aligned."""
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: JsonObject = {"__metadata__": dict(metadata)}
     at = 0
     for key in order:
         tensor = tensors[key]

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from jax_lora.adapters.config import MERGE, Choice, dense_config, enabled_parts, read_config
 from jax_lora.adapters.files import (
     DTYPES,
+    JsonObject,
     TensorFile,
     check_folder,
     open_file,
@@ -26,20 +28,18 @@ from jax_lora.adapters.files import (
     read_bounded,
     write_safetensors,
 )
-from jax_lora.adapters.patterns import MAX_WORK, Expression, Names
+from jax_lora.adapters.foreign import refuse_foreign
+from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
+from jax_lora.adapters.patterns import MAX_WORK
 from jax_lora.adapters.types import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
     LoRAShape,
     LoRAWeights,
-    alpha_in,
     check_halves,
     check_module,
     common_dtype,
-    matcher,
-    names_of,
-    rank_in,
 )
 from jax_lora.messages import printable, shown
 
@@ -47,50 +47,9 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 4 << 20
 _CHUNK = 1 << 20  # elements that are compared at once
 _WAITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)  # seconds, for a save to end
-_MAX_PARENTS = 16
-_PARENT = re.compile(r"\w{1,512}", re.ASCII)
 
 # Metadata of the weights: SHA-256 of the config that was saved with them, and of the one before.
 _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
-
-# Keys of adapter_config.json that change nothing about what a saved adapter computes, whatever
-# their value: they matter to training, to how PEFT finds modules (the weights' own names say
-# which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
-# base stores its weight; A and B are stored alike.
-_IRRELEVANT = frozenset(
-    """
-    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
-    exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
-    loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
-    lora_dtype lorap_lr_ratio lorap_emb_lr
-    """.split()  # the last line is ms-swift's
-)
-
-# Keys that change what an adapter computes, or which weights it has, and what to do about each.
-_MERGE = "merge it into the base with peft's merge_and_unload and serve that"
-_UNSUPPORTED = {
-    "use_dora": f"DoRA is not supported; {_MERGE}",
-    "modules_to_save": f"fully trained modules are not supported; {_MERGE}",
-    "trainable_token_indices": f"trained tokens are not supported; {_MERGE}",
-    "lora_bias": f"biases of lora_B are not supported; {_MERGE}",
-    "layer_replication": f"replicated layers are not supported; {_MERGE}",
-    "target_parameters": f"LoRA of bare parameters is not supported; {_MERGE}",
-    "megatron_config": "Megatron's parallel layers are not supported; save the adapter without "
-    "them",
-    "alora_invocation_tokens": "aLoRA is not supported; train a plain LoRA",
-    "use_qalora": "QA-LoRA is not supported; train a plain LoRA",
-    "use_bdlora": "BD-LoRA's block-diagonal weights are not supported; train a plain LoRA",
-    "arrow_config": "Arrow routing is not supported; load the adapters that it routes to",
-    "velora_config": "VeLoRA is not supported; train a plain LoRA",
-    "kasa_config": f"KaSA changes the base weights and is not supported; {_MERGE}",
-    "monteclora_config": "MonteCLoRA is not supported; train a plain LoRA",
-    "ensure_weight_tying": f"tied adapters of embeddings are not supported; {_MERGE}",
-}
-
-# Initialisations that leave the base weights alone, so that the saved A and B say everything. The
-# others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract something from the base.
-_EXACT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
@@ -137,6 +96,57 @@ class _Half:
         return self.file.read(self.key)
 
 
+def _inner_name(key: str) -> str:
+    """The module's name below PEFT's prefix, with the wrappers that the base model had."""
+    inside = key.partition("base_model.")[2].partition("model.")[2]
+    return inside.rpartition(".lora_")[0]
+
+
+@dataclass(frozen=True)
+class _Grouped(_Half):
+    """B of a layer with `enable_lora`, as the dense `[N, R]` that computes the same.
+
+    PEFT 0.2 stores a convolution `[n, R / groups, 1]`: each of its groups takes its own rows of A
+    and gives its own part of n columns. These are the columns of the enabled ones among the equal
+    parts of the layer's output; the others stay as they are.
+    """
+
+    enabled: tuple[bool, ...]
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = super().shape[0] // sum(self.enabled)
+        return width * len(self.enabled), self.rank
+
+    def read(self) -> np.ndarray:
+        stored = super().read()
+        rows, columns, _ = stored.shape
+        groups = self.rank // columns
+        dense = np.zeros(self.shape, stored.dtype)
+        places = np.flatnonzero(np.repeat(self.enabled, rows // sum(self.enabled)))
+        for group, (part, where) in enumerate(
+            zip(np.split(stored, groups), places.reshape(groups, -1))
+        ):
+            dense[where, group * columns : (group + 1) * columns] = part[..., 0]
+        return dense
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an adapter's tensors are, by the names of modules without wrappers.
+
+    Attributes:
+      halves: "A" and "B" of each module.
+      copies: the base model's own weights that PEFT saved beside a LoRA.
+      wrapped: the names with wrappers, of the modules that have some.
+    """
+
+    halves: dict[str, dict[str, _Half]]
+    copies: dict[str, _Half]
+    wrapped: dict[str, str]
+
+
 @dataclass(frozen=True)
 class _Opened:
     """An adapter's open files: its header, where its halves are, and copies of base weights."""
@@ -152,6 +162,7 @@ def load_peft(
     check: Callable[[AdapterHeader], None] | None = None,
     base_weight: Callable[[str], np.ndarray] | None = None,
     max_bytes: int | None = None,
+    rename: Rename | None = None,
     allow_links: bool = False,
     allow_nonfinite: bool = False,
 ) -> Adapter:
@@ -159,7 +170,9 @@ def load_peft(
 
     The weights are NumPy arrays of the file's dtype (bfloat16 as `ml_dtypes.bfloat16`), read at the
     speed of the disk. Module names are those of the base model: PEFT's prefix `base_model.model.`
-    is removed. While `save_peft` replaces the files, this reads the old ones or the new ones.
+    is removed, and so are the names of torch's own wrappers: `_orig_mod` (torch.compile),
+    `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, and `module` (DDP) in front of the prefix.
+    While `save_peft` replaces the files, this reads the old ones or the new ones.
 
     Args:
       path: folder with `adapter_config.json` and `adapter_model.safetensors`, or its shards.
@@ -167,6 +180,9 @@ def load_peft(
       base_weight: from a module's name to the base model's weight `[N, H]`. PEFT saves a copy of
         the base's output layer beside a LoRA of it: a copy that equals this is left out.
       max_bytes: most bytes of weights to read; None for any number.
+      rename: other names for the modules. A mapping gives prefixes, of whole parts of a name, new
+        ones, and the longest that a name has counts: `{"module": ""}` removes one, `{"": "model"}`
+        puts one in front, and names with none stay. A function takes and gives a whole name.
       allow_links: follow symbolic links out of the folder, such as Hugging Face's cache has.
       allow_nonfinite: accept NaN and infinite weights.
 
@@ -178,7 +194,7 @@ def load_peft(
         remedy.
     """
     folder = Path(path)
-    with _open(folder, allow_links) as opened:
+    with _open(folder, allow_links, rename) as opened:
         header = opened.header
         if check is not None:
             check(header)
@@ -246,7 +262,7 @@ def _check_copy(
     if not same:
         raise ValueError(
             f"{what} is a saved or resized output layer, {[*copy.shape]}: it differs from the base "
-            f"model's {[*base.shape]}, which is not supported; {_MERGE}"
+            f"model's {[*base.shape]}, which is not supported; {MERGE}"
         )
 
 
@@ -261,7 +277,8 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @contextmanager
-def _open(folder: Path, allow_links: bool) -> Iterator[_Opened]:
+def _open(folder: Path, allow_links: bool, rename: Rename | None = None) -> Iterator[_Opened]:
+    refuse_foreign(folder)
     check_folder(folder, _CONFIG)
     for wait in _WAITS:
         with ExitStack() as stack:
@@ -271,7 +288,7 @@ def _open(folder: Path, allow_links: bool) -> Iterator[_Opened]:
             if not _belong_together(data, files, folder, identity):
                 time.sleep(wait)
                 continue
-            yield _read_headers(folder, parse_json(data, folder / _CONFIG), files)
+            yield _read_headers(folder, parse_json(data, folder / _CONFIG), files, rename)
             return
     raise ValueError(
         f"{printable(folder)}: {_CONFIG} is that of an earlier save than {_WEIGHTS}; a save is "
@@ -310,59 +327,102 @@ def _belong_together(
         return False
 
 
-def _read_headers(folder: Path, values: dict[str, Any], files: list[TensorFile]) -> _Opened:
+def _read_headers(
+    folder: Path, values: JsonObject, files: list[TensorFile], rename: Rename | None
+) -> _Opened:
     try:
-        config = _read_config(values)
-        choice = _Choice.of(values, config)
+        config, enabled = read_config(values), enabled_parts(values)
+        choice = Choice.of(values, config)
+        if enabled is not None:
+            config = dense_config(config, sum(enabled))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
-    halves, copies = _find_halves(folder, files)
-    length = max(map(len, halves), default=0)
-    if len(halves) * (config.work(length) + choice.work(length)) > MAX_WORK:
+    found = _find_halves(folder, files)
+    length = max(map(len, [*found.halves, *found.wrapped.values()]), default=0)
+    names = len(found.halves) + len(found.wrapped)
+    if names * (config.work(length) + choice.work(length)) > MAX_WORK:
         raise ValueError(
-            f"{printable(folder / _CONFIG)}: the patterns take too long for {len(halves)} modules "
-            f"with names of up to {length} characters; name modules instead of using expressions"
+            f"{printable(folder / _CONFIG)}: the patterns take too long for {len(found.halves)} "
+            f"modules with names of up to {length} characters; name modules instead of using "
+            "expressions"
         )
     shapes = {}
-    for module, pair in halves.items():
-        if len(pair) != 2:
-            have = next(iter(pair))
-            raise ValueError(
-                f"{printable(folder)}: {module} has lora_{have} but not the other half; save the "
-                "adapter again"
-            )
-        if not choice.adapts(module):
-            raise ValueError(
-                f"{printable(folder)}: {_CONFIG} leaves {module} out (by target_modules, "
-                "exclude_modules or layers_to_transform), so that PEFT would ignore its weights; "
-                "name the module there or remove the weights"
-            )
-        a, b = pair["A"], pair["B"]
+    for module, pair in found.halves.items():
         try:
-            check_halves(config, module, a, b)
+            _check_chosen(config, choice, module, found.wrapped.get(module, module))
+            shapes[module] = _shape(config, module, pair, enabled)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}") from None
-        shapes[module] = LoRAShape(
-            a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-            common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
-        )  # fmt: skip
     if not shapes:
         raise ValueError(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    return _Opened(AdapterHeader(config, shapes), halves, copies)
+    new = new_names(shapes, rename)
+    return _Opened(
+        AdapterHeader(renamed_config(config, new), {new[m]: shapes[m] for m in shapes}),
+        {new[module]: pair for module, pair in found.halves.items()},
+        {new[module]: copy for module, copy in found.copies.items()},
+    )
 
 
-def _find_halves(
-    folder: Path, files: list[TensorFile]
-) -> tuple[dict[str, dict[str, _Half]], dict[str, _Half]]:
-    halves: dict[str, dict[str, _Half]] = {}
+def _check_chosen(config: LoRAConfig, choice: Choice, module: str, wrapped: str) -> None:
+    """Raises ValueError if PEFT would ignore the module, or maybe scale it in another way."""
+    if not (choice.adapts(module) or choice.adapts(wrapped)):
+        raise ValueError(
+            f"{_CONFIG} leaves {module} out (by target_modules, exclude_modules or "
+            "layers_to_transform), so that PEFT would ignore its weights; name the module there or "
+            "remove the weights"
+        )
+    values = [(config.rank_of(name), config.alpha_of(name)) for name in (module, wrapped)]
+    if values[0] != values[1]:
+        raise ValueError(
+            f"the patterns of {_CONFIG} give {module} rank and alpha {values[0]}, but {values[1]} "
+            f"by its name in the file, {wrapped}; write patterns that match either name"
+        )
+
+
+def _shape(
+    config: LoRAConfig, module: str, pair: dict[str, _Half], enabled: tuple[bool, ...] | None
+) -> LoRAShape:
+    """The module's LoRA without its values; B in `pair` becomes dense."""
+    if len(pair) != 2:
+        raise ValueError(
+            f"{module} has lora_{next(iter(pair))} but not the other half; save the adapter again"
+        )
+    if enabled is not None:
+        pair["B"] = _grouped(module, pair["A"], pair["B"], enabled)
+    a, b = pair["A"], pair["B"]
+    check_halves(config, module, a, b)
+    return LoRAShape(
+        a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
+        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+    )  # fmt: skip
+
+
+def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Grouped:
+    count = sum(enabled)
+    match a.shape, b.shape:
+        # PEFT 0.2 always makes two groups, loralib one for each enabled part. More would let a
+        # small file take much memory.
+        case (rank, _), (rows, columns, 1) if (
+            rank in (2 * columns, count * columns) and rows % count == rows % (rank // columns) == 0
+        ):
+            return _Grouped(b.file, b.key, enabled, rank)
+    raise ValueError(
+        f"{module}: with enable_lora={shown([*enabled])} lora_A must be [{count} r, H] and lora_B "
+        f"[{count} N / {len(enabled)}, r, 1], got {shown([*a.shape])} and {shown([*b.shape])}"
+    )
+
+
+def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
+    found = _Found({}, {}, {})
     others: dict[str, _Half] = {}
     adapters: set[str | None] = set()
     for file in files:
         for key in file.tensors:
-            match = _KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+            name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+            match = _KEY.fullmatch(name)
             if match is None:
                 others[key] = _Half(file, key)
                 continue
@@ -372,121 +432,24 @@ def _find_halves(
             except ValueError as error:
                 raise ValueError(f"{printable(folder)}: {error}") from None
             adapters.add(adapter)
-            if half in halves.setdefault(module, {}) or len(adapters) > 1:
+            if half in found.halves.setdefault(module, {}) or len(adapters) > 1:
                 raise ValueError(
                     f"{printable(folder)}: several adapters, {shown(sorted(map(str, adapters)))}, "
                     f"share the file, see {shown(key, 200)}; save each in a folder of its own"
                 )
-            halves[module][half] = _Half(file, key)
-    copies = {}
+            found.halves[module][half] = _Half(file, key)
+            if name != key and (raw := _inner_name(key)) != module:
+                found.wrapped[module] = raw
     for key, stored in others.items():
-        match = _COPY.fullmatch(key) if len(key) <= _MAX_KEY else None
-        if match is None or match[1] not in halves:
+        match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None
+        if match is None or match[1] not in found.halves:
             what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
             raise ValueError(
                 f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
-                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {_MERGE}"
+                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {MERGE}"
             )
-        copies[match[1]] = stored
-    return halves, copies
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which modules PEFT adapts, of those that have weights."""
-
-    config: LoRAConfig
-    excluded: Names | Expression | None
-    layers: frozenset[int] | None
-    parents: tuple[str, ...]
-
-    @classmethod
-    def of(cls, values: dict[str, Any], config: LoRAConfig) -> Self:
-        excluded = values.get("exclude_modules") or None
-        if excluded is not None and not isinstance(excluded, str):
-            excluded = tuple(names_of(excluded, "exclude_modules"))
-        layers = values.get("layers_to_transform")
-        parents = values.get("layers_pattern") or []
-        parents = [parents] if isinstance(parents, str) else names_of(parents, "layers_pattern")
-        if len(parents) > _MAX_PARENTS or not all(_PARENT.fullmatch(name) for name in parents):
-            raise ValueError(
-                f"layers_pattern={shown(parents)} must be at most {_MAX_PARENTS} names of one part "
-                "each, such as 'layers': letters, digits and '_'"
-            )
-        chosen = None
-        if layers is not None and layers != []:
-            numbers = layers if isinstance(layers, list) else [layers]
-            if any(type(number) is not int for number in numbers):
-                raise TypeError(
-                    f"layers_to_transform must be an integer or a list of them, got {shown(layers)}"
-                )
-            if isinstance(config.target_modules, str):
-                raise ValueError(
-                    f"layers_to_transform={shown(layers)} goes with a list of target_modules, not "
-                    f"with {shown(config.target_modules)}"
-                )
-            chosen = frozenset(numbers)
-        return cls(config, None if excluded is None else matcher(excluded), chosen, tuple(parents))
-
-    def work(self, length: int) -> int:
-        """Steps that a module whose name has this length takes."""
-        return len(self.parents) + (self.excluded.work(length) if self.excluded else 0)
-
-    def adapts(self, module: str) -> bool:
-        if self.excluded is not None and self.excluded.matches(module):
-            return False
-        names = self.config.target_modules
-        if not self.config.targets(module):
-            return False
-        if self.layers is None or names is None or module in names:
-            return True
-        index = self._layer(module)
-        return index is not None and index in self.layers
-
-    def _layer(self, module: str) -> int | None:
-        """The number that PEFT takes for the layer's: the first behind a parent, and not last."""
-        parts = module.split(".")
-        for parent in self.parents or (None,):
-            # Without layers_pattern any part but the first of all is a parent.
-            for at in range(0 if parent else 1, len(parts) - 2):
-                if parent in (None, parts[at]) and parts[at + 1].isdecimal():
-                    return int(parts[at + 1])
-        return None
-
-
-def _read_config(values: dict[str, Any]) -> LoRAConfig:
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {shown(values.get('peft_type'))}; only 'LORA' is supported")
-    for key, value in values.items():
-        if not value or key in _IRRELEVANT:
-            continue  # None, False and empty switch a feature off, also one not invented yet
-        remedy = _UNSUPPORTED.get(
-            key, "this key is unknown, so that its meaning would be lost; remove it if it has none"
-        )
-        raise ValueError(f"{printable(key, 100)}={shown(value)}: {remedy}")
-    if values.get("bias") not in (None, "none"):
-        raise ValueError(
-            f"bias={shown(values['bias'])}: trained biases are not supported; {_MERGE}"
-        )
-    init = values.get("init_lora_weights", True)
-    if (init.lower() if isinstance(init, str) else init) not in _EXACT_INITS:
-        raise ValueError(
-            f"init_lora_weights={shown(init)} is unknown or changed the base weights, so that the "
-            "adapter doesn't fit the original base; convert it with peft's save_pretrained(path, "
-            "path_initial_model_for_weight_conversion=...)"
-        )
-    if "r" not in values or "lora_alpha" not in values:
-        raise ValueError(
-            "r and lora_alpha are required; save the adapter with peft's save_pretrained"
-        )
-    return LoRAConfig(
-        rank=rank_in(values["r"], "r"),
-        alpha=alpha_in(values["lora_alpha"], "lora_alpha"),
-        rslora=values.get("use_rslora") or False,
-        target_modules=values.get("target_modules"),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-    )
+        found.copies[match[1]] = stored
+    return found
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,9 @@ from jax_lora.adapters import (
     AdapterHeader,
     LoRAConfig,
     LoRAWeights,
+    Rename,
     load_peft,
+    renamed,
     save_peft,
 )
 from jax_lora.bank.merge import as_adapter, merged
@@ -105,6 +107,7 @@ class AdapterBank(Roster):
         *,
         replace: bool = False,
         max_bytes: int | None = None,
+        rename: Rename | None = None,
         allow_links: bool = False,
         allow_nonfinite: bool = False,
     ) -> None:
@@ -117,6 +120,7 @@ class AdapterBank(Roster):
             on computing its weights.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
             checked against the model before a tensor is read.
+          rename: from the adapter's names of modules to the model's, as in `load_peft`.
 
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
@@ -134,9 +138,12 @@ class AdapterBank(Roster):
                 check=functools.partial(self._check_header, name),
                 base_weight=self._base_weight,
                 max_bytes=max_bytes,
+                rename=rename,
                 allow_links=allow_links,
                 allow_nonfinite=allow_nonfinite,
             )
+        elif rename is not None:
+            adapter = renamed(adapter, rename)
         self._install(name, adapter, replace, is_own=is_own)
 
     def create(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from flax import nnx
 from jaxtyping import Array
 
+from jax_lora.adapters import meant
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import with_numbers
 from jax_lora.nn.stacks import LoRAStack, slots_of
@@ -148,7 +149,7 @@ def check_fit(
     if unknown:
         raise ValueError(
             f"adapter {name!r} adapts modules without LoRA in this model: {some(unknown, str)}; "
-            f"it has {some(sites, str)}"
+            f"it has {some(sites, str)}; {meant(features, sites)}"
         )
     for module, (inputs, outputs) in features.items():
         in_features, out_features = sites[module].features

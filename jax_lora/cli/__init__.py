@@ -1,9 +1,9 @@
-"""The command line: `jax-lora demo`, `generate`, `inspect`."""
+"""The command line: `jax-lora demo`, `generate`, `inspect`, `convert`."""
 
 import typer
 
 # The commands import what they need themselves: `--help` need not wait for the model.
-from jax_lora.cli import demo, generate, inspect
+from jax_lora.cli import convert, demo, generate, inspect
 from jax_lora.cli.terminal import input_errors
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(inspect.inspect)
+app.command()(convert.convert)
 
 
 @app.command(

@@ -1,15 +1,19 @@
 """`jax-lora generate`: prompts to a user's model and adapters, in one batch."""
 
 import dataclasses
+from collections.abc import Sequence
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, show_progress, stdout
 from jax_lora.messages import shown, without_controls
+
+if TYPE_CHECKING:
+    from jax_lora.generation import Completion
 
 
 class DType(StrEnum):
@@ -20,9 +24,11 @@ class DType(StrEnum):
 
 def generate(
     base: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Folder of a Llama-family model: config.json, tokenizer.json, model.safetensors.",
+            help="Folder of a model (config.json, tokenizer.json, model.safetensors), or its name "
+            "on Hugging Face's hub, OWNER/NAME or OWNER/NAME@REVISION: Llama, Mistral, SmolLM2, "
+            "Qwen2, Qwen3, Gemma 2 or 3, Phi-3.",
         ),
     ],
     prompt: Annotated[
@@ -34,8 +40,15 @@ def generate(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=DIR, a PEFT adapter folder under a name of yours. Repeat it."),
+        typer.Option(
+            help="NAME=DIR, a PEFT adapter (a folder, or OWNER/NAME on the hub) under a name of "
+            "yours. Repeat it."
+        ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each text is a message, put into the model's chat template."),
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -55,6 +68,9 @@ def generate(
 
         jax-lora generate --base ./llama --adapter fr=./french --adapter de=./german
           --prompt "fr:Good morning" --prompt "de:Good morning" --prompt ":Good morning"
+
+    Compiled programs are kept in `~/.cache/jax-lora/programs` (or `$JAX_COMPILATION_CACHE_DIR`), so
+    that the next start is faster; `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     with input_errors(), show_progress() as progress:
         folders = dict(_split(item, "=", "--adapter NAME=DIR") for item in adapter or [])
@@ -68,12 +84,15 @@ def generate(
                 f"{', '.join(map(repr, folders)) or 'none'}"
             )
         progress("starting JAX")
+        if place := keep_programs():
+            progress(f"keeping compiled programs in {place}")
         from jax_lora.generation import complete
 
         completions = complete(
             base,
-            {name: Path(folder) for name, folder in folders.items()},
+            folders,
             [(name or None, text) for name, text in asked],
+            chat=chat,
             max_new_tokens=max_new_tokens,
             dtype=None if dtype is None else dtype.value,
             allow_links=allow_links,
@@ -81,16 +100,21 @@ def generate(
         )
     if as_json:
         print_json({"completions": [dataclasses.asdict(c) for c in completions]})
-        return
+    else:
+        _print(completions, "\n" if chat else "")
+
+
+def _print(completions: Sequence["Completion"], separator: str) -> None:
     for completion in completions:
         name = (completion.adapter or "(base model)", "bold")
+        prompt = without_controls(completion.prompt) + separator
         answer = without_controls(completion.text), "cyan"
-        line = Text.assemble(name, ": ", without_controls(completion.prompt), answer)
-        stdout.print(line, soft_wrap=True)
+        stdout.print(Text.assemble(name, ": ", prompt, answer), soft_wrap=True)
 
 
 def _split(item: str, separator: str, form: str) -> tuple[str, str]:
     name, found, rest = item.partition(separator)
     if not found or (separator == "=" and not (name and rest)):
-        raise ValueError(f"{form} is the form, got {shown(item)}")
+        base = f"; to ask the base model, write {shown(f':{item}')}" if separator == ":" else ""
+        raise ValueError(f"{form} is the form, got {shown(item)}{base}")
     return name, rest

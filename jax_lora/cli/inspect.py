@@ -1,19 +1,23 @@
 """`jax-lora inspect`: what adapters hold, and which kernels would run them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, stdout
-from jax_lora.messages import printable
+from jax_lora.messages import printable, without_controls
+
+if TYPE_CHECKING:
+    from jax_lora.inspection import AdapterReport
 
 
 def inspect(
-    adapters: Annotated[
-        list[Path], typer.Argument(help="PEFT adapter folders.", show_default=False)
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of PEFT adapters, at any depth.", show_default=False),
     ],
     allow_links: Links = False,
     as_json: Json = False,
@@ -23,29 +27,49 @@ def inspect(
     One line per kind of module: true rank and scale, LoRAX's tier, the bucket that jax-lora
     allocates, the kernel of either phase, how much of the bucket is padding, bytes; then what LoRAX
     would do with the adapter.
+
+    An adapter that can't be read is shown in its place, with the reason, and the status is 2.
     """
-    from jax_lora.inspection import inspect_adapter
+    from jax_lora.inspection import BrokenAdapter, inspect_below
 
     with input_errors():
-        reports = [inspect_adapter(path, allow_links=allow_links) for path in adapters]
-    if as_json:
-        print_json({"adapters": [report.to_dict() for report in reports]})
-        return
-    for report in reports:
-        size = f"{report.nbytes / 1e6:.2f} MB of {report.dtype}, {len(report.modules)} modules"
-        title = Text.assemble((printable(report.path), "bold"), f": rank {report.rank}, {size}")
-        stdout.print(title, soft_wrap=True)
-        headings = "module rank scale tier bucket decode prefill padding kB".split()
-        table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for count, group in report.groups():
-            cells = [f"{group.kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
-            cells += [group.bucket, group.decode_kernel, group.prefill_kernel]
-            cells += [f"{group.padding:.0%}", f"{count * group.nbytes / 1e3:.0f}"]
-            table.add_row(*(Text(str(cell)) for cell in cells))
-        stdout.print(table)
-        for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
-            for line in lines:
-                stdout.print(Text(f"  {label}: {line}"), soft_wrap=True)
-        stdout.print()
+        reports = [
+            report for path in folders for report in inspect_below(path, allow_links=allow_links)
+        ]
+        if as_json:
+            print_json({"adapters": [report.to_dict() for report in reports]})
+        for report in () if as_json else reports:
+            if isinstance(report, BrokenAdapter):
+                reason = without_controls(report.error)
+                _print_title(report.path, Text.assemble(("can't be read: ", "bold red"), reason))
+                stdout.print()
+            else:
+                _print_report(report)
+        broken = sum(isinstance(report, BrokenAdapter) for report in reports)
+        if broken:
+            raise ValueError(
+                f"{broken} of {len(reports)} adapters can't be read; the reasons are above"
+            )
+
+
+def _print_title(path: Path, text: Text) -> None:
+    stdout.print(Text.assemble((printable(path), "bold"), ": ", text), soft_wrap=True)
+
+
+def _print_report(report: "AdapterReport") -> None:
+    size = f"{report.nbytes / 1e6:.2f} MB of {report.dtype}, {len(report.modules)} modules"
+    _print_title(report.path, Text(f"rank {report.rank}, {size}"))
+    headings = "module rank scale tier bucket decode prefill padding kB".split()
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for count, group in report.groups():
+        cells = [f"{group.kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
+        cells += [group.bucket, group.decode_kernel, group.prefill_kernel]
+        cells += [f"{group.padding:.0%}", f"{count * group.nbytes / 1e3:.0f}"]
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    stdout.print(table)
+    for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
+        for line in lines:
+            stdout.print(Text(f"  {label}: {line}"), soft_wrap=True)
+    stdout.print()

@@ -1,39 +1,37 @@
-"""What a Llama's forward depends on, read from the files of Hugging Face."""
+"""What a decoder's forward depends on, read from the files of Hugging Face."""
 
 import dataclasses
-import math
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from jax_lora.adapters import read_json
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretched rotary frequencies; see Hugging Face's `rope_type="llama3"`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            _check_positive(name, value)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor={self.high_freq_factor} must exceed "
-                f"low_freq_factor={self.low_freq_factor}"
-            )
+from jax_lora.messages import shown
+from jax_lora.models.families import Family, Json, family_of
+from jax_lora.models.rope import Rope, RopeScaling, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """What a Llama's forward depends on, named as in the `config.json` of Hugging Face."""
+    """What a decoder's forward depends on, named as in the `config.json` of Hugging Face.
+
+    The features that no config.json has a key for say how a family differs from Llama:
+
+    Attributes:
+      qkv_bias: biases of query, key and value alone; `attention_bias` is of the output too.
+      qk_norm: queries and keys are normalised, head by head.
+      packed_projections: query, key and value are one layer, gate and up another.
+      zero_centered_norms: norms multiply by 1 + scale, in float32.
+      sandwich_norms: attention and MLP have a norm behind them too.
+      scaled_embeddings: embeddings are multiplied by the root of `hidden_size`.
+      layer_types: "sliding_attention" or "full_attention" of each layer; None for the first of all
+        layers where there is a `sliding_window`, else for the second.
+      local_rope: of the layers with sliding attention; None for that of the others.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -45,61 +43,97 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    local_rope: Rope | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    packed_projections: bool = False
+    zero_centered_norms: bool = False
+    sandwich_norms: bool = False
+    scaled_embeddings: bool = False
+    hidden_act: str = "silu"
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     max_position_embeddings: int | None = None
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             _check_size(name, getattr(self, name))
-        if self.max_position_embeddings is not None:
-            _check_size("max_position_embeddings", self.max_position_embeddings)
-        for name in ("rms_norm_eps", "rope_theta"):
-            _check_positive(name, getattr(self, name))
+        for name in ("max_position_embeddings", "sliding_window"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
+        check_positive("rms_norm_eps", self.rms_norm_eps)
+        for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if (number := getattr(self, name)) is not None:
+                check_positive(name, number)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-            if (value := getattr(self, name)) not in (True, False):
-                raise ValueError(f"{name} must be true or false, got {value!r}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        for field in dataclasses.fields(self):
+            if field.type is bool and (value := getattr(self, field.name)) not in (True, False):
+                raise ValueError(f"{field.name} must be true or false, got {shown(value)}")
+        for kind in self.attention_kinds:
+            kind.rope.check(self.head_dim)
+
+    @functools.cached_property
+    def kinds_of_layers(self) -> tuple["AttentionKind", ...]:
+        """How each layer attends."""
+        rope = Rope(self.rope_theta, self.rope_scaling, self.partial_rotary_factor)
+        kinds = {"full_attention": AttentionKind(rope, None)}
+        if self.sliding_window is not None:
+            local = AttentionKind(self.local_rope or rope, self.sliding_window)
+            kinds["sliding_attention"] = local
+        names = self.layer_types
+        if names is None:
+            names = (list(kinds)[-1],) * self.num_hidden_layers
+        if len(names) != self.num_hidden_layers or not set(names) <= kinds.keys():
+            raise ValueError(
+                f"layer_types must hold {' or '.join(kinds)} for each of the "
+                f"{self.num_hidden_layers} layers (sliding_window={self.sliding_window}), got "
+                f"{shown(names)}"
+            )
+        return tuple(kinds[name] for name in names)
+
+    @property
+    def attention_kinds(self) -> tuple["AttentionKind", ...]:
+        """The ways to attend that layers have, each once."""
+        return tuple(dict.fromkeys(self.kinds_of_layers))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Json) -> Self:
         """From the contents of a `config.json`.
 
         Raises:
           ValueError: a key is missing, or asks for something that is not implemented.
         """
-        for key, allowed in _IMPLEMENTED.items():
-            if key in values and values[key] not in allowed:
-                raise ValueError(
-                    f"{key}={values[key]!r} is not supported; it must be one of {list(allowed)}"
-                )
-        if missing := [name for name in _SIZES[:5] if values.get(name) is None]:
-            raise ValueError(f"config.json lacks {missing}; is it that of a Llama?")
-        found = {
-            f.name: values[f.name]
-            for f in dataclasses.fields(cls)
-            if values.get(f.name) is not None
-        }
+        family = family_of(values)
+        # Where a family has a default, null says something else.
+        defaults = {key: value for key, value in family.defaults.items() if key not in values}
+        given = defaults | {key: value for key, value in values.items() if value is not None}
+        if missing := [name for name in _SIZES[:5] if name not in given]:
+            raise ValueError(f"config.json lacks {missing}; is it that of a language model?")
         for name in _SIZES[:5]:
-            _check_size(name, found[name])
-        heads = found["num_attention_heads"]
-        found.setdefault("num_key_value_heads", heads)
-        found.setdefault("head_dim", found["hidden_size"] // heads)
-        rope = _rope_values(values)
+            _check_size(name, given[name])
+        heads = given["num_attention_heads"]
+        given.setdefault("num_key_value_heads", heads)
+        given.setdefault("head_dim", given["hidden_size"] // heads)
+        read = _READ | family.reads
         return cls(
-            **found
-            | {
-                "rope_theta": rope.get("rope_theta", found.get("rope_theta", 10000.0)),
-                "rope_scaling": _rope_scaling(rope, values),
-                "eos_token_id": end_tokens(found.get("eos_token_id", ())),
+            **{
+                **{key: value for key, value in given.items() if key in read},
+                **family.fixed,
+                **_windows(family, given),
+                **_ropes(family, given),
+                "eos_token_id": end_tokens(given.get("eos_token_id", ())),
             }
         )
 
@@ -135,16 +169,18 @@ _SIZES = (
     "head_dim",
 )
 
-# Keys by which a checkpoint may ask for what is not implemented. Whatever else config.json holds,
-# the forward of Hugging Face's Llama doesn't read.
-_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"], None),
-    "hidden_act": ("silu",),
-    "quantization_config": (None,),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1.0, None),
-}
+# What every family has.
+_READ = frozenset(
+    {*_SIZES, "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "eos_token_id"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """How a layer attends: its rotary embedding, and how many tokens back it sees (None: all)."""
+
+    rope: Rope
+    window: int | None
 
 
 def end_tokens(value: object) -> tuple[int, ...]:
@@ -168,38 +204,82 @@ def end_tokens(value: object) -> tuple[int, ...]:
 _INT32_MAX = 2**31 - 1
 
 
-def _rope_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _windows(family: Family, given: Json) -> Json:
+    """`sliding_window` and `layer_types`, from the forms that the families have for them."""
+    if "sliding_window" not in family.reads:
+        return {}
+    window, types = given.get("sliding_window"), given.get("layer_types")
+    if not given.get("use_sliding_window", True):  # Qwen's
+        return {"sliding_window": None, "layer_types": None}
+    if types is None and window is not None and "layer_types" in family.reads:
+        layers = range(given["num_hidden_layers"])
+        known = {**family.defaults, **given}  # here null says nothing
+        if "max_window_layers" in family.defaults:  # Qwen's
+            first = known["max_window_layers"]
+            _check_size("max_window_layers", first, least=0)
+            types = _types(i >= first for i in layers)
+        else:
+            pattern = known["sliding_window_pattern"]
+            _check_size("sliding_window_pattern", pattern)
+            types = _types((i + 1) % pattern != 0 for i in layers)
+    elif types is not None:
+        if not (isinstance(types, list) and all(isinstance(name, str) for name in types)):
+            raise ValueError(f"layer_types must be a list of names, got {shown(types)}")
+        types = tuple(types)
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _types(are_sliding: Iterable[bool]) -> tuple[str, ...]:
+    return tuple("sliding_attention" if s else "full_attention" for s in are_sliding)
+
+
+def _ropes(family: Family, given: Json) -> Json:
+    """The fields for rotary embeddings."""
+    rope, local_theta = _rope_values(given), given.get("rope_local_base_freq")
+    positions = given.get("max_position_embeddings")
+    by_kind = {k: rope[k] for k in ("full_attention", "sliding_attention") if rope.get(k)}
+    if not all(isinstance(kind, dict) for kind in by_kind.values()):
+        raise ValueError(f"rope_parameters by kind of layer must be objects, got {shown(rope)}")
+    if by_kind and local_theta is None:
+        raise ValueError(f"rope_parameters by kind of layer are not supported: {shown(rope)}")
+    beside = {k: given[k] for k in ("partial_rotary_factor",) if k in given}
+    full = {**beside, **(by_kind.get("full_attention", {}) if by_kind else rope)}
+    if "original_max_position_embeddings" in family.defaults:  # Phi-3 has it outside, and it counts
+        name = "original_max_position_embeddings"
+        full[name] = given.get(name, family.defaults[name])
+    found = Rope.of(full, positions, given.get("rope_theta"))
+    partial = found.partial_rotary_factor
+    if partial != 1 and "partial_rotary_factor" not in family.reads:
+        raise ValueError(
+            f"partial_rotary_factor={partial} is not supported for {family.architecture}"
+        )
+    return {
+        "rope_theta": found.theta,
+        "rope_scaling": found.scaling,
+        "partial_rotary_factor": partial,
+        "local_rope": None
+        if local_theta is None
+        else Rope.of(by_kind.get("sliding_attention", {}), positions, local_theta),
+    }
+
+
+def _rope_values(values: Json) -> Json:
     # Transformers 5 writes rope_parameters, with rope_theta among them; older versions rope_scaling
     # beside rope_theta. Where a config has both, both versions read rope_scaling alone.
     for key in ("rope_scaling", "rope_parameters"):
         if rope := values.get(key):
             if not isinstance(rope, dict):
-                raise ValueError(f"{key} must be an object, got {rope!r:.100}")
+                raise ValueError(f"{key} must be an object, got {shown(rope)}")
             return rope
     return {}
 
 
-def _rope_scaling(rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported"
-        )
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type={kind!r} is not supported; it must be 'default' or 'llama3'")
-    parameters: dict[str, Any] = {f.name: rope.get(f.name) for f in dataclasses.fields(RopeScaling)}
-    if parameters["original_max_position_embeddings"] is None:
-        parameters["original_max_position_embeddings"] = values.get("max_position_embeddings")
-    return RopeScaling(**parameters)
+_MAX_LAYERS = 4096  # what layers are is listed one by one
 
 
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+def _check_size(name: str, value: object, least: int = 1) -> None:
+    most = _MAX_LAYERS if name == "num_hidden_layers" else _INT32_MAX
+    if type(value) is not int or not least <= value <= most:
+        what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        bound = f", at most {most}" if type(value) is int and value > most else ""
+        raise ValueError(f"{name} must be {what}{bound}, got {shown(value)}")

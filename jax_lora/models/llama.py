@@ -1,4 +1,4 @@
-"""A compact decoder of the Llama family in Flax NNX, with a static key-value cache.
+"""A compact decoder of Llama and its relatives in Flax NNX, with a static key-value cache.
 
 Its forward knows nothing of adapters. Its NNX paths, joined by dots, are the module names of
 Hugging Face and PEFT (`model.layers.0.self_attn.q_proj`), so `jax_lora.apply_lora` and PEFT's
@@ -9,14 +9,11 @@ of them: the names then lack the number, which is an axis of the arrays.
 import dataclasses
 import functools
 import itertools
-import math
 import os
-from pathlib import Path
 from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -24,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
+from jax_lora.models.hub import check_format, local_folder
+from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
@@ -46,63 +45,79 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.R
     )
 
 
-def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    if (scaling := config.rope_scaling) is None:
-        return frequencies
-    # Turns of each frequency over the original context: few turns are stretched, many are kept.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return (kept * frequencies + (1 - kept) * frequencies / scaling.factor).astype(np.float32)
-
-
-def _rope(positions: Array, config: LlamaConfig) -> tuple[Array, Array]:
-    frequencies = _rope_frequencies(config)[None, None, None]
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    cos, sin = (t.astype(x.dtype) for t in rope)
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
-
-
 class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + epsilon)`, normalised in float32."""
+    """`scale * x / sqrt(mean(x^2) + epsilon)`, normalised in float32.
 
-    def __init__(self, features: int, epsilon: float, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones(features, dtype))
-        self.epsilon = epsilon
+    With `zero_centered_norms` the factor is `1 + scale`, multiplied in float32 too.
+    """
+
+    def __init__(self, features: int, config: LlamaConfig, dtype: DTypeLike) -> None:
+        self.is_zero_centered = config.zero_centered_norms
+        initial = jnp.zeros if self.is_zero_centered else jnp.ones
+        self.scale = nnx.Param(initial(features, dtype))
+        self.epsilon = config.rms_norm_eps
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
         scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
-        return jax.lax.optimization_barrier(scale * x32.astype(x.dtype))
+        if self.is_zero_centered:
+            out = (x32 * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        else:
+            out = scale * x32.astype(x.dtype)
+        # Else XLA multiplies by the scale once more in each product and each kernel that reads it.
+        return jax.lax.optimization_barrier(out)
 
 
 # Keys and values of some tokens, each `[B, num_key_value_heads, T, head_dim]`.
 Memory = tuple[Array, Array]
 # Of all layers: one array with an axis of layers in front; of layers that are not stacked, a tuple.
 OfLayers = Array | tuple[Array, ...]
+# What tokens see: cosine and sine of their positions, and a mask `[#B, S, T]`.
+View = tuple[tuple[Array, Array], Array]
+# What a layer has of its own: the past tokens, and which of the views (None: there is one).
+Own = tuple[Memory | None, int | Array | None]
 
 
 class Attention(nnx.Module):
     """Self-attention with grouped key-value heads and rotary embeddings."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.q_proj = _linear(hidden, queries, bias, dtype, rngs)
-        self.k_proj = _linear(hidden, keys, bias, dtype, rngs)
-        self.v_proj = _linear(hidden, keys, bias, dtype, rngs)
-        self.o_proj = _linear(queries, hidden, bias, dtype, rngs)
+        self.config = config
+        if config.packed_projections:
+            self.qkv_proj = _linear(hidden, queries + 2 * keys, bias, dtype, rngs)
+        else:
+            self.q_proj = _linear(hidden, queries, bias, dtype, rngs)
+            self.k_proj = _linear(hidden, keys, bias, dtype, rngs)
+            self.v_proj = _linear(hidden, keys, bias, dtype, rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config, dtype)
+            self.k_norm = RMSNorm(config.head_dim, config, dtype)
+        self.o_proj = _linear(queries, hidden, config.attention_bias, dtype, rngs)
+
+    def _heads(self, x: Float[Array, "B S H"]) -> list[Float[Array, "B S N D"]]:
+        """Query, key and value."""
+        if self.config.packed_projections:
+            queries, keys = self.o_proj.in_features, self.config.num_key_value_heads
+            ends = (queries, queries + keys * self.config.head_dim)
+            projections = tuple(jnp.split(self.qkv_proj(x), ends, axis=-1))
+        else:
+            projections = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
+        split = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (t.reshape(split) for t in projections)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
+
+    def _scores(self, q: Float[Array, "B S N G D"], k: Float[Array, "B N T D"]) -> Array:
+        """`[B, N, G, S, T]` in float32, before the mask."""
+        scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
+        exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = exact("bsngd,bntd->bngst", q, k, precision=_precision(q.dtype)) * scale
+        return _soft_cap(scores, self.config.attn_logit_softcapping)
 
     def __call__(
         self,
@@ -114,25 +129,21 @@ class Attention(nnx.Module):
         """Attends to the `past` tokens, if any, and to those of x; also returns the latter's keys
         and values. `mask` says which: all of the past ones, then those of x."""
         batch, length, _ = x.shape
-        split = (batch, length, -1, self.head_dim)
-        projections = call_packed((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = (t.reshape(split) for t in projections)
-        q, k = _rotate(q, rope), _rotate(k, rope)
+        q, k, v = self._heads(x)
+        q, k = rotate(q, rope), rotate(k, rope)
         # Heads before positions, as the products below batch over rows and heads: in another
         # order XLA transposes the whole cache at each step.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         # Query head n reads key-value head n // G.
-        q = q.reshape(batch, length, k.shape[1], -1, self.head_dim)
+        q = q.reshape(batch, length, k.shape[1], -1, self.config.head_dim)
         # The past is read where it stands: who adds to it first has to copy the layer's.
         memories = [(k, v)] if past is None else [past, (k, v)]
-        precision = _precision(x.dtype)
-        exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = [exact("bsngd,bntd->bngst", q, keys, precision=precision) for keys, _ in memories]
-        score = jnp.concatenate(scores, axis=-1) * self.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], score, -jnp.inf), axis=-1)
-        each = jnp.split(weights.astype(v.dtype), [scores[0].shape[-1]], axis=-1)
+        scores = [self._scores(q, keys) for keys, _ in memories]
+        score = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
+        weights = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
         attended = [
-            jnp.einsum("bngst,bntd->bsngd", some, values, precision=precision)
+            jnp.einsum("bngst,bntd->bsngd", some, values, precision=_precision(x.dtype))
             for some, (_, values) in zip(each, memories)
         ]
         out = sum(attended[1:], attended[0])
@@ -142,26 +153,45 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`: SwiGLU, or with GELU."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
-        self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
+        self.is_packed = config.packed_projections
+        self.hidden_act = config.hidden_act
+        if self.is_packed:
+            self.gate_up_proj = _linear(hidden, 2 * inner, bias, dtype, rngs)
+        else:
+            self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
+            self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
         self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
 
     def __call__(self, x: Array) -> Array:
-        gate, up = call_packed((self.gate_proj, self.up_proj), x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        if self.is_packed:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = call_packed((self.gate_proj, self.up_proj), x)
+        return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the stream."""
+    """Attention, then MLP, each behind a norm and added to the stream.
+
+    With `sandwich_norms`, each has a norm behind it too, and `post_attention_layernorm` is that.
+    """
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        hidden = config.hidden_size
+        self.is_sandwich = config.sandwich_norms
+        self.input_layernorm = RMSNorm(hidden, config, dtype)
         self.self_attn = Attention(config, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(hidden, config, dtype)
+        if self.is_sandwich:
+            self.pre_feedforward_layernorm = RMSNorm(hidden, config, dtype)
+            self.post_feedforward_layernorm = RMSNorm(hidden, config, dtype)
         self.mlp = MLP(config, dtype, rngs)
 
     def __call__(
@@ -172,8 +202,12 @@ class DecoderLayer(nnx.Module):
         past: Memory | None,
     ) -> tuple[Array, Memory]:
         attended, memory = self.self_attn(self.input_layernorm(x), rope, mask, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), memory
+        if not self.is_sandwich:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), memory
+        x = x + self.post_attention_layernorm(attended)
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed), memory
 
 
 @jax.tree_util.register_dataclass
@@ -227,45 +261,76 @@ class Decoder(nnx.Module):
             if scan
             else nnx.List(make(rngs) for _ in range(count))
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config, dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B S"], cache: KVCache | None = None
+        self, tokens: Int[Array, "B S"], cache: KVCache | None = None, *, room: int | None = None
     ) -> tuple[Float[Array, "B S H"], tuple[OfLayers, OfLayers]]:
         """With a cache, `tokens` `[B, 1]` follow what it holds; without, they begin at 0.
 
-        Also returns the tokens' keys and values in all layers.
+        Also returns the tokens' keys and values in all layers. Scaled rotary embeddings follow the
+        size of the cache that these are for: `room`, by default that of `cache`, or the tokens'
+        number.
         """
+        config = self.config
         if cache is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            mask = positions[:, :, None] >= positions[:, None, :]
+            distances = positions[:, :, None] - positions[:, None]
+            is_seen = distances >= 0
         else:
             positions = cache.lengths[:, None]
-            stored = jnp.arange(cache.size, dtype=jnp.int32)
-            mask = positions[:, :, None] > stored[None, None]
-            mask = jnp.pad(mask, [(0, 0), (0, 0), (0, 1)], constant_values=True)  # the token itself
-        rope = _rope(positions, self.config)
-        x, past = self.embed_tokens(tokens), None if cache is None else (cache.keys, cache.values)
+            distances = positions[:, :, None] - jnp.arange(cache.size, dtype=jnp.int32)[None, None]
+            own = [(0, 0), (0, 0), (0, 1)]  # the token itself
+            is_seen = jnp.pad(distances > 0, own, constant_values=True)
+            distances = jnp.pad(distances, own)
+        room = room or (tokens.shape[1] if cache is None else cache.size)
+        views = [
+            (
+                waves(kind.rope, config.head_dim, positions, room),
+                is_seen if kind.window is None else is_seen & (distances < kind.window),
+            )
+            for kind in config.attention_kinds
+        ]
+        x = self.embed_tokens(tokens)
+        if config.scaled_embeddings:
+            x *= jnp.asarray(config.hidden_size**0.5, x.dtype)
+        past = None if cache is None else (cache.keys, cache.values)
+        x, memories = self._run_layers(x, views, past)
+        return self.norm(x), memories
 
-        def run(layer: DecoderLayer, x: Array, past: Memory | None) -> tuple[Array, Memory]:
+    def _run_layers(
+        self, x: Array, views: list[View], past: tuple[OfLayers, OfLayers] | None
+    ) -> tuple[Array, tuple[OfLayers, OfLayers]]:
+        kinds = [self.config.attention_kinds.index(k) for k in self.config.kinds_of_layers]
+        view_of_kind = jax.tree.map(lambda *each: jnp.stack(each), *views)
+
+        def run(layer: DecoderLayer, x: Array, own: Own | None) -> tuple[Array, Memory]:
+            past, kind = own or (None, None)
+            # In a scan the kind is data: its view is one of several that stand side by side.
+            rope, mask = views[0] if kind is None else jax.tree.map(lambda t: t[kind], view_of_kind)
             return layer(x, rope, mask, past)
 
         if self.scan:
-            stacked = cast(DecoderLayer, self.layers)
-            x, memory = scan_layers(run, stacked, x, cast(Memory | None, past))
-            return self.norm(x), memory
+            numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None
+            stacked, own = cast(DecoderLayer, self.layers), cast(Own, (past, numbers))
+            x, memory = scan_layers(run, stacked, x, own)
+            return x, memory
         layers = cast(nnx.List[DecoderLayer], self.layers)
         each = [None] * len(layers) if past is None else zip(*past, strict=True)
         memories = []
-        for layer, own in zip(layers, each, strict=True):
-            x, memory = run(layer, x, own)
+        for layer, past_of_layer, kind in zip(layers, each, kinds, strict=True):
+            x, memory = run(layer, x, (past_of_layer, kind))
             memories.append(memory)
         keys, values = zip(*memories, strict=True)
-        return self.norm(x), (keys, values)
+        return x, (keys, values)
+
+
+def _soft_cap(x: Array, limit: float | None) -> Array:
+    return x if limit is None else jnp.tanh(x / limit) * limit
 
 
 class Llama(nnx.Module):
-    """A decoder of the Llama family.
+    """A decoder of Llama or of a relative: Mistral, SmolLM2, Qwen2 and 3, Gemma 2 and 3, Phi-3.
 
     Example::
 
@@ -300,8 +365,10 @@ class Llama(nnx.Module):
         """From the decoder's output to logits."""
         if self.config.tie_word_embeddings:
             embedding = self.model.embed_tokens.embedding[...]
-            return jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
-        return self.lm_head(hidden)
+            logits = jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
+        else:
+            logits = self.lm_head(hidden)
+        return _soft_cap(logits, self.config.final_logit_softcapping)
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `max_length` tokens."""
@@ -321,21 +388,26 @@ class Llama(nnx.Module):
         path: str | os.PathLike[str],
         *,
         dtype: DTypeLike | None = None,
+        revision: str | None = None,
         scan: bool = True,
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
 
         Args:
-          path: a local folder, as Hugging Face's `save_pretrained` writes it.
+          path: a local folder, as Hugging Face's `save_pretrained` writes it; or a name on the hub,
+            `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
           dtype: None for that of the stored embedding.
+          revision: of a name on the hub: a branch, a tag or a commit.
           scan: as in `Llama`.
 
         Raises:
-          FileNotFoundError: the folder or a file is missing.
-          ValueError: a file is malformed, the config asks for something that is not implemented,
-            or weights are missing, superfluous or of another shape.
+          FileNotFoundError: the folder or a file is missing; or the hub can't give it.
+          ValueError: weights are in a form that is not read, a file is malformed, the config asks
+            for something that is not implemented, or weights are missing, superfluous or of another
+            shape.
         """
-        folder = Path(path)
+        folder = local_folder(path, revision=revision)
+        check_format(folder)
         config = LlamaConfig.from_json(folder)
         tensors = {
             name: tensor
@@ -363,17 +435,17 @@ class Llama(nnx.Module):
         loaded = []
         for path_, param in params:
             is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
-            values = []
+            shape = param.shape[is_stacked:]
+            stored = shape[::-1] if is_kernel else shape
             for name in names[path_]:
-                # Transposed on the device: NumPy would walk the kernel in strides.
-                value = jnp.array(tensors[name], param.dtype)
-                value = value.T if is_kernel else value
-                if value.shape != (shape := param.shape[is_stacked:]):
+                if tensors[name].shape != stored:
                     raise ValueError(
                         f"{folder}: {name} has shape {[*tensors[name].shape]}, which config.json "
                         f"contradicts; the layer holds {[*shape]}"
                     )
-                values.append(value)
+            values = [jnp.array(tensors.pop(name), param.dtype) for name in names[path_]]
+            if is_kernel:  # on the device: NumPy would walk them in strides
+                values = [value.T for value in values]
             loaded.append((path_, param.replace(jnp.stack(values) if is_stacked else values[0])))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
@@ -410,7 +482,7 @@ def prefill(
     size = cache.size
     if tokens.shape[1] > size:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed the cache's {size} positions")
-    hidden, memories = model.model(tokens)
+    hidden, memories = model.model(tokens, room=size)
     # Zeros behind the prompts, so that what another batch left there, NaN maybe, is never read.
     room = [(0, 0), (0, 0), (0, size - tokens.shape[1]), (0, 0)]
 

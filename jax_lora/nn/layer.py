@@ -37,9 +37,9 @@ class LoRALayer(nnx.Module):
 
     On a mesh of devices it follows its kernel. Where that is divided over columns, so are B and the
     output. Where it is divided over rows, so are A and the input, and the sum over the devices
-    that the base layer needs has the adapters in it. Weights that are divided over the mesh's axis of the tokens are
-    gathered for each call. The types of explicit axes say how x is divided; automatic axes over
-    which no weights are divided are left to XLA.
+    that the base layer needs has the adapters in it. Weights that are divided over the mesh's axis
+    of the tokens are gathered for each call. The types of explicit axes say how x is divided;
+    automatic axes over which no weights are divided are left to XLA.
 
     Like layers may be stacked for a scan: one module, as `nnx.vmap` makes it, whose arrays have
     axes of layers in front. `scan_layers` runs it.

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer
 from jax_lora.adapters import peft_header, refuse_pointer
 from jax_lora.bank import AdapterBank
 from jax_lora.models.config import LlamaConfig
+from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
 from jax_lora.nn.apply import apply_lora
+from jax_lora.serving.chat import chat_prompt
 from jax_lora.serving.generate import check_prompts
 from jax_lora.serving.generate import generate as generate_tokens
 from pallas_kernels import padded_rank
@@ -54,7 +57,7 @@ _CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 def _tokenizer_remedy(base: Path) -> str:
     if not base.is_dir():
-        return "it is no folder; nothing is downloaded, give a local folder"
+        return "it is no folder; give one, or OWNER/MODEL of Hugging Face's hub"
     if found := next((name for name in _CONVERTIBLE if (base / name).is_file()), None):
         folder = str(base)
         return (
@@ -74,10 +77,16 @@ def _without_padding(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    tokenizer: Tokenizer, prompts: Sequence[str], *, special_tokens: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as `[B, S]` token ids, padded on the right with 0, and their lengths `[B]`.
 
     Each prompt is whole: the tokenizer's own padding and truncation are not applied.
+
+    Args:
+      special_tokens: add the tokenizer's own, such as a beginning of text. A prompt that a chat
+        template wrote has them already.
 
     Raises:
       TypeError: prompts that are not text.
@@ -97,7 +106,8 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[np.ndarray, np
     if tokenizer.padding is not None or tokenizer.truncation is not None:
         # A copy, as the caller may want its tokenizer to pad.
         tokenizer = _without_padding(Tokenizer.from_str(tokenizer.to_str()))
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+    encodings = tokenizer.encode_batch(list(prompts), add_special_tokens=special_tokens)
+    ids = [encoding.ids for encoding in encodings]
     for prompt, row_ids in zip(prompts, ids):
         if not row_ids:
             raise ValueError(f"the prompt {prompt!r:.100} has no token")
@@ -145,10 +155,11 @@ def fitting_slots(ranks: Sequence[int]) -> dict[int, int]:
 
 
 def complete(
-    base: Path,
-    adapters: Mapping[str, Path],
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
     prompts: Sequence[tuple[str | None, str]],
     *,
+    chat: bool = False,
     max_new_tokens: int | None = None,
     dtype: DTypeLike | None = None,
     allow_links: bool = False,
@@ -157,35 +168,44 @@ def complete(
     """Greedy completions of `(adapter, text)` prompts, all in one batch.
 
     Args:
+      base, adapters: folders, or names on Hugging Face's hub; see `local_folder`.
+      chat: each text is a user's message, which the model's chat template makes a prompt of.
       max_new_tokens: of each completion, at most; None for 64, or for what the longest prompt
         leaves of the model's positions if that is less.
-      allow_links: read adapters' files that are links out of their folder.
+      allow_links: read adapters' files that are links out of their folder. Those that came from
+        the hub are links of its cache, and are read.
 
     Raises:
-      FileNotFoundError, ValueError: see `load_tokenizer`, `encode`, `load_peft`,
-        `Llama.from_pretrained` and `AdapterBank.load`; ValueError also where a prompt and its new
-        tokens exceed the model's `max_position_embeddings`.
+      FileNotFoundError, ValueError: see `local_folder`, `load_tokenizer`, `chat_prompt`, `encode`,
+        `load_peft`, `Llama.from_pretrained` and `AdapterBank.load`; ValueError also where a prompt
+        and its new tokens exceed the model's `max_position_embeddings`.
       KeyError: a prompt names an adapter that is not given.
     """
     for name, _ in prompts:
         if name is not None and name not in adapters:
             raise KeyError(f"no adapter {name!r:.100}; given: {', '.join(adapters) or 'none'}")
+    base = local_folder(base)
+    check_format(base)
     tokenizer = load_tokenizer(base)
-    tokens, lengths = encode(tokenizer, [text for _, text in prompts])
+    texts = [text for _, text in prompts]
+    if chat:
+        texts = [chat_prompt(base, [{"role": "user", "content": text}]) for text in texts]
+    tokens, lengths = encode(tokenizer, texts, special_tokens=not chat)
     config = LlamaConfig.from_json(base)
     max_new_tokens = _new_tokens(config, lengths, max_new_tokens)
     check_prompts(config, tokens, lengths, max_new_tokens)
-    headers = {name: peft_header(path, allow_links=allow_links) for name, path in adapters.items()}
+    sources = {name: _Source.of(path, allow_links) for name, path in adapters.items()}
+    headers = [peft_header(s.folder, allow_links=s.allow_links) for s in sources.values()]
     progress(f"loading {base}")
     model = Llama.from_pretrained(base, dtype=dtype)
     batch = None
     if headers:
-        slots = fitting_slots([header.rank for header in headers.values()])
+        slots = fitting_slots([header.rank for header in headers])
         apply_lora(model, slots=slots, buckets=tuple(slots))
         bank = AdapterBank(model)
-        for name, path in adapters.items():
+        for name, source in sources.items():
             progress(f"loading adapter {name}")
-            bank.load(name, path, allow_links=allow_links)
+            bank.load(name, source.folder, allow_links=source.allow_links)
         batch = bank.batch([name for name, _ in prompts])
     progress("compiling and generating")
     new_tokens = generate_tokens(
@@ -196,6 +216,17 @@ def complete(
         Completion(name, text, decode(tokenizer, new, eos_ids, prompt_ids=row[:length]))
         for (name, text), new, row, length in zip(prompts, new_tokens, tokens, lengths)
     ]
+
+
+class _Source(NamedTuple):
+    """Where an adapter's files are, and whether they may be links out of their folder."""
+
+    folder: Path
+    allow_links: bool
+
+    @classmethod
+    def of(cls, path: str | Path, allow_links: bool) -> Self:
+        return cls(local_folder(path), allow_links or is_hub_name(path))
 
 
 _NEW_TOKENS = 64

@@ -7,6 +7,7 @@ gets depends on that row alone. The *decode* kernel takes few tokens, does one h
 one launch, and gathers the few tokens of one adapter for each cluster.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -20,6 +21,12 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu.backward import (
+    GradientPart,
+    expand_gradients,
+    gradients,
+    shrink_gradients,
+)
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.decode import (
     MAX_UNSEATED_TOKENS,
@@ -39,7 +46,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     shrink_kernel,
 )
 from pallas_kernels.mosaic_gpu.prefill.route import order
-from pallas_kernels.mosaic_gpu.support import MAX_FEATURES
+from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
     Segments,
     SlotRange,
@@ -47,11 +54,9 @@ from pallas_kernels.routing import (
     WideIndices,
     ids_of,
     local_segments,
+    slots_in_use,
 )
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
-from pallas_kernels.xla import add_lora_grad as add_lora_grad
-from pallas_kernels.xla import expand_grad as expand_grad
-from pallas_kernels.xla import shrink_grad as shrink_grad
 
 # ------------------------------------------------------------------------------ the right platform
 
@@ -422,3 +427,64 @@ def _planes(x: Array, dtype: DTypeLike) -> tuple[Float[Array, "P T H"], Float[Ar
         planes.append(top.astype(dtype))
         rest = jnp.where(jnp.isfinite(rest), rest - top, 0.0)
     return jnp.stack(planes), factor
+
+
+# ----------------------------------------------------------------------------------- gradients
+
+
+def shrink_grad(
+    call: Call, dv: Array, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of `shrink` in x, lora_a and scale."""
+    if missing_gradient(x.shape[0], [lora_a.dtype], x=x.dtype) is not None:
+        return xla.shrink_grad(call, dv, x, lora_a, token_ids, scale)
+    segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
+    scales = jnp.broadcast_to(scale, lora_a.shape[0])
+    dx, da, ds = shrink_gradients(dv, _needs_hopper(x), lora_a, scales, segments)
+    return dx, da, ds if scale.ndim else jnp.sum(ds)
+
+
+def expand_grad(
+    call: Call, dy: Array, v: Array, lora_b: Array, token_ids: TokenIds
+) -> tuple[Array, Array, Array]:
+    """Gradients of `expand` in v, lora_b and y."""
+    operand = xla.cast_v(v, lora_b)
+    lacks = missing_gradient(v.shape[0], [lora_b.dtype], y=dy.dtype, v=operand.dtype)
+    if lacks is not None:
+        return xla.expand_grad(call, dy, v, lora_b, token_ids)
+    segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
+    dv, db = expand_gradients(_needs_hopper(dy), operand, lora_b, segments, call.y_offset)
+    return dv.astype(v.dtype), db, xla.expand_grad_of_y(call, dy, lora_b, segments)
+
+
+def add_lora_grad(
+    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+) -> tuple[Array, tuple[LoRAPart, ...]]:
+    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
+    dtypes = [jnp.result_type(part.lora_a) for part in parts]
+    if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
+        return xla.add_lora_grad(call, dy, x, parts, token_ids)
+    x = _needs_hopper(x)
+    kernel_parts = []
+    for part in parts:
+        a, b, *_, first = _placed(part)
+        place = jnp.zeros(1, jnp.int32) if first is None else first.reshape(1)
+        scales, slots = jnp.asarray(part.scales), SlotRange(part.first_slot, part.slots)
+        if (start := part.scales_offset) is not None:
+            scales = scales[start : start + slots.slots]
+        scales = jnp.broadcast_to(scales, slots.slots)
+        wanted = jnp.arange(slots.slots, dtype=jnp.int32)
+        if call.compact is not None:
+            wanted = slots_in_use(token_ids, slots, call.compact)
+        kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
+    all_slots = max(part.slots.stop for part in kernel_parts)
+    if isinstance(token_ids, Segments):
+        all_slots = token_ids.num_adapters
+    segments = local_segments(token_ids, SlotRange(0, all_slots))
+    dx, found = gradients(dy, x, tuple(kernel_parts), segments)
+    dparts = []
+    for part, (da, db, ds) in zip(parts, found):
+        ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)
+        gradient = dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds, layers=None)
+        dparts.append(gradient)
+    return dx, tuple(dparts)

@@ -1,5 +1,7 @@
 """What the kernels can't do, in words. Callers then take another implementation, or say it."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
@@ -68,4 +70,21 @@ def missing_together(spans: tuple[tuple[int, int], ...]) -> str | None:
         if width := (cut.stop - cut.start) % 8:
             what = f"columns [{cut.start}, {cut.stop}) between edges of overlapping parts"
             return f"{what}, {width} more than a multiple of 8"
+    return None
+
+
+def missing_gradient(
+    num_tokens: int, weights: Iterable[DTypeLike], **others: DTypeLike
+) -> str | None:
+    """What the gradients' kernels lack for stacks that the forward's take; XLA's form then runs.
+
+    `weights` and `others`, x and y by name, are dtypes.
+    """
+    if num_tokens == 0:
+        return "calls without a token"
+    for dtype in weights:
+        for name, other in others.items():
+            if other != dtype:
+                names = jnp.dtype(dtype).name, jnp.dtype(other).name
+                return f"gradients of {names[0]} weights beside {names[1]} {name}"
     return None

@@ -198,7 +198,7 @@ def lacks(message: str, call: Any, *args: Any) -> None:
     assert "dot_general" in module
 
 
-@pytest.mark.parametrize("tokens", [8, 300])
+@pytest.mark.parametrize("tokens", [8, 300, pytest.param(2000, marks=pytest.mark.ci)])
 def test_a_and_b_of_different_dtypes(tokens: int) -> None:
     def call(implementation: Any, y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
         return pk.add_lora(y, x, a, b, ids, implementation=implementation)
@@ -219,7 +219,7 @@ def test_parts_that_overlap_between_the_kernels_columns() -> None:
     lacks(r"columns \[0, 4\) between edges of overlapping parts, 4 more than a multi", call, *args)
 
 
-@pytest.mark.parametrize("tokens", [8, 300])
+@pytest.mark.parametrize("tokens", [8, 300, pytest.param(2000, marks=pytest.mark.ci)])
 def test_the_kernels_lower_with_64_bits_enabled(tokens: int) -> None:
     with jax.enable_x64(True):
         z = arrays()
@@ -227,4 +227,4 @@ def test_the_kernels_lower_with_64_bits_enabled(tokens: int) -> None:
         ids = jnp.zeros(tokens, jnp.int64)
         for dtype in ("bfloat16", "float32"):
             module = for_cuda(pk.add_lora, y, x.astype(dtype), z["a"], z["b"], ids)
-            assert len(kernels(module)) == (1 if tokens == 8 and dtype == "bfloat16" else 2)
+            assert len(kernels(module)) == (1 if tokens < 2000 and dtype == "bfloat16" else 2)

@@ -708,6 +708,28 @@ def test_delta_works_inside_of_shard_map(phase):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gradients_inside_of_shard_map_are_sums_over_the_mesh(dtype):
+    """Of stacks that all devices have; in bfloat16 kernels are traced too."""
+    arrays, indices = plain(case=PLAIN._replace(features=64, width=64))
+    a, b, x = (jnp.asarray(arrays[name]).astype(dtype) for name in ("a", "b", "x"))
+    mesh = jax.make_mesh((1,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("dp"), jax.sharding.PartitionSpec()
+
+    def delta(x, a, b, indices):
+        return pk.lora_delta(x, [pk.LoRAPart(a, b)], indices, b.shape[1])
+
+    specs = (rows, whole, whole, rows)
+    mapped = jax.shard_map(delta, mesh=mesh, in_specs=specs, out_specs=rows)
+    gots, wants = (
+        jax.jit(jax.grad(lambda *z, f=f: jnp.sum(f(*z, indices).astype(F32) ** 2), (0, 1, 2)))(
+            x, a, b
+        )
+        for f in (mapped, delta)
+    )
+    jax.tree.map(np.testing.assert_array_equal, gots, wants)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])

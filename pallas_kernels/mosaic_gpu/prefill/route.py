@@ -179,8 +179,9 @@ def rounds(
         if every_tile:
             per_tile = jnp.maximum(per_tile, 1)
         tile = jnp.arange(table.shape[0], dtype=jnp.int32)
-        starts = jnp.sum(jnp.where(tile[None] < tile[:, None], per_tile[None], 0), axis=1)
-        total = jnp.sum(per_tile)
+        before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
+        starts = jnp.sum(before, axis=1, dtype=jnp.int32)
+        total = jnp.sum(per_tile, dtype=jnp.int32)
         n = jnp.arange(part.most(rows, tokens), dtype=jnp.int32)
         tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
         nth = n - starts[tile]

@@ -619,6 +619,7 @@ def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> Non
     `share` is the block's share of v in shared memory.
     """
     launch, plan, refs = block.launch, block.plan, block.refs
+    plgpu.commit_smem()  # all warps have read the ring, in whose memory the share lies
     share[...] = v
     sums = lanes.Sums(
         split=launch.split,

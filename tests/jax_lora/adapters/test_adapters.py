@@ -28,7 +28,15 @@ from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 
 from jax_lora import adapters
-from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights, files, load_peft, save_peft
+from jax_lora.adapters import (
+    Adapter,
+    LoRAConfig,
+    LoRAWeights,
+    config,
+    files,
+    load_peft,
+    save_peft,
+)
 from jax_lora.adapters import peft as peft_files
 
 H, N = 12, 10
@@ -183,7 +191,7 @@ def test_dtypes_are_kept_bit_for_bit(tmp_path, dtype):
 
 def test_every_field_of_pefts_config_is_known():
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields - peft_files._IRRELEVANT - peft_files._UNSUPPORTED.keys() == set()
+    assert fields - config.IRRELEVANT - config.UNSUPPORTED.keys() == set()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,7 +345,7 @@ UNSUPPORTED = {
 
 
 def test_all_unsupported_features_are_tested():
-    assert peft_files._UNSUPPORTED.keys() <= UNSUPPORTED.keys()
+    assert config.UNSUPPORTED.keys() <= UNSUPPORTED.keys()
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
@@ -548,7 +556,7 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-KEYS = [*peft_files._IRRELEVANT, *peft_files._UNSUPPORTED, "unknown"]
+KEYS = [*config.IRRELEVANT, *config.UNSUPPORTED, "unknown"]
 
 
 @pytest.fixture(scope="module")

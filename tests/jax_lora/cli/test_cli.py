@@ -65,11 +65,15 @@ def test_generate_prints_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--prompt", ":a", "--adapter", "x=/no/\\[/x]"], "no folder '/no/\\\\[/x]'"),
         (["--prompt", "x:hello"], "no --adapter is called 'x'; there are none"),
-        (["--prompt", "hello"], "--prompt NAME:text is the form, got 'hello'"),
+        (
+            ["--prompt", "hello"],
+            "--prompt NAME:text is the form, got 'hello'; to ask the base model, write ':hello'",
+        ),
         (["--prompt", ":a", "--adapter", "x"], "--adapter NAME=DIR is the form, got 'x'"),
         (["--prompt", ":a", "--adapter", "x=1", "--adapter", "x=2"], "have the same name"),
         (["--prompt", ":a", "--adapter", "x=/no/such"], "no folder '/no/such'"),
-        (["--prompt", ":a", "--base", "/no/such"], "has no tokenizer.json"),
+        (["--prompt", ":a", "--base", "/no/such"], "has no tokenizer.json; it is no folder; give"),
+        (["--prompt", ":a", "--base", BASE, "--chat"], "has no chat template, in neither chat_"),
     ],
 )
 def test_generate_says_what_is_wrong_with_its_input(args: list[str], message: str) -> None:
@@ -119,13 +123,14 @@ def test_inspect_says_what_lorax_would_do_and_what_to_change(
 def test_inspect_of_no_adapter_is_an_error(tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
-    assert "adapter_config.json" in result.stderr
+    assert "adapter_config.json" in result.stdout
+    assert "1 of 1 adapters can't be read" in result.stderr
 
 
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "inspect"):
+    for command in ("demo", "generate", "inspect", "convert"):
         assert command in result.stdout
     assert "bench" not in result.stdout
 
@@ -148,7 +153,7 @@ def test_no_escape_code_of_an_upload_reaches_the_terminal(tmp_path: Path) -> Non
     result = run("inspect", folder)
     assert result.exit_code == 2
     assert not {"\x1b", "\u202e"} & set(result.output)
-    assert len(result.stderr.splitlines()) == 1
+    assert len(result.output.splitlines()) == 3  # the reason, a blank line, the error
 
 
 def test_generate_escapes_codes_that_a_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +171,34 @@ def test_links_out_of_a_folder_need_an_option(tmp_path: Path) -> None:
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     refused = run("inspect", folder)
-    assert refused.exit_code == 2 and "--allow-links" in refused.stderr
+    assert refused.exit_code == 2 and "--allow-links" in refused.stdout
     assert run("inspect", folder, "--allow-links").exit_code == 0
     command = ["generate", "--base", BASE, "--prompt", "a:x", "--adapter", f"a={folder}"]
     assert "--allow-links" in run(*command).stderr
     assert "--allow-links" not in run(*command, "--allow-links").stderr
+
+
+def test_compiled_programs_are_kept_where_help_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import jax
+
+    from jax_lora.cli.programs import keep_programs
+
+    names = "enable_compilation_cache compilation_cache_dir compilation_cache_max_size".split()
+    names = [f"jax_{name}" for name in [*names, "persistent_cache_min_compile_time_secs"]]
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert keep_programs() is None  # the tests have switched it off
+        assert {name: getattr(jax.config, name) for name in names} == before
+        jax.config.update("jax_enable_compilation_cache", True)
+        assert keep_programs() == tmp_path / "jax-lora" / "programs"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax-lora" / "programs")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        assert keep_programs() is None
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert "~/.cache/jax-lora/programs" in run("generate", "--help").stdout

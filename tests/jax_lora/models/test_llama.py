@@ -118,9 +118,6 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(tmp_path):
         results.append(llama.Llama.from_pretrained(tmp_path)(tokens))
         np.testing.assert_allclose(results[-1], reference_logits(reference, tokens), atol=1e-4)
     assert np.abs(results[0] - results[1]).max() > 0.1 < np.abs(results[1] - results[2]).max()
-    file.write_text(json.dumps(saved | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
-    with pytest.raises(ValueError, match="rope_type='linear' is not supported"):
-        llama.Llama.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -567,6 +564,13 @@ def test_types_and_sizes_are_checked(pair):
         llama.prefill(pair[1], pair[1].init_cache(1, 8), tokens_of((1, 9)), np.array([9]))
 
 
+LONGROPE = {
+    "type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "short_factor": [1.0, 1.0],
+    "long_factor": [2.0, 2.0],
+}
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 8,
@@ -587,22 +591,83 @@ def test_config_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type='gemma2' is not supported"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported; .* llama, mistral, qwen2"),
+        ({"model_type": "gemma3"}, "model_type='gemma3' .*; of Gemma 3 the models without images"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantised by 'bitsandbytes' .*; give the unquantised model .*, or dequantise it",
+        ),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised by 'bitsandbytes'"),
+        *[
+            ({"quantization_config": {"quant_method": q}}, f"by '{q}' .* give the unquantised")
+            for q in ("gptq", "awq", "fp8", "compressed-tensors")
+        ],
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        (
+            {"rope_scaling": {"type": "proportional"}},
+            "rope_type='proportional' is not supported; known are default, linear, dynamic",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "scaling of rotary embeddings lacks factor"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
-            "low_freq_factor must be .* got None",
+            "lacks high_freq_factor, low_freq_factor",
         ),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "lacks original_max_position_embeddings",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "must be at most 1, got 1.5"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not supported for LlamaForCausalLM",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.8}, "got 4 of which 3 rotate"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
+            "long_factor must have a number for each of the 2 rotary frequencies, got 1",
+        ),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0, "x"]}}, "short_factor must be a pos"),
+        ({"rope_scaling": LONGROPE | {"short_factor": 2}}, "short_factor must be a list of numb"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "rope_parameters by kind of layer are not supported",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["global"]},
+            "layer_types must hold full_attention or sliding_attention for each of the 1 layers",
+        ),
+        ({"model_type": "gemma2", "layer_types": [[]]}, r"layer_types must be a list .*\[\[\]\]"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 0}, "sliding_window_pattern must be a"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
+            "max_window_layers must be an integer of at least 0, got '1'",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 1}},
+            "rope_parameters by kind of layer must be objects",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 8,
+                },
+                "rope_theta": 1.0,
+            },
+            "rope_theta=1.0 and YarnScaling.* give no frequencies: float division by zero",
+        ),
+        ({"vocab_size": "\x1b" * 999}, r"vocab_size must be a positive integer, got '\\x1b"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive int"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads=3"),
         ({"head_dim": 3}, "head_dim must be even.*3"),
         ({"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
         ({"num_hidden_layers": "1"}, "num_hidden_layers must be a positive integer"),
+        ({"num_hidden_layers": 2**70}, "num_hidden_layers must be .*, at most 4096, got 11805"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
         ({"mlp_bias": "no"}, "mlp_bias must be true or false, got 'no'"),
         ({"rope_theta": "big"}, "rope_theta must be a positive number, got 'big'"),
@@ -617,10 +682,6 @@ def test_config_defaults():
         ),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be a positive integer"),
         ({"rope_scaling": [2.0]}, r"rope_scaling must be an object, got \[2.0\]"),
-        (
-            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}},
-            "rope_type='linear'",
-        ),
     ],
 )
 def test_config_refuses(changes, message):

@@ -370,6 +370,7 @@ def test_einsums_of_a_scan():
     assert np.abs(merged - base).max(axis=1).min() > 1e-2
 
 
+@pytest.mark.ci
 def test_checkpoints_of_flax():
     model, bank = served()
     stored = serialization.msgpack_serialize(nnx.to_pure_dict(nnx.state(model)))

@@ -189,6 +189,7 @@ def test_adapters_of_different_ranks_learn_different_things(pair):
     assert error < 0.5 * wrong_error
 
 
+@pytest.mark.ci
 def test_the_optimizer_of_flax_trains_the_same(pair):
     model, bank = pair
     other = nnx.clone(model)

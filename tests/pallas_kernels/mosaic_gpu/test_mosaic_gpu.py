@@ -192,7 +192,8 @@ def test_nothing_leaks(config: Any, delta: bool, request: pytest.FixtureRequest)
 @pytest.mark.parametrize(
     ("case", "change"),
     [
-        (Case(70, 64, 200, 16, 3, "zipf"), dict(expand_columns=5)),  # the last block has fewer
+        # The last block has fewer.
+        ci(Case(70, 64, 200, 16, 3, "zipf"), dict(expand_columns=5)),
         slow(Case(130, 64, 136, 32, 3, "uniform"), dict(expand_columns=3, expand_stages=3)),
         ci(Case(9, 64, 96, 8, 4, "distinct", y_dtype="float32"), dict(expand_columns=6)),
         ci(Case(66, 64, 112, 16, 3, "uniform"), dict(expand_columns=7, expand_stack=2)),
@@ -329,7 +330,7 @@ def test_shrink_takes_parts_in_turn(
     ("first_slots", "row_tiles", "shared_bytes"),
     [
         slow((0, 0, 0), 1, 2**20),
-        ((0, 4, 8), 1, 2**20),
+        ci((0, 4, 8), 1, 2**20),
         slow((0, 4, 0), 2, 2**20),
         ci((0, 0, 0), 1, 20 * 1024),
     ],
@@ -621,7 +622,7 @@ def test_parts_of_several_ys(
 @WAYS
 @pytest.mark.parametrize(
     ("offsets", "first_slots"),
-    [((0, 0), (0, 2)), ci((0, 0), (0, 0)), ci((0, 64), (0, 0)), ((0, 8), (0, 0)),
+    [((0, 0), (0, 2)), ci((0, 0), (0, 0)), ci((0, 64), (0, 0)), ci((0, 8), (0, 0)),
      ci((0, 8), (2, 0))],
     ids=str,
 )  # fmt: skip

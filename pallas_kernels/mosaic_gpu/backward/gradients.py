@@ -1,0 +1,180 @@
+"""The gradients of `add_lora` in three launches: u and dv; dx; and those of A and B."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mosaic_gpu.backward.narrow import NarrowSum, narrow_kernel
+from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
+from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
+from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
+from pallas_kernels.routing import Segments, SlotRange
+
+# A kernel's code has pieces for each part, and lowering takes more than in proportion: 15 parts
+# (five rank buckets of three slices) 29 s in one launch each, 8 s in three (2 CPU cores, busy).
+_MOST_PARTS = 6
+
+
+class GradientPart(NamedTuple):
+    """One stack of adapters.
+
+    Attributes:
+      lora_a, lora_b: the stacks, or those of several layers one behind the other.
+      place: where its first slot stands among them.
+      scales: `[L]`, float32.
+      slots: the ids of its adapters.
+      y_offset: the first column of dy that is its own.
+      wanted: those of its slots, counted from the first, whose gradients are wanted; zeros for -1.
+    """
+
+    lora_a: Float[Array, "M R H"]
+    lora_b: Float[Array, "M N R"]
+    place: Int[Array, " 1"]
+    scales: Float[Array, " L"]
+    slots: SlotRange
+    y_offset: int
+    wanted: Int[Array, " S"]
+
+
+class PartGradient(NamedTuple):
+    """The gradients in a part's A, B and scales, of the wanted slots."""
+
+    lora_a: Float[Array, "S R H"]
+    lora_b: Float[Array, "S N R"]
+    scales: Float[Array, " S"]
+
+
+class _Narrow(NamedTuple):
+    """What a part has in the order of the tiles, zero in rows that are none of its tokens.
+
+    Attributes:
+      plain: x A^T and dy B, float32.
+      scaled: v and du, which are those scaled and rounded.
+    """
+
+    plain: Float[Array, "2 rows R"]
+    scaled: Float[Array, "2 rows R"]
+
+
+def gradients(
+    dy: Float[Array, "T Ny"],
+    x: Float[Array, "T H"],
+    parts: tuple[GradientPart, ...],
+    segments: Segments,
+) -> tuple[Float[Array, "T H"], list[PartGradient]]:
+    """dx, zero in rows of -1; and each part's gradients. `segments` has global ids.
+
+    u is computed again: its launch is that of dv. To save v instead would save one of the eight
+    times that tokens' rows pass through memory.
+    """
+    tiles = Tiles.of(segments)
+    narrows = _narrow(dy, x, parts, tiles)
+    wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.place, p.slots) for p, n in zip(parts, narrows))
+    dx = wide_kernel(wide, tiles, x.shape[0], x.dtype)
+    slot_tiles = tiles.slot_tiles(segments.num_adapters)
+    sums = []
+    for part, narrow in zip(parts, narrows):
+        rank, features = part.lora_a.shape[1:]
+        width = part.lora_b.shape[1]
+        own = jnp.where(part.wanted[:, None] >= 0, slot_tiles[part.slots.first + part.wanted], 0)
+        sums.append(OuterSum(x, narrow.scaled, 1, own, 0, features, rank, True))
+        sums.append(OuterSum(dy, narrow.scaled, 0, own, part.y_offset, width, rank, False))
+    stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, tiles)
+    found = []
+    for part, narrow, (da, db) in zip(parts, narrows, itertools.batched(stacks, 2)):
+        terms, slots = narrow.plain[0] * narrow.plain[1], part.slots.first + part.wanted
+        found.append(PartGradient(da, db, _of_scales(terms, slots, tiles)))
+    return dx, found
+
+
+def _in_launches[T](
+    kernel: Callable[[tuple[T, ...], Tiles], list[Array]], given: Sequence[T], most: int,
+    tiles: Tiles,
+) -> list[Array]:  # fmt: skip
+    """What `kernel` makes of all that is given, up to `most` of them in a launch."""
+    launches = itertools.batched(given, most)
+    return [array for some in launches for array in kernel(some, tiles)]
+
+
+def shrink_gradients(
+    dv: Float[Array, "T R"],
+    x: Float[Array, "T H"],
+    lora_a: Float[Array, "L R H"],
+    scales: Float[Array, " L"],
+    segments: Segments,
+) -> tuple[Float[Array, "T H"], Float[Array, "L R H"], Float[Array, " L"]]:
+    """Gradients of a shrink in x, A and scales; ids are the stack's own."""
+    tiles, (slots, rank, features) = Tiles.of(segments), lora_a.shape
+    every = SlotRange(0, slots)
+    [shares] = narrow_kernel(
+        ((NarrowSum(x, lora_a, jnp.zeros(1, jnp.int32), True, every, 0),),), tiles
+    )
+    mine = (tiles.is_token() & every.holds(tiles.adapters()))[:, None]
+    u = jnp.where(mine, _added_up(shares, rank)[0], 0.0)
+    dv = jnp.where(mine, dv[tiles.tokens()], 0.0)
+    du = (dv * scales[jnp.maximum(tiles.adapters(), 0)][:, None]).astype(x.dtype)
+    dx = wide_kernel(
+        (WidePart(du[None], 0, lora_a, jnp.zeros(1, jnp.int32), every),), tiles, x.shape[0], x.dtype
+    )
+    slot_tiles = tiles.slot_tiles(slots)
+    [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
+    return dx, da, _of_scales(u * dv, jnp.arange(slots, dtype=jnp.int32), tiles)
+
+
+def expand_gradients(
+    dy: Float[Array, "T Ny"],
+    v: Float[Array, "T R"],
+    lora_b: Float[Array, "L N R"],
+    segments: Segments,
+    y_offset: int,
+) -> tuple[Float[Array, "T R"], Float[Array, "L N R"]]:
+    """Gradients of an expand in v, float32, and B; ids are the stack's own."""
+    tiles, (slots, width, rank) = Tiles.of(segments), lora_b.shape
+    every = SlotRange(0, slots)
+    [shares] = narrow_kernel(
+        ((NarrowSum(dy, lora_b, jnp.zeros(1, jnp.int32), False, every, y_offset),),), tiles
+    )
+    mine, tokens = tiles.is_token() & every.holds(tiles.adapters()), tiles.tokens()
+    of_tiles = _added_up(shares, rank)[0]
+    dv = jnp.zeros((v.shape[0], rank), jnp.float32)
+    dv = dv.at[jnp.where(mine, tokens, v.shape[0])].set(of_tiles, mode="drop")
+    operand = jnp.where(mine[:, None], v[tokens], 0)
+    one = OuterSum(dy, operand[None], 0, tiles.slot_tiles(slots), y_offset, width, rank, False)
+    [db] = outer_kernel((one,), tiles)
+    return dv, db
+
+
+def _narrow(
+    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], parts: tuple[GradientPart, ...], tiles: Tiles
+) -> list[_Narrow]:
+    alike = []
+    for part in parts:
+        u = NarrowSum(x, part.lora_a, part.place, True, part.slots, 0)
+        dv = NarrowSum(dy, part.lora_b, part.place, False, part.slots, part.y_offset)
+        alike.append((u, dv))
+    adapters, is_token = tiles.adapters(), tiles.is_token()
+    found = []
+    for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
+        mine = (is_token & part.slots.holds(adapters))[None, :, None]
+        plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
+        scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][None, :, None]
+        found.append(_Narrow(plain, (plain * scale).astype(x.dtype)))
+    return found
+
+
+def _added_up(shares: Float[Array, "sums split rows K"], rank: int) -> Float[Array, "sums rows R"]:
+    """The sums of what the blocks have, in their order."""
+    return functools.reduce(jnp.add, [shares[:, n, :, :rank] for n in range(shares.shape[1])])
+
+
+def _of_scales(
+    terms: Float[Array, "rows R"], slots: Int[Array, " S"], tiles: Tiles
+) -> Float[Array, " S"]:
+    """The sum of the terms of each slot's rows."""
+    of_tiles = jnp.sum(terms.reshape(tiles.count, -1), axis=1)
+    mine = tiles.table[None, :, 0] == slots[:, None]
+    return jnp.sum(jnp.where(mine, of_tiles[None], 0.0), axis=1)

@@ -1,0 +1,44 @@
+"""The benchmark of forward and backward: its floor, and that it runs without a GPU."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import gradients
+from benchmarks.gradients import CASES, Case
+
+
+def test_floor_is_that_of_the_contract() -> None:
+    assert round(Case(8192, 8, 16).floor_us) == 170
+    assert round(Case(8192, 32, 16).floor_us) == 178
+    assert round(Case(1024, 8, 16).floor_us) == 24
+    assert round(Case(64, 8, 16).floor_us) == 4
+    assert Case(8192, 8, 16).aim_us == pytest.approx(1.5 * Case(8192, 8, 16).floor_us + 20)
+    shuffled = Case(8192, 8, 16, order="shuffled")
+    assert shuffled.aim_us == pytest.approx(2 * shuffled.floor_us + 20)
+
+
+def test_zeros_of_absent_slots_count() -> None:
+    few = Case(512, 8, 128, L=64)
+    assert few.written_zeros_us == pytest.approx(117.44 / 2.4, rel=0.01)  # 117 MB for 56 slots
+    assert few.aim_us > Case(512, 8, 128).aim_us
+
+
+def test_every_case_uses_all_of_its_adapters() -> None:
+    for case in CASES:
+        assert set(case.ids()) == set(range(case.D)), case
+
+
+@pytest.mark.ci
+def test_it_runs_without_a_gpu(tmp_path) -> None:
+    out = tmp_path / "results.jsonl"
+    cases = [Case(12, 3, 8, 64, 64, order="shuffled", L=5)]
+    gradients.run_in_processes(cases, ("ours", "compact", "xla", "ragged", "dense"), 60, out, 1)
+    [result] = map(json.loads, out.read_text().splitlines())
+    assert (
+        set(result["us"]) == {"ours", "compact", "xla", "ragged", "dense"} and not result["notes"]
+    )
+    assert set(result["error"]) == {"y", "dx", "dA", "dB"} and max(result["error"].values()) == 0
+    assert result["label"] == "T=12 D=3 of 5 r=8 64x64 shuffled"
+    assert np.isfinite(list(result["us"].values())).all()

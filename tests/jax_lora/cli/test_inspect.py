@@ -1,0 +1,71 @@
+"""`jax-lora inspect` of folders that hold many adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from tiny import make_adapter
+from typer.testing import CliRunner
+
+from jax_lora import save_peft
+from jax_lora.cli import app
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+def save(path: Path, rank: int) -> Path:
+    save_peft(make_adapter(0, rank), path)
+    return path
+
+
+def test_inspect_reports_each_folder_below_and_the_bad_ones_in_their_place(tmp_path: Path) -> None:
+    save(tmp_path / "a", 4)
+    save(tmp_path / "a" / "checkpoint-5", 8)
+    broken = save(tmp_path / "b" / "broken", 4)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    dora = save(tmp_path / "b" / "dora", 4)
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (tmp_path / "b" / "mlx").mkdir()
+    (tmp_path / "b" / "mlx" / "adapters.safetensors").write_bytes(b"")
+    save(tmp_path / "c", 16)
+    save(tmp_path / ".trash", 16)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    result = run("inspect", "--json", tmp_path, tmp_path / "none")
+    assert result.exit_code == 2
+    assert "4 of 7 adapters can't be read" in result.stderr
+    reports = json.loads(result.stdout)["adapters"]
+    right = ["a", "a/checkpoint-5", "b/broken", "b/dora", "b/mlx", "c", "none"]
+    assert [Path(r["path"]).relative_to(tmp_path).as_posix() for r in reports] == right
+    reasons = {Path(r["path"]).name: r["error"] for r in reports if "error" in r}
+    assert reasons.keys() == {"broken", "dora", "mlx", "none"}
+    for name, reason in {
+        "broken": "is truncated or not a safetensors file",
+        "dora": "use_dora=True: DoRA is not supported",
+        "mlx": "is an adapter of mlx-lm; `jax-lora convert",
+        "none": "no folder",
+    }.items():
+        assert reason in reasons[name]
+    assert [r["rank"] for r in reports if "rank" in r] == [4, 8, 16]
+    text = run("inspect", tmp_path)
+    assert text.exit_code == 2
+    places = [text.stdout.index(f"/{name}: ") for name in right[:-1]]
+    assert places == sorted(places)
+    assert text.stdout.count("can't be read: ") == 3 and text.stdout.count("up x1") == 3
+
+
+def test_inspect_walks_a_bounded_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax_lora import inspection
+
+    monkeypatch.setattr(inspection, "MAX_FOLDERS", 3)
+    save(tmp_path / "a", 4)
+    save(tmp_path / "b", 4)
+    assert run("inspect", tmp_path).exit_code == 0
+    save(tmp_path / "c", 4)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 2 and "holds more than 3 folders" in result.stderr

@@ -1,0 +1,240 @@
+"""The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gradient_cases import (
+    GradientArrays,
+    GradientCase,
+    by_name,
+    check_compact,
+    check_half,
+    in_float64,
+    in_layers,
+    tolerance,
+    with_nan,
+)
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_cases import relative_error
+
+import pallas_kernels as pk
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import backend, support
+from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        assert not gpu_callbacks.get_races().races_found
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dict[str, np.ndarray]:
+    call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(z.parts))
+    ids = pk.make_segments(z.ids, slots) if sorted_once else jnp.asarray(z.ids)
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    with jax.numpy_rank_promotion("raise"):
+        return by_name(*jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids))
+
+
+def check(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> None:
+    for name, want in in_float64(z).items():
+        error = relative_error(got[name], want)
+        assert error < tolerance(name, case.dtype), (name, error)
+        assert not got[name][want == 0].any(), name
+
+
+ci = pytest.mark.ci
+CASES = [
+    pytest.param(GradientCase(70, 128, (96,), ((16, 3),), "zipf"), marks=ci),
+    GradientCase(9, 72, (80,), ((8, 3),), "gaps"),
+    pytest.param(GradientCase(1, 64, (64,), ((32, 2),), "identical"), marks=ci),
+    pytest.param(GradientCase(140, 192, (64,), ((16, 2),), "identical"), marks=ci),
+    pytest.param(GradientCase(66, 64, (64,), ((16, 3),), "none"), marks=ci),
+    pytest.param(GradientCase(20, 136, (64,), ((80, 2),), "shuffled", "float16"), marks=ci),
+    pytest.param(GradientCase(12, 64, (64,), ((272, 2),), "distinct"), marks=ci),
+    pytest.param(GradientCase(80, 128, (64, 72), ((8, 2), (16, 2)), "gaps"), marks=ci),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> None:
+    z = case.arrays()
+    check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
+
+
+@pytest.mark.ci
+def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
+    """NaN in one adapter's tokens stays there, and the others' gradients keep their bits."""
+    case = GradientCase(24, 64, (64,), ((16, 3),), "shuffled")
+    z = case.arrays()
+    clean, dirty = gradients(z, 3), gradients(with_nan(z, 1), 3)
+    assert np.isnan(dirty["dA0"][1].astype(np.float32)).all()
+    for name in ("dA0", "dB0"):
+        np.testing.assert_array_equal(dirty[name][[0, 2]], clean[name][[0, 2]])
+    others = z.ids != 1
+    np.testing.assert_array_equal(dirty["dx"][others], clean["dx"][others])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_compact_gradients_hold_the_slots_in_use(
+    implementation: Any, request: pytest.FixtureRequest
+) -> None:
+    if implementation == "mosaic_gpu":
+        request.getfixturevalue("interpreted")
+    check_compact(implementation)
+
+
+def test_whole_gradients_equal_those_of_jax() -> None:
+    case = GradientCase(30, 64, (64,), ((16, 3),), "shuffled", "float16")
+    z = case.arrays()
+    x, dy, (part,) = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+
+    def add(x: Any, part: Any) -> Any:
+        return pk.add_lora_multi(jnp.zeros_like(dy), x, (part,), z.ids, implementation="xla")
+
+    dx, dpart = jax.vjp(add, x, part)[1](dy)
+    got, (gradient,) = pk.lora_gradients(dy, x, (part,), z.ids, implementation="xla")
+    np.testing.assert_array_equal(got, dx)
+    np.testing.assert_array_equal(gradient.slots, [0, 1, 2])
+    for name in ("lora_a", "lora_b", "scales"):
+        np.testing.assert_array_equal(getattr(gradient, name), getattr(dpart, name))
+
+
+@pytest.mark.ci
+def test_stacks_of_several_layers_are_read_in_their_place(interpreted: None) -> None:
+    z = GradientCase(9, 64, (64,), ((16, 3),), "shuffled").arrays()
+    got, want = gradients(in_layers(z), 3), gradients(z, 3)
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_compact_gradients_of_fewer_slots_than_are_in_use() -> None:
+    """The first ones; `in_use` says that some are missing."""
+    z = GradientCase(12, 64, (64,), ((16, 3),)).arrays()
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    _, [few] = pk.lora_gradients(dy, x, parts, z.ids, compact=2, implementation="xla")
+    _, [whole] = pk.lora_gradients(dy, x, parts, z.ids, implementation="xla")
+    np.testing.assert_array_equal(few.slots, [0, 1])
+    np.testing.assert_array_equal(few.lora_a, whole.lora_a[:2])
+    assert few.in_use == whole.in_use == 3
+    with pytest.raises(ValueError, match="compact must be at least 1, got 0"):
+        pk.lora_gradients(dy, x, parts, z.ids, compact=0)
+
+
+def test_gradients_without_tokens_are_zero() -> None:
+    part = pk.LoRAPart(jnp.ones((2, 8, 64), "bfloat16"), jnp.ones((2, 64, 8), "bfloat16"))
+    nothing = jnp.ones((0, 64), "bfloat16")
+    dx, (gradient,) = pk.lora_gradients(nothing, nothing, (part,), jnp.zeros(0, jnp.int32))
+    assert dx.shape == (0, 64)
+    assert gradient.lora_a.shape == (2, 8, 64) and not gradient.lora_a.any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("order", ["runs", "shuffled", "none", "gaps"])
+def test_tiles_hold_each_token_once(num_tokens: int, order: str) -> None:
+    case = GradientCase(num_tokens, 64, (64,), ((16, 5),), order)
+    ids = case.arrays().ids
+    ids = np.where((ids >= 0) & (ids < 5), ids, -1)
+    tiles = Tiles.of(pk.make_segments(ids, 5))
+    tokens, is_token = np.asarray(tiles.tokens()), np.asarray(tiles.is_token())
+    assert sorted(tokens[is_token]) == list(range(num_tokens))
+    np.testing.assert_array_equal(ids[tokens[is_token]], np.asarray(tiles.adapters())[is_token])
+    for slot, (first, count) in enumerate(np.asarray(tiles.slot_tiles(5))):
+        assert count == -(-np.sum(ids == slot) // 64)
+        assert (np.asarray(tiles.table)[first : first + count, 0] == slot).all()
+
+
+def lowered(
+    num_tokens: int, features: int, width: int, *ranks: int, slots: int = 8, dtype: str = "bfloat16"
+) -> str:
+    """The gradients' module for Hopper: layout inference and the shared-memory check have run."""
+    shape = jax.ShapeDtypeStruct
+
+    def run(y: Any, x: Any, weights: Any, ids: Any) -> Any:
+        def total(x: Any, weights: Any) -> Any:
+            parts = [pk.LoRAPart(a, b, first_slot=i * slots) for i, (a, b) in enumerate(weights)]
+            return pk.add_lora_multi(y, x, parts, ids, implementation="mosaic_gpu")
+
+        out, pull = jax.vjp(total, x, weights)
+        return pull(out)
+
+    weights = [
+        (shape((slots, rank, features), dtype), shape((slots, width, rank), dtype))
+        for rank in ranks
+    ]
+    traced = jax.jit(run).trace(
+        shape((num_tokens, width), dtype),
+        shape((num_tokens, features), dtype),
+        weights,
+        shape((num_tokens,), "int32"),
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_kernels(module: str, *ranks: int) -> None:
+    names = "_".join(f"r{rank}" for rank in ranks)
+    found = set(re.findall(r"lora_(?:narrow|wide|outer)(?:_r\d+)+", module))
+    assert found == {f"lora_{kind}_{names}" for kind in ("narrow", "wide", "outer")}
+    assert "stablehlo.while" not in module and "stablehlo.dot_general" not in module
+
+
+@pytest.mark.parametrize("num_tokens", [64, pytest.param(1, marks=ci), 8192])
+@pytest.mark.parametrize("rank", [8, 16, *(pytest.param(r, marks=ci) for r in (32, 64, 128, 512))])
+def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
+    assert_kernels(lowered(num_tokens, 4096, 4096, rank), rank)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("shape", [(72, 4096), (4096, 72), (14336, 4096), (64, 64)])
+def test_every_size_lowers(shape: tuple[int, int]) -> None:
+    assert_kernels(lowered(300, *shape, 48, dtype="float16"), 48)
+
+
+@pytest.mark.ci
+def test_mixed_ranks_share_launches() -> None:
+    assert_kernels(lowered(1000, 4096, 4096, 8, 16, 32), 8, 16, 32)
+
+
+def test_gradients_lower_with_64_bits_enabled() -> None:
+    call, half = Call("add_lora", "mosaic_gpu", ("sgmv",), compact=2), "bfloat16"
+    shapes = ((70, 64), (70, 64), (3, 16, 64), (3, 64, 16))
+    arrays = [jax.ShapeDtypeStruct(shape, half) for shape in shapes]
+
+    def run(dy: Any, x: Any, a: Any, b: Any, scales: Any, ids: Any) -> Any:
+        return backend.add_lora_grad(call, dy, x, (pk.LoRAPart(a, b, scales),), ids)
+
+    with jax.enable_x64(True):
+        others = jax.ShapeDtypeStruct((3,), "float32"), jax.ShapeDtypeStruct((70,), "int32")
+        traced = jax.jit(run).trace(*arrays, *others)
+        assert_kernels(traced.lower(lowering_platforms=("cuda",)).as_text(), 16)
+
+
+def test_missing_gradient_names_what_a_case_lacks() -> None:
+    missing, half = support.missing_gradient, "bfloat16"
+    assert missing(5, [half, half], x=half, y=half) is None
+    assert missing(0, [half], x=half) == "calls without a token"
+    lack = "gradients of bfloat16 weights beside float32 x"
+    assert missing(5, [half], x="float32", y=half) == lack
+    lack = "gradients of bfloat16 weights beside float16 y"
+    assert missing(5, [half], x=half, y="float16") == lack
+
+
+@pytest.mark.parametrize(
+    "op", [pytest.param("shrink", marks=ci), "expand", pytest.param("expand=", marks=ci)]
+)
+def test_halves_against_float64(op: str, interpreted: None) -> None:
+    z = GradientCase(20, 64, (72,), ((16, 3),), "gaps").arrays()
+    check_half(op, z)
