@@ -87,7 +87,10 @@ def assert_equal(got, want, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1.0, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("devices, phase, lead", [(1, "decode", (8,)), (4, "prefill", (8, 3))])
+@pytest.mark.parametrize(
+    "devices, phase, lead",
+    [(1, "decode", (8,)), pytest.param(4, "prefill", (8, 3), marks=pytest.mark.ci)],
+)
 def test_tokens_over_an_explicit_mesh(devices, phase, lead):
     """`jax.make_mesh`'s default, each device with its part of the batch."""
     want = value_and_grads(dense(), tokens(*lead), batch(phase=phase))
