@@ -14,7 +14,9 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from jax_lora.sharding import by_shard, resharded
 from pallas_kernels.ranks import check_buckets, check_phase
 from pallas_kernels.renamed import removed_keywords
 from pallas_kernels.routing import Segments, make_segments, static
@@ -271,38 +273,48 @@ class AdapterBatch:
             )
         return first_ids(self.ranges)
 
-    def sorted_for(self, lead: tuple[int, ...]) -> "AdapterBatch":
+    def sorted_for(
+        self, lead: tuple[int, ...], sharding: NamedSharding | None = None
+    ) -> "AdapterBatch":
         """The same batch, its tokens sorted for an `x` of shape `[*lead, H]`, also in the loops
         that this trace is about to begin: else each would sort them in each turn.
 
         Raises:
           ValueError: the rows do not spread over `lead`.
         """
+        return self.with_segments(lead, self.segments(lead, sharding), sharding)
+
+    def with_segments(
+        self, lead: tuple[int, ...], segments: Segments, sharding: NamedSharding | None = None
+    ) -> "AdapterBatch":
+        """The same batch, with what `segments(lead, sharding)` is to return."""
         batch = object.__new__(type(self))
         batch.__dict__.update(self.__dict__)
-        batch._segments = [(None, (lead, jax.tree.structure(self)), self.segments(lead))]
+        batch._segments = [(None, (lead, sharding, jax.tree.structure(self)), segments)]
         return batch
 
-    def segments(self, lead: tuple[int, ...]) -> Segments:
+    def segments(self, lead: tuple[int, ...], sharding: NamedSharding | None = None) -> Segments:
         """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
 
         Sorted once per trace and shared by all layers that ask for the same shape.
+
+        Args:
+          sharding: how tokens `[*lead]` are divided over a mesh, if so. The result is then, shard
+            by shard along the first axis of each array, the `Segments` of the shard's tokens.
 
         Raises:
           ValueError: the rows do not spread over `lead`.
         """
         tree = jax.tree.structure(self)  # an ended lease is an error here too
-        key = (lead, tree)
+        key = (lead, sharding, tree)
         # A sort made inside one trace (a scan's body, say) must not leak into another.
         trace = jax.extend.core.get_opaque_trace_state(convention="nnx")
         self._segments = [known for known in self._segments if known[0] in (None, trace)]
         for _, known_key, segments in self._segments:
             if known_key == key:
                 return segments
-        segments = make_segments(self._spread(lead), self.num_slots)
-        if len(self.ranges) > 1:
-            first = first_ids(self.ranges)
-            segments = segments.split((first[bucket], slots) for bucket, slots in self.ranges)
+        ids = self._spread(lead)
+        segments = self._sorted(ids) if sharding is None else self._sorted_shards(ids, sharding)
         is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
             self.indices, jax.core.Tracer
         )
@@ -315,8 +327,26 @@ class AdapterBatch:
         self._segments.append((trace, key, segments))
         return segments
 
+    def _sorted(self, ids: jax.Array) -> Segments:
+        segments = make_segments(ids.reshape(-1), self.num_slots)
+        if len(self.ranges) > 1:
+            first = first_ids(self.ranges)
+            segments = segments.split((first[bucket], slots) for bucket, slots in self.ranges)
+        return segments
+
+    def _sorted_shards(self, ids: jax.Array, sharding: NamedSharding) -> Segments:
+        """The segments of each shard's tokens, behind each other."""
+        shards = jax.shard_map(
+            self._sorted,
+            mesh=sharding.mesh,
+            in_specs=sharding.spec,
+            out_specs=by_shard(sharding),
+            check_vma=False,  # integers, which nobody differentiates
+        )
+        return shards(resharded(ids, sharding))
+
     def _spread(self, lead: tuple[int, ...]) -> jax.Array:
-        """The id of each token."""
+        """The id of each token, `[*lead]`."""
         rows = jnp.asarray(self.indices)
         num_tokens, num_rows = math.prod(lead), rows.shape[0]
         if self.lengths is None:
@@ -325,8 +355,8 @@ class AdapterBatch:
                     f"a batch of {num_rows} rows takes x of [{num_rows}, ..., features], got "
                     f"[{', '.join(map(str, lead))}, features]; for flat tokens give lengths"
                 )
-            each = num_tokens // max(num_rows, 1)
-            return jnp.broadcast_to(rows[:, None], (num_rows, each)).reshape(-1)
+            shape = (num_rows, *[1] * (len(lead) - 1)) if lead else ()
+            return jnp.broadcast_to(rows.reshape(shape), lead)
         if len(lead) != 1:
             raise ValueError(
                 "a batch with lengths takes flat x of [T, features], got "

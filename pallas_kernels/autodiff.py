@@ -9,10 +9,9 @@ from jaxtyping import Array
 
 from pallas_kernels import derivatives
 from pallas_kernels.call import Call
-from pallas_kernels.dispatch import compiled
-from pallas_kernels.routing import TokenIds, ids_of
+from pallas_kernels.dispatch import compiled, varying
+from pallas_kernels.routing import TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
-from pallas_kernels.xla import varying
 
 Parts = tuple[LoRAPart, ...]
 Ys = tuple[Array, ...]
@@ -167,6 +166,6 @@ def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) ->
 def lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
     """`Backend.lora_delta`, with its gradient."""
     # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
-    x, parts = varying((x, parts), x, ids_of(token_ids), *jax.tree.leaves(parts))
+    x, parts = varying((x, parts), (x, parts, token_ids))
     out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, token_ids)))
     return out

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 from jax.custom_batching import sequential_vmap
+from jaxtyping import Array
 
 from pallas_kernels import loop, xla
 from pallas_kernels.call import Backend, Call
@@ -127,6 +128,30 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
 _MAX_DECODE_TOKENS = 256
 
 
+def _varies(operands: object) -> set[str]:
+    """The axes of a mesh over which they vary, inside of a `jax.shard_map` that checks."""
+    leaves = jax.tree.leaves(operands)
+    return {axis for leaf in leaves for axis in jax.typeof(leaf).manual_axis_type.varying}
+
+
+def varying[T](results: T, operands: object) -> T:
+    """`results`, which vary as the operands do: JAX does not see that of what a kernel makes."""
+    axes = _varies(operands)
+    return jax.tree.map(
+        lambda t: jax.lax.pcast(t, tuple(sorted(axes - _varies(t))), to="varying"), results
+    )
+
+
+def check_may_write(call: Call, *operands: Array) -> None:
+    """NotImplementedError for a kernel that writes in place where `jax.shard_map` checks what
+    varies over the mesh: JAX has no types for such references."""
+    if _varies(operands) and call.implementation in ("auto", "mosaic_gpu"):
+        raise NotImplementedError(
+            f"{call.op} writes its result in place, which jax.shard_map supports with "
+            "check_vma=False alone; use lora_delta, which works with its check too"
+        )
+
+
 def phase_of(num_tokens: int) -> str:
     """The phase of a call that names none."""
     return "decode" if num_tokens <= _MAX_DECODE_TOKENS else "prefill"
@@ -150,7 +175,7 @@ def compiled(operation: Operation, call: Call) -> Callable[..., Any]:
     kernels = () if call.implementation == "loop" else tuple(dict.fromkeys(call.kernels))
 
     def named(*args: Any) -> Any:
-        return run(*args)
+        return varying(run(*args), args)
 
     named.__name__ = "_".join((*kernels, operation, call.implementation))
     # A kernel launch has no batching rule of its own: under vmap it runs once per element.

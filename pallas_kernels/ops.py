@@ -12,6 +12,7 @@ from pallas_kernels import autodiff, checks
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
+    check_may_write,
     choose,
     compiled,
     phase_of,
@@ -65,6 +66,8 @@ def _shrink_op(
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
+    if v is not None:
+        check_may_write(call, v, x, lora_a)
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
 
 
@@ -102,7 +105,10 @@ def _expand_op(
     implementation, config = choose(how.implementation, how.config, missing)
     op = f"{kernel}_expand"
     call = Call(op, implementation, (kernel,), y_offset, bool(add_inputs), config=config)
-    return y if v.shape[0] == 0 else autodiff.expand(call, v, lora_b, token_ids, y)
+    if v.shape[0] == 0:
+        return y
+    check_may_write(call, v, lora_b, y)
+    return autodiff.expand(call, v, lora_b, token_ids, y)
 
 
 def _need_segments(segments: object) -> Segments:
@@ -433,6 +439,7 @@ def add_lora_multi(
     how = _How(implementation, config)
     checked = _check_parts("add_lora", x, parts, indices, phase, shapes, how)
     if checked.parts and x.shape[0] * sum(checked.call.widths):
+        check_may_write(checked.call, x, *ys)
         ys = autodiff.add_lora(checked.call, ys, x, checked.parts, checked.token_ids)
     return ys if is_tuple else ys[0]
 
@@ -596,7 +603,8 @@ def add_in_step(
 ) -> tuple[Array, ...]:
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
-    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place.
+    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
+    does not work inside `jax.shard_map`.
     """
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
@@ -607,7 +615,7 @@ def add_in_step(
     by_kernels = call.implementation == "auto" and makes_delta_at_once(
         x, checked.parts, call.widths, ys[0].dtype
     )
-    if not by_kernels:
+    if not (by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.token_ids)
     deltas = autodiff.lora_delta(call, x, checked.parts, checked.token_ids)
     return tuple(

@@ -104,7 +104,8 @@ class Segments:
         per_group = -(-self.group_sizes // block)
         ends = jnp.cumsum(per_group)
         tile = jnp.arange(self.num_tokens // block + groups, dtype=jnp.int32)
-        group = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+        # Counted: jnp.searchsorted fails in a shard_map over some of a mesh's axes (JAX 0.11.2).
+        group = _count(ends[None] <= tile[:, None])
         live = group < groups
         group = jnp.minimum(group, groups - 1)
         nth = tile - (ends - per_group)[group]

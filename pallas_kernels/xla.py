@@ -193,7 +193,7 @@ def _shrink(
         out = dot("th,rh->tr", take(x, rows), a) * _scale_of(scale, adapter)
         return v.at[rows].set(out, mode="drop")
 
-    v = jnp.zeros((x.shape[0], lora_a.shape[1]), jnp.float32)
+    v = _zeros((x.shape[0], lora_a.shape[1]), x, lora_a, segments.indices, scale)
     return _over_tiles(segments, _block(segments), tile, v)
 
 
@@ -270,15 +270,6 @@ def _zeros(shape: tuple[int, ...], *operands: Array) -> Float[Array, "..."]:
     """Zeros to which results of the operands are added: inside of `jax.shard_map` they vary over
     the same axes of the mesh."""
     return jnp.broadcast_to(_never(*operands).astype(jnp.float32), shape)
-
-
-def varying[T](tree: T, *operands: Array) -> T:
-    """What kernels make of the operands, as something that varies as they do: inside of
-    `jax.shard_map` JAX does not see that of a kernel."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-    never = _never(*operands)
-    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 
 
 def _never(*operands: Array) -> Bool[Array, ""]:

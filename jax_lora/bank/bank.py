@@ -286,7 +286,7 @@ class AdapterBank(Roster):
         layers = list(self._layers.values())
         values = slot_values(name, adapter, bucket, self._sites, layers, is_own=is_own)
         # On the device before anything changes: what follows allocates nothing to speak of.
-        placed = jax.block_until_ready(jax.device_put(values))
+        placed = jax.block_until_ready(self._writers[bucket].place(values))
         modules = frozenset(adapter.modules)
 
         def commit() -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
@@ -87,6 +88,16 @@ def merged(model: nnx.Module, adapter: Adapter, sites: Mapping[str, Site]) -> nn
     return nnx.from_flat_state(state)
 
 
+def _placed(matrix: Array, a: np.ndarray, b: np.ndarray) -> tuple[Array, Array]:
+    """The factors of what is added to `matrix`, sharded as it is."""
+    if not isinstance(matrix.sharding, NamedSharding):
+        return jnp.asarray(a), jnp.asarray(b)
+    mesh, spec = matrix.sharding.mesh, matrix.sharding.spec
+    rows, columns = (*spec, None, None)[:2]
+    of_a, of_b = PartitionSpec(rows, None), PartitionSpec(None, columns)
+    return jax.device_put((a, b), (NamedSharding(mesh, of_a), NamedSharding(mesh, of_b)))
+
+
 def _merged_kernel(
     layer: LoRALayer, index: tuple[int, ...], adapted: list[tuple[Site, LoRAWeights]]
 ) -> Array:
@@ -95,7 +106,9 @@ def _merged_kernel(
         return layer.kernel[index]
     matrix = layer.kernel_matrix(index).astype(jnp.float32)
     for site, weights in adapted:
-        a, b = (jnp.asarray(t).astype(jnp.float32) for t in (weights.a, weights.b))
-        delta = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
-        matrix = matrix.at[:, site.columns].add(delta * weights.scale)
+        wide = np.zeros((weights.rank, matrix.shape[1]), np.float32)
+        wide[:, site.columns] = weights.b.T
+        a, b = _placed(matrix, weights.a.T.astype(np.float32), wide)
+        delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        matrix += delta * jnp.float32(weights.scale)
     return layer.kernel_tensor(matrix).astype(layer.kernel.dtype)

@@ -36,6 +36,8 @@ class StackOwner:
         if not self._layers:
             raise ValueError("the model has no LoRA layers; call jax_lora.apply_lora(model) first")
         self._slots = common_slots(self._layers)
+        for layer in self._layers.values():
+            layer.place()  # the model may have moved to a mesh since it has stacks
         self.state = nnx.from_flat_state(
             [
                 ((*path, name), value)

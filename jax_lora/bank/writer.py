@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, LoRAWeights
@@ -42,10 +43,25 @@ class SlotWriter:
             _Held(layer.scales, [variable for s in some for variable in s.variables])
             for layer, some in zip(layers, of_layers)
         ]
-        self.program = _compile(self._arrays(), of_layers)
+        self._of_layers = of_layers
+        self._programs: list[_Program] = []
+        self._program(self._arrays())
 
     def _arrays(self) -> _Arrays:
         return [held.arrays for held in self._held]
+
+    def _program(self, arrays: _Arrays) -> "_Program":
+        """The one for where the stacks are. A step may have moved them, to a mesh or to another
+        device, and writes them back there: the first load after that compiles."""
+        for program in self._programs:
+            if program.fits(arrays):
+                return program
+        self._programs.append(_compile(arrays, self._of_layers))
+        return self._programs[-1]
+
+    def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
+        """`values` on the devices of the stacks, each with its shard."""
+        return self._program(self._arrays()).place(values)
 
     def write(self, slot: int, values: list[SlotOfLayer]) -> None:
         """Writes `values`, which are on the device. The arrays that were there are donated.
@@ -55,8 +71,10 @@ class SlotWriter:
           Exception: the device failed before that: all is as it was.
         """
         arrays = self._arrays()
+        program = self._program(arrays)
+        values = program.place(values)
         try:
-            updated = self.program(arrays, np.int32(slot), values)
+            updated = program.run(arrays, np.int32(slot), values)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
                 raise RuntimeError(
@@ -71,9 +89,45 @@ class SlotWriter:
                 variable.set_value(new)
 
 
-def _compile(
-    arrays: _Arrays, of_layers: list[list[LoRAStack]]
-) -> Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]:
+class _Program(NamedTuple):
+    """The compiled update of stacks that are where `homes` says; None of what is not committed.
+
+    Attributes:
+      values: where what is written goes, as `homes`.
+    """
+
+    homes: list[Sharding | None]
+    values: list[Sharding | None]
+    run: Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]
+
+    def fits(self, arrays: _Arrays) -> bool:
+        return all(
+            home is there or (home and there and home.is_equivalent_to(there, array.ndim))
+            for home, array in zip(self.homes, jax.tree.leaves(arrays))
+            for there in [_home(array)]
+        )
+
+    def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
+        leaves, tree = jax.tree.flatten(values)
+        return jax.tree.unflatten(tree, jax.device_put(leaves, self.values))
+
+
+def _home(array: Array) -> Sharding | None:
+    """Where an array is committed to be."""
+    return array.sharding if array.committed else None
+
+
+def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
+    """Where one slot of a stack goes, or the scales of one."""
+    home = _home(array)
+    if not isinstance(home, NamedSharding):
+        return home
+    spec = [*home.spec, *[None] * (array.ndim - len(home.spec))]
+    del spec[slots_axis]
+    return NamedSharding(home.mesh, PartitionSpec(*spec))
+
+
+def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
     firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
     def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
@@ -87,16 +141,25 @@ def _compile(
 
     values = [
         (
-            jax.ShapeDtypeStruct((*scales.shape[:-1], *first.shape), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (*scales.shape[:-1], *first.shape), jnp.float32, sharding=_home(scales)
+            ),
             [
-                jax.ShapeDtypeStruct((*stack.shape[:-3], *stack.shape[-2:]), stack.dtype)
+                jax.ShapeDtypeStruct(
+                    (*stack.shape[:-3], *stack.shape[-2:]),
+                    stack.dtype,
+                    sharding=_without_slots(stack, -3),
+                )
                 for stack in stacks
             ],
         )
         for first, (scales, stacks) in zip(firsts, arrays)
     ]
-    write = jax.jit(write_slot, donate_argnums=0)
-    return write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
+    # Stacks stay where they are, also where XLA would rather have them elsewhere.
+    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(_home, arrays))
+    run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
+    homes = [_home(array) for array in jax.tree.leaves(arrays)]
+    return _Program(homes, [value.sharding for value in jax.tree.leaves(values)], run)
 
 
 def slot_values(

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.nn.layer import LoRALayer
+from jax_lora.sharding import Label, Labels
 
 
 def _einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
@@ -36,6 +37,20 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
         size = dict(zip(kernel, self.kernel_shape))
         return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
+
+    def labels(self, x_ndim: int) -> Labels:
+        operands, _, out = (self.einsum_str or "").partition("->")
+        lhs, _, kernel = operands.partition(",")
+        dots = tuple(range(x_ndim - len(lhs.replace("...", ""))))
+
+        def each(labels: str) -> tuple[Label, ...]:
+            before, found, behind = labels.partition("...")
+            return (*before, *(dots if found else ()), *behind)
+
+        return Labels(each(lhs), each(kernel), each(out))
+
+    def resize(self) -> None:
+        self.kernel_shape = self.kernel.shape
 
     def x_matrix(self, x: Array) -> Array:
         _, _, lead, summed, _ = _einsum_labels(self.einsum_str)

@@ -1,12 +1,16 @@
 """What the LoRA layers share."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
     LoRAScale,
@@ -19,8 +23,10 @@ from jax_lora.nn.stacks import (
     stack_shapes,
 )
 from jax_lora.process import check_process
+from jax_lora.sharding import Labels, Shards, by_shard, placement_of, resharded, shards_of
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
+from pallas_kernels.routing import Segments
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -29,17 +35,26 @@ class LoRALayer(nnx.Module):
 
     A subclass says how its `x` and `y` read as `[T, H]` and `[T, N]` matrices.
 
+    On a mesh of devices it follows its kernel. Where that is divided over columns, so are B and the
+    output. Where it is divided over rows, so are A and the input, and the sum over the devices
+    that the base layer needs has the adapters in it. Weights that are divided over the mesh's axis
+    of the tokens are gathered for each call. The types of explicit axes say how x is divided;
+    automatic axes over which no weights are divided are left to XLA.
+
     Like layers may be stacked for a scan: one module, as `nnx.vmap` makes it, whose arrays have
     axes of layers in front. `scan_layers` runs it.
 
     Attributes:
+      placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
     """
 
     guard: Guard | None
+    placement: NamedSharding | None
     in_place: nnx.List[InPlace]
     kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
     stacks: nnx.List[LoRAStack]
     scales: LoRAScale
     slices: tuple[int, ...]
@@ -69,6 +84,15 @@ class LoRALayer(nnx.Module):
         """The axes of layers that are stacked; () for a layer alone."""
         return tuple(self.scales.get_value().shape[:-1])
 
+    def labels(self, x_ndim: int) -> Labels:
+        """The layer read as an einsum, of an x with so many axes."""
+        lead = tuple(range(x_ndim - 1))
+        return Labels((*lead, "h"), ("h", "n"), (*lead, "n"))
+
+    def resize(self) -> None:
+        """Takes the sizes of what it holds, a shard, for its own."""
+        raise NotImplementedError
+
     def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
         return self.kernel[index].reshape(self.features())
@@ -90,9 +114,35 @@ class LoRALayer(nnx.Module):
         slices = (self.features()[1],) if slices is None else tuple(slices)
         shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
-        self.slices, self.guard = slices, None
-        self.stacks = nnx.List(LoRAStack(shape, dtype, lead) for shape in shapes)
+        self.slices, self.guard, self.placement = slices, None, None
+        shards = placement_of(self, len(lead))
+        self.stacks = nnx.List([])
+        for shape in shapes:
+            self.stacks.append(LoRAStack(shape, dtype, lead))
+            self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
+        self._place(shards, self)
+
+    def place(self) -> None:
+        """Moves the stacks to where the kernel is, each device's shards to that device.
+
+        Raises:
+          ValueError: features do not divide over the mesh.
+        """
+        shards = placement_of(self, len(self.lead))
+        for holder in (*self.stacks, self):
+            self._place(shards, holder)
+
+    def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
+        if shards is None:
+            return
+        self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
+        for name in ("lora_a", "lora_b", "scales"):
+            if (variable := getattr(holder, name, None)) is not None:
+                spec = shards.of_variable(name, variable.ndim)
+                sharding = NamedSharding(shards.mesh, spec)
+                variable.set_value(jax.device_put(variable.get_value(), sharding))
+                variable.set_metadata(out_sharding=tuple(spec))
 
     def parts(self, batch: AdapterBatch) -> list[LoRAPart]:
         """What the stacks add to the output."""
@@ -122,7 +172,8 @@ class LoRALayer(nnx.Module):
 
         Raises:
           TypeError: `adapters` is no AdapterBatch.
-          ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x.
+          ValueError: it is of another bank, or does not fit the layer's buckets or the rows of x;
+            on a mesh, the layer would gather x, or its features do not divide over the devices.
         """
         if self.lead:
             raise ValueError(
@@ -130,9 +181,49 @@ class LoRALayer(nnx.Module):
                 "them by jax_lora.scan_layers, nnx.scan or nnx.vmap"
             )
         adapters = batch_for(self, adapters)
+        if adapters is not None and (shards := shards_of(self, jnp.asarray(x))):
+            y = self._on_shards(shards, jnp.asarray(x), adapters)
+            return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
         base = cast(Any, super())
         y = base.__call__(x, out_sharding=out_sharding)
         return y if adapters is None else self._add_lora(y, x, adapters)
+
+    def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
+        """The call, in which each device runs the layer that its own shards make up."""
+        graphdef, state = nnx.split(self)
+        paths, variables = zip(*nnx.to_flat_state(state))
+        specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
+        of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
+        tokens, labels = shards.tokens, shards.labels
+        lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
+        segments = adapters.segments(lead, tokens)
+
+        def local(arrays: list[Array], x: Array, segments: Segments) -> Array:
+            arrays, x, segments = shards.varying((arrays, x, segments))
+            own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
+            layer = nnx.merge(graphdef, nnx.from_flat_state(own))
+            layer.resize()
+            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
+                is_first = jax.lax.axis_index(shards.inputs) == 0
+                bias = layer.bias.get_value()
+                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
+            lead = layer.x_matrix(x).shape[:-1]
+            y: Array = layer(x, adapters.with_segments(lead, segments))
+            return jax.lax.psum(y, shards.inputs) if shards.inputs else y
+
+        arrays = [v.get_value() for v in variables]
+        mapped = jax.shard_map(
+            local,
+            mesh=shards.mesh,
+            in_specs=(specs, of_x, by_shard(tokens)),
+            out_specs=of_y,
+            axis_names=shards.manual,
+        )
+        return jax.jit(mapped)(
+            [resharded(t, NamedSharding(shards.mesh, spec)) for t, spec in zip(arrays, specs)],
+            resharded(x, NamedSharding(shards.mesh, of_x)),
+            segments,
+        )
 
     def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
@@ -147,6 +238,12 @@ class LoRALayer(nnx.Module):
             phase=adapters.phase,
         )
         return self.y_tensor(out.reshape(y_matrix.shape), y)
+
+
+def _name(path: ModulePath) -> Hashable:
+    """What a variable of a layer holds; see `LoRAStack.in_place`."""
+    is_of_stacks = path[0] == "stacks" and "in_place" in path
+    return ("lora_a", "lora_b")[path[-1] == 1] if is_of_stacks else path[-1]
 
 
 def batch_for(layer: Any, adapters: Any) -> AdapterBatch | None:

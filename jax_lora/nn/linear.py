@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike
 
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import FLAT_IS_GONE, Slots
+from jax_lora.sharding import Labels
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
@@ -56,6 +57,9 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
     def features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
+    def resize(self) -> None:
+        self.in_features, self.out_features = self.kernel.shape
+
     def x_matrix(self, x: Array) -> Array:
         return x
 
@@ -70,6 +74,18 @@ class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
         if self.batch_axis:
             raise ValueError(f"LoRA does not cover batch_axis, got {dict(self.batch_axis)}")
         return math.prod(self.in_features), math.prod(self.out_features)
+
+    def labels(self, x_ndim: int) -> Labels:
+        summed = [f"h{n}" for n in range(len(self.in_features))]
+        kept = tuple(f"n{n}" for n in range(len(self.out_features)))
+        of_axis = dict(zip((axis % x_ndim for axis in self.axis), summed))
+        x = tuple(of_axis.get(axis, axis) for axis in range(x_ndim))
+        lead = tuple(axis for axis in range(x_ndim) if axis not in of_axis)
+        return Labels(x, (*summed, *kept), (*lead, *kept))
+
+    def resize(self) -> None:
+        count = len(self.in_features)
+        self.in_features, self.out_features = self.kernel.shape[:count], self.kernel.shape[count:]
 
     def x_matrix(self, x: Array) -> Array:
         axes = tuple(sorted(axis % x.ndim for axis in self.axis))  # as LinearGeneral does

@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.batch import current, use
 from jax_lora.nn.linear import LoRADense
+from jax_lora.sharding import shards_of
 from pallas_kernels.ops import add_in_step
 
 
@@ -41,6 +43,9 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         batch is None
         or batch.phase == "prefill"
         or not any(isinstance(layer, LoRADense) for layer in layers)
+        or any(
+            isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers
+        )
     ):
         return tuple(layer(x) for layer in layers)
     with use(None):

@@ -12,6 +12,7 @@ from jax_lora.batch import AdapterBatch, current, use
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import InPlace, LoRAStack
+from jax_lora.sharding import tokens_of
 
 
 def scan_layers[M: nnx.Module, C, X, Y](
@@ -114,5 +115,5 @@ def _sorted_before(batch: AdapterBatch | None, carry: object) -> AdapterBatch | 
     arrays = jax.tree.leaves(carry)
     if batch is not None and arrays and jnp.ndim(arrays[0]) > 1:
         with contextlib.suppress(ValueError):  # it is no x of the batch; a layer may have another
-            return batch.sorted_for(jnp.shape(arrays[0])[:-1])
+            return batch.sorted_for(jnp.shape(arrays[0])[:-1], tokens_of(arrays[0]))
     return batch

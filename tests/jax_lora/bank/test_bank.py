@@ -1089,21 +1089,21 @@ def test_a_load_that_the_device_fails(pair, monkeypatch):
     old = make_adapter(1, 5)
     bank.load("a", old)
     writer = bank._writers[8]
-    write = writer.program
+    [program] = writer._programs
 
     def fail_before(*arguments):
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
     def fail_after(*arguments):
-        write(*arguments)
+        program.run(*arguments)
         raise RuntimeError("device is gone")
 
-    monkeypatch.setattr(writer, "program", fail_before)
+    monkeypatch.setattr(writer, "_programs", [program._replace(run=fail_before)])
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         bank.load("b", make_adapter(2, 5))
     assert bank.names == ("a",)
     check_rows(model, bank, ["a"], [old])
-    monkeypatch.setattr(writer, "program", fail_after)
+    monkeypatch.setattr(writer, "_programs", [program._replace(run=fail_after)])
     with pytest.raises(RuntimeError, match="the stacks of bucket 8 are lost"):
         bank.load("b", make_adapter(2, 5))
     assert bank.names == ("a",)

@@ -1,0 +1,303 @@
+"""LoRA layers on a mesh of devices: each device runs the layer on its own shard."""
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AnyMesh = Mesh | AbstractMesh
+Label = Hashable
+MeshAxes = tuple[str, ...]
+
+
+class Labels(NamedTuple):
+    """A layer read as an einsum, `x, kernel -> y`: a name for each axis of the three arrays."""
+
+    x: tuple[Label, ...]
+    kernel: tuple[Label, ...]
+    y: tuple[Label, ...]
+
+    @property
+    def lead(self) -> tuple[Label, ...]:
+        """The axes that tokens are made of."""
+        return tuple(label for label in self.x if label not in self.kernel)
+
+    @property
+    def summed(self) -> tuple[Label, ...]:
+        """The axes that together are H, in the kernel's order."""
+        return tuple(label for label in self.kernel if label in self.x)
+
+    @property
+    def kept(self) -> tuple[Label, ...]:
+        """The axes that together are N."""
+        return tuple(label for label in self.kernel if label not in self.x)
+
+
+_ANY_NDIM = 16  # of an x: the labels of a kernel don't depend on it
+
+
+class Placed(Protocol):
+    """What this module needs of a LoRA layer."""
+
+    kernel: nnx.Param[Array]
+    slices: tuple[int, ...]
+    placement: NamedSharding | None
+
+    @property
+    def lead(self) -> tuple[int, ...]: ...
+
+    def labels(self, x_ndim: int) -> Labels: ...
+
+
+class Shards(NamedTuple):
+    """How a call of a layer is divided over a mesh.
+
+    Attributes:
+      axes: of the mesh, over which each label's axis is divided.
+      manual: all axes of the mesh that the layer divides its work over by itself.
+    """
+
+    mesh: AnyMesh
+    labels: Labels
+    axes: Mapping[Label, MeshAxes]
+    manual: frozenset[str]
+
+    def spec(self, labels: Iterable[Label]) -> PartitionSpec:
+        return PartitionSpec(*(self.axes.get(label, ()) or None for label in labels))
+
+    def _along(self, labels: Sequence[Label]) -> MeshAxes:
+        return tuple(axis for label in labels for axis in self.axes.get(label, ()))
+
+    @property
+    def inputs(self) -> MeshAxes:
+        """Over which H is divided."""
+        return self._along(self.labels.summed)
+
+    @property
+    def outputs(self) -> MeshAxes:
+        """Over which N is divided."""
+        return self._along(self.labels.kept)
+
+    @property
+    def tokens(self) -> NamedSharding | None:
+        """Of the ids of the tokens, `[*lead]`; None where they are not divided."""
+        return _divided(self.mesh, [self.axes.get(label, ()) for label in self.labels.lead])
+
+    def varying[T](self, tree: T) -> T:
+        """`tree` inside of the `shard_map`, each array different on each shard.
+
+        The gradient of what several devices share is so the sum of theirs.
+        """
+        used = {axis for axes in self.axes.values() for axis in axes}
+
+        def one(leaf: Array) -> Array:
+            missing = tuple(sorted(used - jax.typeof(leaf).manual_axis_type.varying))
+            return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+        return jax.tree.map(one, tree)
+
+    def of_variable(self, name: Hashable, ndim: int) -> PartitionSpec:
+        """Of a variable of the layer, by its name; of stacked layers, axes in front are whole."""
+        ends: dict[Hashable, tuple[MeshAxes | None, ...]] = {
+            "lora_a": (None, None, self.inputs or None),
+            "lora_b": (None, self.outputs or None, None),
+            "kernel": tuple(self.spec(self.labels.kernel)),
+            "bias": tuple(self.spec(x for x in self.labels.y if x in self.labels.kernel)),
+        }
+        end = ends.get(name, ())
+        return PartitionSpec(*[None] * (ndim - len(end)), *end)
+
+
+def shards_of(layer: Placed, x: Array) -> Shards | None:
+    """How a call is divided; None where it isn't, or where the caller's `shard_map` did that.
+
+    Raises:
+      ValueError: x is sharded over features, and the kernel is not: all of x would be gathered.
+        Features do not divide over the mesh.
+    """
+    mesh = _mesh(layer, x)
+    if mesh is None:
+        return None
+    labels = layer.labels(x.ndim)
+    of_x = dict(zip(labels.x, _explicit(x)))
+    tokens = {label: of_x[label] for label in labels.lead if of_x.get(label)}
+    taken = {axis for axes in tokens.values() for axis in axes}
+    # What tokens are divided over, weights are gathered from: fully sharded data parallelism.
+    weights = {
+        label: tuple(axis for axis in axes if axis in mesh.axis_names and axis not in taken)
+        for label, axes in zip(labels.kernel, _kernel_axes(layer))
+    }
+    axes = tokens | weights
+    explicit = _explicit_axes(mesh)
+    used = {axis for some in axes.values() for axis in some}
+    if not (explicit or used):
+        return None
+    alone = {axis for axis, size in mesh.shape.items() if size == 1}
+    shards = Shards(mesh, labels, axes, frozenset(explicit | used | alone))
+    _check(layer, shards, x, of_x)
+    return shards
+
+
+def _mesh(layer: Placed, x: Array) -> AnyMesh | None:
+    """The mesh of the operands, of the context, or of the layer; None in a `shard_map`."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        return None
+    meshes = list(map(_mesh_of, (x, layer.kernel.get_value())))
+    meshes.append(context)
+    if layer.placement is not None:
+        meshes.append(layer.placement.mesh)
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
+def _mesh_of(array: Array) -> AnyMesh:
+    """With its devices, if they are known; it is empty where `array` is on no mesh."""
+    known = _sharding_of(array)
+    return jax.typeof(array).sharding.mesh if known is None else known.mesh
+
+
+def _sharding_of(array: Array) -> NamedSharding | None:
+    """Where an array is; None of a tracer, or where it is on no mesh."""
+    if isinstance(array, jax.core.Tracer):
+        return None
+    sharding = getattr(array, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _divided(mesh: AnyMesh, axes: Sequence[MeshAxes]) -> NamedSharding | None:
+    return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes))) if any(axes) else None
+
+
+def tokens_of(x: Array) -> NamedSharding | None:
+    """How the tokens of an x `[*lead, H]` are divided, as far as types say so."""
+    return _divided(_mesh_of(x), _explicit(x)[:-1])
+
+
+def by_shard(tokens: NamedSharding | None) -> PartitionSpec:
+    """Of arrays that hold something of each shard of the tokens, along their first axis."""
+    if tokens is None:
+        return PartitionSpec()
+    return PartitionSpec(tuple(axis for entry in tokens.spec for axis in _names(entry)))
+
+
+def resharded(value: Array, sharding: NamedSharding) -> Array:
+    """`value` as a `shard_map` wants it: the types of explicit axes must be what it says."""
+    explicit = _explicit_axes(sharding.mesh)
+    if not explicit:
+        return value
+    entries = (tuple(a for a in _names(entry) if a in explicit) for entry in sharding.spec)
+    spec = PartitionSpec(*(axes or None for axes in entries))
+    return jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
+
+
+def _explicit_axes(mesh: AnyMesh) -> set[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {axis for axis, kind in kinds if kind == AxisType.Explicit}
+
+
+def _names(entry: object) -> MeshAxes:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(map(str, entry))  # type: ignore[call-overload]
+
+
+def _explicit(array: Array) -> list[MeshAxes]:
+    """The axes of the mesh that the type of `array` has, of each of its axes."""
+    return list(map(_names, jax.typeof(array).sharding.spec))
+
+
+def _kernel_axes(layer: Placed) -> list[MeshAxes]:
+    """Of each axis of the kernel of one layer."""
+    own = _explicit(layer.kernel.get_value())[len(layer.lead) :]
+    if any(own):
+        return own
+    spec = _annotated(layer.kernel) if layer.placement is None else layer.placement.spec
+    return _per_axis(spec, len(own))
+
+
+def _whole(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
+
+
+def _per_axis(spec: PartitionSpec, ndim: int) -> list[MeshAxes]:
+    """Of each of the last axes. Those in front are of stacked layers, and may lack."""
+    return list(map(_names, _whole(spec, ndim)))[-ndim:]
+
+
+def _annotated(kernel: nnx.Variable[Array]) -> PartitionSpec:
+    """What Flax's metadata say, by the axes of the mesh."""
+    if not kernel.has_metadata("out_sharding") or not kernel.out_sharding:
+        return PartitionSpec()
+    spec = nnx.get_partition_spec(kernel).get_value()
+    return spec.spec if isinstance(spec, NamedSharding) else PartitionSpec(*spec)
+
+
+def placement_of(layer: Placed, lead: int) -> Shards | None:
+    """How the kernel of one layer is divided, and its stacks are to be; None where no mesh is.
+
+    Raises:
+      ValueError: features do not divide over the mesh.
+    """
+    kernel = layer.kernel.get_value()
+    mesh, spec = _mesh_of(kernel), _annotated(layer.kernel)
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    elif (known := _sharding_of(kernel)) is not None:
+        spec = _whole(known.spec, kernel.ndim)
+    elif any(_explicit(kernel)):
+        spec = jax.typeof(kernel).sharding.spec
+    if mesh.empty or mesh.manual_axes:
+        return None
+    shape = jnp.shape(kernel)[lead:]
+    labels = layer.labels(_ANY_NDIM)
+    on_mesh = [
+        tuple(axis for axis in axes if axis in mesh.axis_names)
+        for axes in _per_axis(spec, len(shape))
+    ]
+    shards = Shards(mesh, labels, dict(zip(labels.kernel, on_mesh)), frozenset())
+    check_divisible(type(layer).__name__, shards, dict(zip(labels.kernel, shape)))
+    return shards
+
+
+def _check(layer: Placed, shards: Shards, x: Array, of_x: Mapping[Label, MeshAxes]) -> None:
+    name, sizes = type(layer).__name__, shards.mesh.shape
+    for label in shards.labels.summed:
+        given, wanted = of_x.get(label, ()), shards.axes.get(label, ())
+        if given != wanted and math.prod(sizes[axis] for axis in given) > 1:
+            raise ValueError(
+                f"{name} gets x {list(x.shape)} with features over {given} of the mesh, but its "
+                f"kernel has them over {wanted or 'none'}, so all of x would be gathered; shard "
+                "the kernel likewise, or give jax.sharding.reshard(x, "
+                f"{shards.spec(shards.labels.x)})"
+            )
+    kernel = layer.kernel.get_value().shape[len(layer.lead) :]
+    check_divisible(name, shards, dict(zip(shards.labels.kernel, kernel)))
+    if len(layer.slices) > 1 and math.prod(sizes[axis] for axis in shards.outputs) > 1:
+        raise ValueError(
+            f"{name} has slices {layer.slices}, whose columns can't be divided over "
+            f"{shards.outputs} of the mesh; make a layer of each"
+        )
+
+
+def check_divisible(name: str, shards: Shards, sizes: Mapping[Label, int]) -> None:
+    """ValueError where features do not divide over the mesh, or are divided in their midst."""
+    for what, labels in (("input", shards.labels.summed), ("output", shards.labels.kept)):
+        for nth, label in enumerate(labels):
+            axes = shards.axes.get(label, ())
+            devices = math.prod(shards.mesh.shape[axis] for axis in axes)
+            if sizes[label] % devices:
+                raise ValueError(
+                    f"{name}: {sizes[label]} {what} features do not divide over the {devices} "
+                    f"devices of mesh axes {axes}"
+                )
+            before = math.prod(sizes[other] for other in labels[:nth])
+            if devices > 1 and before > 1:
+                raise ValueError(
+                    f"{name}: its {what} features are {[sizes[x] for x in labels]}, of which "
+                    f"mesh axes {axes} divide the {sizes[label]}; divide the first of them"
+                )

@@ -1,0 +1,538 @@
+"""LoRA layers on a mesh: four devices compute what one does."""
+
+import collections
+import contextlib
+import re
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import Mlp, expected, make_adapter, make_bank
+from tiny import tokens as tiny_tokens
+
+import jax_lora
+import pallas_kernels as pk
+from jax_lora import (
+    AdapterBank,
+    AdapterBatch,
+    LoRAConfig,
+    LoRADense,
+    LoRAScale,
+    apply_lora,
+    llama,
+    load_peft,
+)
+from pallas_kernels import routing
+
+SLOTS = {8: 3, 16: 2}
+ROWS = [0, 3, -1, 4, 2, 2, 1, 0]
+
+
+def mesh_of(kind=AxisType.Explicit, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def fill(layer, seed=0):
+    """Numbers in all stacks, as if adapters were loaded."""
+    rng = np.random.default_rng(seed)
+    for variable in jax.tree.leaves(
+        nnx.state(layer, nnx.LoRAParam), is_leaf=lambda v: isinstance(v, nnx.Variable)
+    ):
+        put(variable, rng.normal(size=variable.shape))
+    put(layer.scales, rng.uniform(0.5, 2, layer.scales.shape))
+    return layer
+
+
+def put(variable, new):
+    """Where the old value is, and as little committed to it."""
+    old = variable.get_value()
+    placed = jax.device_put(new, old.sharding) if old.committed else jnp.asarray(new)
+    variable.set_value(placed.astype(old.dtype))
+
+
+def batch(rows=ROWS, phase="decode"):
+    return AdapterBatch(np.array(rows, np.int32), ranges=tuple(SLOTS.items()), phase=phase)
+
+
+def dense(inputs=32, outputs=24, **how):
+    how = {"slots": SLOTS, "buckets": tuple(SLOTS), "rngs": nnx.Rngs(0), **how}
+    return fill(LoRADense(inputs, outputs, **how))
+
+
+def tokens(*lead, inputs=32, dtype=np.float32):
+    return np.random.default_rng(1).normal(size=(*lead, inputs)).astype(dtype)
+
+
+@nnx.jit
+def value_and_grads(layer, x, adapters):
+    """The output, and the gradients in the stacks and in x."""
+
+    def loss(layer, x):
+        y = layer(x, adapters)
+        return jnp.sum(jnp.square(y)), y
+
+    argnums = (nnx.DiffState(0, nnx.LoRAParam), 1)
+    grads, y = nnx.grad(loss, argnums=argnums, has_aux=True)(layer, x)
+    return y, grads
+
+
+def assert_equal(got, want, rtol=1e-5):
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    for a, b in (map(np.asarray, pair) for pair in pairs):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    "devices, phase, lead",
+    [(1, "decode", (8,)), pytest.param(4, "prefill", (8, 3), marks=pytest.mark.ci)],
+)
+def test_tokens_over_an_explicit_mesh(devices, phase, lead):
+    """`jax.make_mesh`'s default, each device with its part of the batch."""
+    want = value_and_grads(dense(), tokens(*lead), batch(phase=phase))
+    mesh = mesh_of(dp=devices)
+    x = jax.device_put(tokens(*lead), NamedSharding(mesh, P("dp")))
+    assert_equal(dense()(x, batch(phase=phase)), want[0])
+    got = value_and_grads(dense(), x, batch(phase=phase))
+    assert jax.typeof(got[0]).sharding.spec == P("dp", *[None] * len(lead))
+    assert_equal(got, want)
+    with jax.set_mesh(mesh):
+        assert_equal(value_and_grads(dense(), x, batch(phase=phase)), want)
+
+
+COLUMN, ROW = P(None, "tp"), P("tp", None)
+
+
+def divided(mesh, spec, how, **options):
+    """A layer whose kernel is divided over the mesh: by a sharding, or by Flax's metadata."""
+    if how == "metadata":
+        with jax.set_mesh(mesh):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), tuple(spec))
+            return dense(kernel_init=init, **options)
+    layer = nnx.Linear(32, 24, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jax.device_put(layer.kernel.get_value(), NamedSharding(mesh, spec)))
+    apply_lora(layer, slots=SLOTS, buckets=tuple(SLOTS), **options)
+    return fill(layer)
+
+
+def collectives(fn, *operands):
+    """`{collective: how many}` of the compiled program."""
+    text = fn.lower(*operands).compile().as_text()
+    names = re.findall(
+        r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text
+    )
+    return dict(collections.Counter(names))
+
+
+@nnx.jit
+def call(layer, x, adapters):
+    return layer(x, adapters)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("how", ["metadata", "sharding"])
+@pytest.mark.parametrize("spec", [COLUMN, ROW])
+def test_layers_follow_their_kernel(spec, how, kind):
+    """Column-parallel: B and y are divided, nothing is exchanged. Row-parallel: A and x are, and
+    one sum over the devices, that of the base layer, has the adapters in it."""
+    mesh = mesh_of(kind, tp=4)
+    layer = divided(mesh, spec, how)
+    for stack in layer.stacks:
+        a, b = (variable.get_value().sharding for variable in stack.variables)
+        assert (a.spec, b.spec) == (P(None, None, spec[0]), P(None, spec[1], None))
+    x = jax.device_put(tokens(8), NamedSharding(mesh, P(None, spec[0])))
+    want = value_and_grads(dense(), tokens(8), batch())
+    assert collectives(call, layer, x, batch()) == ({} if spec == COLUMN else {"all-reduce": 1})
+    assert call(layer, x, batch()).sharding.is_equivalent_to(
+        NamedSharding(mesh, P(None, spec[1])), 2
+    )
+    got = value_and_grads(layer, x, batch())
+    assert_equal(got, want)
+
+
+def test_x_that_would_be_gathered_is_refused():
+    mesh = mesh_of(tp=4)
+    layer = divided(mesh, COLUMN, "sharding")
+    x = jax.device_put(tokens(8), NamedSharding(mesh, P(None, "tp")))
+    with pytest.raises(ValueError, match=r"all of x would be gathered; .*P\(None, None\)"):
+        layer(x, batch())
+
+
+@pytest.mark.parametrize("spec, features", [(COLUMN, "22 output"), (ROW, "30 input")])
+def test_widths_that_do_not_divide_are_refused(spec, features):
+    layer = nnx.Linear(30, 22, rngs=nnx.Rngs(0))
+    layer.kernel.set_metadata(out_sharding=tuple(spec))
+    message = rf"{features} features do not divide over the 4 devices of mesh axes \('tp',\)"
+    with jax.set_mesh(mesh_of(tp=4)), pytest.raises(ValueError, match=message):
+        apply_lora(layer)
+
+
+def test_slices_whose_columns_are_divided_are_refused():
+    layer = divided(mesh_of(tp=4), ROW, "metadata", slices=(8, 16))
+    x = tokens(8)
+    assert_equal(call(layer, x, batch()), call(dense(slices=(8, 16)), x, batch()))
+    layer = divided(mesh_of(tp=4), COLUMN, "metadata", slices=(8, 16))
+    with pytest.raises(ValueError, match=r"slices \(8, 16\), .* make a layer of each"):
+        layer(x, batch())
+
+
+@contextlib.contextmanager
+def counted():
+    """What XLA compiles while the block runs."""
+    compilations = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def rows(model, x, names, bank):
+    """What the rows of x give, by a step that writes the model's variables back."""
+    return np.asarray(_step(model, x, bank.batch(names)))
+
+
+@nnx.jit
+def _step(model, x, adapters):
+    with jax_lora.use(adapters):
+        return model(x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto, None])
+def test_a_bank_writes_where_a_step_has_moved_the_stacks(kind, tmp_path):
+    """To a mesh, or to another device; from then on loads compile nothing."""
+    model, bank = make_bank()
+    x = tiny_tokens(4)
+    place = jax.devices()[1] if kind is None else NamedSharding(mesh_of(kind, dp=4), P("dp"))
+    one, two, three = (make_adapter(seed, rank) for seed, rank in ((0, 4), (1, 8), (2, 6)))
+    bank.load("one", one)
+    rows(model, jax.device_put(x, place), ["one"] * 4, bank)
+    bank.load("two", two)
+    bank.load("one", three, replace=True)
+    bank.create("new", LoRAConfig(rank=12, alpha=2.0), rngs=nnx.Rngs(0))
+    names = ["one", "two", None, "one"]
+    got = rows(model, jax.device_put(x, place), names, bank)
+    np.testing.assert_allclose(got, expected(model, x, [three, two, None, three]), 1e-5, 1e-5)
+    with counted() as compilations:
+        bank.load("one", one, replace=True)
+        got = rows(model, jax.device_put(x, place), names, bank)
+    assert compilations == []
+    np.testing.assert_allclose(got, expected(model, x, [one, two, None, one]), 1e-5, 1e-5)
+    bank.save("one", tmp_path)
+    np.testing.assert_array_equal(load_peft(tmp_path).modules["up"].a, one.modules["up"].a)
+    merged = Mlp(nnx.Rngs(0))
+    nnx.update(merged, bank.merge("two"))
+    np.testing.assert_allclose(merged(x), expected(model, x, [two] * 4), 1e-5, 1e-5)
+
+
+def served(mesh):
+    """An Mlp, column- and row-parallel, and its bank."""
+    model = Mlp(nnx.Rngs(0))
+    for layer, spec in ((model.up, COLUMN), (model.down, ROW)):
+        sharding = NamedSharding(mesh, spec)
+        layer.kernel.set_value(jax.device_put(layer.kernel.get_value(), sharding))
+    apply_lora(model, slots=2, buckets=(8, 16))
+    return model, AdapterBank(model)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_bank_of_divided_stacks(kind, tmp_path):
+    """Loads change them in place, device by device, and compile nothing."""
+    mesh = mesh_of(kind, tp=2)
+    model, bank = served(mesh)
+    x = tiny_tokens(4)
+    on_mesh = jax.device_put(x, NamedSharding(mesh, P()))
+    adapters = {n: make_adapter(n, rank) for n, rank in enumerate((4, 8, 12, 6, 16))}
+    variables = jax.tree.leaves(bank.state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    shardings = [v.get_value().sharding for v in variables]
+    bank.load("a", adapters[0])
+    bank.create("new", LoRAConfig(rank=2, alpha=2.0), rngs=nnx.Rngs(0))
+    rows(model, on_mesh, ["a"] * 4, bank)
+    rows(model, on_mesh, ["new"] * 4, bank)
+    with counted() as compilations:
+        before = list(map(shards_at, variables))
+        for n in (1, 2, 3, 4):  # evicts: there are two slots for three of these
+            bank.load(f"{n}", adapters[n])
+        bank.load("4", adapters[2], replace=True)
+        assert list(map(shards_at, variables)) == before
+        got = rows(model, on_mesh, ["1", "3", None, "4"], bank)
+    assert compilations == []
+    wanted = [adapters[1], adapters[3], None, adapters[2]]
+    np.testing.assert_allclose(got, expected(model, x, wanted), 1e-5, 1e-5)
+    for variable, sharding in zip(variables, shardings):
+        assert variable.get_value().sharding.is_equivalent_to(sharding, variable.ndim)
+    bank.save("3", tmp_path)
+    assert_equal(
+        [load_peft(tmp_path).modules[name].a for name in ("up", "down")],
+        [adapters[3].modules[name].a for name in ("up", "down")],
+    )
+    merged = bank.merge("4")
+    assert merged["up"]["kernel"].get_value().sharding.spec == COLUMN
+    one = Mlp(nnx.Rngs(0))
+    nnx.update(one, jax.tree.map(np.asarray, merged))
+    np.testing.assert_allclose(one(x), expected(model, x, [adapters[2]] * 4), 1e-5, 1e-5)
+
+
+def shards_at(variable):
+    """Where in memory the shards are."""
+    shards = variable.get_value().addressable_shards
+    return [shard.data.unsafe_buffer_pointer() for shard in shards]
+
+
+DENSE = lambda: nnx.Linear(32, 32, rngs=nnx.Rngs(0))  # noqa: E731
+LAYERS = {  # what makes the layer, the kernel's spec, the features of x
+    "fsdp": (DENSE, P("dp", "tp"), (32,)),
+    "row": (DENSE, P("tp", None), (32,)),
+    "bfloat16": (DENSE, P(None, "tp"), (32,)),
+    "heads out": (
+        lambda: nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)),
+        P("dp", "tp", None),
+        (32,),
+    ),
+    "heads in": (
+        lambda: nnx.LinearGeneral((4, 8), 32, axis=(-2, -1), rngs=nnx.Rngs(0)),
+        P("tp", None, None),
+        (4, 8),
+    ),
+    "einsum": (
+        lambda: nnx.Einsum("...h,hnd->...nd", (32, 4, 8), (4, 8), rngs=nnx.Rngs(0)),
+        P(None, "tp", None),
+        (32,),
+    ),
+}
+
+
+CASES = [(case, kind) for case in LAYERS for kind in (AxisType.Explicit, AxisType.Auto)]
+# XLA's CPU compiler aborts on sums of bfloat16 over some of a mesh's axes.
+CASES.remove(("bfloat16", AxisType.Auto))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case, kind", CASES)
+def test_layers_over_two_axes(case, kind):
+    """Tokens over one axis of the mesh, weights over the other, or over both. In bfloat16 the
+    kernels are traced too."""
+    make, spec, features = LAYERS[case]
+    dtype = jnp.bfloat16 if case == "bfloat16" else jnp.float32
+    mesh = mesh_of(kind, dp=2, tp=2)
+
+    def layer(mesh):
+        layer = make()
+        layer.dtype, kernel = dtype, layer.kernel.get_value().astype(dtype)
+        if mesh is not None:
+            kernel = jax.device_put(kernel, NamedSharding(mesh, spec))
+        layer.kernel.set_value(kernel)
+        apply_lora(layer, slots=SLOTS, buckets=tuple(SLOTS))
+        return fill(layer)
+
+    x = tokens(8, 3).reshape(8, 3, *features).astype(dtype)
+    of_x = P("dp", None, *(spec[: len(features)] if spec[0] == "tp" else ()))
+    want = value_and_grads(layer(None), x, batch())
+    got = value_and_grads(layer(mesh), jax.device_put(x, NamedSharding(mesh, of_x)), batch())
+    want, got = (jax.tree.map(lambda t: t.astype(jnp.float32), tree) for tree in (want, got))
+    assert_equal(got, want, rtol=1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+RANKS = (3, 16, 40, 160)
+LLAMA = llama.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+)
+
+
+def small_llama(mesh, scan):
+    """A Llama, attention and MLP divided if there is a mesh, with adapters of several ranks."""
+    model = llama.Llama(LLAMA, rngs=nnx.Rngs(0), scan=scan)
+    for path, module in nnx.iter_modules(model):
+        if mesh is not None and path and str(path[-1]).endswith("_proj"):
+            spec = ROW if path[-1] in ("o_proj", "down_proj") else COLUMN
+            lead = [None] * (module.kernel.ndim - 2)
+            sharding = NamedSharding(mesh, P(*lead, *spec))
+            module.kernel.set_value(jax.device_put(module.kernel.get_value(), sharding))
+    apply_lora(model, slots=1, buckets=(8, 16, 64, 160), target=".*_proj")
+    bank = AdapterBank(model)
+    features = {name: site.features for name, site in bank._sites.items()}
+    for rank in RANKS:
+        bank.load(f"{rank}", make_adapter(rank, rank, features=features))
+    return model, bank
+
+
+@nnx.jit
+def llama_value_and_grads(model, ids, adapters):
+    def loss(model):
+        with jax_lora.use(adapters):
+            logits = model(ids)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
+
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)
+
+
+@nnx.jit
+def llama_step(model, ids, adapters):
+    with jax_lora.use(adapters):
+        return model(ids)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("tp, scan, phase", [(2, True, "decode"), (4, False, "prefill")])
+def test_a_llama_equals_that_of_one_device(tp, scan, phase):
+    """Adapters of ranks 3 to 160 in one batch; logits, and the gradients of all stacks."""
+    ids = np.random.default_rng(0).integers(0, 61, (6, 5)).astype(np.int32)
+    names = ["160", "3", None, "16", "40", "3"]
+    mesh = mesh_of(AxisType.Auto, tp=tp)
+    results = []
+    for placed in (None, mesh):
+        model, bank = small_llama(placed, scan)
+        results.append(llama_value_and_grads(model, ids, bank.batch(names, phase=phase)))
+    want, got = results
+    assert_equal(got, want)
+    assert any("tp" in str(gradient.sharding.spec) for gradient in jax.tree.leaves(got[1]))
+    sums = 2 if scan else 2 * LLAMA.num_hidden_layers
+    assert collectives(llama_step, model, ids, bank.batch(names)) == {"all-reduce": sums}
+
+
+def stacked_layers(sharding=None):
+    layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(nnx.Rngs(0).split(3))
+    if sharding is not None:
+        layers.kernel.set_value(jax.device_put(layers.kernel.get_value(), sharding))
+    apply_lora(layers, slots=SLOTS, buckets=tuple(SLOTS))
+    return fill(layers)
+
+
+def test_a_scan_over_divided_tokens_sorts_them_once(monkeypatch):
+    make, sorts = routing._make, []
+    monkeypatch.setattr(routing, "_make", lambda *args: sorts.append(args) or make(*args))
+    graphdef, state = nnx.split(stacked_layers())
+
+    @jax.jit
+    def run(state, x, adapters):
+        layers = nnx.merge(graphdef, state)
+        with jax_lora.use(adapters):
+            return jax_lora.scan_layers(lambda layer, x, _: (jnp.sin(layer(x)), None), layers, x)
+
+    x = jax.device_put(tokens(8, 3), NamedSharding(mesh_of(dp=4), P("dp")))
+    got = run(state, x, batch())
+    assert len(sorts) == len(SLOTS)
+    assert_equal(got, run(state, tokens(8, 3), batch()))
+
+
+@pytest.mark.parametrize("tokens, phase", [(64, "decode"), (1024, "prefill")])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("spec, sums", [(COLUMN, 0), (ROW, 1)])
+def test_kernels_run_on_shards(spec, sums, kind, tokens, phase):
+    """Lowered for a GPU: the kernels' calls, and no exchange but the base layer's."""
+    mesh = mesh_of(kind, tp=2)
+    layer = nnx.Linear(512, 512, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kernel = layer.kernel.get_value()
+    layer.kernel.set_value(jax.device_put(kernel, NamedSharding(mesh, spec)))
+    apply_lora(layer, slots=2, buckets=(16, 64))
+    x = jax.device_put(jnp.ones((tokens, 512), jnp.bfloat16), NamedSharding(mesh, P(None, spec[0])))
+    adapters = AdapterBatch(np.zeros(tokens, np.int32), ranges=((16, 2), (64, 2)), phase=phase)
+    graphdef, state = nnx.split(layer)
+    step = jax.jit(lambda state, x, adapters: nnx.merge(graphdef, state)(x, adapters))
+    text = step.trace(state, x, adapters).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    exchanges = re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_permute)", text)
+    assert exchanges == ["all_reduce"] * sums
+
+
+@nnx.jit
+def run_layers(layers, x, adapters):
+    def body(layer, x, _):
+        return 0.02 * layer(x), None
+
+    with jax_lora.use(adapters):
+        return jax_lora.scan_layers(body, layers, x)[0]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_scan_of_divided_layers(kind):
+    mesh = mesh_of(kind, dp=2, tp=2)
+    layers = stacked_layers(NamedSharding(mesh, P(None, "tp", None)))
+    x = jax.device_put(tokens(8, 3), NamedSharding(mesh, P("dp")))
+    assert_equal(
+        run_layers(layers, x, batch()), run_layers(stacked_layers(), tokens(8, 3), batch())
+    )
+
+
+def test_a_model_that_is_placed_later():
+    """Its bank moves the stacks; their shardings are in Flax's metadata, for `in_shardings`."""
+    mesh = mesh_of(AxisType.Auto, tp=2)
+    model = Mlp(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8, 16))
+    for layer, spec in ((model.up, COLUMN), (model.down, ROW)):
+        kernel = layer.kernel.get_value()
+        layer.kernel.set_value(jax.device_put(kernel, NamedSharding(mesh, spec)))
+    bank = AdapterBank(model)
+    assert model.up.stacks[0].lora_b.get_value().sharding.spec == P(None, "tp", None)
+    adapter, x = make_adapter(0, 4), tiny_tokens(2)
+    bank.load("a", adapter)
+    graphdef, _, rest = nnx.split(model, (nnx.LoRAParam, LoRAScale), ...)
+
+    def step(state, rest, x, adapters):
+        with jax_lora.use(adapters):
+            return nnx.merge(graphdef, state, rest)(x)
+
+    shardings = nnx.get_named_sharding(bank.state, mesh)
+    step = jax.jit(step, in_shardings=(shardings, None, None, None))
+    got = step(bank.state, rest, x, bank.batch(["a", None]))
+    np.testing.assert_allclose(got, expected(model, x, [adapter, None]), 1e-5, 1e-5)
+
+
+def test_a_mesh_that_the_call_alone_has():
+    """The kernel's metadata say how it is divided, where no mesh was set when it was made."""
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "tp"))
+    with nnx.use_eager_sharding(False):
+        layer = dense(kernel_init=init)
+    want = call(layer, tokens(8), batch())
+    mesh = mesh_of(AxisType.Auto, tp=4)
+    with jax.set_mesh(mesh):
+        got = call(layer, tokens(8), batch())
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "tp")), 2)
+    assert_equal(got, want)
+
+
+OPS = {
+    "add_lora": lambda a, b, x, y, v, i: pk.add_lora(y, x, a, b, i),
+    "bgmv_shrink": lambda a, b, x, y, v, i: pk.bgmv_shrink(x, a, i),
+    "sgmv_shrink": lambda a, b, x, y, v, i: pk.sgmv_shrink(x, a, pk.make_segments(i, 2)),
+    "bgmv_expand": lambda a, b, x, y, v, i: pk.bgmv_expand(v, b, i, y),
+    "lora_delta": lambda a, b, x, y, v, i: pk.lora_delta(x, [pk.LoRAPart(a, b)], i, 64),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_in_a_shard_map_that_checks(op):
+    """Those that write in place name the one that works there."""
+    rows, whole = P("dp"), P()
+    shapes = [(2, 16, 64), (2, 64, 16), (8, 64), (8, 64), (8, 16)]
+    operands = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    operands.append(jnp.zeros(8, jnp.int32))
+    specs = (whole, whole, rows, rows, rows, rows)
+    mesh = mesh_of(AxisType.Auto, dp=4)
+    maps = [
+        jax.jit(jax.shard_map(OPS[op], mesh=mesh, in_specs=specs, out_specs=rows, check_vma=check))
+        for check in (False, True)
+    ]
+    want = maps[0](*operands)
+    if op == "lora_delta" or "shrink" in op:
+        np.testing.assert_array_equal(maps[1](*operands), want)
+    else:
+        message = f"{op} writes its result in place.*check_vma=False alone; use lora_delta"
+        with pytest.raises(NotImplementedError, match=message):
+            maps[1](*operands)
