@@ -85,7 +85,9 @@ class _Steps:
         model = nnx.eval_shape(make)
         self.graphdef, *(self.stacks, self.rest) = nnx.split(model, nnx.LoRAParam, ...)
         self.cache = jax.eval_shape(lambda: make().init_cache(ROWS, CACHE))
-        self.stack_shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(self.stacks)}
+        # Those of a layer alone, as the output layer, have no axis of layers.
+        stacked = (tuple(leaf.shape) for leaf in jax.tree.leaves(self.stacks) if leaf.ndim > 3)
+        self.stack_shapes = set(stacked)
         leaves = jax.tree.leaves((self.rest, self.cache))
         self.shapes = {s for leaf in leaves if len(s := tuple(leaf.shape)) > 2}
 
