@@ -955,7 +955,8 @@ LLAMA_8B = {
 }
 
 
-@pytest.mark.ci
+# On request: beside other tests on two cores it took 10.6 x once, alone at most 5 x.
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [16, 12])
 def test_loading_goes_at_the_speed_of_the_disk(tmp_path, rank):
     """A rank-16 adapter of two layers of an 8B Llama: at most 3 times as long as a plain copy."""
