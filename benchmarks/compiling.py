@@ -39,7 +39,7 @@ class Row:
 
     Attributes:
       stacks: arrays as large as a layer's stacks that each turn of the scan makes, by HLO's shape.
-        Of the gradient: as large as those of all layers, unless it writes its own layer's.
+        In the gradient: as large as those of all layers, unless it writes its own layer's.
       weights: the same of weights and cache.
     """
 

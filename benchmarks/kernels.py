@@ -130,7 +130,7 @@ def _noise(scale: float) -> np.ndarray:
 
 
 def shapes_of(case: Case) -> list[tuple[int, ...]]:
-    """Of y, x, and of A and B of each bucket."""
+    """The shapes of y, x, and each bucket's A and B."""
     stacks = [
         shape
         for rank, slots in case.slots.items()

@@ -85,7 +85,7 @@ class Shards(NamedTuple):
 
     @property
     def tokens(self) -> NamedSharding | None:
-        """Of the ids of the tokens, `[*lead]`; None where they are not divided."""
+        """How the tokens' ids, `[*lead]`, are divided; None where they are not."""
         return _divided(self.mesh, [self.axes.get(label, ()) for label in self.labels.lead])
 
     def varying[T](self, tree: T) -> T:
@@ -102,7 +102,7 @@ class Shards(NamedTuple):
         return jax.tree.map(one, tree)
 
     def of_variable(self, name: Hashable, ndim: int) -> PartitionSpec:
-        """Of a variable of the layer, by its name; of stacked layers, axes in front are whole."""
+        """How a variable of the layer is divided, by its name. Axes of stacked layers are whole."""
         ends: dict[Hashable, tuple[MeshAxes | None, ...]] = {
             "lora_a": (None, None, self.inputs or None),
             "lora_b": (None, self.outputs or None, None),
@@ -179,7 +179,7 @@ def tokens_of(x: Array) -> NamedSharding | None:
 
 
 def by_shard(tokens: NamedSharding | None) -> PartitionSpec:
-    """Of arrays that hold something of each shard of the tokens, along their first axis."""
+    """How arrays are divided that hold something of each shard of the tokens, along axis 0."""
     if tokens is None:
         return PartitionSpec()
     return PartitionSpec(tuple(axis for entry in tokens.spec for axis in _names(entry)))
@@ -212,7 +212,7 @@ def _explicit(array: Array) -> list[MeshAxes]:
 
 
 def _kernel_axes(layer: Placed) -> list[MeshAxes]:
-    """Of each axis of the kernel of one layer."""
+    """The mesh axes of each axis of one layer's kernel."""
     own = _explicit(layer.kernel.get_value())[len(layer.lead) :]
     if any(own):
         return own
@@ -225,7 +225,7 @@ def _whole(spec: PartitionSpec, ndim: int) -> PartitionSpec:
 
 
 def _per_axis(spec: PartitionSpec, ndim: int) -> list[MeshAxes]:
-    """Of each of the last axes. Those in front are of stacked layers, and may lack."""
+    """The mesh axes of each of the last axes. `spec` may lack those of stacked layers in front."""
     return list(map(_names, _whole(spec, ndim)))[-ndim:]
 
 

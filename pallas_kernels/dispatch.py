@@ -124,7 +124,7 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
     return least is not None and rank >= least and select_kernel(rank, phase) == "bgmv"
 
 
-# Of more tokens XLA would gather too many copies of adapters.
+# With more tokens XLA would gather too many copies of adapters.
 _MAX_DECODE_TOKENS = 256
 
 

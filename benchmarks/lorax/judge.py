@@ -2,7 +2,7 @@
 
     benchmarks/lorax/fetch.sh && python3 -m benchmarks.lorax.judge .lorax [--cases 240]
 
-Of every case: nothing outside the rows and columns that it names changes a byte, by either; and our
+In every case nothing outside the rows and columns that it names changes a byte, by either; and our
 relative error is not above LoRAX's. A tie is 1 % of theirs, or an error of both below what float32
 rounds in a sum of n terms, sqrt(n) / 2^24. Ours run natively where that is possible.
 Exits with 1 if we lose one.

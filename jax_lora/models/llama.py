@@ -71,7 +71,7 @@ class RMSNorm(nnx.Module):
 
 # Keys and values of some tokens, each `[B, num_key_value_heads, T, head_dim]`.
 Memory = tuple[Array, Array]
-# Of all layers: one array with an axis of layers in front; of layers that are not stacked, a tuple.
+# What all layers have: one array with an axis of layers in front, or a tuple if not stacked.
 OfLayers = Array | tuple[Array, ...]
 # What tokens see: cosine and sine of their positions, and a mask `[#B, S, T]`.
 View = tuple[tuple[Array, Array], Array]

@@ -64,7 +64,7 @@ def apply_lora(
       slots: adapters per bucket, an int or `{bucket: n}`.
       target: which layers: a regular expression, or several, that matches the end of a layer's
         dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
-        Of what an expression matches, layers of other types stay as they are.
+        Layers of other types stay as they are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
 

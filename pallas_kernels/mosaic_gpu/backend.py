@@ -305,11 +305,7 @@ def _two_launches(
     y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
-    slots = max(part.first_slot + part.slots for part in parts)
-    if isinstance(token_ids, Segments):
-        tokens = order(token_ids)
-    else:
-        tokens = order(local_segments(token_ids, SlotRange(0, slots)))
+    tokens = order(_segments_of_all(parts, token_ids))
     placed, shrinks = [_placed(part) for part in parts], []
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
@@ -321,6 +317,14 @@ def _two_launches(
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
     return expand_kernel(y, expands, add_inputs=True, tokens=tokens)
+
+
+def _segments_of_all(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> Segments:
+    """The tokens sorted by the adapters of all parts."""
+    if isinstance(token_ids, Segments):
+        return token_ids
+    stop = max(part.first_slot + part.slots for part in parts)
+    return local_segments(token_ids, SlotRange(0, stop))
 
 
 class _Placed(NamedTuple):
@@ -477,11 +481,7 @@ def add_lora_grad(
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)
         kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
-    all_slots = max(part.slots.stop for part in kernel_parts)
-    if isinstance(token_ids, Segments):
-        all_slots = token_ids.num_adapters
-    segments = local_segments(token_ids, SlotRange(0, all_slots))
-    dx, found = gradients(dy, x, tuple(kernel_parts), segments)
+    dx, found = gradients(dy, x, tuple(kernel_parts), _segments_of_all(parts, token_ids))
     dparts = []
     for part, (da, db, ds) in zip(parts, found):
         ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)

@@ -145,3 +145,20 @@ def cluster_barrier(_: Any) -> None:
         "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
         convergent=True,
     )
+
+
+@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+def end_group(_: Ref) -> None:
+    """Ends a group of what lanes copy by themselves: the copies since the last one."""
+    mgpu.utils.inline_ptx("cp.async.commit_group;", convergent=True)
+
+
+def wait_for_groups(pending: int) -> None:
+    """Waits for all groups of copies but the last `pending`; wgmma may then read the others."""
+
+    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
+    def inline(_: Ref) -> None:
+        mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", convergent=True)
+
+    inline()
+    plgpu.commit_smem()

@@ -117,7 +117,7 @@ def check(case: Case, record: Any, config: Any = None, names: tuple[str, ...] = 
         "add_lora": products(want_v, arrays.b, ids),
     }
     deltas["expand="], deltas["lora_delta"] = deltas["expand"], deltas["add_lora"]
-    # Of a sum of terms with random signs, by which errors may grow with its length.
+    # The size of a sum of terms with random signs, by which errors may grow with its length.
     typical_v = typical(arrays.x, arrays.a, ids) * scale
     typical_delta = {
         "expand": typical(half_v, arrays.b, ids), "add_lora": typical(want_v, arrays.b, ids),

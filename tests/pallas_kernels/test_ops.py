@@ -265,7 +265,7 @@ def check(op: str, case: Case, out: jax.Array, arrays: dict, indices: np.ndarray
 
 
 def every_way():
-    """Of the loop, which is for comparison, two popularities; the others are slow."""
+    """The loop is for comparison: two popularities of it; the others are slow."""
     for (op, implementation), which in itertools.product(WAYS, POPULARITIES):
         few = implementation == "loop" and which not in ("zipf", "out_of_range")
         quick = which in ("uniform", "zipf", "out_of_range")
@@ -710,7 +710,7 @@ def test_delta_works_inside_of_shard_map(phase):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_gradients_inside_of_shard_map_are_sums_over_the_mesh(dtype):
-    """Of stacks that all devices have; in bfloat16 kernels are traced too."""
+    """All devices have the stacks. In bfloat16 kernels are traced too."""
     arrays, indices = plain(case=PLAIN._replace(features=64, width=64))
     a, b, x = (jnp.asarray(arrays[name]).astype(dtype) for name in ("a", "b", "x"))
     mesh = jax.make_mesh((1,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -135,7 +135,7 @@ def in_layers(z: GradientArrays) -> GradientArrays:
 
 
 def tolerance(name: str, dtype: str) -> float:
-    """Of a gradient: those of scales are sums of many roundings' errors, which cancel less."""
+    """A gradient's: those of scales are sums of many roundings' errors, which cancel less."""
     return TOLERANCE[dtype] * (4 if name.startswith("ds") else 1)
 
 

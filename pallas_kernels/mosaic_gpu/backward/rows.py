@@ -20,7 +20,13 @@ from jaxtyping import Array
 from pallas_kernels.mosaic_gpu.backward.squares import ROW_BYTES, SIDE, Squares
 from pallas_kernels.mosaic_gpu.lanes import Gpu, MemRef
 from pallas_kernels.mosaic_gpu.lanes.values import Int
-from pallas_kernels.mosaic_gpu.layouts import Ref, interpreted, plain_layout
+from pallas_kernels.mosaic_gpu.layouts import (
+    Ref,
+    end_group,
+    interpreted,
+    plain_layout,
+    wait_for_groups,
+)
 
 _REFS = (plgpu.RefType(), plgpu.RefType(), plgpu.RefType(plain_layout(ROW_BYTES)))
 _NUMBERS = (plgpu.Layout.WG_SPLAT,) * 3
@@ -56,7 +62,7 @@ def fetch_rows(
 def close_fetched() -> None:
     """Closes a group of what `fetch_rows` copies: once in each step of a ring, copies or not."""
     if not interpreted():
-        _close()
+        end_group()
 
 
 def wait_for_rows(pending: int, loaded: Ref) -> None:
@@ -64,13 +70,7 @@ def wait_for_rows(pending: int, loaded: Ref) -> None:
     if interpreted():
         plgpu.barrier_wait(loaded)
         return
-
-    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-    def wait(_: object) -> None:
-        mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", convergent=True)
-
-    wait()
-    plgpu.commit_smem()  # wgmma sees what the lanes have copied
+    wait_for_groups(pending)
 
 
 def put_rows(
@@ -87,11 +87,6 @@ def put_rows(
         )
 
     lax.fori_loop(jnp.int32(0), count, row, None)
-
-
-@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-def _close(_: object) -> None:
-    mgpu.utils.inline_ptx("cp.async.commit_group;", convergent=True)
 
 
 @plgpu.inline_mgpu(arg_types=(*_REFS, *_NUMBERS))  # type: ignore[untyped-decorator]

@@ -75,7 +75,7 @@ class Tiles:
         return cls(table, segments.rows, segments.group_adapters, group_tiles)
 
     def slot_tiles(self, slots: int) -> Int[Array, "slots 2"]:
-        """Of each of so many slots its first tile, and how many it has."""
+        """Each slot's first tile, and how many tiles it has, for so many slots."""
         mine = self.group_adapters[None] == jnp.arange(slots, dtype=jnp.int32)[:, None]
         return jnp.sum(
             jnp.where(mine[:, :, None], self.group_tiles[None], 0), axis=1, dtype=jnp.int32

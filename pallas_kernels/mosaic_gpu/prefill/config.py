@@ -81,8 +81,8 @@ def _many_tiles(split: int, tiles: int, width: int, rank: int, per_tile: int) ->
     blocks = tiles * -(-width // block_n)
     columns = max(1, min(4 if rank <= 32 else 2, blocks // (4 * MULTIPROCESSORS)))
     adapter_bytes = block_n * rank * 2  # of B, in one block
-    # A tile of decode rows has many adapters. Of many tiles that is one, and room for more of them
-    # would cost the others blocks on a multiprocessor.
+    # A tile of decode rows has many adapters. Among many tiles it is one, and room for more
+    # adapters would cost the others blocks on a multiprocessor.
     at_once = 1 if tiles >= 64 else min(MAX_COLUMNS // block_n, 8 * 1024 // adapter_bytes)
     return Config(
         split=split,

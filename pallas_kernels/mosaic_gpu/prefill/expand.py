@@ -35,10 +35,12 @@ from pallas_kernels.mosaic_gpu.layouts import (
     accumulator,
     bands,
     cuts,
+    end_group,
     in_place,
     operand_layout,
     plain_layout,
     shared_bytes,
+    wait_for_groups,
 )
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
@@ -636,7 +638,7 @@ class _YRing(NamedTuple):
                     self.y_of_lanes, self.tokens, self.start_of(n, band),
                 )  # fmt: skip
 
-        lanes.end_group()
+        end_group()
 
     @property
     def y_of_lanes(self) -> lanes.Array:
@@ -684,7 +686,7 @@ class _YRing(NamedTuple):
         slot = lax.rem(n, jnp.int32(self.stages))
         self.either(
             lambda: plgpu.barrier_wait(self.block.launched.y_loaded.at[slot]),
-            lambda: lanes.wait_for_groups(max(0, self.stages - 2)),
+            lambda: wait_for_groups(max(0, self.stages - 2)),
         )
         for (first, size), memory in zip(self.bands, self.memory):
             here = memory.at[slot]

@@ -8,12 +8,11 @@ there, and tests give the first half to the emulator.
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import DTypeLike
 
@@ -122,14 +121,12 @@ class Sums:
       split: blocks of the cluster, each of which has its share in shared memory.
       width: columns of a share.
       out_width: columns of what is stored: `width`, or more with zeros behind.
-      first_id: the word of the first row's adapter, in the route.
       own: rows that each block adds up.
     """
 
     split: int
     width: int
     out_width: int
-    first_id: int
     own: int
 
 
@@ -159,7 +156,7 @@ def add_up(
         is_one = m.tid + first < total
         n = m.select(is_one, m.tid + first, 0)
         row, quad = n // quads + me * sums.own, n % quads
-        [adapter] = route.get(row + sums.first_id, 1)
+        [adapter] = route.get(row, 1)
         mine = [m.equal(adapter, one) & (one >= 0) for one in adapters]
         stored = functools.reduce(operator.or_, mine, also_none & ~(adapter >= 0))
         stored = stored & is_one & (row + out.first_row < out.count)
@@ -211,30 +208,27 @@ def _block_of(rows: int, row_bytes: int, layout: Layout) -> Block:
 
 
 def fetch(
-    smem: Ref, layout: Layout, array: Array, tokens: Tokens, column: jax.Array,
-    plane: int = 0,
-) -> None:  # fmt: skip
+    smem: Ref, layout: Layout, array: Array, tokens: Tokens, column: jax.Array, plane: int = 0
+) -> None:
     """Starts to copy the tokens' columns from `column` on to shared memory, which has `layout`."""
-    count, columns = smem.shape[-2:]
-    block = _block_of(count, columns * jnp.dtype(array.dtype).itemsize, layout)
 
-    @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
-        arg_types=(
-            plgpu.RefType(layout), plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT
-        )
-    )  # fmt: skip
-    def inline(_: Ref, smem: Ref, words: Ref, ref: Ref, column: Ref) -> None:
-        m, route = Gpu(smem, begins=False), Gpu(words, begins=False)
-        source = array.of_lanes(ref)
-        rows = Rows(route, tokens.first, tokens.count, source, array.height, array.width)
+    def copy(m: Gpu, block: Block, rows: Rows, column: Int) -> None:
         m.barrier()  # all lanes are done with what was there
-        gather(m, block, rows, m.uniform(column), plane)
+        gather(m, block, rows, column, plane)
 
-    inline(smem, tokens.words, array.ref, column)
+    _by_lanes(copy, smem, layout, array, tokens, column)
 
 
 def store(smem: Ref, layout: Layout, array: Array, tokens: Tokens, column: jax.Array) -> None:
     """Stores the tokens' columns from `column` on, from shared memory, which has `layout`."""
+    _by_lanes(scatter, smem, layout, array, tokens, column)
+
+
+def _by_lanes(
+    work: Callable[[Gpu, Block, Rows, Int], None], smem: Ref, layout: Layout, array: Array,
+    tokens: Tokens, column: jax.Array,
+) -> None:  # fmt: skip
+    """`work` on the tokens' rows of `array` and on shared memory, which has `layout`."""
     count, columns = smem.shape[-2:]
     block = _block_of(count, columns * jnp.dtype(array.dtype).itemsize, layout)
 
@@ -245,28 +239,11 @@ def store(smem: Ref, layout: Layout, array: Array, tokens: Tokens, column: jax.A
     )  # fmt: skip
     def inline(_: Ref, smem: Ref, words: Ref, ref: Ref, column: Ref) -> None:
         m, route = Gpu(smem, begins=False), Gpu(words, begins=False)
-        target = array.of_lanes(ref)
-        rows = Rows(route, tokens.first, tokens.count, target, array.height, array.width)
-        scatter(m, block, rows, m.uniform(column))
+        there = array.of_lanes(ref)
+        rows = Rows(route, tokens.first, tokens.count, there, array.height, array.width)
+        work(m, block, rows, m.uniform(column))
 
     inline(smem, tokens.words, array.ref, column)
-
-
-@plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-def end_group(_: Ref) -> None:
-    """Ends a group of copies: those of `fetch` since the last one."""
-    mgpu.utils.inline_ptx("cp.async.commit_group;", convergent=True)
-
-
-def wait_for_groups(pending: int) -> None:
-    """Waits for all groups of copies but the last `pending`; wgmma may then read the others."""
-
-    @plgpu.inline_mgpu()  # type: ignore[untyped-decorator]
-    def inline(_: Ref) -> None:
-        mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", convergent=True)
-
-    inline()
-    plgpu.commit_smem()
 
 
 def add_up_shares(

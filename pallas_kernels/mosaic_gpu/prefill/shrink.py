@@ -34,10 +34,12 @@ from pallas_kernels.mosaic_gpu.layouts import (
     Ref,
     accumulator,
     cluster_barrier,
+    end_group,
     interpreted,
     operand_layout,
     operand_rows,
     shared_bytes,
+    wait_for_groups,
 )
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.config import SPLIT_UNIT, rank_width
@@ -527,7 +529,7 @@ def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Ar
     running = min(1, stages - 1)
     plgpu.barrier_wait(block.refs.loaded.at[slot])
     if launch.sorts:
-        pl.when(block.is_scattered)(lambda: lanes.wait_for_groups(stages - 1 - running))
+        pl.when(block.is_scattered)(lambda: wait_for_groups(stages - 1 - running))
     for p in range(launch.planes):
         plgpu.wgmma(acc, ring.x.at[slot, p], ring.a.at[slot].T)
     if launch.steps > stages:
@@ -606,7 +608,7 @@ def _fetch_rows(
                 plane,
             )
 
-    lanes.end_group()
+    end_group()
 
 
 # ----------------------------------------------------------------------- from registers to v
@@ -625,7 +627,6 @@ def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> Non
         split=launch.split,
         width=plan.width,
         out_width=plan.row_width,
-        first_id=0,
         own=launch.rows // launch.split,
     )
     out = lanes.Array(refs.v, plan.out.dtype, *plan.out.shape)

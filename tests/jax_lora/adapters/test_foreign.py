@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import save_file
 from tiny import expected, forward, make_bank, tokens
+from torch_net import Net
 from typer.testing import CliRunner
 
 from jax_lora import load_peft, save_peft
@@ -27,19 +28,6 @@ def normal(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-class Net(torch.nn.Module):
-    """Two layers beside each other, so that each delta shows in the output."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = torch.nn.Linear(4, 6)
-        self.down = torch.nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
 def peft_outputs(folder, x):
     """By PEFT itself, in float32."""
     model = peft.PeftModel.from_pretrained(Net(), folder).eval()
@@ -48,7 +36,7 @@ def peft_outputs(folder, x):
 
 
 def net_outputs(x, deltas):
-    """Of the same layers, where `deltas[name](x)` is what each LoRA adds."""
+    """The outputs of the same layers, where `deltas[name](x)` is what each LoRA adds."""
     net = Net()
     with torch.no_grad():
         h = net.up(torch.from_numpy(x)).numpy() + deltas["up"](x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny import expected, forward, make_adapter, make_bank, tokens
+from torch_net import Net
 
 from jax_lora import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
 from jax_lora.adapters import meant, renamed
@@ -30,17 +31,6 @@ def save_renamed(folder, prefix, adapter=None):
     """An adapter of the model of tiny.py, whose modules have a prefix."""
     save_peft(renamed(adapter or make_adapter(1, 4), lambda name: prefix + name), folder)
     return folder
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = torch.nn.Linear(4, 6)
-        self.down = torch.nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 class Outer(torch.nn.Module):

@@ -1,7 +1,6 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,8 +18,6 @@ from gradient_cases import (
     tolerance,
     with_nan,
 )
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import relative_error
 
 import pallas_kernels as pk
@@ -29,16 +26,6 @@ from pallas_kernels.mosaic_gpu import backend, support
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
-        assert not gpu_callbacks.get_races().races_found
-    finally:
-        gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dict[str, np.ndarray]:

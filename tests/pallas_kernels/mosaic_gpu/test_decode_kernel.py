@@ -356,7 +356,7 @@ def test_ranges_share_clusters_by_rank() -> None:
     config = dataclasses.replace(DECODE, column_clusters=6)
     work, _ = planned((y,), x, parts, config, Way())
     dealt = [(work.range_of(n).first, j.cluster, j.clusters) for n, j in enumerate(work.jobs)]
-    # Of rank 128 one slice is as much as a job holds, so that each half of the clusters has one.
+    # One slice of rank 128 is as much as a job holds, so that each half of the clusters has one.
     assert dealt == [(0, 0, 1), (2, 0, 3), (4, 0, 3), (4, 3, 3)]
     assert work.spans == [(0, 6)]
     assert work.grid == ((64 + 7 * 6) // 8, 6)

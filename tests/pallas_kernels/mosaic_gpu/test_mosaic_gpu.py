@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import (
     POPULARITIES,
@@ -55,16 +54,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 
 @pytest.fixture
-def interpreted() -> Iterator[None]:
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
-        assert not gpu_callbacks.get_races().races_found
-    finally:
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-@pytest.fixture
 def emulated() -> Iterator[None]:
     """For the decode kernel alone, whose emulator finds races by itself."""
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -96,7 +85,7 @@ def add_lora(
     delta: bool = False,
     seated: bool = False,
 ) -> np.ndarray:
-    """Of raw ids, whose tokens the decode kernel finds, or `seated` by XLA."""
+    """`add_lora` by raw ids, whose tokens the decode kernel finds, or `seated` by XLA."""
     ids = pk.make_segments(z["ids"], z["a"].shape[0]) if seated else z["ids"]
     part = pk.LoRAPart(z["a"], z["b"], z["scales"], 0, y_offset)
     return np.asarray(

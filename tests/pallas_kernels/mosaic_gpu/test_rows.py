@@ -99,7 +99,7 @@ def test_shares_are_added_up_in_order(split: int, width: int, dtype: str) -> Non
     m = Emulator(memory, 64 * width, split, THREADS)
     for own, share in zip(m._shared.words, shares):
         own[:] = swizzled(block, share.view(np.int32))
-    sums = Sums(split, width, out_width, first_id=0, own=64 // split)
+    sums = Sums(split, width, out_width, own=64 // split)
     target = Target(memory.refs[0], 50, out_width + 8, m.integer(2), m.integer(4))
     adapters = [m.integer(2), m.integer(-1), m.integer(0)]
     add_up(m, sums, block, with_words(ids, split), target, m.block, adapters, m.tid < 0)
