@@ -284,16 +284,17 @@ class AdapterBank(Roster):
         check_fit(name, features, self._sites)
         bucket = self._bucket_for(name, adapter.rank)
         layers = list(self._layers.values())
-        values = slot_values(name, adapter, bucket, self._sites, layers, is_own=is_own)
+        writer = self._writers[bucket]
+        values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         # On the device before anything changes: what follows allocates nothing to speak of.
-        placed = jax.block_until_ready(self._writers[bucket].place(values))
+        placed = jax.block_until_ready(writer.place(values))
         modules = frozenset(adapter.modules)
 
         def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._table.find(bucket, name, self._guard.leases)
             try:
-                self._writers[bucket].write(slot, placed)
+                writer.write(slot, placed)
             finally:
                 self._guard.writes += 1
             if evicted is not None:

@@ -44,6 +44,7 @@ class SlotWriter:
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
+        self._shapes = _slot_shapes(self._arrays(), of_layers)
         self._programs: list[_Program] = []
         self._program(self._arrays())
 
@@ -58,6 +59,13 @@ class SlotWriter:
                 return program
         self._programs.append(_compile(arrays, self._of_layers))
         return self._programs[-1]
+
+    def empty_slots(self) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        """One slot of each layer, all zeros."""
+        return [
+            (np.zeros(scales.shape, scales.dtype), [np.zeros(a.shape, a.dtype) for a in arrays])
+            for scales, arrays in self._shapes
+        ]
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
         """`values` on the devices of the stacks, each with its shard."""
@@ -127,6 +135,28 @@ def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
     return NamedSharding(home.mesh, PartitionSpec(*spec))
 
 
+def _slot_shapes(
+    arrays: _Arrays, of_layers: list[list[LoRAStack]]
+) -> list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]:
+    """What one slot of each layer is, and where it goes: scales, and A and B of each stack."""
+    return [
+        (
+            jax.ShapeDtypeStruct(
+                (*scales.shape[:-1], len(some)), jnp.float32, sharding=_home(scales)
+            ),
+            [
+                jax.ShapeDtypeStruct(
+                    (*stack.shape[:-3], *stack.shape[-2:]),
+                    stack.dtype,
+                    sharding=_without_slots(stack, -3),
+                )
+                for stack in stacks
+            ],
+        )
+        for some, (scales, stacks) in zip(of_layers, arrays)
+    ]
+
+
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
     firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
@@ -139,22 +169,7 @@ def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
             )
         return written
 
-    values = [
-        (
-            jax.ShapeDtypeStruct(
-                (*scales.shape[:-1], *first.shape), jnp.float32, sharding=_home(scales)
-            ),
-            [
-                jax.ShapeDtypeStruct(
-                    (*stack.shape[:-3], *stack.shape[-2:]),
-                    stack.dtype,
-                    sharding=_without_slots(stack, -3),
-                )
-                for stack in stacks
-            ],
-        )
-        for first, (scales, stacks) in zip(firsts, arrays)
-    ]
+    values = _slot_shapes(arrays, of_layers)
     # Stacks stay where they are, also where XLA would rather have them elsewhere.
     write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(_home, arrays))
     run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
@@ -165,7 +180,7 @@ def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
 def slot_values(
     name: str,
     adapter: Adapter,
-    bucket: int,
+    writer: SlotWriter,
     sites: Mapping[str, Site],
     layers: list[LoRALayer],
     *,
@@ -179,35 +194,25 @@ def slot_values(
     Raises:
       ValueError: weights overflow the stacks' dtype.
     """
-    slots = {id(layer): _empty_slot(layer, bucket) for layer in layers}
+    slots = {id(layer): slot for layer, slot in zip(layers, writer.empty_slots())}
     for module, weights in adapter.modules.items():
         site = sites[module]
-        stack = site.stacks[bucket]
         scales, arrays = slots[id(site.layer)]
         scales[*site.index, site.nth] = weights.scale
-        halves = _as_stored(name, module, weights, stack.lora_a.dtype)
         mine = slice(2 * site.nth, 2 * site.nth + 2)
-        if is_own and weights.rank == bucket and not site.index:
+        dtype = arrays[mine][0].dtype
+        halves = _as_stored(name, module, weights, dtype)
+        if is_own and weights.rank == writer.bucket and not site.index:
             arrays[mine] = halves
             continue
         # As words: NumPy copies rows of bfloat16 one by one, several times slower.
-        words, rank = np.dtype(f"u{stack.lora_a.dtype.itemsize}"), weights.rank
+        words, rank = np.dtype(f"u{dtype.itemsize}"), weights.rank
         (a, b), (new_a, new_b) = (
             [np.ascontiguousarray(t).view(words) for t in halves],
             [array[site.index].view(words) for array in arrays[mine]],
         )
         new_a[:rank], new_b[:, :rank] = a, b
     return [(scales, list(arrays)) for scales, arrays in (slots[id(layer)] for layer in layers)]
-
-
-def _empty_slot(layer: LoRALayer, bucket: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    stacks = [stack for stack in layer.stacks if stack.bucket == bucket]
-    arrays = [
-        np.zeros((*layer.lead, *size[1:]), stack.lora_a.dtype)
-        for stack in stacks
-        for size in stack.shape.sizes
-    ]
-    return np.zeros((*layer.lead, len(stacks)), np.float32), arrays
 
 
 def _as_stored(name: str, module: str, weights: LoRAWeights, dtype: np.dtype) -> list[np.ndarray]:
