@@ -37,6 +37,7 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.ci
 def test_opcheck_with_gradients():
     y, x, a, b, ids, *_ = arguments("add_lora")
     tensors = (y.float(), x.float().requires_grad_(), *(w.float().requires_grad_() for w in (a, b)))
