@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_lora.adapters import peft_header
 from jax_lora.messages import printable
-from pallas_kernels import (
+from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
     padded_rank,
     rank_bucket,

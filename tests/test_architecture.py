@@ -1,6 +1,7 @@
 """The arrows between the packages: benchmarks -> interop -> jax_lora -> pallas_kernels -> jax."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -41,9 +42,29 @@ def imports(path: pathlib.Path) -> set[str]:
     ],
 )
 def test_importing_a_package_stays_below_it(package, forbidden):
-    loaded = modules_after(f"import {package}")
-    assert package in loaded
+    loaded = modules_after(f"import {package}; dir({package})")
+    assert {package, "jax"} <= loaded
     assert not loaded & forbidden
+
+
+def test_importing_a_package_waits_for_nothing():
+    """Their names are imported at first use, so that the command line starts at once."""
+    loaded = modules_after("import jax_lora, pallas_kernels")
+    assert {"jax_lora", "pallas_kernels"} <= loaded
+    assert not loaded & {"jax", "jaxlib", "numpy", "flax"}
+
+
+@pytest.mark.parametrize("name", ["jax_lora", "pallas_kernels"])
+def test_a_package_has_the_names_of_its_api(name):
+    package, api = (importlib.import_module(module) for module in (name, f"{name}.api"))
+    public = {name for name in vars(api) if not name.startswith("_")}
+    assert public <= {*dir(package)}
+    assert all(getattr(package, name) is getattr(api, name) for name in public)
+    starred: dict[str, object] = {}
+    exec(f"from {name} import *", starred)
+    assert public <= {*starred}
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        _ = package.nothing
 
 
 @pytest.mark.parametrize(
