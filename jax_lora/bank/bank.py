@@ -128,7 +128,8 @@ class AdapterBank(Roster):
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket are pinned or leased.
           RuntimeError: the thread holds `stepping`.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         self._check_name(name, replace)
         is_own = not isinstance(adapter, Adapter)
@@ -169,8 +170,11 @@ class AdapterBank(Roster):
           config: `target_modules` says which of the model's LoRA layers it adapts.
           rngs: the stream `params` seeds it.
 
-        Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
-          `target_modules` names no layer.
+        Raises:
+          TypeError: a `config` or `rngs` of another type.
+          ValueError: `target_modules` names no layer.
+
+        The others are those of `load`.
         """
         self._check_name(name, replace)
         for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
