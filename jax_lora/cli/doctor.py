@@ -11,7 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_lora.cli.programs import place_of_programs
-from jax_lora.cli.terminal import Json, print_json, show_progress, stdout
+from jax_lora.cli.terminal import (
+    Json,
+    print_json,
+    show_progress,
+    stdout,
+    why_jax_cannot_start,
+)
 from jax_lora.messages import printable, without_controls
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -28,19 +34,19 @@ class Form:
     why: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Diagnosis:
     """What `jax-lora doctor` found. `problems` are sentences, each with its mend."""
 
     python: str
     versions: dict[str, str | None]
-    backend: str | None
-    devices: list[str]
-    capability: str | None
-    forms: list[Form]
     programs: str | None
-    error: float | None
-    problems: list[str]
+    backend: str | None = None
+    devices: list[str] = dataclasses.field(default_factory=list)
+    capability: str | None = None
+    forms: list[Form] = dataclasses.field(default_factory=list)
+    error: float | None = None
+    problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def doctor(as_json: Json = False) -> None:
@@ -68,34 +74,33 @@ def diagnose() -> Diagnosis:
     from pallas_kernels.dispatch import gpu_capability
 
     programs = place_of_programs()
-    problems = _of_programs(programs)
-    backend, devices, capability, forms, error = None, [], None, [], None
-    try:
-        backend = jax.default_backend()
-        devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
-        capability = gpu_capability()
-        problems += _of_backend(backend)
-        forms = [_form(dtype, capability) for dtype in WEIGHTS]
-        problems += [f"LoRA is slow: {form.why}" for form in forms[:1] if form.runs_as == "loop"]
-        error = _error_of_a_batch()
-        if not error < 5e-3:
-            problems.append(
-                f"a small batch is wrong by {error:.1e}: report it with this output, and set "
-                "JAX_LORA_DISABLE_KERNELS=1 until it is mended"
-            )
-    except (RuntimeError, ValueError) as failure:  # a platform that is not there; a bad setting
-        problems.append(f"JAX can't compute here: {printable(' '.join(str(failure).split()), 600)}")
-    return Diagnosis(
+    found = Diagnosis(
         platform.python_version(),
         {name: _version(name) for name in PACKAGES},
-        backend,
-        devices,
-        capability,
-        forms,
         None if programs is None else str(programs),
-        error,
-        problems,
+        problems=_of_programs(programs),
     )
+    if reason := why_jax_cannot_start():
+        found.problems.append(reason)
+        return found
+    found.backend = jax.default_backend()
+    found.devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+    found.capability = gpu_capability()
+    found.problems += _of_backend(found.backend)
+    try:
+        found.forms = [_form(dtype, found.capability) for dtype in WEIGHTS]
+        found.error = _error_of_a_batch()
+    except (RuntimeError, ValueError) as failure:
+        reason = printable(" ".join(str(failure).split()), 600)
+        found.problems.append(f"a small batch fails: {reason}")
+        return found
+    found.problems += [f"LoRA is slow: {f.why}" for f in found.forms[:1] if f.runs_as == "loop"]
+    if not found.error < 5e-3:
+        found.problems.append(
+            f"a small batch is wrong by {found.error:.1e}: report it with this output, and set "
+            "JAX_LORA_DISABLE_KERNELS=1 until it is mended"
+        )
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -122,13 +122,58 @@ def test_kernels_that_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_settings_and_backends_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_LORA_DISABLE_KERNELS", "2")
     report = found(1)
     assert report["problems"] == [
-        "JAX can't compute here: JAX_LORA_DISABLE_KERNELS must be 0 or 1, got '2'"
+        "a small batch fails: JAX_LORA_DISABLE_KERNELS must be 0 or 1, got '2'"
     ]
     assert report["backend"] == "cpu" and report["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (AssertionError(), "there is no such backend"),  # as JAX fails without its CUDA plugin
+        (
+            RuntimeError("Unable to initialize\n backend 'tpu'"),
+            "Unable to initialize backend 'tpu'",
+        ),
+    ],
+)
+def test_a_backend_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+) -> None:
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr("jax.devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    mend = "unset JAX_PLATFORMS=cuda, or install jax-lora[cuda13] for a GPU"
+    sentence = f"JAX can't start: {reason}; {mend}"
+    report = found(1)
+    assert report["problems"] == [sentence] and report["backend"] is None
+    for command in (["demo"], ["generate", "--base", "base", "--prompt", ":a"]):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"error: {sentence}" in result.stderr
+
+
+def test_a_full_memory_is_an_error_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax_lora import generation
+
+    def complete(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(generation, "complete", complete)
+    message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes"
+    result = run("generate", "--base", "base", "--prompt", ":a")
+    assert result.exit_code == 2
+    assert "the device's memory is full: give --dtype bfloat16" in result.stderr
+    assert message in result.stderr
+    message = "anything else"
+    result = run("generate", "--base", "base", "--prompt", ":a")
+    assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
 
 
 def test_a_place_that_holds_no_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
