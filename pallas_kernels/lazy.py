@@ -23,7 +23,7 @@ def lazy_names(
     def getattr_(name: str) -> object:
         if gone and name in gone:
             raise AttributeError(f"{package}.{name} is gone: {gone[name]}")
-        if not name.startswith("_"):
+        if name.isidentifier() and not name.startswith("_"):
             if importlib.util.find_spec(f"{package}.{name}"):
                 return importlib.import_module(f"{package}.{name}")
             if name in (mine := load()):

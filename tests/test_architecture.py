@@ -68,6 +68,7 @@ def test_a_package_has_the_names_of_its_api(name):
     assert public <= {*starred}
     with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
         _ = package.nothing
+    assert not hasattr(package, "no name") and not hasattr(package, "a.b")
 
 
 @pytest.mark.parametrize(
