@@ -70,7 +70,8 @@ class ExpandPart(NamedTuple):
       y_offset: first column of y that the part adds to (static).
       config: how to cut the work.
       first_slot: names the range of slots that the part's adapters are (static). A token has an
-        adapter of one range at most; parts of one range have the same `segments`.
+        adapter of one range at most, and parts of one range have the same `segments`; or both hold
+        for each column of a mix, whose parts add up for a token that has several.
       first: where its adapters start in `lora_b`, if that is of several layers.
     """
 
