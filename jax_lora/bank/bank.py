@@ -19,6 +19,7 @@ from jax_lora.adapters import (
     renamed,
     save_peft,
 )
+from jax_lora.bank import dora
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.roster import Roster
@@ -109,6 +110,7 @@ class AdapterBank(Roster):
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
+        dora.compile_norms(self._sites.values())
 
     # ------------------------------------------------------------------------ loading and evicting
 
@@ -188,6 +190,8 @@ class AdapterBank(Roster):
         for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
             if not isinstance(value, kind):
                 raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+        if config.dora:
+            raise ValueError("DoRA is not trained here; train it with PEFT, or give dora=False")
         # NumPy's generator, as JAX's would compile for each rank.
         generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
         modules = {}
@@ -237,6 +241,7 @@ class AdapterBank(Roster):
         row_lengths = None if lengths is None else host_int32("lengths", lengths)
         with self._lock:
             places = {name: self._entry(name) for name in distinct}
+            dora.check_alone(places, rows.mixes)
             ids = {name: self._table.id(entry) for name, entry in places.items()}
             indices, weights = rows.arrays(ids, self._adapters_per_row)
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
@@ -283,11 +288,12 @@ class AdapterBank(Roster):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_header(self, name: str, header: AdapterHeader) -> None:
-        """Whether the model has room for an adapter, before its weights are read."""
+    def _check_header(self, name: str, header: AdapterHeader) -> int:
+        """The bucket of an adapter, before its weights are read, if the model has room for it."""
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         check_fit(name, features, self._sites)
-        self._bucket_for(name, header.rank)
+        dora.check_room(name, header.config.dora, features, self._sites)
+        return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""
@@ -295,15 +301,12 @@ class AdapterBank(Roster):
         return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
 
     def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
-        features = {
-            module: (weights.a.shape[1], weights.b.shape[0])
-            for module, weights in adapter.modules.items()
-        }
-        check_fit(name, features, self._sites)
-        bucket = self._bucket_for(name, adapter.rank)
+        bucket = self._check_header(name, adapter.header)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if adapter.config.dora:
+            dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
         modules = frozenset(adapter.modules)
@@ -327,4 +330,4 @@ class AdapterBank(Roster):
             entry = self._entry(name)
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(entry.config, slots)
+            return as_adapter(entry, slots, sites)
