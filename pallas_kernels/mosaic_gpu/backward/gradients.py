@@ -103,8 +103,9 @@ def _of_weights(
     parts: Sequence[GradientPart], narrows: Sequence[_Narrow], tiles: Tiles
 ) -> Float[Array, " KT"]:
     """What each token's adapter would add with a weight of 1, times dy."""
+    adapters = tiles.adapters()
     terms = [
-        jnp.sum(narrow.plain[0] * narrow.plain[1], axis=1) * _scales_of(part, tiles)
+        jnp.sum(narrow.plain[0] * narrow.plain[1], axis=1) * _scales_of(part, adapters)
         for part, narrow in zip(parts, narrows)
     ]
     count = tiles.rows.shape[0]
@@ -112,9 +113,9 @@ def _of_weights(
     return jnp.zeros(count).at[tokens].set(functools.reduce(jnp.add, terms), mode="drop")
 
 
-def _scales_of(part: GradientPart, tiles: Tiles) -> Float[Array, " rows"]:
+def _scales_of(part: GradientPart, adapters: Int[Array, " rows"]) -> Float[Array, " rows"]:
     """The scale of each row's adapter, where it is the part's."""
-    return part.scales[jnp.maximum(part.slots.local(tiles.adapters()), 0)]
+    return part.scales[jnp.maximum(part.slots.local(adapters), 0)]
 
 
 def _in_launches[T](
@@ -191,7 +192,7 @@ def _narrow(
     for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
         mine = (is_token & part.slots.holds(adapters))[None, :, None]
         plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
-        scale = _scales_of(part, tiles)[None, :, None]
+        scale = _scales_of(part, adapters)[None, :, None]
         if factors is not None:
             scale = scale * factors[None, :, None]
         found.append(_Narrow(plain, (plain * scale).astype(x.dtype)))
