@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jax_lora.nn.stacks import LoRAStack
 from pallas_kernels import LoRAPart, Mix, Segments
 from pallas_kernels.routing import SlotRange
+from pallas_kernels.xla import take
 
 
 class Rescaling(Protocol):
@@ -36,13 +37,13 @@ def rescaled(
         return y
     first = segments.columns[0] if isinstance(segments, Mix) else segments
     assert isinstance(first, Segments)  # a batch sorts its tokens
-    change = jnp.zeros(y.shape, jnp.float32)
+    change: Array | float = 0.0
     for rescale, part in zip(rescales, parts, strict=True):
         slots = SlotRange(part.first_slot, part.slots)
         local = jnp.where(slots.holds(first.indices), first.indices - slots.first, slots.slots)
-        own = rescale.at[local, 0].get(mode="fill", fill_value=0)
-        columns = slice(part.y_offset, part.y_offset + own.shape[1])
-        change = change.at[:, columns].add(own)
+        own = take(rescale[:, 0], local)
+        behind = y.shape[1] - part.y_offset - own.shape[1]
+        change += jnp.pad(own, ((0, 0), (part.y_offset, behind)))
     bias = 0.0 if layer.bias is None else layer.bias[...].reshape(1, -1).astype(jnp.float32)
     wide = y.astype(jnp.float32)
     return jnp.where(change == 0, y, (wide + change * (wide - bias)).astype(y.dtype))

@@ -143,7 +143,7 @@ class LoRALayer(nnx.Module):
         if shards is None:
             return
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
-        for name in ("lora_a", "lora_b", "scales"):
+        for name in ("lora_a", "lora_b", "scales", "rescale"):
             if (variable := getattr(holder, name, None)) is not None:
                 spec = shards.of_variable(name, variable.ndim)
                 sharding = NamedSharding(shards.mesh, spec)

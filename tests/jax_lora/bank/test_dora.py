@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tiny import forward, make_adapter, make_bank
 
@@ -25,6 +27,7 @@ from jax_lora import (
     load_peft,
     scan_layers,
 )
+from jax_lora.inspection import inspect_adapter
 
 WIDTH, INNER = 12, 20
 CONFIGS = {
@@ -281,6 +284,31 @@ def test_gradients_of_stacks_are_those_of_peft(saved):
             np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-4, rtol=1e-3)
 
 
+def test_on_a_mesh_tokens_may_be_divided_and_kernels_may_not():
+    x = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32)
+    adapter = with_magnitudes(make_adapter(1, 3, features={"proj": (WIDTH, 8)}))
+    results = []
+    for spec in (None, P("dp"), P()):
+        model = nnx.Module()
+        model.proj = nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0))
+        apply_lora(model, slots=2, buckets=(8,), dora=True)
+        bank = AdapterBank(model)
+        bank.load("a", adapter)
+        batch, given = bank.batch(["a", None] * 2), jnp.asarray(x)
+        if spec is not None:
+            mesh = jax.make_mesh((4,), ("dp",), axis_types=(AxisType.Explicit,))
+            given = jax.device_put(x, NamedSharding(mesh, spec))
+        results.append(np.asarray(model.proj(given, batch)))
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=1e-5)
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,))
+    kernel = model.proj.kernel
+    kernel.set_value(jax.device_put(kernel[...], NamedSharding(mesh, P(None, "tp"))))
+    bank = AdapterBank(model)
+    with pytest.raises(ValueError, match="DoRA needs whole kernels, but this layer's is divided"):
+        model.proj(jnp.asarray(x), bank.batch([None] * 4))
+
+
 def test_a_model_without_room_names_the_mend(saved):
     root, _, _ = saved
     _, bank = make(dora=False)
@@ -306,6 +334,13 @@ def test_room_for_dora_is_counted_and_needs_no_weights():
     with pytest.raises(ValueError, match=r"layer: DoRA does not cover an nnx.Einsum with a bias"):
         apply_lora(model, dora=True)
     assert type(model.layer) is nnx.Einsum
+
+
+def test_inspect_says_what_it_needs(saved):
+    root, _, _ = saved
+    advice = {name: inspect_adapter(root / name).advice for name in ("dora", "plain")}
+    assert advice["dora"][0] == "it uses DoRA, so give apply_lora dora=True"
+    assert not any("DoRA" in line for line in advice["plain"])
 
 
 def damaged(folder, change):
