@@ -20,7 +20,7 @@ from jax_lora.nn.names import (
     path_name,
     with_numbers,
 )
-from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
+from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAScale, LoRAStack, Slots, check_slots, stack_dtype
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
@@ -40,6 +40,7 @@ def apply_lora(
     target: str | Sequence[str] | None = None,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: DTypeLike | None = None,
+    dora: bool = False,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
@@ -67,6 +68,8 @@ def apply_lora(
         Layers of other types stay as they are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
+      dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
+        float32 more per layer and bucket, and each step some time.
 
     Returns:
       The bytes that the stacks take.
@@ -81,6 +84,8 @@ def apply_lora(
     layers = _matched_layers(model, target)
     for name, layer in layers.items():
         _check_layer(name, layer, dtype)
+        if dora and isinstance(layer, nnx.Einsum) and layer.bias is not None:
+            raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
@@ -88,10 +93,13 @@ def apply_lora(
         lead = _lead(layer)
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
         layer.guard = guard
+        if dora and isinstance(layer, LoRADense | LoRADenseGeneral | LoRAEinsum):
+            layer.add_rescales()
     return sum(
         variable.nbytes
         for layer in layers.values()
-        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
+        for stack in layer.stacks
+        for variable in jax.tree.leaves(nnx.state(stack, (nnx.LoRAParam, LoRAScale)))
     )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.dora import refuse_divided, rescaled
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
@@ -93,7 +94,7 @@ class LoRALayer(nnx.Module):
         """Takes the sizes of what it holds, a shard, for its own."""
         raise NotImplementedError
 
-    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+    def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
         return self.kernel[index].reshape(self.features())
 
@@ -123,6 +124,11 @@ class LoRALayer(nnx.Module):
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
 
+    def add_rescales(self) -> None:
+        """Makes room for DoRA."""
+        for stack in self.stacks:
+            stack.add_rescale()
+
     def place(self) -> None:
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
@@ -137,7 +143,7 @@ class LoRALayer(nnx.Module):
         if shards is None:
             return
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
-        for name in ("lora_a", "lora_b", "scales"):
+        for name in ("lora_a", "lora_b", "scales", "rescale"):
             if (variable := getattr(holder, name, None)) is not None:
                 spec = shards.of_variable(name, variable.ndim)
                 sharding = NamedSharding(shards.mesh, spec)
@@ -190,6 +196,8 @@ class LoRALayer(nnx.Module):
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         """The call, in which each device runs the layer that its own shards make up."""
+        if shards.inputs or shards.outputs:
+            refuse_divided(self)
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
         specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
@@ -230,13 +238,15 @@ class LoRALayer(nnx.Module):
         in_features, out_features = self.features()
         x = self.x_matrix(x)
         y_matrix = self.y_matrix(y)
+        parts, segments = self.parts(adapters), adapters.segments(x.shape[:-1])
         [out] = add_in_step(
             (y_matrix.reshape(-1, out_features),),
             x.reshape(-1, in_features),
-            self.parts(adapters),
-            adapters.segments(x.shape[:-1]),
+            parts,
+            segments,
             phase=adapters.phase,
         )
+        out = rescaled(self, out, parts, segments)
         return self.y_tensor(out.reshape(y_matrix.shape), y)
 
 
