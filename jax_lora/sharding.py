@@ -1,7 +1,8 @@
 """LoRA layers on a mesh of devices: each device runs the layer on its own shard."""
 
+import functools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -97,9 +98,16 @@ class Shards(NamedTuple):
 
         def one(leaf: Array) -> Array:
             missing = tuple(sorted(used - jax.typeof(leaf).manual_axis_type.varying))
-            return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+            cast = functools.partial(jax.lax.pcast, axis_name=missing, to="varying")
+            return _in_float32_on_a_cpu(cast, leaf) if missing else leaf
 
         return jax.tree.map(one, tree)
+
+    def total(self, y: Array) -> Array:
+        """The sum of the devices' `y`, inside of the `shard_map`, where each has part of H."""
+        if not self.inputs:
+            return y
+        return _in_float32_on_a_cpu(lambda y: jax.lax.psum(y, self.inputs), y)
 
     def of_variable(self, name: Hashable, ndim: int) -> PartitionSpec:
         """How a variable of the layer is divided, by its name. Axes of stacked layers are whole."""
@@ -111,6 +119,20 @@ class Shards(NamedTuple):
         }
         end = ends.get(name, ())
         return PartitionSpec(*[None] * (ndim - len(end)), *end)
+
+
+def _in_float32_on_a_cpu(sum_of: Callable[[Array], Array], x: Array) -> Array:
+    """`sum_of(x)`, which sums over devices, or the gradient of which does.
+
+    XLA's CPU compiler aborts on sums in half precision over some of a mesh's axes, in jax 0.11.2
+    ("Invalid binary instruction opcode copy"): a bfloat16 `psum` in a `shard_map` is enough whose
+    `axis_names` lack an axis of the mesh.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return sum_of(x)
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: sum_of(x.astype(jnp.float32)).astype(x.dtype), default=sum_of
+    )
 
 
 def shards_of(layer: Placed, x: Array) -> Shards | None:
@@ -127,13 +149,15 @@ def shards_of(layer: Placed, x: Array) -> Shards | None:
     of_x = dict(zip(labels.x, _explicit(x)))
     tokens = {label: of_x[label] for label in labels.lead if of_x.get(label)}
     taken = {axis for axes in tokens.values() for axis in axes}
-    # What tokens are divided over, weights are gathered from: fully sharded data parallelism.
+    explicit = _explicit_axes(mesh)
+    # What tokens are divided over, weights are gathered from: fully sharded data parallelism. XLA
+    # can't sum over an automatic axis of one device.
+    over = {a for a, size in mesh.shape.items() if size > 1 or a in explicit} - taken
     weights = {
-        label: tuple(axis for axis in axes if axis in mesh.axis_names and axis not in taken)
+        label: tuple(axis for axis in axes if axis in over)
         for label, axes in zip(labels.kernel, _kernel_axes(layer))
     }
     axes = tokens | weights
-    explicit = _explicit_axes(mesh)
     used = {axis for some in axes.values() for axis in some}
     if not (explicit or used):
         return None

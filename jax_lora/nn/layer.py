@@ -69,7 +69,7 @@ class LoRALayer(nnx.Module):
 
     def x_matrix(self, x: Array) -> Array:
         """x as `[*lead, H]`, where `lead` are the axes that tokens are made of."""
-        raise NotImplementedError
+        return x
 
     def y_matrix(self, y: Array) -> Array:
         """y as `[*lead, N]`."""
@@ -118,7 +118,8 @@ class LoRALayer(nnx.Module):
         shards = placement_of(self, len(lead))
         self.stacks = nnx.List([])
         for shape in shapes:
-            self.stacks.append(LoRAStack(shape, dtype, lead))
+            a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
+            self.stacks.append(LoRAStack(shape, a, b))
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
@@ -209,7 +210,7 @@ class LoRALayer(nnx.Module):
                 layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
             lead = layer.x_matrix(x).shape[:-1]
             y: Array = layer(x, adapters.with_segments(lead, segments))
-            return jax.lax.psum(y, shards.inputs) if shards.inputs else y
+            return shards.total(y)
 
         arrays = [v.get_value() for v in variables]
         mapped = jax.shard_map(

@@ -313,8 +313,6 @@ LAYERS = {  # what makes the layer, the kernel's spec, the features of x
 
 
 CASES = [(case, kind) for case in LAYERS for kind in (AxisType.Explicit, AxisType.Auto)]
-# XLA's CPU compiler aborts on sums of bfloat16 over some of a mesh's axes.
-CASES.remove(("bfloat16", AxisType.Auto))
 
 
 @pytest.mark.ci
