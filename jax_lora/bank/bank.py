@@ -338,7 +338,7 @@ class AdapterBank(Roster):
 
         self._write(commit)
 
-    def _adapter(self, name: str, purpose: str) -> Adapter:
+    def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
         with self._agreement.turn() as agree, self.stepping, self._lock:
             entry = self._entry(name)
