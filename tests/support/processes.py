@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -51,6 +52,18 @@ def step(model, x, adapters):
         return model(x)
 
 
+@nnx.jit
+def gradient_norms(model, x, adapters):
+    """One number for each stack, which all processes have."""
+
+    def loss(model):
+        with jax_lora.use(adapters):
+            return jnp.sum(jnp.square(model(x)))
+
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
+
+
 def rows(model, bank, names, mesh=None):
     x = tokens(len(names))
     if mesh is not None:
@@ -77,6 +90,9 @@ def loads_and_steps(model, bank, mesh, folder):
     bank.load("1", adapter(4, 16), replace=True)
     bank.create("new", LoRAConfig(rank=10, alpha=2.0), rngs=nnx.Rngs(0))
     found["second"] = rows(model, bank, ["3", "1", "2", "new"], mesh)
+    x = tokens(4) if mesh is None else put(tokens(4), NamedSharding(mesh, P()))
+    norms = gradient_norms(model, x, bank.batch(["3", "1", "2", None]))
+    found["gradients"] = np.asarray(norms.addressable_data(0))
     bank.save("3", folder)
     merged = bank.merge("1")["up"]["kernel"].get_value()
     found["merged"] = np.concatenate([s.data for s in merged.addressable_shards], axis=1)
@@ -125,9 +141,8 @@ def main(act, process, count, port, folder):
     )
     mesh = jax.make_mesh((int(count),), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     model, bank = model_and_bank(mesh)
-    print(json.dumps({"same": same, "disagree": disagree, "die": die}[act](
-        bank, mesh, model, Path(folder)
-    )))  # fmt: skip
+    acts = {"same": same, "disagree": disagree, "die": die}
+    print(json.dumps(acts[act](bank, mesh, model, Path(folder))))
 
 
 if __name__ == "__main__":

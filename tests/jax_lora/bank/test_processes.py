@@ -68,7 +68,7 @@ def test_processes_equal_one(count, start, tmp_path):
     assert names == [wanted_names] * count
     got = [np.load(tmp_path / f"{process}.npz") for process in range(count)]
     for one in got:
-        for key in ("first", "second"):
+        for key in ("first", "second", "gradients"):
             np.testing.assert_allclose(one[key], want[key], 1e-5, 1e-5)
     merged = np.concatenate([one["merged"] for one in got], axis=1)
     np.testing.assert_allclose(merged, want["merged"], 1e-5, 1e-5)
