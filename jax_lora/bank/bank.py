@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -14,16 +13,16 @@ from jax_lora.adapters import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
-    LoRAWeights,
     Rename,
     load_peft,
     renamed,
     save_peft,
 )
 from jax_lora.bank.agreement import digest
+from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites, some
+from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
@@ -182,10 +181,7 @@ class AdapterBank(Roster):
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
-            for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
-                if not isinstance(value, kind):
-                    raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-            adapter = Adapter(config, self._new_weights(config, rngs))
+            adapter = new_adapter(config, rngs, self._sites)
             self._install(name, adapter, replace, agree, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
@@ -282,24 +278,6 @@ class AdapterBank(Roster):
             )
         site = self._sites[module]
         return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
-
-    def _new_weights(self, config: LoRAConfig, rngs: nnx.Rngs) -> dict[str, LoRAWeights]:
-        # NumPy's generator, as JAX's would compile for each rank.
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        modules = {}
-        for module in filter(config.targets, self._sites):
-            site = self._sites[module]
-            (in_features, out_features), dtype = site.features, site.variables[0].dtype
-            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
-            a = generator.uniform(-bound, bound, shape).astype(dtype)
-            b = np.zeros((out_features, shape[0]), dtype)
-            modules[module] = LoRAWeights(a, b, config.scale_of(module))
-        if not modules:
-            raise ValueError(
-                f"target_modules={config.target_modules!r:.300} names none of "
-                f"{some(self._sites, str)}"
-            )
-        return modules
 
     def _install(
         self,
