@@ -519,3 +519,20 @@ def test_ops_in_a_shard_map_that_checks(op):
         message = f"{op} writes its result in place.*check_vma=False alone; use lora_delta"
         with pytest.raises(NotImplementedError, match=message):
             maps[1](*operands)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_on_an_explicit_mesh_name_the_mend(op):
+    """Columns of B and y are divided, outside of a `shard_map`."""
+    shapes = [(2, 16, 64), (2, 64, 16), (8, 64), (8, 64), (8, 16)]
+    specs = [P(), P(None, "tp"), P(), P(None, "tp"), P()]
+    mesh = mesh_of(tp=4)
+    operands = [
+        jax.device_put(jnp.ones(shape, jnp.bfloat16), NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs)
+    ]
+    message = (
+        rf"{op} gets .* on a mesh with explicit axes \['tp'\]; call it inside of jax.shard_map"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jit(OPS[op])(*operands, jnp.zeros(8, jnp.int32))
