@@ -32,11 +32,11 @@ class Agreement:
     """
 
     def __init__(self, arrays: Iterable[Array]) -> None:
-        devices: set[jax.Device] = set()
-        devices.update(*(array.sharding.device_set for array in arrays))
+        devices: list[jax.Device] = [d for array in arrays for d in array.sharding.device_set]
         self._members = sorted({device.process_index for device in devices})
         self._bank = next(_numbers) if self.is_shared else 0
         self._turn = 0
+        self._said: list[str] = []  # keys that the service still holds
 
     @property
     def is_shared(self) -> bool:
@@ -77,21 +77,17 @@ class Agreement:
                 self._say({"fails": printable(f"{type(error).__name__}: {error}")})
             raise
 
-    def _key(self, turn: int, process: int) -> str:
-        return f"jax_lora/bank/{self._bank}/{turn}/{process}"
+    def _key(self, process: int) -> str:
+        return f"jax_lora/bank/{self._bank}/{self._turn}/{process}"
 
     def _say(self, what: dict[str, str]) -> None:
-        own = jax.process_index()
-        _client().key_value_set(self._key(self._turn, own), json.dumps(what))
-        if self._turn > 2:  # nobody asks for it: all that have spoken since have heard it
-            _client().key_value_delete(self._key(self._turn - 2, own))
+        self._said.append(self._key(jax.process_index()))
+        _client().key_value_set(self._said[-1], json.dumps(what))
 
     def _compare(self, claim: str) -> None:
         for process in self._members:
             try:
-                heard = _client().blocking_key_value_get(
-                    self._key(self._turn, process), 1000 * TIMEOUT_S
-                )
+                heard = _client().blocking_key_value_get(self._key(process), 1000 * TIMEOUT_S)
             except jax.errors.JaxRuntimeError as error:
                 raise RuntimeError(
                     f"process {process} did not come to {claim} within {TIMEOUT_S} s; all "
@@ -105,6 +101,10 @@ class Agreement:
                     f"process {jax.process_index()} is about to {claim}, but process {process} to "
                     f"{other['does']}; nothing is changed"
                 )
+        # All have spoken in this turn, so all have heard what was said in those before it.
+        for key in self._said[:-1]:
+            _client().key_value_delete(key)
+        del self._said[:-1]
 
 
 def _client() -> _jax.DistributedRuntimeClient:
