@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import LoRAConfig, peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header
 from jax_lora.messages import printable
+from jax_lora.models.parallel import bytes_per_device
 from pallas_kernels import (
     BGMV_MAX_RANK,
     padded_rank,
@@ -57,6 +58,7 @@ class AdapterReport:
     modules: list[ModuleReport]
     lorax: list[str]
     advice: list[str]
+    mesh: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -67,10 +69,13 @@ class AdapterReport:
         return [(count, module) for module, count in same.items()]
 
 
-def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
+def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) -> AdapterReport:
     """Reports on a PEFT folder; reads its config and the header of its weights.
 
     All modules live in the bucket of the adapter's largest rank, out of the default buckets.
+
+    Args:
+      devices: over which a model of Llama's projections is divided; what each holds is then told.
 
     Raises:
       FileNotFoundError, ValueError: see `load_peft`.
@@ -96,6 +101,7 @@ def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
         _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)],
+        _mesh(header, devices) if devices > 1 else [],
     )  # fmt: skip
 
 
@@ -110,7 +116,9 @@ class BrokenAdapter:
         return {"path": str(self.path), "error": self.error}
 
 
-def inspect_below(path: Path, *, allow_links: bool = False) -> list[AdapterReport | BrokenAdapter]:
+def inspect_below(
+    path: Path, *, allow_links: bool = False, devices: int = 1
+) -> list[AdapterReport | BrokenAdapter]:
     """Reports on each adapter folder at or below `path`, in order; see `inspect_adapter`.
 
     Links to folders and hidden folders are left out. If there is no adapter, the only report says
@@ -122,7 +130,7 @@ def inspect_below(path: Path, *, allow_links: bool = False) -> list[AdapterRepor
     reports: list[AdapterReport | BrokenAdapter] = []
     for folder in _adapter_folders(path) or [path]:
         try:
-            reports.append(inspect_adapter(folder, allow_links=allow_links))
+            reports.append(inspect_adapter(folder, allow_links=allow_links, devices=devices))
         except (OSError, ValueError) as error:
             reports.append(BrokenAdapter(folder, str(error)))
     return reports
@@ -140,6 +148,25 @@ def _adapter_folders(path: Path) -> list[Path]:
         if not ADAPTER_FILES.isdisjoint(files):
             found.append(Path(folder))
     return found
+
+
+def _mesh(header: AdapterHeader, devices: int) -> list[str]:
+    """What each device holds of a slot with the adapter, in either form."""
+    rank, item = header.rank, header.dtype.itemsize
+    lines = []
+    for form, bucket, fully in (
+        ("holds", rank_bucket(rank), False),
+        ("with fully_sharded", rank_bucket(rank, devices), True),
+    ):
+        held = sum(
+            bytes_per_device(
+                name.rpartition(".")[2], (m.in_features, m.out_features), bucket, item, devices,
+                fully=fully,
+            )
+            for name, m in header.modules.items()
+        )  # fmt: skip
+        lines.append(f"each of {devices} devices {form} {held / 1e6:.2f} MB, in bucket {bucket}")
+    return lines
 
 
 def _lorax(ranks: list[int]) -> list[str]:

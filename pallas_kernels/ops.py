@@ -13,6 +13,7 @@ from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
     check_may_write,
+    check_on_no_mesh,
     choose,
     compiled,
     phase_of,
@@ -67,6 +68,7 @@ def _shrink_op(
         v = checks.floats("v", v, "T R")
         checks.same("v and x differ in tokens T", v.shape[0], x.shape[0])
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
+    check_on_no_mesh(call, x, lora_a)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
     if v is not None:
@@ -108,6 +110,7 @@ def _expand_op(
     implementation, config = choose(how.implementation, how.config, missing)
     op = f"{kernel}_expand"
     call = Call(op, implementation, (kernel,), y_offset, bool(add_inputs), config=config)
+    check_on_no_mesh(call, v, lora_b, y)
     if v.shape[0] == 0:
         return y
     check_may_write(call, v, lora_b, y)
@@ -315,6 +318,9 @@ def _check_parts(
     implementation, config = choose(how.implementation, how.config, missing)
     kernels = tuple(xla_kernel(jnp.shape(part.lora_a)[1], phase) for part in parts)
     call = Call(op, implementation, kernels, widths=widths, dtype=dtype, config=config)
+    check_on_no_mesh(
+        call, x, *(jnp.asarray(t) for part in parts for t in (part.lora_a, part.lora_b))
+    )
     return _Parts(call, x, parts, ids)
 
 

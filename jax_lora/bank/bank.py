@@ -1,9 +1,8 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
 import functools
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,17 +12,18 @@ from jax_lora.adapters import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
-    LoRAWeights,
     Rename,
     load_peft,
     renamed,
     save_peft,
 )
 from jax_lora.bank import dora
+from jax_lora.bank.agreement import digest
+from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites, some
+from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
@@ -74,6 +74,12 @@ class AdapterBank(Roster):
     it, nor does a failure of the device before its last operation. If that fails, and has consumed
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
+
+    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
+    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
+    agree on all of them, or the load fails on all and changes nothing. The first process saves.
+    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
+    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
     An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
     moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
@@ -141,24 +147,25 @@ class AdapterBank(Roster):
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket are pinned or leased.
-          RuntimeError: the thread holds `stepping`.
+          RuntimeError: the thread holds `stepping`; or another process does not load the same.
           In each case the bank is as it was.
         """
-        self._check_name(name, replace)
-        is_own = not isinstance(adapter, Adapter)
-        if not isinstance(adapter, Adapter):
-            adapter = load_peft(
-                adapter,
-                check=functools.partial(self._check_header, name),
-                base_weight=self._base_weight,
-                max_bytes=max_bytes,
-                rename=rename,
-                allow_links=allow_links,
-                allow_nonfinite=allow_nonfinite,
-            )
-        elif rename is not None:
-            adapter = renamed(adapter, rename)
-        self._install(name, adapter, replace, is_own=is_own)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            is_own = not isinstance(adapter, Adapter)
+            if not isinstance(adapter, Adapter):
+                adapter = load_peft(
+                    adapter,
+                    check=functools.partial(self._check_header, name),
+                    base_weight=self._base_weight,
+                    max_bytes=max_bytes,
+                    rename=rename,
+                    allow_links=allow_links,
+                    allow_nonfinite=allow_nonfinite,
+                )
+            elif rename is not None:
+                adapter = renamed(adapter, rename)
+            self._install(name, adapter, replace, agree, is_own=is_own)
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
@@ -186,28 +193,10 @@ class AdapterBank(Roster):
         Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
           `target_modules` names no layer.
         """
-        self._check_name(name, replace)
-        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-        if config.dora:
-            raise ValueError("DoRA is not trained here; train it with PEFT, or give dora=False")
-        # NumPy's generator, as JAX's would compile for each rank.
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        modules = {}
-        for module in filter(config.targets, self._sites):
-            site = self._sites[module]
-            (in_features, out_features), dtype = site.features, site.variables[0].dtype
-            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
-            a = generator.uniform(-bound, bound, shape).astype(dtype)
-            b = np.zeros((out_features, shape[0]), dtype)
-            modules[module] = LoRAWeights(a, b, config.scale_of(module))
-        if not modules:
-            raise ValueError(
-                f"target_modules={config.target_modules!r:.300} names none of "
-                f"{some(self._sites, str)}"
-            )
-        self._install(name, Adapter(config, modules), replace, is_own=True)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            adapter = new_adapter(config, rngs, self._sites)
+            self._install(name, adapter, replace, agree, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -268,11 +257,18 @@ class AdapterBank(Roster):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
+        Where several processes hold the model together, the first writes the folder. The others
+        return when it has.
+
         Raises:
           KeyError: it is not loaded.
           ValueError: see `save_peft`.
         """
-        save_peft(self._adapter(name), path)
+        adapter = self._adapter(name, "save")
+        with self._agreement.turn() as agree:
+            if self._agreement.is_first:
+                save_peft(adapter, path)
+            agree(f"have saved {name!r}")
 
     def merge(self, name: str) -> nnx.State:
         """The model's base parameters, with an adapter folded into the kernels that it adapts.
@@ -284,7 +280,7 @@ class AdapterBank(Roster):
           KeyError: it is not loaded.
           ValueError: it adapts a layer that shares its kernel with another.
         """
-        return merged(self._model, self._adapter(name), self._sites)
+        return merged(self._model, self._adapter(name, "merge"), self._sites)
 
     # ------------------------------------------------------------------------------------- private
 
@@ -297,10 +293,23 @@ class AdapterBank(Roster):
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""
+        if self._agreement.is_shared:  # not all processes may come to read it
+            raise ValueError(
+                f"the adapter has a copy of the base model's weight of {module}, which several "
+                "processes hold together; save it with save_embedding_layers=False"
+            )
         site = self._sites[module]
         return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
 
-    def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
+    def _install(
+        self,
+        name: str,
+        adapter: Adapter,
+        replace: bool,
+        agree: Callable[[str], None],
+        *,
+        is_own: bool,
+    ) -> None:
         bucket = self._check_header(name, adapter.header)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
@@ -310,10 +319,12 @@ class AdapterBank(Roster):
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
         modules = frozenset(adapter.modules)
+        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
 
         def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
             slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            agree(f"{what} into slot {slot} of bucket {bucket}, evicting {evicted!r}")
             try:
                 writer.write(slot, placed)
             finally:
@@ -324,10 +335,11 @@ class AdapterBank(Roster):
 
         self._write(commit)
 
-    def _adapter(self, name: str) -> Adapter:
+    def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
-        with self.stepping, self._lock:
+        with self._agreement.turn() as agree, self.stepping, self._lock:
             entry = self._entry(name)
+            agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
             return as_adapter(entry, slots, sites)

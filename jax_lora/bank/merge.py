@@ -20,6 +20,7 @@ from jax_lora.bank.sites import Site
 from jax_lora.bank.slots import Entry
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import path_name
+from jax_lora.sharding import put
 
 
 def as_adapter(
@@ -104,7 +105,7 @@ def _placed(matrix: Array, a: np.ndarray, b: np.ndarray) -> tuple[Array, Array]:
     mesh, spec = matrix.sharding.mesh, matrix.sharding.spec
     rows, columns = (*spec, None, None)[:2]
     of_a, of_b = PartitionSpec(rows, None), PartitionSpec(None, columns)
-    return jax.device_put((a, b), (NamedSharding(mesh, of_a), NamedSharding(mesh, of_b)))
+    return put(a, NamedSharding(mesh, of_a)), put(b, NamedSharding(mesh, of_b))
 
 
 def _merged_kernel(

@@ -4,9 +4,11 @@ import threading
 import weakref
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_lora.bank.agreement import Agreement
 from jax_lora.bank.sites import common_slots
 from jax_lora.batch import Guard, Lock
 from jax_lora.nn.layer import LoRALayer
@@ -47,6 +49,7 @@ class StackOwner:
                 if isinstance(value, nnx.LoRAParam | LoRAScale)
             ]
         )
+        self._agreement = Agreement(jax.tree.leaves(self.state))
         self._lock = threading.RLock()  # of what the host knows; taken after `stepping`
         self._guard = Guard()
         self._is_current = False

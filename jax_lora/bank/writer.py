@@ -14,6 +14,7 @@ from jax_lora.adapters import Adapter, LoRAWeights
 from jax_lora.bank.sites import Site
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
+from jax_lora.sharding import put, whole
 
 
 class _Held(NamedTuple):
@@ -124,7 +125,13 @@ class _Program(NamedTuple):
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
         leaves, tree = jax.tree.flatten(values)
-        return jax.tree.unflatten(tree, jax.device_put(leaves, self.values))
+        if all(sharding is None or sharding.is_fully_addressable for sharding in self.values):
+            return jax.tree.unflatten(tree, jax.device_put(leaves, self.values))
+        placed = [
+            leaf if sharding is None else put(leaf, sharding)
+            for leaf, sharding in zip(leaves, self.values)
+        ]
+        return jax.tree.unflatten(tree, placed)
 
 
 def _home(array: Array) -> Sharding | None:
@@ -249,7 +256,7 @@ def read_slots(
         stack = site.stacks[bucket]
         if id(stack) not in fetched:
             slots = (get_slot(v.get_value(), np.int32(slot)) for v in stack.variables)
-            fetched[id(stack)] = [np.asarray(array) for array in slots]
+            fetched[id(stack)] = [whole(array) for array in slots]
         a, b = fetched[id(stack)]
         found[name] = a[site.index], b[site.index]
     return found

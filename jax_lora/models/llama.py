@@ -22,6 +22,7 @@ from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
+from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
@@ -393,6 +394,8 @@ class Llama(nnx.Module):
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
 
+        Where `jax.set_mesh` has set a mesh with an axis `tp`, the weights are divided over it.
+
         Args:
           path: a local folder, as Hugging Face's `save_pretrained` writes it; or a name on the hub,
             `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
@@ -403,8 +406,8 @@ class Llama(nnx.Module):
         Raises:
           FileNotFoundError: the folder or a file is missing; or the hub can't give it.
           ValueError: weights are in a form that is not read, a file is malformed, the config asks
-            for something that is not implemented, or weights are missing, superfluous or of another
-            shape.
+            for something that is not implemented, weights are missing, superfluous or of another
+            shape, or heads or the MLP do not divide over the mesh.
         """
         folder = local_folder(path, revision=revision)
         check_format(folder)
@@ -432,7 +435,7 @@ class Llama(nnx.Module):
                 f"{folder} doesn't fit its config.json: it lacks {missing[:3]} ({len(missing)} in "
                 f"all) and has {superfluous[:3]} ({len(superfluous)} in all) too many"
             )
-        loaded = []
+        loaded, place = [], placing(config)
         for path_, param in params:
             is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
             shape = param.shape[is_stacked:]
@@ -446,7 +449,8 @@ class Llama(nnx.Module):
             values = [jnp.array(tensors.pop(name), param.dtype) for name in names[path_]]
             if is_kernel:  # on the device: NumPy would walk them in strides
                 values = [value.T for value in values]
-            loaded.append((path_, param.replace(jnp.stack(values) if is_stacked else values[0])))
+            value = jnp.stack(values) if is_stacked else values[0]
+            loaded.append((path_, param.replace(place(path_, value))))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
 

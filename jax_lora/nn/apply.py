@@ -21,6 +21,7 @@ from jax_lora.nn.names import (
     with_numbers,
 )
 from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAScale, LoRAStack, Slots, check_slots, stack_dtype
+from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
@@ -41,6 +42,7 @@ def apply_lora(
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: DTypeLike | None = None,
     dora: bool = False,
+    fully_sharded: bool = False,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
@@ -70,6 +72,11 @@ def apply_lora(
       dtype: dtype of the stacks; None for each kernel's own.
       dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
         float32 more per layer and bucket, and each step some time.
+      fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
+        ranks in a column-parallel layer and B's in a row-parallel one, of which each device
+        otherwise holds all. For large stacks and many devices: a call then has one small exchange
+        more, of `[tokens, ranks]`. Buckets are multiples of 8 times the devices, as
+        `pallas_kernels.padded_rank` pads a rank. Without a mesh it changes nothing.
 
     Returns:
       The bytes that the stacks take.
@@ -78,7 +85,8 @@ def apply_lora(
       TypeError: `target` is of another type, or one of its expressions matches layers of other
         types alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
-        a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
+        a matrix product, its kernel has an unexpected shape or dtype, or what it has does not
+        divide over its mesh. The model is unchanged.
     """
     by_bucket = check_slots(slots, buckets)
     layers = _matched_layers(model, target)
@@ -86,12 +94,13 @@ def apply_lora(
         _check_layer(name, layer, dtype)
         if dora and isinstance(layer, nnx.Einsum) and layer.bias is not None:
             raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
+        _check_placement(name, layer, buckets, fully_sharded)
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         layer.__class__ = _LORA_CLASS[type(layer)]
         lead = _lead(layer)
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead, fully_sharded)
         layer.guard = guard
         if dora and isinstance(layer, LoRADense | LoRADenseGeneral | LoRAEinsum):
             layer.add_rescales()
@@ -189,6 +198,18 @@ def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
             f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; of layers "
             "stacked for a scan, the axes of layers come in front of these"
         )
+
+
+def _check_placement(name: str, layer: Any, buckets: Sequence[int], fully_sharded: bool) -> None:
+    """ValueError where the layer's kernel is on a mesh over which its stacks do not divide."""
+    plain, lead = type(layer), _lead(layer)
+    layer.__class__ = _LORA_CLASS[plain]  # for a moment: it knows how features are axes
+    try:
+        placement_of(layer, len(lead), buckets, fully=fully_sharded)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    finally:
+        layer.__class__ = plain
 
 
 def _kernel_shape(layer: _Linear) -> tuple[int, ...]:

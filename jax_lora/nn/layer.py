@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.divided import add_by_ranks
 from jax_lora.nn.dora import refuse_divided, rescaled
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
@@ -24,10 +25,18 @@ from jax_lora.nn.stacks import (
     stack_shapes,
 )
 from jax_lora.process import check_process
-from jax_lora.sharding import Labels, Shards, by_shard, placement_of, resharded, shards_of
+from jax_lora.sharding import (
+    Labels,
+    Shards,
+    by_shard,
+    placement_of,
+    put,
+    resharded,
+    shards_of,
+)
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Mix, Segments
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -46,12 +55,14 @@ class LoRALayer(nnx.Module):
     axes of layers in front. `scan_layers` runs it.
 
     Attributes:
+      fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
     """
 
     guard: Guard | None
+    fully_sharded: bool = False
     placement: NamedSharding | None
     in_place: nnx.List[InPlace]
     kernel: nnx.Param[Array]
@@ -70,7 +81,7 @@ class LoRALayer(nnx.Module):
 
     def x_matrix(self, x: Array) -> Array:
         """x as `[*lead, H]`, where `lead` are the axes that tokens are made of."""
-        raise NotImplementedError
+        return x
 
     def y_matrix(self, y: Array) -> Array:
         """y as `[*lead, N]`."""
@@ -109,6 +120,7 @@ class LoRALayer(nnx.Module):
         slices: Sequence[int] | None,
         dtype: DTypeLike,
         lead: tuple[int, ...] = (),
+        fully_sharded: bool = False,
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
@@ -116,10 +128,12 @@ class LoRALayer(nnx.Module):
         shapes = stack_shapes(self.features(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard, self.placement = slices, None, None
-        shards = placement_of(self, len(lead))
+        self.fully_sharded = fully_sharded
+        shards = placement_of(self, len(lead), buckets, fully=fully_sharded)
         self.stacks = nnx.List([])
         for shape in shapes:
-            self.stacks.append(LoRAStack(shape, dtype, lead))
+            a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
+            self.stacks.append(LoRAStack(shape, a, b))
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
@@ -133,9 +147,10 @@ class LoRALayer(nnx.Module):
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
         Raises:
-          ValueError: features do not divide over the mesh.
+          ValueError: features do not divide over the mesh, or ranks that are to.
         """
-        shards = placement_of(self, len(self.lead))
+        buckets = tuple(slots_of(stack.shape for stack in self.stacks))
+        shards = placement_of(self, len(self.lead), buckets, fully=self.fully_sharded)
         for holder in (*self.stacks, self):
             self._place(shards, holder)
 
@@ -147,7 +162,7 @@ class LoRALayer(nnx.Module):
             if (variable := getattr(holder, name, None)) is not None:
                 spec = shards.of_variable(name, variable.ndim)
                 sharding = NamedSharding(shards.mesh, spec)
-                variable.set_value(jax.device_put(variable.get_value(), sharding))
+                variable.set_value(put(variable.get_value(), sharding))
                 variable.set_metadata(out_sharding=tuple(spec))
 
     def parts(self, batch: AdapterBatch) -> list[LoRAPart]:
@@ -190,9 +205,13 @@ class LoRALayer(nnx.Module):
         if adapters is not None and (shards := shards_of(self, jnp.asarray(x))):
             y = self._on_shards(shards, jnp.asarray(x), adapters)
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
-        base = cast(Any, super())
-        y = base.__call__(x, out_sharding=out_sharding)
+        y = self._base(x, out_sharding)
         return y if adapters is None else self._add_lora(y, x, adapters)
+
+    def _base(self, x: Array, out_sharding: object = None) -> Array:
+        """The base layer's output."""
+        base = cast(Any, super())
+        return base.__call__(x, out_sharding=out_sharding)
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         """The call, in which each device runs the layer that its own shards make up."""
@@ -216,8 +235,10 @@ class LoRALayer(nnx.Module):
                 bias = layer.bias.get_value()
                 layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
             lead = layer.x_matrix(x).shape[:-1]
-            y: Array = layer(x, adapters.with_segments(lead, segments))
-            return jax.lax.psum(y, shards.inputs) if shards.inputs else y
+            batch = adapters.with_segments(lead, segments)
+            if shards.fully:
+                return shards.total(layer._add_lora(layer._base(x), x, batch, shards))
+            return shards.total(layer(x, batch))
 
         arrays = [v.get_value() for v in variables]
         mapped = jax.shard_map(
@@ -233,20 +254,26 @@ class LoRALayer(nnx.Module):
             segments,
         )
 
-    def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+    def _add_lora(
+        self, y: Array, x: Array, adapters: AdapterBatch, shards: Shards | None = None
+    ) -> Array:
+        """`shards`: of a layer that is fully sharded, inside of its `shard_map`."""
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
         in_features, out_features = self.features()
         x = self.x_matrix(x)
-        y_matrix = self.y_matrix(y)
-        parts, segments = self.parts(adapters), adapters.segments(x.shape[:-1])
-        [out] = add_in_step(
-            (y_matrix.reshape(-1, out_features),),
-            x.reshape(-1, in_features),
-            parts,
-            segments,
-            phase=adapters.phase,
-        )
-        out = rescaled(self, out, parts, segments)
+        segments, parts = adapters.segments(x.shape[:-1]), self.parts(adapters)
+        y_matrix, x = self.y_matrix(y), x.reshape(-1, in_features)
+        rows = y_matrix.reshape(-1, out_features)
+        if shards is None:
+            [out] = add_in_step((rows,), x, parts, segments, phase=adapters.phase)
+            out = rescaled(self, out, parts, segments)
+        elif isinstance(segments, Mix):
+            raise ValueError(
+                "layers whose ranks are divided over a mesh take one adapter per row, not mixes; "
+                "give apply_lora no fully_sharded=True"
+            )
+        else:
+            out = add_by_ranks(rows, x, parts, segments, adapters.phase, shards)
         return self.y_tensor(out.reshape(y_matrix.shape), y)
 
 

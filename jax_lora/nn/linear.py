@@ -60,9 +60,6 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
     def resize(self) -> None:
         self.in_features, self.out_features = self.kernel.shape
 
-    def x_matrix(self, x: Array) -> Array:
-        return x
-
 
 class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
     """`nnx.LinearGeneral` with stacks of LoRA adapters over its flattened features.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, DTypeLike
+from jaxtyping import Array, ArrayLike
 
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
@@ -67,11 +67,10 @@ class LoRAStack(nnx.Module):
     in_place: nnx.List[InPlace]
     rescale: LoRAScale | None = None
 
-    def __init__(self, shape: StackShape, dtype: DTypeLike, lead: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: StackShape, lora_a: Array, lora_b: Array) -> None:
         self.shape = shape
-        size_a, size_b = shape.sizes
-        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_a), dtype))
-        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_b), dtype))
+        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_a)
+        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_b)
 
     def add_rescale(self) -> None:
         """Makes room for DoRA."""

@@ -69,3 +69,22 @@ def test_inspect_walks_a_bounded_tree(tmp_path: Path, monkeypatch: pytest.Monkey
     save(tmp_path / "c", 4)
     result = run("inspect", tmp_path)
     assert result.exit_code == 2 and "holds more than 3 folders" in result.stderr
+
+
+def test_inspect_tells_what_each_device_of_a_mesh_holds(tmp_path: Path) -> None:
+    features = {"layers.0.q_proj": (64, 128), "layers.0.o_proj": (128, 64)}
+    save_peft(make_adapter(0, 20, features=features), tmp_path)
+    result = run("inspect", "--json", "--mesh", "tp=8", tmp_path)
+    assert result.exit_code == 0, result.output
+    [report] = json.loads(result.stdout)["adapters"]
+    whole = 4 * 32 * ((64 + 128 / 8) + (128 / 8 + 64))
+    wholly = 4 * 64 * 2 * (64 + 128) / 8
+    assert report["mesh"] == [
+        f"each of 8 devices holds {whole / 1e6:.2f} MB, in bucket 32",
+        f"each of 8 devices with fully_sharded {wholly / 1e6:.2f} MB, in bucket 64",
+    ]
+    assert "Mesh: each of 8 devices" in run("inspect", "--mesh", "tp=8", tmp_path).stdout
+    assert (
+        "--mesh takes tp=N, such as tp=2, got 'dp=2'"
+        in run("inspect", "--mesh", "dp=2", ".").stderr
+    )
