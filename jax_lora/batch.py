@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
@@ -322,6 +322,11 @@ class AdapterBatch:
         batch.__dict__.update(self.__dict__)
         batch._segments = [(None, (lead, sharding, jax.tree.structure(self)), segments)]
         return batch
+
+    def with_tables(self, lead: tuple[int, ...], turn: Callable[[], object]) -> "AdapterBatch":
+        """What `sorted_for(lead)` returned, also with the tables that kernels ask for in `turn` of
+        the loop (`Segments.with_tables`)."""
+        return self.with_segments(lead, self.segments(lead).with_tables(turn))
 
     def segments(
         self, lead: tuple[int, ...], sharding: NamedSharding | None = None

@@ -79,7 +79,5 @@ def test_every_size_lowers(num_tokens: int, columns: int) -> None:
         return jax.vjp(lambda *floats: forward(y, *floats, ids), *floats)[1](y)
 
     few = num_tokens * columns <= 1024
-    assert names_in(forward) == (
-        {"lora_r16"} if few else {"lora_shrink_r16_r16", "lora_expand_r16_r16"}
-    )
+    assert names_in(forward) == ({"lora_r16"} if few else {"lora_shrink_r16", "lora_expand_r16"})
     assert names_in(backward) == {"lora_narrow_r16", "lora_wide_r16", "lora_outer_r16"}
