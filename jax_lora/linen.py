@@ -122,6 +122,9 @@ class _Dense(LoRALayer, _Base):  # type: ignore[misc]
         """Its sizes are those of the kernel."""
 
 
+_Dense.__name__ = "LoRADense"  # errors call it what the user calls it
+
+
 def _mesh_axes(kernel: object) -> tuple[object, ...]:
     """Over which axes of a mesh Flax's metadata divide a kernel; () where it has none."""
     if not isinstance(kernel, nn.meta.AxisMetadata):

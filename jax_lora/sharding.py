@@ -58,6 +58,9 @@ class Placed(Protocol):
     @property
     def lead(self) -> tuple[int, ...]: ...
 
+    @property
+    def buckets(self) -> tuple[int, ...]: ...
+
     def labels(self, x_ndim: int) -> Labels: ...
 
 
@@ -175,7 +178,7 @@ def shards_of(layer: Placed, x: Array) -> Shards | None:
 
     Raises:
       ValueError: x is sharded over features, and the kernel is not: all of x would be gathered.
-        Features do not divide over the mesh.
+        Features do not divide over the mesh, nor ranks that are to.
     """
     mesh = _mesh(layer, x)
     if mesh is None:
@@ -355,6 +358,7 @@ def _check(layer: Placed, shards: Shards, x: Array, of_x: Mapping[Label, MeshAxe
             )
     kernel = layer.kernel.get_value().shape[len(layer.lead) :]
     _check_divisible(name, shards, dict(zip(shards.labels.kernel, kernel)))
+    _check_ranks(name, shards, layer.buckets)
     if len(layer.slices) > 1 and shards.devices(shards.outputs) > 1:
         raise ValueError(
             f"{name} has slices {layer.slices}, whose columns can't be divided over "

@@ -96,6 +96,11 @@ class LoRALayer(nnx.Module):
         """The axes of layers that are stacked; () for a layer alone."""
         return tuple(self.scales.get_value().shape[:-1])
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The ranks that its stacks are allocated with."""
+        return tuple(slots_of(stack.shape for stack in self.stacks))
+
     def labels(self, x_ndim: int) -> Labels:
         """The layer read as an einsum, of an x with so many axes."""
         lead = tuple(range(x_ndim - 1))
@@ -149,8 +154,7 @@ class LoRALayer(nnx.Module):
         Raises:
           ValueError: features do not divide over the mesh, or ranks that are to.
         """
-        buckets = tuple(slots_of(stack.shape for stack in self.stacks))
-        shards = placement_of(self, len(self.lead), buckets, fully=self.fully_sharded)
+        shards = placement_of(self, len(self.lead), self.buckets, fully=self.fully_sharded)
         for holder in (*self.stacks, self):
             self._place(shards, holder)
 

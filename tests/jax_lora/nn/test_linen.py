@@ -288,7 +288,7 @@ def test_a_batch_of_another_bank_is_refused(pair):
     other.load("b", make_adapter(2, 4))
     x, batch = tokens(1), jax.device_put(bank.batch(["a"]))
     for call in (apply, Model().apply):
-        with pytest.raises(ValueError, match="the batch is of another AdapterBank"):
+        with pytest.raises(ValueError, match="another AdapterBank than the LoRADense that"):
             call({"params": params, **other.variables}, x, batch)
     got = apply({"params": params, **bank.variables}, x, batch)
     np.testing.assert_allclose(got, right(x, [make_adapter(1, 4)]), atol=1e-5)
