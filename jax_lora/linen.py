@@ -146,7 +146,7 @@ class _Dense(LoRALayer):
                 variable.set_value(_own(values[name]))
         self.scales.set_value(_own(scales))
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         in_features, out_features = self.kernel.shape[-2:]
         return in_features, out_features
 

@@ -53,10 +53,12 @@ _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.lora_(?:([AB])(?:\.([^.]+))?\.weight|embedding_([AB])(?:\.([^.]+))?)",
+    re.DOTALL,
+)
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA of an embedding",
     "lora_diag": "KaSA",
     "lora_velora": "VeLoRA",
     "monteclora": "MonteCLoRA",
@@ -91,6 +93,10 @@ class _Half:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_embedding(self) -> bool:
+        return ".lora_embedding_" in self.key
 
     def read(self) -> np.ndarray:
         return self.file.read(self.key)
@@ -177,8 +183,9 @@ def load_peft(
     Args:
       path: folder with `adapter_config.json` and `adapter_model.safetensors`, or its shards.
       check: called before a tensor is read; what it raises ends the load.
-      base_weight: from a module's name to the base model's weight `[N, H]`. PEFT saves a copy of
-        the base's output layer beside a LoRA of it: a copy that equals this is left out.
+      base_weight: from a module's name to the base model's weight, as PEFT stores it: `[N, H]`;
+        of an embedding, `[H, N]`. PEFT saves a copy of the base's output layer or embedding beside
+        a LoRA of it: a copy that equals this is left out.
       max_bytes: most bytes of weights to read; None for any number.
       rename: other names for the modules. A mapping gives prefixes, of whole parts of a name, new
         ones, and the longest that a name has counts: `{"module": ""}` removes one, `{"": "model"}`
@@ -207,7 +214,8 @@ def load_peft(
         modules = {}
         for module, halves in opened.halves.items():
             a, b = halves["A"].read(), halves["B"].read()
-            modules[module] = LoRAWeights(a, b, header.modules[module].scale)
+            shape = header.modules[module]
+            modules[module] = LoRAWeights(a, b, shape.scale, shape.is_embedding)
             for half, tensor in (("A", a), ("B", b)):
                 if not (allow_nonfinite or _is_finite(tensor)):
                     raise ValueError(
@@ -247,8 +255,8 @@ def _check_copy(
     if base_weight is None:
         raise ValueError(
             f"{what} is a copy of the base model's weight, which PEFT saves beside a LoRA of the "
-            "output layer; load it with AdapterBank.load, which compares the two, or save the "
-            "adapter with save_pretrained(path, save_embedding_layers=False)"
+            "output layer or the embedding; load it with AdapterBank.load, which compares the two, "
+            "or save the adapter with save_pretrained(path, save_embedding_layers=False)"
         )
     base = base_weight(module)
     same = copy.shape == base.shape
@@ -261,7 +269,7 @@ def _check_copy(
         )
     if not same:
         raise ValueError(
-            f"{what} is a saved or resized output layer, {[*copy.shape]}: it differs from the base "
+            f"{what} is a saved or resized layer, {[*copy.shape]}: it differs from the base "
             f"model's {[*base.shape]}, which is not supported; {MERGE}"
         )
 
@@ -358,9 +366,10 @@ def _read_headers(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    new = new_names(shapes, rename)
+    new = new_names({**shapes, **found.copies}, rename)
+    own = {module: new[module] for module in shapes}
     return _Opened(
-        AdapterHeader(renamed_config(config, new), {new[m]: shapes[m] for m in shapes}),
+        AdapterHeader(renamed_config(config, own), {new[m]: shapes[m] for m in shapes}),
         {new[module]: pair for module, pair in found.halves.items()},
         {new[module]: copy for module, copy in found.copies.items()},
     )
@@ -394,9 +403,14 @@ def _shape(
         pair["B"] = _grouped(module, pair["A"], pair["B"], enabled)
     a, b = pair["A"], pair["B"]
     check_halves(config, module, a, b)
+    if a.is_embedding != b.is_embedding:
+        raise ValueError(
+            f"{module}: one half is that of an embedding and the other is not, {shown(a.key, 200)} "
+            f"and {shown(b.key, 200)}; save the adapter again"
+        )
     return LoRAShape(
         a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes, a.is_embedding,
     )  # fmt: skip
 
 
@@ -415,6 +429,13 @@ def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Gro
     )
 
 
+def _check_name(folder: Path, module: str) -> None:
+    try:
+        check_module(module)
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
+
+
 def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
     found = _Found({}, {}, {})
     others: dict[str, _Half] = {}
@@ -426,11 +447,9 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
             if match is None:
                 others[key] = _Half(file, key)
                 continue
-            module, half, adapter = match.groups()
-            try:
-                check_module(module)
-            except ValueError as error:
-                raise ValueError(f"{printable(folder)}: {error}") from None
+            module, adapter = match[1], match[3] or match[5]
+            half = match[2] or match[4]
+            _check_name(folder, module)
             adapters.add(adapter)
             if half in found.halves.setdefault(module, {}) or len(adapters) > 1:
                 raise ValueError(
@@ -442,12 +461,13 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
                 found.wrapped[module] = raw
     for key, stored in others.items():
         match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None
-        if match is None or match[1] not in found.halves:
+        if match is None:
             what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
             raise ValueError(
                 f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
                 f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {MERGE}"
             )
+        _check_name(folder, match[1])
         found.copies[match[1]] = stored
     return found
 
@@ -480,8 +500,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     }
     tensors = {}
     for module, weights in adapter.modules.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(weights.a)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(weights.b)
+        for half, tensor in (("A", weights.a), ("B", weights.b)):
+            key = f"embedding_{half}" if weights.is_embedding else f"{half}.weight"
+            tensors[f"base_model.model.{module}.lora_{key}"] = np.ascontiguousarray(tensor)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

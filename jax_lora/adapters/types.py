@@ -86,12 +86,13 @@ class LoRAConfig:
 
     @cached_property
     def _target(self) -> Names | Expression | None:
-        if self.target_modules is None or self._all_linear:
+        if self.target_modules is None or self.all_linear:
             return None
         return matcher(self.target_modules)
 
     @property
-    def _all_linear(self) -> bool:
+    def all_linear(self) -> bool:
+        """Whether `target_modules` is PEFT's word for all layers but embeddings and outputs."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def work(self, length: int) -> int:
@@ -118,7 +119,7 @@ class LoRAConfig:
         """Whether `target_modules` names the module."""
         if self._target is not None:
             return self._target.matches(module)
-        return not (self._all_linear and module.rpartition(".")[2] in OUTPUT_LAYERS)
+        return not (self.all_linear and module.rpartition(".")[2] in OUTPUT_LAYERS)
 
 
 def matcher(names: str | tuple[str, ...]) -> Names | Expression:
@@ -130,15 +131,19 @@ def matcher(names: str | tuple[str, ...]) -> Names | Expression:
 class LoRAWeights:
     """One module's LoRA: `y += scale * (x @ a.T) @ b.T`.
 
+    Of an embedding, x are tokens: `y += scale * a[:, x].T @ b.T`.
+
     Args:
-      a: `[r, H]`, the down-projection.
+      a: `[r, H]`, the down-projection; of an embedding, H is the vocabulary.
       b: `[N, r]`, the up-projection.
       scale: `LoRAConfig.scale_of` the module.
+      is_embedding: whether it is that of an embedding.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -149,12 +154,14 @@ class LoRAWeights:
         return LoRAShape(
             self.a.shape[1], self.b.shape[0], self.rank, self.scale,
             common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes,
+            self.is_embedding,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """A module's LoRA without its values. `dtype` is float32 where the halves differ."""
+    """A module's LoRA without its values. `dtype` is float32 where the halves differ. Of an
+    embedding, `in_features` is the vocabulary."""
 
     in_features: int
     out_features: int
@@ -162,6 +169,7 @@ class LoRAShape:
     scale: float
     dtype: np.dtype[Any]
     nbytes: int
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True)

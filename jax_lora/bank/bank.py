@@ -26,6 +26,7 @@ from jax_lora.bank.sites import Site, check_fit, find_sites, some
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.nn.names import path_name
 
 
 class AdapterBank(Roster):
@@ -93,7 +94,9 @@ class AdapterBank(Roster):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
-        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
+        paths = [path_name(path) for path, _ in nnx.iter_modules(model) if path]
+        names = self._own_names()
+        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
@@ -149,9 +152,10 @@ class AdapterBank(Roster):
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
     ) -> None:
-        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+        """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
-        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
+        A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
         so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
@@ -178,14 +182,12 @@ class AdapterBank(Roster):
                 raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
         # NumPy's generator, as JAX's would compile for each rank.
         generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        modules = {}
-        for module in filter(config.targets, self._sites):
-            site = self._sites[module]
-            (in_features, out_features), dtype = site.features, site.variables[0].dtype
-            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
-            a = generator.uniform(-bound, bound, shape).astype(dtype)
-            b = np.zeros((out_features, shape[0]), dtype)
-            modules[module] = LoRAWeights(a, b, config.scale_of(module))
+        modules = {
+            module: _initial(self._sites[module], config, module, generator)
+            for module in self._sites
+            if config.targets(module)
+            and not (self._sites[module].is_embedding and config.all_linear)
+        }
         if not modules:
             raise ValueError(
                 f"target_modules={config.target_modules!r:.300} names none of "
@@ -267,21 +269,21 @@ class AdapterBank(Roster):
 
     def _check_header(self, name: str, header: AdapterHeader) -> None:
         """Whether the model has room for an adapter, before its weights are read."""
-        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
-        check_fit(name, features, self._sites)
+        check_fit(name, header, self._sites)
         self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
-        """The model's own weight of a PEFT module, `[N, H]`."""
-        site = self._sites[module]
-        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
+        """The model's own weight of a PEFT module, as PEFT stores it."""
+        if module not in self._sites:
+            raise ValueError(
+                f"the files have a copy of the base model's weight of {module}, which has no LoRA "
+                "in this model to be compared with; name it in apply_lora's target, or save the "
+                "adapter with save_pretrained(path, save_embedding_layers=False)"
+            )
+        return np.asarray(self._sites[module].base_weight())
 
     def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
-        features = {
-            module: (weights.a.shape[1], weights.b.shape[0])
-            for module, weights in adapter.modules.items()
-        }
-        check_fit(name, features, self._sites)
+        check_fit(name, adapter.header, self._sites)
         bucket = self._bucket_for(name, adapter.rank)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
@@ -309,7 +311,24 @@ class AdapterBank(Roster):
             entry = self._entry(name)
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(entry.config, slots)
+        return as_adapter(
+            entry.config, slots, [m for m, site in sites.items() if site.is_embedding]
+        )
+
+
+def _initial(
+    site: Site, config: LoRAConfig, module: str, generator: np.random.Generator
+) -> LoRAWeights:
+    """Weights to begin a training with, which add nothing; see `AdapterBank.create`."""
+    (in_features, out_features), dtype = site.features, site.variables[0].dtype
+    rank = config.rank_of(module)
+    a, b = np.zeros((rank, in_features), dtype), np.zeros((out_features, rank), dtype)
+    if site.is_embedding:
+        b = np.asarray(generator.standard_normal(b.shape)).astype(dtype)
+    else:
+        bound = 1 / math.sqrt(in_features)
+        a = np.asarray(generator.uniform(-bound, bound, a.shape)).astype(dtype)
+    return LoRAWeights(a, b, config.scale_of(module), site.is_embedding)
 
 
 def _distinct(names_per_row: Sequence[str | None]) -> list[str]:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import jax
@@ -20,7 +20,11 @@ from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import path_name
 
 
-def as_adapter(config: LoRAConfig, slots: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Adapter:
+def as_adapter(
+    config: LoRAConfig,
+    slots: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    embeddings: Collection[str] = (),
+) -> Adapter:
     """The adapter that whole slots of A and B hold, at the rank at which it stands there.
 
     That is the config's, or larger where training has filled columns behind it.
@@ -30,7 +34,9 @@ def as_adapter(config: LoRAConfig, slots: Mapping[str, tuple[np.ndarray, np.ndar
     }
     config = _widened(config, ranks)
     modules = {
-        module: LoRAWeights(a[: ranks[module]], b[:, : ranks[module]], config.scale_of(module))
+        module: LoRAWeights(
+            a[: ranks[module]], b[:, : ranks[module]], config.scale_of(module), module in embeddings
+        )
         for module, (a, b) in slots.items()
     }
     return Adapter(config, modules)
@@ -84,7 +90,7 @@ def merged(model: nnx.Module, adapter: Adapter, sites: Mapping[str, Site]) -> nn
             for index in np.ndindex(*layer.lead)
         ]
         kernel = jnp.stack(kernels).reshape(layer.kernel.shape) if layer.lead else kernels[0]
-        state[*path, "kernel"].set_value(kernel)
+        state[*path, layer.kernel_name].set_value(kernel)
     return nnx.from_flat_state(state)
 
 

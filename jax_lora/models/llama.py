@@ -23,6 +23,7 @@ from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.rope import rotate, waves
+from jax_lora.nn.embed import tie_head
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
@@ -252,9 +253,10 @@ class Decoder(nnx.Module):
         self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, scan: bool
     ) -> None:
         self.config, self.scan = config, scan
-        self.embed_tokens = nnx.Embed(
+        embed = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
+        self.embed_tokens = tie_head(embed) if config.tie_word_embeddings else embed
         make, count = functools.partial(DecoderLayer, config, dtype), config.num_hidden_layers
         self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
             nnx.vmap(make)(rngs.split(count))
@@ -354,7 +356,9 @@ class Llama(nnx.Module):
     ) -> None:
         self.config = config
         self.model = Decoder(config, dtype, rngs, scan=scan)
-        if not config.tie_word_embeddings:  # else there is no layer of its own to adapt
+        if config.tie_word_embeddings:
+            self.peft_names = nnx.static({"model.embed_tokens.head": "lm_head"})
+        else:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
@@ -364,8 +368,9 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """From the decoder's output to logits."""
         if self.config.tie_word_embeddings:
-            embedding = self.model.embed_tokens.embedding[...]
-            logits = jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
+            precision = "highest" if hidden.dtype == jnp.float32 else None
+            with jax.default_matmul_precision(precision):  # attend takes none
+                logits = self.model.embed_tokens.attend(hidden)
         else:
             logits = self.lm_head(hidden)
         return _soft_cap(logits, self.config.final_logit_softcapping)

@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import LoRAEinsum
+from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
 from jax_lora.nn.names import (
@@ -25,10 +25,14 @@ from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
 _Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+_Tied = nnx.Embed | TiedHead  # by name alone, as their stacks are as wide as a vocabulary
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRADense,
     nnx.LinearGeneral: LoRADenseGeneral,
     nnx.Einsum: LoRAEinsum,
+    nnx.Embed: LoRAEmbed,
+    TiedEmbed: LoRATiedEmbed,
+    TiedHead: LoRAHead,
 }
 
 
@@ -45,7 +49,9 @@ def apply_lora(
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
     `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
-    `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
+    `slots` adapters per rank bucket beside them, all zero. So do `nnx.Embed`, which becomes
+    `LoRAEmbed`, and the head of a tied embedding (`tie_head`), but only where `target` names them,
+    as their stacks are as wide as the vocabulary. Other layers stay untouched.
 
     Layers may be stacked for a scan, by `nnx.vmap` of what makes one: their kernels, and so their
     stacks, have axes of layers in front. `jax_lora.scan_layers` runs them. Where a `target` matches
@@ -63,8 +69,9 @@ def apply_lora(
       model: any NNX model.
       slots: adapters per bucket, an int or `{bucket: n}`.
       target: which layers: a regular expression, or several, that matches the end of a layer's
-        dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
-        Layers of other types stay as they are, also where an expression matches them.
+        dotted path, or of the name that the model's `peft_names` gives it, from a dot on
+        ("q_proj", "layers.0.*"); None for every linear layer. Layers of other types stay as they
+        are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
 
@@ -84,36 +91,48 @@ def apply_lora(
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
-        layer.__class__ = _LORA_CLASS[type(layer)]
         lead = _lead(layer)
+        layer.__class__ = _LORA_CLASS[type(layer)]
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
         layer.guard = guard
     return sum(
-        variable.nbytes
+        variable.get_value().nbytes
         for layer in layers.values()
-        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
+        for stack in layer.stacks
+        for variable in stack.variables
     )
 
 
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
-    linear = [name for name, module in modules.items() if type(module) in _LORA_CLASS]
+    fitting = {name for name, module in modules.items() if type(module) in _LORA_CLASS}
+    tied = [name for name in modules if name in fitting and isinstance(modules[name], _Tied)]
+    linear = [name for name in modules if name in fitting.difference(tied)]
     if target is None:
         matched = {name: modules[name] for name in linear}
     else:
-        found, names = set[str](), _names_of_stacked(model)
+        found, names = set[str](), _other_names(model)
         for pattern in _target_patterns(target):
             found |= _matched(modules, names, pattern)
         matched = {name: module for name, module in modules.items() if name in found}
     if not matched:
         done = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
-        have = f"; with LoRA already: {', '.join(done)}" if done else ""
-        there = f"linear layers: {', '.join(linear) or 'none'}{have}"
+        there = f"linear layers: {', '.join(linear) or 'none'}"
+        for what, some in (("embeddings and heads", tied), ("with LoRA already", done)):
+            there += f"; {what}: {', '.join(some)}" if some else ""
         raise ValueError(f"no layer matches target={target!r}; {there}")
     for name, module in matched.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} has LoRA stacks already")
     return matched
+
+
+def _other_names(model: nnx.Module) -> dict[str, list[str]]:
+    """Names of layers beside their paths, by path: of those that are stacked for a scan, and those
+    that the model gives to layers alone."""
+    given: Mapping[str, object] = getattr(model, "peft_names", {})
+    found = {path: [name] for path, name in given.items() if isinstance(name, str)}
+    return found | _names_of_stacked(model)
 
 
 def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
@@ -149,8 +168,8 @@ def _matched(
     if layers and not linear:
         name, module = next(iter(layers.items()))
         raise TypeError(
-            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral and "
-            "nnx.Einsum"
+            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral, "
+            "nnx.Einsum and nnx.Embed"
         )
     return linear
 
@@ -170,29 +189,37 @@ def _has_kernel(module: nnx.Module) -> bool:
 
 
 def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
-    expected, lead = _kernel_shape(layer), _lead(layer)
+    expected, lead, kernel = _kernel_shape(layer), _lead(layer), _kernel(layer)
     try:
-        _LORA_CLASS[type(layer)].features(layer)
-        stack_dtype(dtype or layer.kernel.dtype)
+        _LORA_CLASS[type(layer)].matrix_shape(layer)
+        stack_dtype(dtype or kernel.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if layer.kernel.shape != (*lead, *expected):
+    if kernel.shape != (*lead, *expected):
         raise ValueError(
-            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; of layers "
+            f"{name}: kernel {list(kernel.shape)} should be {list(expected)}; of layers "
             "stacked for a scan, the axes of layers come in front of these"
         )
 
 
-def _kernel_shape(layer: _Linear) -> tuple[int, ...]:
+def _kernel(layer: _Linear | _Tied) -> nnx.Variable[Array]:
+    return layer.embedding if isinstance(layer, _Tied) else layer.kernel
+
+
+def _kernel_shape(layer: _Linear | _Tied) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.LinearGeneral):
         return *layer.in_features, *layer.out_features
+    if isinstance(layer, nnx.Embed):
+        return layer.num_embeddings, layer.features
+    if isinstance(layer, TiedHead):
+        return tuple(layer.embedding.shape[-2:])
     return tuple(layer.kernel_shape)
 
 
-def _lead(layer: _Linear) -> tuple[int, ...]:
+def _lead(layer: _Linear | _Tied) -> tuple[int, ...]:
     """The axes of layers that are stacked for a scan."""
-    shape = tuple(layer.kernel.shape)
+    shape = tuple(_kernel(layer).shape)
     return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]

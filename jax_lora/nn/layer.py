@@ -45,11 +45,13 @@ class LoRALayer(nnx.Module):
     axes of layers in front. `scan_layers` runs it.
 
     Attributes:
+      kernel_name: of the attribute that holds the kernel.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
     """
 
+    kernel_name = "kernel"
     guard: Guard | None
     placement: NamedSharding | None
     in_place: nnx.List[InPlace]
@@ -59,7 +61,7 @@ class LoRALayer(nnx.Module):
     scales: LoRAScale
     slices: tuple[int, ...]
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """`(H, N)` of the layer read as a matrix.
 
         Raises:
@@ -95,7 +97,7 @@ class LoRALayer(nnx.Module):
 
     def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
-        return self.kernel[index].reshape(self.features())
+        return self.kernel[index].reshape(self.matrix_shape())
 
     def kernel_tensor(self, matrix: Array) -> Array:
         """The inverse of `kernel_matrix`: `matrix` in the shape of a kernel."""
@@ -111,8 +113,8 @@ class LoRALayer(nnx.Module):
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
-        slices = (self.features()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.features(), slots, buckets, slices)
+        slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
+        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard, self.placement = slices, None, None
         shards = placement_of(self, len(lead))
@@ -227,7 +229,7 @@ class LoRALayer(nnx.Module):
 
     def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
-        in_features, out_features = self.features()
+        in_features, out_features = self.matrix_shape()
         x = self.x_matrix(x)
         y_matrix = self.y_matrix(y)
         [out] = add_in_step(

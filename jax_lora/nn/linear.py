@@ -54,7 +54,7 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         self.add_stacks(slots, buckets, slices, lora_dtype or self.kernel.dtype)
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
     def resize(self) -> None:
@@ -70,7 +70,7 @@ class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
     Made by `apply_lora`. PEFT's A is `[r, prod(in_features)]`, its B `[prod(out_features), r]`.
     """
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         if self.batch_axis:
             raise ValueError(f"LoRA does not cover batch_axis, got {dict(self.batch_axis)}")
         return math.prod(self.in_features), math.prod(self.out_features)

@@ -337,7 +337,6 @@ UNSUPPORTED = {
     "velora_config": {"num_groups": 64},
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
-    "ensure_weight_tying": True,
     "bias": "lora_only",
     "peft_type": "ADALORA",
     "invented_in_2031": {"twist": 3},
@@ -380,12 +379,10 @@ def test_initialisations_that_leave_the_base_alone(tmp_path, init):
     ("key", "name"),
     [
         ("base_model.model.q.lora_magnitude_vector.weight", "DoRA"),
-        ("base_model.model.embed.lora_embedding_A", "LoRA of an embedding"),
         ("base_model.model.q.lora_B.bias", "a bias"),
         ("base_model.model.q.bias", "a bias"),
         ("base_model.model.classifier.modules_to_save.weight", "a fully trained module"),
         ("base_model.model.model.embed_tokens.weight", "a saved or resized embedding"),
-        ("base_model.model.lm_head.base_layer.weight", "a saved or resized output layer"),
         ("base_model.model.q.lora_diag", "KaSA"),
         ("q.lora_A.weight", "unknown"),
         ("base_model.model.q.weight", "unknown"),
@@ -904,8 +901,38 @@ def test_a_copy_of_the_output_layer_is_left_out_if_it_is_the_bases(tmp_path, dty
         load_peft(tmp_path)
     assert [*load_peft(tmp_path, base_weight=lambda name: weight).modules] == ["lm_head"]
     for other in (weight + 0.1, weight[1:], np.zeros((N, H), np.float32)):
-        with pytest.raises(ValueError, match="is a saved or resized output layer"):
+        with pytest.raises(ValueError, match="is a saved or resized layer"):
             load_peft(tmp_path, base_weight=lambda name, other=other: other)
+
+
+def test_halves_of_an_embedding(tmp_path):
+    a, b = np.arange(14, dtype=np.float32).reshape(2, 7), np.ones((3, 2), np.float32)
+    key = "base_model.model.model.embed_tokens.lora_embedding_{}"
+    tensors = halves() | {key.format("A"): a, key.format("B"): b}
+    adapter = load_peft(write(tmp_path, tensors, target_modules=["q", "embed_tokens"]))
+    weights = adapter.modules["model.embed_tokens"]
+    assert weights.is_embedding and not adapter.modules["q"].is_embedding
+    np.testing.assert_array_equal(weights.a, a)
+    assert adapters.peft_header(tmp_path).modules["model.embed_tokens"] == weights.shape
+    save_peft(adapter, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / WEIGHTS)
+    assert saved.keys() == tensors.keys()
+    np.testing.assert_array_equal(saved[key.format("A")], a)
+    named = tensors | {f"{key.format('A')}.default": a}
+    with pytest.raises(ValueError, match=r"several adapters, \['None', 'default'\]"):
+        load_peft(write(tmp_path, named, target_modules=["q", "embed_tokens"]))
+    del named[key.format("A")], named[f"{key.format('A')}.default"]
+    mixed = named | {KEY.format("model.embed_tokens", "A"): a}
+    with pytest.raises(ValueError, match="one half is that of an embedding and the other is not"):
+        load_peft(write(tmp_path, mixed, target_modules=["q", "embed_tokens"]))
+
+
+def test_a_head_that_peft_ties_to_the_embedding_is_adapted_too(tmp_path):
+    tensors = halves("embed_tokens") | halves("lm_head")
+    chosen = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    assert "lm_head" in load_peft(write(tmp_path, tensors, **chosen)).modules
+    with pytest.raises(ValueError, match="leaves lm_head out"):
+        load_peft(write(tmp_path, tensors, **chosen | {"ensure_weight_tying": False}))
 
 
 # ------------------------------------------------------------------------------------------------
