@@ -2,6 +2,7 @@
 
 from jax_lora import linen as linen
 from jax_lora.adapters import Adapter as Adapter
+from jax_lora.adapters import FullModule as FullModule
 from jax_lora.adapters import LoRAConfig as LoRAConfig
 from jax_lora.adapters import LoRAWeights as LoRAWeights
 from jax_lora.adapters import load_peft as load_peft

@@ -99,9 +99,11 @@ def config_of(
 
 def renamed(adapter: Adapter, rename: Rename | None) -> Adapter:
     """The adapter under other names; see `load_peft`. Raises as `new_names`."""
-    names = new_names(adapter.modules, rename)
+    names = new_names([*adapter.modules, *adapter.full], rename)
     modules = {names[old]: weights for old, weights in adapter.modules.items()}
-    return Adapter(renamed_config(adapter.config, names), modules)
+    full = {names[old]: weights for old, weights in adapter.full.items()}
+    own = {old: names[old] for old in adapter.modules}
+    return Adapter(renamed_config(adapter.config, own), modules, full)
 
 
 def meant(modules: Collection[str], known: Collection[str]) -> str:

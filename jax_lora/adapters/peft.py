@@ -32,14 +32,18 @@ from jax_lora.adapters.foreign import refuse_foreign
 from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
 from jax_lora.adapters.patterns import MAX_WORK
 from jax_lora.adapters.types import (
+    OUTPUT_LAYERS,
     Adapter,
     AdapterHeader,
+    FullModule,
     LoRAConfig,
     LoRAShape,
     LoRAWeights,
+    check_full,
     check_halves,
     check_module,
     common_dtype,
+    full_shape,
 )
 from jax_lora.messages import printable, shown
 
@@ -57,6 +61,8 @@ _KEY = re.compile(
     r"base_model\.model\.(.+)\.lora_(?:([AB])(?:\.([^.]+))?\.weight|embedding_([AB])(?:\.([^.]+))?)",
     re.DOTALL,
 )
+_FULL = re.compile(r"base_model\.model\.(.+)\.(weight|bias)", re.DOTALL)
+_EMBEDDINGS = frozenset({"embed_tokens", *OUTPUT_LAYERS})  # which PEFT saves with a LoRA unasked
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
     "lora_diag": "KaSA",
@@ -145,21 +151,24 @@ class _Found:
     Attributes:
       halves: "A" and "B" of each module.
       copies: the base model's own weights that PEFT saved beside a LoRA.
+      full: "weight", and "bias" if there is one, of each module to save.
       wrapped: the names with wrappers, of the modules that have some.
     """
 
     halves: dict[str, dict[str, _Half]]
     copies: dict[str, _Half]
+    full: dict[str, dict[str, _Half]]
     wrapped: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """An adapter's open files: its header, where its halves are, and copies of base weights."""
+    """An adapter's open files: its header, and where its tensors are; see `_Found`."""
 
     header: AdapterHeader
     halves: Mapping[str, Mapping[str, _Half]]
     copies: Mapping[str, _Half]
+    full: Mapping[str, Mapping[str, _Half]]
 
 
 def load_peft(
@@ -216,14 +225,24 @@ def load_peft(
             a, b = halves["A"].read(), halves["B"].read()
             shape = header.modules[module]
             modules[module] = LoRAWeights(a, b, shape.scale, shape.is_embedding)
-            for half, tensor in (("A", a), ("B", b)):
-                if not (allow_nonfinite or _is_finite(tensor)):
-                    raise ValueError(
-                        f"{printable(folder)}: {module} has NaN or infinite weights in "
-                        f"lora_{half}, which spread through all that it computes; train again, or "
-                        "give allow_nonfinite=True"
-                    )
-    return Adapter(header.config, modules)
+            _check_finite(folder, module, {"lora_A": a, "lora_B": b}, allow_nonfinite)
+        full = {}
+        for module, stored in opened.full.items():
+            tensors = {name: tensor.read() for name, tensor in stored.items()}
+            _check_finite(folder, module, tensors, allow_nonfinite)
+            full[module] = FullModule(tensors["weight"], tensors.get("bias"))
+    return Adapter(header.config, modules, full)
+
+
+def _check_finite(
+    folder: Path, module: str, tensors: Mapping[str, np.ndarray], allow_nonfinite: bool
+) -> None:
+    for name, tensor in tensors.items():
+        if not (allow_nonfinite or _is_finite(tensor)):
+            raise ValueError(
+                f"{printable(folder)}: {module} has NaN or infinite weights in {name}, which "
+                "spread through all that it computes; train again, or give allow_nonfinite=True"
+            )
 
 
 def peft_header(path: str | os.PathLike[str], *, allow_links: bool = False) -> AdapterHeader:
@@ -345,7 +364,7 @@ def _read_headers(
             config = dense_config(config, sum(enabled))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
-    found = _find_halves(folder, files)
+    found = _find_halves(folder, files, config)
     length = max(map(len, [*found.halves, *found.wrapped.values()]), default=0)
     names = len(found.halves) + len(found.wrapped)
     if names * (config.work(length) + choice.work(length)) > MAX_WORK:
@@ -366,12 +385,14 @@ def _read_headers(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    new = new_names({**shapes, **found.copies}, rename)
+    new = new_names({**shapes, **found.copies, **found.full}, rename)
     own = {module: new[module] for module in shapes}
+    full = {new[m]: full_shape(t["weight"], t.get("bias")) for m, t in found.full.items()}
     return _Opened(
-        AdapterHeader(renamed_config(config, own), {new[m]: shapes[m] for m in shapes}),
+        AdapterHeader(renamed_config(config, own), {new[m]: shapes[m] for m in shapes}, full),
         {new[module]: pair for module, pair in found.halves.items()},
         {new[module]: copy for module, copy in found.copies.items()},
+        {new[module]: stored for module, stored in found.full.items()},
     )
 
 
@@ -436,8 +457,8 @@ def _check_name(folder: Path, module: str) -> None:
         raise ValueError(f"{printable(folder)}: {error}") from None
 
 
-def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
-    found = _Found({}, {}, {})
+def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _Found:
+    found = _Found({}, {}, {}, {})
     others: dict[str, _Half] = {}
     adapters: set[str | None] = set()
     for file in files:
@@ -459,17 +480,38 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
             found.halves[module][half] = _Half(file, key)
             if name != key and (raw := _inner_name(key)) != module:
                 found.wrapped[module] = raw
-    for key, stored in others.items():
-        match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None
-        if match is None:
-            what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
+    for stored in others.values():
+        _add_weight(folder, found, stored, config)
+    for module, full in found.full.items():
+        if "weight" not in full:
             raise ValueError(
-                f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
-                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {MERGE}"
+                f"{printable(folder)}: {module} has a bias, but no weight; save the adapter again"
             )
-        _check_name(folder, match[1])
-        found.copies[match[1]] = stored
+        try:
+            check_full(module, full_shape(full["weight"], full.get("bias")), found.halves)
+        except ValueError as error:
+            raise ValueError(f"{printable(folder)}: {error}") from None
     return found
+
+
+def _add_weight(folder: Path, found: _Found, stored: _Half, config: LoRAConfig) -> None:
+    """Adds a tensor that is no half of a LoRA to what was found."""
+    key = stored.key
+    name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+    if match := _COPY.fullmatch(name):
+        found.copies[match[1]] = stored
+    elif (match := _FULL.fullmatch(name)) and config.saves(match[1]):
+        found.full.setdefault(match[1], {})[match[2]] = stored
+    elif match and match[2] == "weight" and match[1].rpartition(".")[2] in _EMBEDDINGS:
+        found.copies[match[1]] = stored
+    else:
+        what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
+        raise ValueError(
+            f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
+            "weights must be base_model.model.<module>.lora_A.weight or lora_B, or of "
+            f"modules_to_save; {MERGE}"
+        )
+    _check_name(folder, match[1])
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -492,6 +534,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted(adapter.full) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -503,6 +546,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         for half, tensor in (("A", weights.a), ("B", weights.b)):
             key = f"embedding_{half}" if weights.is_embedding else f"{half}.weight"
             tensors[f"base_model.model.{module}.lora_{key}"] = np.ascontiguousarray(tensor)
+    for module, full in adapter.full.items():
+        for name, tensor in zip(("weight", "bias"), full.arrays):
+            tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(tensor)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ MAX_RANK = 4096
 
 MAX_DOTS = 32
 """Most dots in a module's name."""
+
+_MAX_SAVED = 256  # modules to save; they are a few of the model's outer layers
 
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})
 """Names of output layers, which PEFT's `"all-linear"` leaves out."""
@@ -39,6 +41,7 @@ class LoRAConfig:
         layer (`lm_head`, `embed_out`); None for all.
       rank_pattern, alpha_pattern: from a pattern to the rank or alpha of modules that match it.
         The first pattern that matches counts. It matches as PEFT's do: `(.*\\.)?(pattern)$`.
+      modules_to_save: names, or ends of names, of layers for which an adapter has a whole weight.
 
     Raises:
       ValueError: a value is out of range, or a regular expression uses syntax beyond characters,
@@ -52,6 +55,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -63,6 +67,12 @@ class LoRAConfig:
             raise TypeError(f"rslora must be True or False, got {shown(self.rslora)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             put("target_modules", tuple(names_of(self.target_modules, "target_modules")))
+        put("modules_to_save", tuple(names_of(self.modules_to_save, "modules_to_save")))
+        if "" in self.modules_to_save or len(self.modules_to_save) > _MAX_SAVED:
+            raise ValueError(
+                f"modules_to_save must be at most {_MAX_SAVED} names, none of them empty, got "
+                f"{shown(self.modules_to_save)}"
+            )
         for name, check in (("rank_pattern", rank_in), ("alpha_pattern", alpha_in)):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping):
@@ -114,6 +124,13 @@ class LoRAConfig:
         """What `B @ A` of the module of this name is multiplied with."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names the module, or one that it is in, as PEFT does: by how
+        the name ends."""
+        parts = module.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(name.endswith(self.modules_to_save) for name in names)
 
     def targets(self, module: str) -> bool:
         """Whether `target_modules` names the module."""
@@ -173,11 +190,43 @@ class LoRAShape:
 
 
 @dataclass(frozen=True)
+class FullModule:
+    """A module's own weight in place of the base model's; PEFT calls it a module to save.
+
+    Args:
+      weight: `[N, H]`; of an embedding, `[vocabulary, features]`.
+      bias: `[N]`, if the module has one.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def shape(self) -> "FullShape":
+        return full_shape(self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FullShape:
+    """A whole weight without its values."""
+
+    shape: tuple[int, ...]
+    has_bias: bool
+    dtype: np.dtype[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class AdapterHeader:
     """An adapter without its values: what its files say before a tensor is read."""
 
     config: LoRAConfig
     modules: Mapping[str, LoRAShape]
+    full: Mapping[str, FullShape] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -192,7 +241,8 @@ class AdapterHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(shape.nbytes for shape in self.modules.values())
+        lora = sum(shape.nbytes for shape in self.modules.values())
+        return lora + sum(shape.nbytes for shape in self.full.values())
 
 
 def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
@@ -204,6 +254,9 @@ def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
 class Adapter:
     """A LoRA adapter: its config and the weights of each module that it adapts, by name.
 
+    Args:
+      full: the modules for which it has whole weights, besides those that it adapts.
+
     Raises:
       TypeError: weights that are not NumPy arrays.
       ValueError: weights that don't fit each other or the config; the message names the module.
@@ -211,18 +264,23 @@ class Adapter:
 
     config: LoRAConfig
     modules: Mapping[str, LoRAWeights]
+    full: Mapping[str, FullModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
             raise ValueError("an adapter needs the LoRA weights of at least one module, got none")
         for module, weights in self.modules.items():
             _check_weights(self.config, module, weights)
+        for module, whole in self.full.items():
+            check_full(module, whole.shape, self.modules)
 
     @property
     def header(self) -> AdapterHeader:
         """The adapter without its values."""
         shapes = {module: weights.shape for module, weights in self.modules.items()}
-        return AdapterHeader(self.config, shapes)
+        return AdapterHeader(
+            self.config, shapes, {m: whole.shape for m, whole in self.full.items()}
+        )
 
     @property
     def rank(self) -> int:
@@ -297,6 +355,26 @@ def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:
         raise ValueError(
             f"{module}: the config says rank {rank} but lora_A is {[*a.shape]}, lora_B "
             f"{[*b.shape]}, which is rank {a.shape[0]}; correct r or rank_pattern"
+        )
+
+
+def full_shape(weight: Matrix, bias: Matrix | None) -> FullShape:
+    arrays = [weight] if bias is None else [weight, bias]
+    sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    dtype = common_dtype([array.dtype for array in arrays])
+    return FullShape(weight.shape, bias is not None, dtype, sum(sizes))
+
+
+def check_full(module: str, full: FullShape, adapted: Collection[str]) -> None:
+    """Raises ValueError if this is no whole weight of a layer, or LoRA adapts the layer too."""
+    check_module(module)
+    if module in adapted:
+        raise ValueError(f"{module} has both LoRA and a whole weight; leave out one of them")
+    if len(full.shape) != 2 or 0 in full.shape or full.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: a fully trained module with a weight {shown([*full.shape])} of "
+            f"{full.dtype} is not supported: linear layers and embeddings in float32, float16 or "
+            "bfloat16 are"
         )
 
 

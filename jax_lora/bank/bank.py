@@ -1,6 +1,7 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -20,12 +21,13 @@ from jax_lora.adapters import (
     renamed,
     save_peft,
 )
+from jax_lora.bank.full import FullSlots
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites, some
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
-from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.batch import AdapterBatch, Lease, first_ids, host_int32
 from jax_lora.nn.names import path_name
 
 
@@ -98,7 +100,9 @@ class AdapterBank(Roster):
         names = self._own_names()
         self._sites: dict[str, Site] = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
-        self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
+        first = first_ids(self._slots.items())
+        self._writers = {b: SlotWriter(b, first[b], layers) for b in self._slots}
+        self._full = FullSlots(self._sites)
         self._take_over()
 
     # ------------------------------------------------------------------------ loading and evicting
@@ -170,7 +174,9 @@ class AdapterBank(Roster):
 
         Args:
           name: as in `load`.
-          config: `target_modules` says which of the model's LoRA layers it adapts.
+          config: `target_modules` says which of the model's LoRA layers it adapts, and
+            `modules_to_save` which of those with full slots it has whole: the base's weights, to be
+            trained.
           rngs: the stream `params` seeds it.
 
         Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
@@ -182,10 +188,21 @@ class AdapterBank(Roster):
                 raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
         # NumPy's generator, as JAX's would compile for each rank.
         generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
+        full = {
+            module: self._sites[module].own_weights()
+            for module in self._full.rooms
+            if config.saves(module)
+        }
+        if config.modules_to_save and not full:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r:.300} names none of the layers with "
+                f"full slots: {some(self._full.rooms, str)}"
+            )
         modules = {
             module: _initial(self._sites[module], config, module, generator)
             for module in self._sites
-            if config.targets(module)
+            if module not in full
+            and config.targets(module)
             and not (self._sites[module].is_embedding and config.all_linear)
         }
         if not modules:
@@ -193,7 +210,7 @@ class AdapterBank(Roster):
                 f"target_modules={config.target_modules!r:.300} names none of "
                 f"{some(self._sites, str)}"
             )
-        self._install(name, Adapter(config, modules), replace, is_own=True)
+        self._install(name, Adapter(config, modules, full), replace, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -290,17 +307,22 @@ class AdapterBank(Roster):
         values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
+        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
         modules = frozenset(adapter.modules)
 
         def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
-            slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            leases = list(self._guard.leases)
+            slot, evicted = self._table.find(bucket, name, leases)
+            place = self._full.find(name, full, self._table, evicted, leases)
             try:
-                writer.write(slot, placed)
+                writer.write(slot, placed, place.slots)
+                self._full.put(self._table.id_of(bucket, slot), place, full)
             finally:
                 self._guard.writes += 1
-            if evicted is not None:
-                self._table.forget(evicted, f"evicted by the load of {name!r}")
+            for other in (evicted, *place.evicted):
+                if other is not None:
+                    self._table.forget(other, f"evicted by the load of {name!r}")
             self._table.put(name, Entry(bucket, slot, adapter.config, modules))
 
         self._write(commit)
@@ -311,9 +333,9 @@ class AdapterBank(Roster):
             entry = self._entry(name)
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(
-            entry.config, slots, [m for m, site in sites.items() if site.is_embedding]
-        )
+            full = self._full.read(self._table.id(entry))
+        embeddings = [module for module, site in sites.items() if site.is_embedding]
+        return dataclasses.replace(as_adapter(entry.config, slots, embeddings), full=full)
 
 
 def _initial(

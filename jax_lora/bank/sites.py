@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.adapters import AdapterHeader, meant
+from jax_lora.adapters import AdapterHeader, FullModule, FullShape, meant
 from jax_lora.nn.embed import LoRAEmbed
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import with_numbers
@@ -51,7 +52,12 @@ class Site:
     def base_weight(self) -> Array:
         """The base model's weight as PEFT stores it: `[N, H]`; of an embedding, `[H, N]`."""
         matrix = self.layer.kernel_matrix(self.index)[:, self.columns]
-        return matrix if self.is_embedding else matrix.T
+        return matrix.T if self.layer.is_transposed else matrix
+
+    def own_weights(self) -> FullModule:
+        """The base model's weight and bias, as an adapter has them that saves the module."""
+        bias = None if self.layer.bias is None else np.array(self.layer.bias.get_value())
+        return FullModule(np.array(self.base_weight()), bias)
 
     @property
     def _first(self) -> LoRAStack:
@@ -176,6 +182,28 @@ def check_fit(name: str, header: AdapterHeader, sites: Mapping[str, Site]) -> No
                 f"adapter {name!r}: {module} maps {in_features} to {out_features} features, but "
                 f"the adapter's lora_A has {lora.in_features} and its lora_B {outputs}"
             )
+
+    for module, full in header.full.items():
+        _check_full(name, module, full, sites.get(module))
+
+
+def _check_full(name: str, module: str, full: FullShape, site: Site | None) -> None:
+    """ValueError where the model has no room for a whole weight of an adapter."""
+    what = f"adapter {name!r} has a whole weight for {module} (modules_to_save)"
+    if site is None or not hasattr(site.layer, "full"):
+        last = module.rpartition(".")[2]
+        raise ValueError(
+            f"{what}, for which this model has no full slots; give apply_lora "
+            f"full_slots={{{last!r}: 1}}, if it has the layer"
+        )
+    weights = site.layer.full.slots[0]
+    shape, has_bias = weights.weight.get_value().shape, weights.bias is not None
+    if (full.shape, full.has_bias) != (shape, has_bias):
+        bias = {True: "with", False: "without"}
+        raise ValueError(
+            f"{what} of {list(full.shape)} {bias[full.has_bias]} bias, but the model's is "
+            f"{list(shape)} {bias[has_bias]} bias"
+        )
 
 
 def some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:

@@ -14,6 +14,7 @@ from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -327,6 +328,11 @@ class Decoder(nnx.Module):
         return x, (keys, values)
 
 
+def _last(hidden: Float[Array, "B S H"], lengths: Int[Array, " B"]) -> Float[Array, "B H"]:
+    """The hidden state of each row's last token."""
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
 def _soft_cap(x: Array, limit: float | None) -> Array:
     return x if limit is None else jnp.tanh(x / limit) * limit
 
@@ -344,6 +350,8 @@ class Llama(nnx.Module):
       dtype: of parameters, cache and computation. float32 is computed in full float32.
       rngs: for the random initial weights.
       scan: whether the layers are stacked and run by a scan, so that one of them is compiled.
+      num_labels: of a classifier, `score`, beside the output layer; None for no classifier. It is
+        zero: adapters bring their own, as Hugging Face's `...ForSequenceClassification` have it.
     """
 
     def __init__(
@@ -353,6 +361,7 @@ class Llama(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         scan: bool = True,
+        num_labels: int | None = None,
     ) -> None:
         self.config = config
         self.model = Decoder(config, dtype, rngs, scan=scan)
@@ -360,10 +369,39 @@ class Llama(nnx.Module):
             self.peft_names = nnx.static({"model.embed_tokens.head": "lm_head"})
         else:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
+        if num_labels is not None:
+            self.score = _linear(config.hidden_size, num_labels, False, dtype, rngs)
+            self.score.kernel.set_value(jnp.zeros_like(self.score.kernel[...]))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""
         return self.logits(self.model(tokens)[0])
+
+    def scores(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B num_labels"]:
+        """What the classifier says of each text, from its last token.
+
+        Example::
+
+            model = Llama.from_pretrained(path, num_labels=3)
+            apply_lora(model, full_slots={"score": 4})  # of four adapters at once
+            bank = AdapterBank(model)
+            bank.load("topics", "adapters/topics")  # of PEFT, with task_type="SEQ_CLS"
+            with jax_lora.use(bank.batch(["topics"], phase="prefill")):
+                scores = model.scores(tokens, lengths)
+
+        Args:
+          tokens: padded on the right with any valid tokens.
+          lengths: true lengths, 1 to S.
+
+        Raises:
+          ValueError: the model has no classifier.
+        """
+        if not hasattr(self, "score"):
+            raise ValueError("the model has no classifier; give from_pretrained num_labels=")
+        hidden, _ = self.model(tokens)
+        return self.score(_last(hidden, lengths))
 
     def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """From the decoder's output to logits."""
@@ -395,6 +433,7 @@ class Llama(nnx.Module):
         dtype: DTypeLike | None = None,
         revision: str | None = None,
         scan: bool = True,
+        num_labels: int | None = None,
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
 
@@ -403,7 +442,7 @@ class Llama(nnx.Module):
             `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
           dtype: None for that of the stored embedding.
           revision: of a name on the hub: a branch, a tag or a commit.
-          scan: as in `Llama`.
+          scan, num_labels: as in `Llama`.
 
         Raises:
           FileNotFoundError: the folder or a file is missing; or the hub can't give it.
@@ -424,8 +463,17 @@ class Llama(nnx.Module):
         if dtype is None and "model.embed_tokens.weight" in tensors:
             dtype = tensors["model.embed_tokens.weight"].dtype
         model = nnx.eval_shape(
-            lambda: cls(config, dtype=dtype or jnp.float32, rngs=nnx.Rngs(0), scan=scan)
+            lambda: cls(
+                config,
+                dtype=dtype or jnp.float32,
+                rngs=nnx.Rngs(0),
+                scan=scan,
+                num_labels=num_labels,
+            )
         )
+        if num_labels is not None:
+            shape = num_labels, config.hidden_size
+            tensors["score.weight"] = np.zeros(shape, model.score.kernel.dtype)
         params = nnx.to_flat_state(nnx.state(model))
         layers = config.num_hidden_layers if scan else None
         names = {path: _stored_names(path, layers) for path, _ in params}
@@ -495,8 +543,7 @@ def prefill(
         return jnp.pad(new, [(0, 0)] * (new.ndim - 4) + room)
 
     keys, values = jax.tree.map(fill, memories)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), KVCache(keys, values, lengths.astype(jnp.int32))
+    return model.logits(_last(hidden, lengths)), KVCache(keys, values, lengths.astype(jnp.int32))
 
 
 def decode(

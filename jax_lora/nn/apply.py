@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import Guard
@@ -44,6 +45,7 @@ def apply_lora(
     target: str | Sequence[str] | None = None,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: DTypeLike | None = None,
+    full_slots: Mapping[str, int] | None = None,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
@@ -61,6 +63,10 @@ def apply_lora(
     about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
     (`plan_slots` proposes them from a folder of adapters).
 
+    An adapter may have a whole weight of its own for a layer, which PEFT calls `modules_to_save`:
+    an output layer, an embedding, a classifier. `full_slots` says how many adapters may at once.
+    Each such slot takes as much as the layer's own weight.
+
     Example::
 
         nbytes = apply_lora(model, slots={16: 32, 64: 4}, buckets=(16, 64), target="[qkvo]_proj")
@@ -74,18 +80,23 @@ def apply_lora(
         are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
+      full_slots: from an expression, as in `target`, to the full slots of the layers that match it:
+        `{"lm_head": 2}`. These layers have room for LoRA too, besides those of `target`.
 
     Returns:
-      The bytes that the stacks take.
+      The bytes that stacks and full slots take.
 
     Raises:
       TypeError: `target` is of another type, or one of its expressions matches layers of other
         types alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
-        a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
+        a matrix product, or its kernel has an unexpected shape or dtype; full slots of a layer that
+        is no `nnx.Linear`, embedding or head of one. The model is unchanged.
     """
     by_bucket = check_slots(slots, buckets)
     layers = _matched_layers(model, target)
+    full = _full_slots(model, full_slots or {})
+    layers |= {name: layer for name, (layer, _) in full.items()}
     for name, layer in layers.items():
         _check_layer(name, layer, dtype)
     guard = Guard()
@@ -95,12 +106,9 @@ def apply_lora(
         layer.__class__ = _LORA_CLASS[type(layer)]
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
         layer.guard = guard
-    return sum(
-        variable.get_value().nbytes
-        for layer in layers.values()
-        for stack in layer.stacks
-        for variable in stack.variables
-    )
+    for name, (_, count) in full.items():
+        layers[name].add_full(count, sum(by_bucket.values()), dtype or layers[name].kernel.dtype)
+    return sum(layer.room_bytes for layer in layers.values())
 
 
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
@@ -125,6 +133,35 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} has LoRA stacks already")
     return matched
+
+
+def _full_slots(
+    model: nnx.Module, given: Mapping[str, int]
+) -> dict[str, tuple[_Linear | _Tied, int]]:
+    """The layers with full slots, and how many."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"full_slots must map expressions to numbers of slots, got {given!r:.300}")
+    found: dict[str, tuple[_Linear | _Tied, int]] = {}
+    for target, count in given.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"full_slots[{target!r}] must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"full_slots[{target!r}] must be at least 1, got {count}")
+        for name, layer in _matched_layers(model, target).items():
+            home = getattr(_kernel(layer).get_value(), "sharding", None)
+            if isinstance(home, NamedSharding) and home.mesh.size > 1:
+                raise ValueError(
+                    f"full_slots[{target!r}] matches {name}, which is on a mesh of "
+                    f"{home.mesh.size} devices; full slots are for models on one device"
+                )
+            if not isinstance(layer, nnx.Linear | _Tied) or _lead(layer):
+                raise ValueError(
+                    f"full_slots[{target!r}] matches {name}, a {type(layer).__name__} of kernel "
+                    f"{list(_kernel(layer).shape)}; full slots are for nnx.Linear, embeddings and "
+                    "their heads, and not for layers stacked for a scan"
+                )
+            found[name] = layer, count
+    return found
 
 
 def _other_names(model: nnx.Module) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jax_lora.batch import AdapterBatch
+from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.sharding import Labels, Shards
 from pallas_kernels import LoRAPart, bgmv_expand, select_kernel, sgmv_expand
@@ -29,8 +30,15 @@ class TiedHead(nnx.Module):
     def __call__(
         self, query: Array, *, out_sharding: NamedSharding | PartitionSpec | None = None
     ) -> Array:
-        weights = query, self.embedding[...]
-        query, embedding = self.promote_dtype(weights, dtype=self.dtype)
+        return self._attend(self.embedding[...], query, out_sharding)
+
+    def _attend(
+        self,
+        embedding: Array,
+        query: Array,
+        out_sharding: NamedSharding | PartitionSpec | None = None,
+    ) -> Array:
+        query, embedding = self.promote_dtype((query, embedding), dtype=self.dtype)
         return jnp.dot(query, embedding.T, out_sharding=out_sharding)
 
 
@@ -99,6 +107,9 @@ class LoRAHead(LoRALayer, TiedHead):  # type: ignore[misc]
     def kernel_tensor(self, matrix: Array) -> Array:
         return matrix.T
 
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        return self._attend(weights.weight[...], x)
+
 
 class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
     """`nnx.Embed` with stacks of LoRA adapters: `y[t] = E[x[t]] + s A[:, x[t]] B^T`.
@@ -110,6 +121,8 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
     """
 
     kernel_name = "embedding"
+    is_transposed = False
+    bias = None
 
     @property
     def kernel(self) -> nnx.Param[Array]:  # type: ignore[override]
@@ -127,6 +140,10 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
 
     def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
         return self.embedding[index]
+
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        (embedding,) = self.promote_dtype((weights.weight[...],), dtype=self.dtype, inexact=False)
+        return jnp.take(embedding, x, axis=0)
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         if AxisType.Explicit in shards.mesh.axis_types:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
@@ -46,12 +47,15 @@ class LoRALayer(nnx.Module):
 
     Attributes:
       kernel_name: of the attribute that holds the kernel.
+      is_transposed: whether PEFT stores the kernel's matrix as `[N, H]`, as all but embeddings.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
+      full: room for whole weights of adapters' own, if `apply_lora` gave it some.
     """
 
     kernel_name = "kernel"
+    is_transposed = True
     guard: Guard | None
     placement: NamedSharding | None
     in_place: nnx.List[InPlace]
@@ -60,6 +64,7 @@ class LoRALayer(nnx.Module):
     stacks: nnx.List[LoRAStack]
     scales: LoRAScale
     slices: tuple[int, ...]
+    full: FullRoom
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(H, N)` of the layer read as a matrix.
@@ -125,6 +130,19 @@ class LoRALayer(nnx.Module):
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
 
+    def add_full(self, count: int, ids: int, dtype: DTypeLike) -> None:
+        """Allocates full slots, for adapters of so many ids."""
+        inputs, outputs = self.matrix_shape()
+        shape = (outputs, inputs) if self.is_transposed else (inputs, outputs)
+        self.full = FullRoom(count, shape, self.bias is not None, stack_dtype(dtype), ids)
+
+    @property
+    def room_bytes(self) -> int:
+        """The bytes of its stacks and full slots."""
+        full = self.full.slots if hasattr(self, "full") else ()
+        stacks = (v.get_value().nbytes for stack in self.stacks for v in stack.variables)
+        return sum(stacks) + sum(weights.nbytes for weights in full)
+
     def place(self) -> None:
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
@@ -138,6 +156,11 @@ class LoRALayer(nnx.Module):
     def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
         if shards is None:
             return
+        if hasattr(self, "full") and shards.mesh.size > 1:
+            raise ValueError(
+                f"the {type(self).__name__} has full slots, which a mesh of {shards.mesh.size} "
+                "devices does not divide; leave them out of apply_lora's full_slots"
+            )
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
         for name in ("lora_a", "lora_b", "scales"):
             if (variable := getattr(holder, name, None)) is not None:
@@ -188,7 +211,31 @@ class LoRALayer(nnx.Module):
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
         base = cast(Any, super())
         y = base.__call__(x, out_sharding=out_sharding)
-        return y if adapters is None else self._add_lora(y, x, adapters)
+        if adapters is None:
+            return y
+        if hasattr(self, "full"):
+            y = self._with_full(y, jnp.asarray(x), adapters)
+        return self._add_lora(y, x, adapters)
+
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        """The layer's output with other weights."""
+        raise NotImplementedError
+
+    def _with_full(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+        """y, but that of their own weights in rows whose adapters have some."""
+        lead = y.shape[:-1]
+        ids = adapters.segments(lead).indices.reshape(lead)
+        slot = self.full.slot_of(ids)[..., None]
+        for n, weights in enumerate(self.full.slots):
+
+            def replaced(
+                y: Array, weights: FullWeights = weights, rows: Array = slot == n
+            ) -> Array:
+                return jnp.where(rows, self.by_full(weights, x).astype(y.dtype), y)
+
+            # Weights that no row has are not read: they may be those of a whole vocabulary.
+            y = jax.lax.cond(jnp.any(slot == n), replaced, lambda y: y, y)
+        return y
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         """The call, in which each device runs the layer that its own shards make up."""

@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
+from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import FLAT_IS_GONE, Slots
 from jax_lora.sharding import Labels
@@ -62,6 +64,13 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
 
     def x_matrix(self, x: Array) -> Array:
         return x
+
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        bias = None if weights.bias is None else weights.bias[...]
+        arrays = x, weights.weight[...], bias
+        x, weight, bias = self.promote_dtype(arrays, dtype=self.dtype)
+        y = jnp.matmul(x, weight.T, precision=self.precision)
+        return y if bias is None else y + bias
 
 
 class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
+import transformers
 from flax import nnx
 
 import jax_lora
@@ -29,19 +30,24 @@ class Pair:
         families.write_config(folder / "base", family)
         base = families.reference_of(folder / "base").eval()
         base.save_pretrained(folder / "base")
+        if (labels := options.get("num_labels")) is not None:
+            auto = transformers.AutoModelForSequenceClassification
+            base = auto.from_pretrained(folder / "base", num_labels=labels).eval()
         self.folder, self.torch = folder, None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied embeddings, and of what save_pretrained adds
             for name, lora in adapters.items():
                 config = peft.LoraConfig(**{"init_lora_weights": False, **lora})
                 if self.torch is None:
-                    self.torch = peft.PeftModel(base, config, adapter_name=name)
+                    kinds = {"SEQ_CLS": peft.PeftModelForSequenceClassification}
+                    kind = kinds.get(lora.get("task_type"), peft.PeftModel)
+                    self.torch = kind(base, config, adapter_name=name)
                 else:
                     self.torch.add_adapter(name, config)
             self.change()
             self.torch.save_pretrained(folder)
-        scan = options.pop("scan", True)
-        self.model = Llama.from_pretrained(folder / "base", dtype=jnp.float32, scan=scan)
+        of_model = {key: options.pop(key) for key in ("scan", "num_labels") if key in options}
+        self.model = Llama.from_pretrained(folder / "base", dtype=jnp.float32, **of_model)
         jax_lora.apply_lora(self.model, **options)
         self.bank = jax_lora.AdapterBank(self.model)
         self._forward = nnx.jit(_forward)

@@ -324,7 +324,6 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
 
 UNSUPPORTED = {
     "use_dora": True,
-    "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "lora_bias": True,
     "layer_replication": [[0, 4], [2, 5]],
@@ -382,7 +381,6 @@ def test_initialisations_that_leave_the_base_alone(tmp_path, init):
         ("base_model.model.q.lora_B.bias", "a bias"),
         ("base_model.model.q.bias", "a bias"),
         ("base_model.model.classifier.modules_to_save.weight", "a fully trained module"),
-        ("base_model.model.model.embed_tokens.weight", "a saved or resized embedding"),
         ("base_model.model.q.lora_diag", "KaSA"),
         ("q.lora_A.weight", "unknown"),
         ("base_model.model.q.weight", "unknown"),
@@ -1047,10 +1045,72 @@ def test_pointers_of_git_lfs(tmp_path, name):
 
 @pytest.mark.parametrize("head", ["score", "classifier", "classifier.out_proj", "model.score"])
 @pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_heads_are_trained_modules(tmp_path, head, kind):
+def test_heads_that_no_config_names_are_refused(tmp_path, head, kind):
     tensors = halves() | {f"base_model.model.{head}.{kind}": np.ones((2, 2), np.float32)}
     with pytest.raises(ValueError, match="is a fully trained module, which is not supported"):
         load_peft(write(tmp_path, tensors))
+
+
+def saved(name="score", weight=None, **others):
+    weight = np.ones((3, H), np.float32) if weight is None else weight
+    tensors = {"weight": weight, **others}
+    return halves() | {f"base_model.model.{name}.{kind}": t for kind, t in tensors.items()}
+
+
+def test_modules_to_save(tmp_path):
+    """By PEFT's rule: a name ends as the config says, or lies in such a module."""
+    bias = np.arange(3, dtype=np.float32)
+    names = {"modules_to_save": ["classifier", "score"]}
+    for name in ("score", "model.score", "classifier.out_proj", "my_score"):
+        adapter = load_peft(write(tmp_path, saved(name, bias=bias), **names))
+        assert adapter.full.keys() == {name} and adapter.modules.keys() == {"q"}
+        np.testing.assert_array_equal(adapter.full[name].bias, bias)
+        header = adapters.peft_header(tmp_path)
+        assert header.full[name] == adapter.full[name].shape
+        assert header.nbytes == adapter.nbytes == 4 * (2 * (H + N) + 3 * H + 3)
+    renamed = load_peft(tmp_path, rename={"my_score": "head"})
+    assert renamed.full.keys() == {"head"}
+    with pytest.raises(ValueError, match=f"has {adapter.nbytes} bytes of weights; max_bytes=9"):
+        load_peft(tmp_path, max_bytes=9)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            saved(weight=np.ones(H, np.float32)),
+            r"score: a fully trained module with a weight \[12\]",
+        ),
+        (
+            {**halves(), "base_model.model.score.bias": np.ones(3, np.float32)},
+            "score has a bias, but",
+        ),
+        (
+            saved(weight=np.full((3, H), np.nan, np.float32)),
+            "score has NaN or infinite weights in w",
+        ),
+        (saved() | halves("score"), "score has both LoRA and a whole weight"),
+        (saved("q"), "'base_model.model.q.weight' is unknown"),
+    ],
+)
+def test_modules_to_save_that_are_refused(tmp_path, tensors, message):
+    chosen = {"modules_to_save": ["score"], "target_modules": ["q", "score"]}
+    with pytest.raises(ValueError, match=message):
+        load_peft(write(tmp_path, tensors, **chosen))
+
+
+@pytest.mark.parametrize("names", [["", "score"], ["a"] * 257])
+def test_names_of_modules_to_save_are_bounded(tmp_path, names):
+    with pytest.raises(ValueError, match="modules_to_save must be at most 256 names, none of them"):
+        load_peft(write(tmp_path, modules_to_save=names))
+
+
+def test_an_embedding_that_peft_saves_unasked_is_a_copy(tmp_path):
+    base = np.ones((5, H), np.float32)
+    write(tmp_path, saved("model.embed_tokens", base))
+    assert not load_peft(tmp_path, base_weight=lambda name: base).full
+    with pytest.raises(ValueError, match=r"saved or resized layer, \[5, 12\]: it differs from"):
+        load_peft(tmp_path, base_weight=lambda name: np.ones((4, H), np.float32))
 
 
 EVIL = "\x1b[2J\n\u202e\ud800" + "x" * 100_000

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
 from heads import Pair, compilations
+
+import jax_lora
+from jax_lora import LoRAConfig
 
 ADAPTERS = {
     "body": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
@@ -41,3 +46,64 @@ def test_a_mixed_batch_equals_peft(tmp_path: Path, family: str, scan: bool) -> N
     pair.bank.load("both", tmp_path / "saved")
     pair.load("tied")
     pair.check(["both", "tied", None, "body"], 4)
+
+
+SAVED = {
+    "body": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    "head": dict(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embed": dict(r=8, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["embed_tokens"]),
+    "both": dict(r=5, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "other": dict(r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens"]),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("family", ["Llama-3.2", "Llama-1", "Gemma-3"])
+def test_modules_to_save_equal_peft(tmp_path: Path, family: str) -> None:
+    options = dict(slots=2, buckets=(8,), target=["q_proj", "v_proj"])
+    pair = Pair(tmp_path, family, SAVED, **options, full_slots={"lm_head": 1, "embed_tokens": 2})
+    pair.load("head", "embed")
+    pair.check(["head", None, "embed"], 0)
+    pair.check(["embed", "embed", "head"], 1, "decode")
+    with compilations() as compiled:
+        pair.load("both")  # takes the slot of "embed" and the full slot of "head"
+        assert pair.bank.names == ("both",)
+        pair.load("body")
+        pair.check(["both", None, "body"], 2)
+        pair.load("other")
+        assert pair.bank.names == ("body", "other")
+        pair.check(["other", "body", "other"], 3, "decode")
+    assert not compiled
+    pair.bank.save("other", tmp_path / "saved")
+    pair.bank.load("other", tmp_path / "saved", replace=True)
+    pair.check(["other", None, "body"], 4)
+
+
+CLASSIFIERS = {
+    "topics": dict(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"),
+    "mood": dict(r=8, target_modules=["v_proj", "down_proj"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.ci
+def test_classifiers_serve_their_scores_beside_other_adapters(tmp_path: Path) -> None:
+    options = dict(num_labels=3, slots=3, buckets=(8,), full_slots={"score": 2})
+    pair = Pair(tmp_path, "Llama-3.2", CLASSIFIERS, **options)
+    pair.load("topics", "mood")
+    pair.bank.create("other", LoRAConfig(4, 8, target_modules=("q_proj",)), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(3, 61, (4, 7), dtype=np.int32)
+    lengths = np.array([7, 3, 5, 1], np.int32)
+    names = ["mood", None, "topics", "other"]
+    batch = pair.bank.batch(names, phase="prefill")
+    got = np.asarray(scores(pair.model, tokens, lengths, batch))
+    assert not np.any(got[[1, 3]])
+    for row in 0, 2:
+        want = pair.expected(names[row], tokens[row : row + 1, : lengths[row]])[0]
+        np.testing.assert_allclose(got[row], want, atol=1e-4)
+        assert np.abs(want).max() > 0.1
+
+
+@nnx.jit
+def scores(model, tokens, lengths, batch):
+    with jax_lora.use(batch):
+        return model.scores(tokens, lengths)
