@@ -32,7 +32,10 @@ ADAPTER_FILES = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored."""
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored.
+
+    Of an embedding, the kernels are those of B: A is read by token.
+    """
 
     name: str
     kind: str
@@ -43,6 +46,17 @@ class ModuleReport:
     decode_kernel: str
     prefill_kernel: str
     padding: float
+    nbytes: int
+    is_embedding: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FullReport:
+    """A module that an adapter has whole, for which a model needs a full slot."""
+
+    name: str
+    shape: tuple[int, ...]
+    has_bias: bool
     nbytes: int
 
 
@@ -57,6 +71,7 @@ class AdapterReport:
     modules: list[ModuleReport]
     lorax: list[str]
     advice: list[str]
+    full: list[FullReport]
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -89,13 +104,18 @@ def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
             prefill_kernel=select_kernel(bucket, "prefill"),
             padding=1 - lora.rank / bucket,
             nbytes=lora.nbytes,
+            is_embedding=lora.is_embedding,
         )
         for name, lora in header.modules.items()
+    ]
+    full = [
+        FullReport(name, whole.shape, whole.has_bias, whole.nbytes)
+        for name, whole in header.full.items()
     ]
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
-        _lorax(ranks), _advice(ranks, bucket),
+        _lorax(ranks), _advice(ranks, bucket), full,
     )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from tiny import make_adapter
 from typer.testing import CliRunner
 
-from jax_lora import save_peft
+from jax_lora import Adapter, FullModule, save_peft
 from jax_lora.cli import app
 
 
@@ -69,3 +70,18 @@ def test_inspect_walks_a_bounded_tree(tmp_path: Path, monkeypatch: pytest.Monkey
     save(tmp_path / "c", 4)
     result = run("inspect", tmp_path)
     assert result.exit_code == 2 and "holds more than 3 folders" in result.stderr
+
+
+def test_inspect_shows_embeddings_and_whole_weights(tmp_path: Path) -> None:
+    own = make_adapter(0, 4, features={"up": (4, 6), "embed": (9, 4)}, embeddings=("embed",))
+    score = FullModule(np.ones((3, 500), np.float32), np.ones(3, np.float32))
+    save_peft(Adapter(own.config, own.modules, {"score": score}), tmp_path)
+    [report] = json.loads(run("inspect", "--json", tmp_path).stdout)["adapters"]
+    assert report["full"] == [
+        {"name": "score", "shape": [3, 500], "has_bias": True, "nbytes": 4 * 1503}
+    ]
+    assert {m["name"]: m["is_embedding"] for m in report["modules"]} == {"up": False, "embed": True}
+    assert report["nbytes"] == 4 * (4 * 10 + 4 * 13 + 1503)
+    text = run("inspect", tmp_path).stdout
+    assert "embed (embedding) x1" in text
+    assert "Whole: score, 3 x 500 and bias, 0.01 MB, takes a full slot" in text
