@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 
@@ -15,16 +14,16 @@ from jax_lora.adapters import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
-    LoRAWeights,
     Rename,
     load_peft,
     renamed,
     save_peft,
 )
 from jax_lora.bank.full import FullSlots
+from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites, some
+from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, first_ids, host_int32
@@ -188,29 +187,7 @@ class AdapterBank(Roster):
                 raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
         # NumPy's generator, as JAX's would compile for each rank.
         generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        full = {
-            module: self._sites[module].own_weights()
-            for module in self._full.rooms
-            if config.saves(module)
-        }
-        if config.modules_to_save and not full:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save!r:.300} names none of the layers with "
-                f"full slots: {some(self._full.rooms, str)}"
-            )
-        modules = {
-            module: _initial(self._sites[module], config, module, generator)
-            for module in self._sites
-            if module not in full
-            and config.targets(module)
-            and not (self._sites[module].is_embedding and config.all_linear)
-        }
-        if not modules:
-            raise ValueError(
-                f"target_modules={config.target_modules!r:.300} names none of "
-                f"{some(self._sites, str)}"
-            )
-        self._install(name, Adapter(config, modules, full), replace, is_own=True)
+        self._install(name, new_adapter(config, self._sites, generator), replace, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -336,21 +313,6 @@ class AdapterBank(Roster):
             full = self._full.read(self._table.id(entry))
         embeddings = [module for module, site in sites.items() if site.is_embedding]
         return dataclasses.replace(as_adapter(entry.config, slots, embeddings), full=full)
-
-
-def _initial(
-    site: Site, config: LoRAConfig, module: str, generator: np.random.Generator
-) -> LoRAWeights:
-    """Weights to begin a training with, which add nothing; see `AdapterBank.create`."""
-    (in_features, out_features), dtype = site.features, site.variables[0].dtype
-    rank = config.rank_of(module)
-    a, b = np.zeros((rank, in_features), dtype), np.zeros((out_features, rank), dtype)
-    if site.is_embedding:
-        b = np.asarray(generator.standard_normal(b.shape)).astype(dtype)
-    else:
-        bound = 1 / math.sqrt(in_features)
-        a = np.asarray(generator.uniform(-bound, bound, a.shape)).astype(dtype)
-    return LoRAWeights(a, b, config.scale_of(module), site.is_embedding)
 
 
 def _distinct(names_per_row: Sequence[str | None]) -> list[str]:

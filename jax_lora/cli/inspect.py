@@ -25,8 +25,8 @@ def inspect(
     """Show what adapters hold, which kernels would run them, and what to change for speed.
 
     One line per kind of module: true rank and scale, LoRAX's tier, the bucket that jax-lora
-    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then modules that
-    the adapter has whole, and what LoRAX would do with it.
+    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then modules
+    that the adapter has whole, and what LoRAX would do with it.
 
     An adapter that can't be read is shown in its place, with the reason, and the status is 2.
     """

@@ -1,0 +1,53 @@
+"""Adapters to begin a training with."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank.sites import Site, some
+
+
+def new_adapter(
+    config: LoRAConfig, sites: Mapping[str, Site], generator: np.random.Generator
+) -> Adapter:
+    """An adapter that changes nothing yet; see `AdapterBank.create`.
+
+    Raises:
+      ValueError: the config names no layer of the model.
+    """
+    rooms = [module for module, site in sites.items() if hasattr(site.layer, "full")]
+    full = {module: sites[module].own_weights() for module in rooms if config.saves(module)}
+    if config.modules_to_save and not full:
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save!r:.300} names none of the layers with full "
+            f"slots: {some(rooms, str)}"
+        )
+    modules = {
+        module: _weights(site, config, module, generator)
+        for module, site in sites.items()
+        if module not in full
+        and config.targets(module)
+        and not (site.is_embedding and config.all_linear)
+    }
+    if not modules:
+        raise ValueError(
+            f"target_modules={config.target_modules!r:.300} names none of {some(sites, str)}"
+        )
+    return Adapter(config, modules, full)
+
+
+def _weights(
+    site: Site, config: LoRAConfig, module: str, generator: np.random.Generator
+) -> LoRAWeights:
+    """A module's LoRA as PEFT initialises it: it adds nothing."""
+    (in_features, out_features), dtype = site.features, site.variables[0].dtype
+    rank = config.rank_of(module)
+    a, b = np.zeros((rank, in_features), dtype), np.zeros((out_features, rank), dtype)
+    if site.is_embedding:
+        b = np.asarray(generator.standard_normal(b.shape)).astype(dtype)
+    else:
+        bound = 1 / math.sqrt(in_features)
+        a = np.asarray(generator.uniform(-bound, bound, a.shape)).astype(dtype)
+    return LoRAWeights(a, b, config.scale_of(module), site.is_embedding)
