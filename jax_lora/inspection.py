@@ -52,9 +52,13 @@ class ModuleReport:
 
 @dataclasses.dataclass(frozen=True)
 class FullReport:
-    """A module that an adapter has whole, for which a model needs a full slot."""
+    """A module that an adapter has whole, or some tokens of, so that it takes a full slot there.
+
+    The shape is that of the weight, or of the tokens' rows.
+    """
 
     name: str
+    is_tokens: bool
     shape: tuple[int, ...]
     has_bias: bool
     nbytes: int
@@ -109,8 +113,12 @@ def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
         for name, lora in header.modules.items()
     ]
     full = [
-        FullReport(name, whole.shape, whole.has_bias, whole.nbytes)
+        FullReport(name, False, whole.shape, whole.has_bias, whole.nbytes)
         for name, whole in header.full.items()
+    ]
+    full += [
+        FullReport(name, True, tokens.shape, False, tokens.nbytes)
+        for name, tokens in header.tokens.items()
     ]
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(

@@ -19,14 +19,14 @@ _PARENT = re.compile(r"\w{1,512}", re.ASCII)
 # which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
 # base stores its weight; A and B are stored alike. merge_weights and enable_lora are PEFT 0.2's;
 # `enabled_parts` reads the latter. `Choice` reads ensure_weight_tying.
-# The weights say which of modules_to_save the base has.
+# The weights say which of modules_to_save the base has. `token_indices` reads the tokens.
 IRRELEVANT = frozenset(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
     exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
     loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
-    merge_weights enable_lora ensure_weight_tying modules_to_save
+    merge_weights enable_lora ensure_weight_tying modules_to_save trainable_token_indices
     lora_dtype lorap_lr_ratio lorap_emb_lr
     """.split()  # the last line is ms-swift's
 )
@@ -35,7 +35,6 @@ IRRELEVANT = frozenset(
 MERGE = "merge it into the base with peft's merge_and_unload and serve that"
 UNSUPPORTED = {
     "use_dora": f"DoRA is not supported; {MERGE}",
-    "trainable_token_indices": f"trained tokens are not supported; {MERGE}",
     "lora_bias": f"biases of lora_B are not supported; {MERGE}",
     "layer_replication": f"replicated layers are not supported; {MERGE}",
     "target_parameters": f"LoRA of bare parameters is not supported; {MERGE}",
@@ -87,6 +86,24 @@ def read_config(values: JsonObject) -> LoRAConfig:
         alpha_pattern=values.get("alpha_pattern") or {},
         modules_to_save=values.get("modules_to_save") or (),
     )
+
+
+def token_indices(values: JsonObject, module: str) -> tuple[int, ...]:
+    """The tokens of a module that has trained ones.
+
+    Raises:
+      ValueError: the config does not list them.
+    """
+    given = values.get("trainable_token_indices")
+    tokens = given
+    if isinstance(given, dict):
+        tokens = next((some for name, some in given.items() if module.endswith(name)), None)
+    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise ValueError(
+            f"{module} has trained tokens, but trainable_token_indices={shown(given)} does not "
+            "list them"
+        )
+    return tuple(tokens)
 
 
 def enabled_parts(values: JsonObject) -> tuple[bool, ...] | None:

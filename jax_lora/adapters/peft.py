@@ -16,7 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jax_lora.adapters.config import MERGE, Choice, dense_config, enabled_parts, read_config
+from jax_lora.adapters.config import (
+    MERGE,
+    Choice,
+    dense_config,
+    enabled_parts,
+    read_config,
+    token_indices,
+)
 from jax_lora.adapters.files import (
     DTYPES,
     JsonObject,
@@ -39,9 +46,12 @@ from jax_lora.adapters.types import (
     LoRAConfig,
     LoRAShape,
     LoRAWeights,
+    TokensShape,
+    TrainedTokens,
     check_full,
     check_halves,
     check_module,
+    check_tokens,
     common_dtype,
     full_shape,
 )
@@ -62,6 +72,9 @@ _KEY = re.compile(
     re.DOTALL,
 )
 _FULL = re.compile(r"base_model\.model\.(.+)\.(weight|bias)", re.DOTALL)
+_TOKENS = re.compile(
+    r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL
+)
 _EMBEDDINGS = frozenset({"embed_tokens", *OUTPUT_LAYERS})  # which PEFT saves with a LoRA unasked
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
@@ -152,12 +165,14 @@ class _Found:
       halves: "A" and "B" of each module.
       copies: the base model's own weights that PEFT saved beside a LoRA.
       full: "weight", and "bias" if there is one, of each module to save.
+      tokens: of each module with trained tokens.
       wrapped: the names with wrappers, of the modules that have some.
     """
 
     halves: dict[str, dict[str, _Half]]
     copies: dict[str, _Half]
     full: dict[str, dict[str, _Half]]
+    tokens: dict[str, _Half]
     wrapped: dict[str, str]
 
 
@@ -169,6 +184,7 @@ class _Opened:
     halves: Mapping[str, Mapping[str, _Half]]
     copies: Mapping[str, _Half]
     full: Mapping[str, Mapping[str, _Half]]
+    tokens: Mapping[str, _Half]
 
 
 def load_peft(
@@ -231,7 +247,12 @@ def load_peft(
             tensors = {name: tensor.read() for name, tensor in stored.items()}
             _check_finite(folder, module, tensors, allow_nonfinite)
             full[module] = FullModule(tensors["weight"], tensors.get("bias"))
-    return Adapter(header.config, modules, full)
+        tokens = {}
+        for module, half in opened.tokens.items():
+            rows = half.read()
+            _check_finite(folder, module, {"trained tokens": rows}, allow_nonfinite)
+            tokens[module] = TrainedTokens(header.tokens[module].indices, rows)
+    return Adapter(header.config, modules, full, tokens)
 
 
 def _check_finite(
@@ -385,15 +406,37 @@ def _read_headers(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    new = new_names({**shapes, **found.copies, **found.full}, rename)
+    tokens = {
+        module: _tokens_shape(folder, values, found, module, stored)
+        for module, stored in found.tokens.items()
+    }
+    new = new_names({**shapes, **found.copies, **found.full, **tokens}, rename)
     own = {module: new[module] for module in shapes}
     full = {new[m]: full_shape(t["weight"], t.get("bias")) for m, t in found.full.items()}
     return _Opened(
-        AdapterHeader(renamed_config(config, own), {new[m]: shapes[m] for m in shapes}, full),
+        AdapterHeader(
+            renamed_config(config, own),
+            {new[m]: shapes[m] for m in shapes},
+            full,
+            {new[m]: shape for m, shape in tokens.items()},
+        ),
         {new[module]: pair for module, pair in found.halves.items()},
         {new[module]: copy for module, copy in found.copies.items()},
         {new[module]: stored for module, stored in found.full.items()},
+        {new[module]: stored for module, stored in found.tokens.items()},
     )
+
+
+def _tokens_shape(
+    folder: Path, values: JsonObject, found: _Found, module: str, stored: _Half
+) -> TokensShape:
+    try:
+        indices = token_indices(values, module)
+        shape = TokensShape(indices, stored.shape, stored.dtype, stored.nbytes)
+        check_tokens(module, shape, {*found.halves, *found.full})
+    except ValueError as error:
+        raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
+    return shape
 
 
 def _check_chosen(config: LoRAConfig, choice: Choice, module: str, wrapped: str) -> None:
@@ -458,7 +501,7 @@ def _check_name(folder: Path, module: str) -> None:
 
 
 def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _Found:
-    found = _Found({}, {}, {}, {})
+    found = _Found({}, {}, {}, {}, {})
     others: dict[str, _Half] = {}
     adapters: set[str | None] = set()
     for file in files:
@@ -500,6 +543,8 @@ def _add_weight(folder: Path, found: _Found, stored: _Half, config: LoRAConfig) 
     name = unwrapped(key) if len(key) <= _MAX_KEY else ""
     if match := _COPY.fullmatch(name):
         found.copies[match[1]] = stored
+    elif match := _TOKENS.fullmatch(name):
+        found.tokens[match[1]] = stored
     elif (match := _FULL.fullmatch(name)) and config.saves(match[1]):
         found.full.setdefault(match[1], {})[match[2]] = stored
     elif match and match[2] == "weight" and match[1].rpartition(".")[2] in _EMBEDDINGS:
@@ -535,6 +580,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapter.modules),
         "modules_to_save": sorted(adapter.full) or None,
+        "trainable_token_indices": {m: [*t.indices] for m, t in adapter.tokens.items()} or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -549,6 +595,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for module, full in adapter.full.items():
         for name, tensor in zip(("weight", "bias"), full.arrays):
             tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(tensor)
+    for module, tokens in adapter.tokens.items():
+        key = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+        tensors[key] = np.ascontiguousarray(tokens.rows)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

@@ -221,12 +221,40 @@ class FullShape:
 
 
 @dataclass(frozen=True)
+class TokensShape:
+    """Trained tokens without their values."""
+
+    indices: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Rows of an embedding, or of an output layer, in place of the base model's.
+
+    Args:
+      indices: the tokens.
+      rows: `[len(indices), features]`.
+    """
+
+    indices: tuple[int, ...]
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> TokensShape:
+        return TokensShape(self.indices, self.rows.shape, self.rows.dtype, self.rows.nbytes)
+
+
+@dataclass(frozen=True)
 class AdapterHeader:
     """An adapter without its values: what its files say before a tensor is read."""
 
     config: LoRAConfig
     modules: Mapping[str, LoRAShape]
     full: Mapping[str, FullShape] = field(default_factory=dict)
+    tokens: Mapping[str, TokensShape] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -242,7 +270,8 @@ class AdapterHeader:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         lora = sum(shape.nbytes for shape in self.modules.values())
-        return lora + sum(shape.nbytes for shape in self.full.values())
+        whole = sum(shape.nbytes for shape in self.full.values())
+        return lora + whole + sum(shape.nbytes for shape in self.tokens.values())
 
 
 def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
@@ -256,6 +285,7 @@ class Adapter:
 
     Args:
       full: the modules for which it has whole weights, besides those that it adapts.
+      tokens: the embeddings and output layers of which it has some rows.
 
     Raises:
       TypeError: weights that are not NumPy arrays.
@@ -265,6 +295,7 @@ class Adapter:
     config: LoRAConfig
     modules: Mapping[str, LoRAWeights]
     full: Mapping[str, FullModule] = field(default_factory=dict)
+    tokens: Mapping[str, TrainedTokens] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -273,14 +304,16 @@ class Adapter:
             _check_weights(self.config, module, weights)
         for module, whole in self.full.items():
             check_full(module, whole.shape, self.modules)
+        for module, tokens in self.tokens.items():
+            check_tokens(module, tokens.shape, {*self.modules, *self.full})
 
     @property
     def header(self) -> AdapterHeader:
         """The adapter without its values."""
         shapes = {module: weights.shape for module, weights in self.modules.items()}
-        return AdapterHeader(
-            self.config, shapes, {m: whole.shape for m, whole in self.full.items()}
-        )
+        full = {module: whole.shape for module, whole in self.full.items()}
+        tokens = {module: trained.shape for module, trained in self.tokens.items()}
+        return AdapterHeader(self.config, shapes, full, tokens)
 
     @property
     def rank(self) -> int:
@@ -375,6 +408,26 @@ def check_full(module: str, full: FullShape, adapted: Collection[str]) -> None:
             f"{module}: a fully trained module with a weight {shown([*full.shape])} of "
             f"{full.dtype} is not supported: linear layers and embeddings in float32, float16 or "
             "bfloat16 are"
+        )
+
+
+def check_tokens(module: str, tokens: TokensShape, others: Collection[str]) -> None:
+    """Raises ValueError if these are no rows of a layer, or the layer has LoRA or is whole."""
+    check_module(module)
+    if module in others:
+        raise ValueError(
+            f"{module} has trained tokens beside LoRA or a whole weight; leave out one of them"
+        )
+    indices, shape = tokens.indices, tokens.shape
+    if len(shape) != 2 or 0 in shape or tokens.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: trained tokens must be [tokens, features] in float32, float16 or bfloat16, "
+            f"got {shown([*shape])} of {tokens.dtype}"
+        )
+    if len(indices) != shape[0] or len({*indices}) != len(indices) or min(indices) < 0:
+        raise ValueError(
+            f"{module}: {shape[0]} trained tokens need as many indices, not negative and each "
+            f"once, got {shown([*indices])}"
         )
 
 

@@ -25,6 +25,7 @@ from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
+from jax_lora.bank.tokens import check_tokens, with_whole_tokens
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, first_ids, host_int32
 from jax_lora.nn.names import path_name
@@ -264,6 +265,7 @@ class AdapterBank(Roster):
     def _check_header(self, name: str, header: AdapterHeader) -> None:
         """Whether the model has room for an adapter, before its weights are read."""
         check_fit(name, header, self._sites)
+        check_tokens(name, header, self._sites)
         self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
@@ -278,6 +280,8 @@ class AdapterBank(Roster):
 
     def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
         check_fit(name, adapter.header, self._sites)
+        check_tokens(name, adapter.header, self._sites)
+        adapter = with_whole_tokens(adapter, self._sites)
         bucket = self._bucket_for(name, adapter.rank)
         layers = list(self._layers.values())
         writer = self._writers[bucket]

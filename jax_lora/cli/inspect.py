@@ -72,7 +72,8 @@ def _print_report(report: "AdapterReport") -> None:
     stdout.print(table)
     for full in report.full:
         size = f"{' x '.join(map(str, full.shape))}{' and bias' if full.has_bias else ''}"
-        line = f"  Whole: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
+        what = "Tokens" if full.is_tokens else "Whole"
+        line = f"  {what}: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
         stdout.print(Text(line), soft_wrap=True)
     for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
         for line in lines:

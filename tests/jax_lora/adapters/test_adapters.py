@@ -324,7 +324,6 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
 
 UNSUPPORTED = {
     "use_dora": True,
-    "trainable_token_indices": [1, 2],
     "lora_bias": True,
     "layer_replication": [[0, 4], [2, 5]],
     "target_parameters": ["experts.up"],
@@ -1097,6 +1096,41 @@ def test_modules_to_save_that_are_refused(tmp_path, tensors, message):
     chosen = {"modules_to_save": ["score"], "target_modules": ["q", "score"]}
     with pytest.raises(ValueError, match=message):
         load_peft(write(tmp_path, tensors, **chosen))
+
+
+DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize("given", [[5, 2], {"lm_head": [1], "embed_tokens": [5, 2]}])
+def test_trained_tokens(tmp_path, given):
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    write(tmp_path, halves() | {DELTA: rows}, trainable_token_indices=given)
+    adapter = load_peft(tmp_path)
+    assert adapter.tokens.keys() == {"model.embed_tokens"}
+    assert adapter.tokens["model.embed_tokens"].indices == (5, 2)
+    np.testing.assert_array_equal(adapter.tokens["model.embed_tokens"].rows, rows)
+    header = adapters.peft_header(tmp_path)
+    assert header.tokens == adapter.header.tokens and header.nbytes == adapter.nbytes
+    save_peft(adapter, tmp_path / "saved")
+    assert load_peft(tmp_path / "saved", rename={"model": "m"}).tokens.keys() == {"m.embed_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "message"),
+    [
+        (2, [5], r"2 trained tokens need as many indices, .* got \[5\]"),
+        (2, [5, 5], r"each once, got \[5, 5\]"),
+        (2, [-1, 5], r"not negative and each once, got \[-1, 5\]"),
+        (1, None, "trainable_token_indices=None does not list them"),
+        (1, {"lm_head": [1]}, r"\{'lm_head': \[1\]\} does not list them"),
+        (1, [1.5], r"\[1\.5\] does not list them"),
+        (1, [True], "does not list them"),
+    ],
+)
+def test_trained_tokens_that_are_refused(tmp_path, rows, given, message):
+    tensors = halves() | {DELTA: np.ones((rows, 4), np.float32)}
+    with pytest.raises(ValueError, match=f"model.embed_tokens.*{message}"):
+        load_peft(write(tmp_path, tensors, trainable_token_indices=given))
 
 
 @pytest.mark.parametrize("names", [["", "score"], ["a"] * 257])

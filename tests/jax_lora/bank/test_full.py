@@ -15,6 +15,7 @@ from jax_lora import (
     FullModule,
     LoRAConfig,
     LoRAScale,
+    TrainedTokens,
     apply_lora,
     load_peft,
     tie_head,
@@ -301,3 +302,46 @@ def test_merge():
     x = np.ones((1, H), np.float32)
     with jax_lora.use(bank.batch(["score"])):
         np.testing.assert_allclose(plain(x), model(x), atol=1e-5)
+
+
+def trained(module, indices, features=H, **others):
+    own = adapter(1)
+    rows = np.random.default_rng(9).normal(size=(len(indices), features)).astype(np.float32)
+    tokens = {module: TrainedTokens(tuple(indices), rows)}
+    return Adapter(own.config, own.modules, others, tokens)
+
+
+def test_trained_tokens_are_rows_of_the_base():
+    served, own = Served(), trained("embed", [3, 0])
+    served.bank.load("tokens", own)
+    weight = np.array(served.model.embed.embedding[...])
+    weight[[3, 0]] = own.tokens["embed"].rows
+    full = dict.fromkeys(("embed", "lm_head"), FullModule(weight))
+    ADAPTERS["tokens"] = Adapter(own.config, own.modules, full)
+    served.check("tokens", None)
+    served.bank.load("head", trained("lm_head", [2]))
+    assert served.bank.names == ("head",)
+
+
+def test_trained_tokens_without_room_are_refused():
+    bank = Served(full_slots={"embed": 1}).bank
+    refused = {
+        r"of lm_head .* this model has none; .*full_slots=\{'lm_head': 1\}": trained("embed", [1]),
+        r"of other .* this model has none; .*full_slots=\{'other': 1\}": trained("other", [1]),
+    }
+    for message, own in refused.items():
+        with pytest.raises(ValueError, match=message):
+            bank.load("a", own)
+    bank = Served().bank
+    whole_head = {"lm_head": FullModule(np.ones((V, H), np.float32))}
+    refused = {
+        r"embed .* up to 11 of 6 features, but the model's has 11 tokens": trained("embed", [1, V]),
+        r"up to 1 of 5 features, but the model's has 11 tokens of 6": trained("embed", [1], 5),
+        "lm_head .*which is tied to embed, and LoRA or a whole": trained(
+            "embed", [1], **whole_head
+        ),
+    }
+    for message, own in refused.items():
+        with pytest.raises(ValueError, match=message):
+            bank.load("a", own)
+    assert bank.names == ()

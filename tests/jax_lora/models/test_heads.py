@@ -79,6 +79,36 @@ def test_modules_to_save_equal_peft(tmp_path: Path, family: str) -> None:
     pair.check(["other", None, "body"], 4)
 
 
+TRAINED = {
+    "list": dict(r=3, target_modules=["q_proj"], trainable_token_indices=[7, 20, 4]),
+    "both": dict(
+        target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [9], "lm_head": [9]}
+    ),
+    "apart": dict(
+        target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [9], "lm_head": [4]}
+    ),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("family", "names"),
+    # PEFT itself takes them in one model as long as they train the same layers.
+    [("Llama-3.2", ["list"]), ("Llama-3.2", ["apart"]), ("Llama-1", ["both", "apart"])],
+)
+def test_trained_tokens_equal_peft(tmp_path: Path, family: str, names: list[str]) -> None:
+    """Of a tied model, the output layer has them too, unless it has others."""
+    options = dict(slots=2, buckets=(8,), target=["q_proj", "v_proj"])
+    adapters = {name: TRAINED[name] for name in names}
+    full = {"lm_head": 2, "embed_tokens": 2}
+    pair = Pair(tmp_path, family, adapters, **options, full_slots=full)
+    pair.load(*names)
+    pair.check([names[0], None, names[-1]], 0)
+    pair.bank.save(names[0], tmp_path / "saved")
+    pair.bank.load(names[0], tmp_path / "saved", replace=True)
+    pair.check([names[0], None, names[-1]], 1)
+
+
 CLASSIFIERS = {
     "topics": dict(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"),
     "mood": dict(r=8, target_modules=["v_proj", "down_proj"], task_type="SEQ_CLS"),
