@@ -345,3 +345,19 @@ def test_trained_tokens_without_room_are_refused():
         with pytest.raises(ValueError, match=message):
             bank.load("a", own)
     assert bank.names == ()
+
+
+def test_a_mesh_is_refused():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = Net(nnx.Rngs(0))
+    model.score.kernel.set_value(jax.device_put(model.score.kernel[...], whole))
+    before = nnx.graphdef(model)
+    with pytest.raises(ValueError, match="matches score, which is on a mesh of 2 devices"):
+        apply_lora(model, slots=1, buckets=(8,), full_slots={"score": 1})
+    assert nnx.graphdef(model) == before
+    model = Net(nnx.Rngs(0))
+    apply_lora(model, slots=1, buckets=(8,), full_slots={"score": 1})
+    model.score.kernel.set_value(jax.device_put(model.score.kernel[...], whole))
+    with pytest.raises(ValueError, match="has full slots, which a mesh of 2 devices does not"):
+        AdapterBank(model)

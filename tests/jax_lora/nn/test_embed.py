@@ -1,5 +1,7 @@
 """LoRA of embeddings, and of the output layers that are tied to them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,3 +250,34 @@ def test_on_a_mesh(spec):
     other = AdapterBank(one)
     other.load("a", own)
     np.testing.assert_allclose(got, forward(one, tokens, other.batch(["a", None])), atol=1e-5)
+
+
+class Wide(nnx.Module):
+    """Of widths that the kernels take."""
+
+    def __init__(self):
+        embed = nnx.Embed(512, 64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        self.embed = tie_head(embed)
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.embed(tokens))
+
+
+@pytest.mark.parametrize(("phase", "length"), [("decode", 1), ("prefill", 300)])
+def test_hopper_runs_both_by_kernels(phase, length):
+    model = Wide()
+    apply_lora(model, target=["embed", "embed.head"], slots=2, buckets=(16, 64))
+    batch = AdapterBank(model).batch([None] * 4, phase=phase)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def step(state, tokens, batch):
+        with jax_lora.use(batch):
+            return nnx.merge(graphdef, state)(tokens)
+
+    tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
+    module = step.trace(state, tokens, batch).lower(lowering_platforms=("cuda",)).as_text()
+    names = set(re.findall(r"lora(?:_decode)?(?:_shrink|_expand)?(?:_r\d+)+", module))
+    of_b = {"decode": "lora_decode_expand", "prefill": "lora_expand"}[phase]
+    assert {f"{of_b}_r16", f"{of_b}_r64"} < names
+    assert any("r16_r64" in name for name in names)  # of the head
