@@ -361,3 +361,25 @@ def test_a_mesh_is_refused():
     model.score.kernel.set_value(jax.device_put(model.score.kernel[...], whole))
     with pytest.raises(ValueError, match="has full slots, which a mesh of 2 devices does not"):
         AdapterBank(model)
+
+
+def test_packed_projections_take_whole_weights_too():
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.q = nnx.Linear(H, 4, rngs=nnx.Rngs(0))
+            self.k = nnx.Linear(H, 4, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return jnp.concatenate(jax_lora.call_packed((self.q, self.k), x), axis=-1)
+
+    model = Pair()
+    apply_lora(model, slots=1, buckets=(8,), full_slots={"q": 1})
+    bank = AdapterBank(model)
+    own = make_adapter(0, 3, features={"k": (H, 4)})
+    weight = np.random.default_rng(1).normal(size=(4, H)).astype(np.float32)
+    bank.load("a", Adapter(own.config, own.modules, {"q": FullModule(weight, weight[:, 0])}))
+    x = np.random.default_rng(2).normal(size=(2, H)).astype(np.float32)
+    with jax_lora.use(bank.batch(["a", None])):
+        got = np.asarray(model(x))
+    np.testing.assert_allclose(got[0, :4], x[0] @ weight.T + weight[:, 0], atol=1e-5)
+    np.testing.assert_allclose(got[1], np.asarray(model(x))[1], atol=1e-6)
