@@ -133,7 +133,8 @@ class AdapterBank(Roster):
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
-          BankFullError: all slots of the bucket are pinned or leased.
+          BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
+            whole, are pinned or leased.
           RuntimeError: the thread holds `stepping`.
           In each case the bank is as it was.
         """

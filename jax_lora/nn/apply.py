@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import LoRAEinsum
 from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
+from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
 from jax_lora.nn.names import (
@@ -194,7 +195,7 @@ def _matched(
         path: module
         for path, module in modules.items()
         if any(map(pattern.fullmatch, (path, *names.get(path, ()))))
-        and not isinstance(module, LoRAStack)
+        and not isinstance(module, LoRAStack | FullWeights)
         and _has_kernel(module)
     }
     linear = {

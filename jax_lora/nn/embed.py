@@ -1,5 +1,6 @@
 """LoRA over `nnx.Embed`, and over the output layer that has the weights of an embedding."""
 
+import functools
 from typing import cast
 
 import jax
@@ -180,8 +181,44 @@ class LoRATiedEmbed(LoRAEmbed, TiedEmbed):  # type: ignore[misc]
 
 def _columns(part: LoRAPart, tokens: Array, segments: Segments) -> Array:
     """`[T, R]` float32: the column of A of each token, scaled; zeros without an adapter."""
-    slots = segments.indices
-    at = jnp.asarray(part.lora_a).at[slots, :, tokens]
-    columns = at.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    lora_a, slots = jnp.asarray(part.lora_a), segments.indices
+    columns = _read(lora_a, slots, tokens, jax.ShapeDtypeStruct(lora_a.shape, lora_a.dtype))
     scales = jnp.asarray(part.scales)[(part.scales_offset or 0) + jnp.maximum(slots, 0)]
     return jnp.where(slots[:, None] >= 0, columns.astype(jnp.float32) * scales[:, None], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _read(lora_a: Array, slots: Array, tokens: Array, like: jax.ShapeDtypeStruct) -> Array:
+    """`lora_a[slots[t], :, tokens[t]]`; zeros beyond the vocabulary. `like` is `lora_a`'s shape."""
+    at = lora_a.at[slots, :, tokens]
+    return at.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _read_forward(
+    lora_a: Array, slots: Array, tokens: Array, like: jax.ShapeDtypeStruct
+) -> tuple[Array, tuple[Array, Array]]:
+    return _read(lora_a, slots, tokens, like), (slots, tokens)
+
+
+def _read_backward(
+    like: jax.ShapeDtypeStruct, indices: tuple[Array, Array], gradient: Array
+) -> tuple[Array, None, None]:
+    # The sums of JAX's own gradient are made by atomics on a GPU, in any order. Here those of one
+    # column stand side by side, are summed, and the last has the sum.
+    order = jnp.lexsort(indices[::-1])
+    slots, tokens = (one[order] for one in indices)
+    is_new = (slots[1:] != slots[:-1]) | (tokens[1:] != tokens[:-1])
+    edge = jnp.ones(1, bool)
+    starts, ends = jnp.concatenate([edge, is_new]), jnp.concatenate([is_new, edge])
+
+    def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    given = starts[:, None], gradient[order].astype(jnp.float32)
+    _, sums = jax.lax.associative_scan(add, given)
+    rows = jnp.where(ends & (slots >= 0) & (tokens >= 0), slots, like.shape[0])  # others drop out
+    zeros = jnp.zeros(like.shape, like.dtype)
+    return zeros.at[rows, :, tokens].set(sums.astype(like.dtype), mode="drop"), None, None
+
+
+_read.defvjp(_read_forward, _read_backward)
