@@ -184,12 +184,8 @@ class AdapterBank(Roster):
           `target_modules` names no layer.
         """
         self._check_name(name, replace)
-        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-        # NumPy's generator, as JAX's would compile for each rank.
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        self._install(name, new_adapter(config, self._sites, generator), replace, is_own=True)
+        adapter = new_adapter(config, rngs, self._sites)
+        self._install(name, adapter, replace, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 

@@ -1,22 +1,29 @@
-"""Adapters to begin a training with."""
+"""An adapter to be trained, as PEFT initialises it."""
 
 import math
 from collections.abc import Mapping
 
+import jax
 import numpy as np
+from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site, some
 
 
-def new_adapter(
-    config: LoRAConfig, sites: Mapping[str, Site], generator: np.random.Generator
-) -> Adapter:
-    """An adapter that changes nothing yet; see `AdapterBank.create`.
+def new_adapter(config: LoRAConfig, rngs: nnx.Rngs, sites: Mapping[str, Site]) -> Adapter:
+    """LoRA that adds nothing yet, and the base's whole weights, for the sites that the config
+    names; see `AdapterBank.create`.
 
     Raises:
-      ValueError: the config names no layer of the model.
+      TypeError: `config` or `rngs` is of another type.
+      ValueError: the config targets no site, or saves none with full slots.
     """
+    for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+    # NumPy's generator, as JAX's would compile for each rank.
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
     rooms = [module for module, site in sites.items() if hasattr(site.layer, "full")]
     full = {module: sites[module].own_weights() for module in rooms if config.saves(module)}
     if config.modules_to_save and not full:
