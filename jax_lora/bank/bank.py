@@ -73,8 +73,8 @@ class AdapterBank(Roster):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
-    An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
-    moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
+    A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
+    the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
 
     Attributes:
       stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
@@ -153,11 +153,10 @@ class AdapterBank(Roster):
 
         A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
-        lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
-        so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
-        slot inherits the optimizer's moments of the one before it: make a new optimizer state, or
-        zero that slot's. `nnx.update` writes all slots: load nothing between `nnx.split` and the
-        `nnx.update` that ends a training run.
+        lacks are exactly zero. Momentum and weight decay of a plain optimizer still move these, and
+        an adapter in a reused slot inherits the moments of the one before it:
+        `jax_lora.training.per_adapter` makes an optimizer that does neither. `nnx.update` writes
+        all slots: load nothing between `nnx.split` and the `nnx.update` that ends a training run.
 
         An optimizer that moves what has no gradient at all (`optax.yogi`, `optax.noisy_sgd`) also
         fills the columns between an adapter's rank and its bucket, which then count: `save` writes
