@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Sequence
 
@@ -14,21 +13,20 @@ from jax_lora.adapters import (
     Adapter,
     AdapterHeader,
     LoRAConfig,
-    LoRAWeights,
     Rename,
     load_peft,
     renamed,
     save_peft,
 )
 from jax_lora.bank.merge import as_adapter, merged
-from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites, some
-from jax_lora.bank.slots import Entry
+from jax_lora.bank.new import new_adapter
+from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
+from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 
 
-class AdapterBank(Roster):
+class AdapterBank(Publisher):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -115,7 +113,10 @@ class AdapterBank(Roster):
 
         Args:
           name: any text without `/`, `\\` and control characters.
-          adapter: a PEFT folder, or an `Adapter`, whose arrays are read before `load` returns.
+          adapter: a PEFT folder, or an `Adapter`. NumPy arrays are read before `load` returns.
+            Where all are JAX's, they go from device to device, without the host, by a program that
+            the first adapter of these shapes compiles; it reads them when the device comes to it,
+            so copy before (`jnp.copy`) what another library goes on writing.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
@@ -175,22 +176,8 @@ class AdapterBank(Roster):
         for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
             if not isinstance(value, kind):
                 raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-        # NumPy's generator, as JAX's would compile for each rank.
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        modules = {}
-        for module in filter(config.targets, self._sites):
-            site = self._sites[module]
-            (in_features, out_features), dtype = site.features, site.variables[0].dtype
-            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
-            a = generator.uniform(-bound, bound, shape).astype(dtype)
-            b = np.zeros((out_features, shape[0]), dtype)
-            modules[module] = LoRAWeights(a, b, config.scale_of(module))
-        if not modules:
-            raise ValueError(
-                f"target_modules={config.target_modules!r:.300} names none of "
-                f"{some(self._sites, str)}"
-            )
-        self._install(name, Adapter(config, modules), replace, is_own=True)
+        adapter = new_adapter(config, self._sites, rngs)
+        self._install(name, adapter, replace, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -284,23 +271,13 @@ class AdapterBank(Roster):
         bucket = self._bucket_for(name, adapter.rank)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
-        values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if is_on_device(adapter):
+            values = values_on_device(name, adapter, writer, self._sites, layers)
+        else:
+            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
-        modules = frozenset(adapter.modules)
-
-        def commit() -> None:
-            self._check_name(name, replace)  # another thread may have taken it
-            slot, evicted = self._table.find(bucket, name, self._guard.leases)
-            try:
-                writer.write(slot, placed)
-            finally:
-                self._guard.writes += 1
-            if evicted is not None:
-                self._table.forget(evicted, f"evicted by the load of {name!r}")
-            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
-
-        self._write(commit)
+        self._put(name, placed, bucket, adapter.config, frozenset(adapter.modules), replace=replace)
 
     def _adapter(self, name: str) -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""

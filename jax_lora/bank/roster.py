@@ -90,15 +90,20 @@ class Roster(StackOwner):
             bucket: Turns(np.zeros(slots, np.int32), np.zeros(slots, np.float32))
             for bucket, slots in self._slots.items()
         }
-        with self._lock:
-            entries = {name: self._entry(name) for name in by_name}
-            lease = Lease(frozenset((e.bucket, e.slot) for e in entries.values()))
-            self._table.touch(entries)
-            self._guard.leases.add(lease)
-        for name, entry in entries.items():
+        lease, entries = self._lease(list(by_name))
+        for name, entry in zip(by_name, entries):
             turns = by_bucket[entry.bucket]
             turns.serials[entry.slot], turns.rates[entry.slot] = entry.serial, by_name[name]
         return Trainees(by_bucket, lease)
+
+    def _lease(self, names: Sequence[str]) -> tuple[Lease, list[Entry]]:
+        """Where adapters are, and a lease on them. KeyError if one is not loaded."""
+        with self._lock:
+            entries = [self._entry(name) for name in names]
+            lease = Lease(frozenset((entry.bucket, entry.slot) for entry in entries))
+            self._table.touch(names)
+            self._guard.leases.add(lease)
+        return lease, entries
 
     def _entry(self, name: str) -> Entry:
         with self._lock:

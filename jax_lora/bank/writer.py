@@ -1,5 +1,6 @@
 """Reading and writing one slot of all of a model's stacks, in place and compiled once."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,20 @@ class _Held(NamedTuple):
 # One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
-_Arrays = list[tuple[Array, list[Array]]]
+Arrays = list[tuple[Array, list[Array]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What one slot of each layer of a bucket is.
+
+    Attributes:
+      shapes: its scales, and A and B of each stack, and where they go.
+      firsts: where the scales of each stack start in the layer's.
+    """
+
+    shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
+    firsts: list[np.ndarray]
 
 
 class SlotWriter:
@@ -43,15 +57,16 @@ class SlotWriter:
             _Held(layer.scales, [variable for s in some for variable in s.variables])
             for layer, some in zip(layers, of_layers)
         ]
+        self.layout = _layout(self.arrays(), of_layers)
         self._of_layers = of_layers
-        self._shapes = _slot_shapes(self._arrays(), of_layers)
         self._programs: list[_Program] = []
-        self._program(self._arrays())
+        self._program(self.arrays())
 
-    def _arrays(self) -> _Arrays:
+    def arrays(self) -> Arrays:
+        """The stacks, as the variables hold them now."""
         return [held.arrays for held in self._held]
 
-    def _program(self, arrays: _Arrays) -> "_Program":
+    def _program(self, arrays: Arrays) -> "_Program":
         """The one for where the stacks are. A step may have moved them, to a mesh or to another
         device, and writes them back there: the first load after that compiles."""
         for program in self._programs:
@@ -64,12 +79,12 @@ class SlotWriter:
         """One slot of each layer, all zeros."""
         return [
             (np.zeros(scales.shape, scales.dtype), [np.zeros(a.shape, a.dtype) for a in arrays])
-            for scales, arrays in self._shapes
+            for scales, arrays in self.layout.shapes
         ]
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
         """`values` on the devices of the stacks, each with its shard."""
-        return self._program(self._arrays()).place(values)
+        return self._program(self.arrays()).place(values)
 
     def write(self, slot: int, values: list[SlotOfLayer]) -> None:
         """Writes `values`, which are on the device. The arrays that were there are donated.
@@ -78,7 +93,7 @@ class SlotWriter:
           RuntimeError: the device failed and has consumed the stacks: they are lost.
           Exception: the device failed before that: all is as it was.
         """
-        arrays = self._arrays()
+        arrays = self.arrays()
         program = self._program(arrays)
         values = program.place(values)
         try:
@@ -106,9 +121,9 @@ class _Program(NamedTuple):
 
     homes: list[Sharding | None]
     values: list[Sharding | None]
-    run: Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]
+    run: Callable[[Arrays, np.int32, list[SlotOfLayer]], Arrays]
 
-    def fits(self, arrays: _Arrays) -> bool:
+    def fits(self, arrays: Arrays) -> bool:
         return all(
             home is there or (home and there and home.is_equivalent_to(there, array.ndim))
             for home, array in zip(self.homes, jax.tree.leaves(arrays))
@@ -135,11 +150,8 @@ def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
     return NamedSharding(home.mesh, PartitionSpec(*spec))
 
 
-def _slot_shapes(
-    arrays: _Arrays, of_layers: list[list[LoRAStack]]
-) -> list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]:
-    """What one slot of each layer is, and where it goes: scales, and A and B of each stack."""
-    return [
+def _layout(arrays: Arrays, of_layers: list[list[LoRAStack]]) -> Layout:
+    shapes = [
         (
             jax.ShapeDtypeStruct(
                 (*scales.shape[:-1], len(some)), jnp.float32, sharding=_home(scales)
@@ -155,26 +167,27 @@ def _slot_shapes(
         )
         for some, (scales, stacks) in zip(of_layers, arrays)
     ]
-
-
-def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
     firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
+    return Layout(shapes, firsts)
 
-    def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
+
+def _compile(arrays: Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
+    layout = _layout(arrays, of_layers)
+
+    def write_slot(arrays: Arrays, slot: Array, values: list[SlotOfLayer]) -> Arrays:
         written = []
-        for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+        for (scales, stacks), (new_scales, new), first in zip(arrays, values, layout.firsts):
             scales = scales.at[..., first + slot].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
         return written
 
-    values = _slot_shapes(arrays, of_layers)
     # Stacks stay where they are, also where XLA would rather have them elsewhere.
     write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(_home, arrays))
-    run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
+    run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), layout.shapes).compile()
     homes = [_home(array) for array in jax.tree.leaves(arrays)]
-    return _Program(homes, [value.sharding for value in jax.tree.leaves(values)], run)
+    return _Program(homes, [value.sharding for value in jax.tree.leaves(layout.shapes)], run)
 
 
 def slot_values(
@@ -217,9 +230,10 @@ def slot_values(
 
 def _as_stored(name: str, module: str, weights: LoRAWeights, dtype: np.dtype) -> list[np.ndarray]:
     """A and B in the stacks' dtype."""
+    given = [np.asarray(t) for t in (weights.a, weights.b)]
     with np.errstate(over="ignore"):
-        halves = [t.astype(dtype, copy=False) for t in (weights.a, weights.b)]
-    for new, old in zip(halves, (weights.a, weights.b)):
+        halves = [t.astype(dtype, copy=False) for t in given]
+    for new, old in zip(halves, given):
         if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
             raise ValueError(
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "

@@ -1,0 +1,34 @@
+"""A new adapter, to be trained."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank.sites import Site, some
+
+
+def new_adapter(config: LoRAConfig, sites: Mapping[str, Site], rngs: nnx.Rngs) -> Adapter:
+    """A as PEFT initialises it, B zero, in the dtypes of the stacks.
+
+    Raises:
+      ValueError: `target_modules` names none of `sites`.
+    """
+    # NumPy's generator, as JAX's would compile for each rank.
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
+    modules = {}
+    for module in filter(config.targets, sites):
+        site = sites[module]
+        (in_features, out_features), dtype = site.features, site.variables[0].dtype
+        shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
+        a = generator.uniform(-bound, bound, shape).astype(dtype)
+        b = np.zeros((out_features, shape[0]), dtype)
+        modules[module] = LoRAWeights(a, b, config.scale_of(module))
+    if not modules:
+        raise ValueError(
+            f"target_modules={config.target_modules!r:.300} names none of {some(sites, str)}"
+        )
+    return Adapter(config, modules)

@@ -1,0 +1,193 @@
+"""Slots filled from what is on a device already, without the host."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jax_lora.adapters import Adapter, LoRAConfig
+from jax_lora.bank.roster import Roster
+from jax_lora.bank.sites import Site, check_same
+from jax_lora.bank.slots import Entry
+from jax_lora.bank.writer import Arrays, Layout, SlotOfLayer, SlotWriter
+from jax_lora.messages import shown
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.stacks import get_slot
+
+# An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
+# it the module that it has, if any.
+_Made = tuple[tuple[int, ...], np.dtype, int, tuple[str | None, ...]]
+
+
+def is_on_device(adapter: Adapter) -> bool:
+    """Whether all of its weights are JAX's."""
+    halves = (half for weights in adapter.modules.values() for half in (weights.a, weights.b))
+    return all(isinstance(half, jax.Array) for half in halves)
+
+
+def values_on_device(
+    name: str,
+    adapter: Adapter,
+    writer: SlotWriter,
+    sites: Mapping[str, Site],
+    layers: list[LoRALayer],
+) -> list[SlotOfLayer]:
+    """What `slot_values` makes, of an adapter on a device; one program for all that are shaped so.
+
+    Raises:
+      ValueError: weights may overflow the stacks' dtype.
+    """
+    of_layer: dict[int, dict[tuple[int, tuple[int, ...]], str]] = {}
+    for module in adapter.modules:
+        site = sites[module]
+        of_layer.setdefault(id(site.layer), {})[site.nth, site.index] = module
+    made: list[_Made] = []
+    slots: list[tuple[np.ndarray, int]] = []
+    for layer, (scales, arrays) in zip(layers, writer.layout.shapes):
+        modules = of_layer.get(id(layer), {})
+        own_scales = np.zeros(scales.shape, scales.dtype)
+        for (nth, index), module in modules.items():
+            own_scales[*index, nth] = adapter.modules[module].scale
+        slots.append((own_scales, len(arrays)))
+        for number, array in enumerate(arrays):
+            nth, half = divmod(number, 2)
+            there = tuple(modules.get((nth, index)) for index in np.ndindex(*layer.lead))
+            made.append((array.shape, array.dtype, half, there))
+    halves = {module: (weights.a, weights.b) for module, weights in adapter.modules.items()}
+    for module, both in halves.items():
+        dtype = sites[module].variables[0].dtype
+        _check_cast(name, {half.dtype for half in both}, dtype)
+    flat = iter(_assembled(halves, tuple(made)))
+    return [(scales, [next(flat) for _ in range(count)]) for scales, count in slots]
+
+
+@functools.partial(jax.jit, static_argnames="made")
+def _assembled(halves: Mapping[str, tuple[Array, Array]], made: tuple[_Made, ...]) -> list[Array]:
+    out = []
+    for shape, dtype, half, modules in made:
+        size = shape[-2:]
+        parts = [
+            jnp.zeros(size, dtype) if module is None else _padded(halves[module][half], size, dtype)
+            for module in modules
+        ]
+        out.append(jnp.stack(parts).reshape(shape))
+    return out
+
+
+def _padded(array: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """`array` in the front of zeros of another shape."""
+    return jnp.pad(array.astype(dtype), [(0, size - own) for own, size in zip(array.shape, shape)])
+
+
+def _check_cast(name: str, dtypes: set[np.dtype], dtype: np.dtype) -> None:
+    if dtype == jnp.float16 and dtypes != {dtype}:
+        raise ValueError(
+            f"adapter {shown(name)} is {', '.join(sorted(map(str, dtypes)))} on a device, and may "
+            "overflow the stacks' float16, which only the host could tell; cast it before, or give "
+            "apply_lora another dtype="
+        )
+
+
+def copied_slot(name: str, source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotOfLayer]:
+    """A slot of `source`, as one of `target` holds it: zeros behind the rank, in its dtype.
+
+    Raises:
+      ValueError: weights may overflow the dtype of `target`.
+    """
+    pairs = zip(_halves(source.layout), _halves(target.layout))
+    for theirs, mine in pairs:
+        _check_cast(name, {theirs.dtype}, mine.dtype)
+    return _copied(source.arrays(), np.int32(slot), source.layout, target.layout)
+
+
+def _halves(layout: Layout) -> list[jax.ShapeDtypeStruct]:
+    return [half for _, halves in layout.shapes for half in halves]
+
+
+@functools.partial(jax.jit, static_argnames=("source", "target"))
+def _copied(arrays: Arrays, slot: Array, source: Layout, target: Layout) -> list[SlotOfLayer]:
+    copied: list[SlotOfLayer] = []
+    for (scales, stacks), firsts, (_, wanted) in zip(arrays, source.firsts, target.shapes):
+        halves = []
+        for stack, shape in zip(stacks, wanted):
+            halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
+        copied.append((scales[..., firsts + slot], list[np.ndarray | Array](halves)))
+    return copied
+
+
+class Publisher(Roster):
+    """What fills the slots of a bank: the base of `AdapterBank`, which makes what it needs."""
+
+    _sites: dict[str, Site]
+    _writers: dict[int, SlotWriter]
+
+    def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
+        """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
+
+            bank.publish("policy", "policy in training")
+            serving.publish("policy", "policy", bank=training)     # of another model's bank
+
+        The copy is made on the device. It takes the place of the adapter of this name: in its slot,
+        or in another one where a batch leases that. Requests under way so go on with the old
+        version, and the next batch that names it has the new one. `source` keeps its slot.
+
+        Neither the host nor the caller waits for the device. The first copy between two buckets
+        compiles a small program, the following compile nothing.
+
+        Args:
+          name: of the copy, as in `load`; loaded or not.
+          source: the adapter to copy, of another name where it is one of this bank.
+          bank: which has `source`; None for this one. Its model must have the same LoRA layers.
+            The copy has this model's dtype, and a bucket that holds all of the source's.
+
+        Raises:
+          KeyError: `source` is not loaded.
+          TypeError: `bank` is none.
+          ValueError: `name` is malformed or that of the source; the models differ, or this one
+            lacks the bucket; weights may overflow its dtype.
+          BankFullError: all slots of the bucket but the source's are pinned or leased.
+          RuntimeError: as `load`.
+          In each case the bank is as it was.
+        """
+        other = self if bank is None else bank
+        if not isinstance(other, Publisher):
+            raise TypeError(f"bank must be an AdapterBank, got {type(bank).__name__}")
+        self._check_name(name, replace=True)
+        if other is self and name == source:
+            raise ValueError(f"publish {name!r} under another name than that of its training")
+        lease, (entry,) = other._lease([source])  # lest the copy take its slot
+        check_same(self._sites, other._sites)
+        bucket = self._bucket_for(name, entry.bucket)
+        with other.stepping:
+            slot = other._writers[entry.bucket], entry.slot
+            values = copied_slot(source, *slot, self._writers[bucket])
+        self._put(name, values, bucket, entry.config, entry.modules, replace=True)
+        lease.is_open = False
+
+    def _put(
+        self,
+        name: str,
+        values: list[SlotOfLayer],
+        bucket: int,
+        config: LoRAConfig,
+        modules: frozenset[str],
+        *,
+        replace: bool,
+    ) -> None:
+        """Writes what a slot is to hold, and gives it the name."""
+
+        def commit() -> None:
+            self._check_name(name, replace)  # another thread may have taken it
+            slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            try:
+                self._writers[bucket].write(slot, values)
+            finally:
+                self._guard.writes += 1
+            if evicted is not None:
+                self._table.forget(evicted, f"evicted by the load of {name!r}")
+            self._table.put(name, Entry(bucket, slot, config, modules))
+
+        self._write(commit)
