@@ -253,6 +253,34 @@ def gradients(
 
 
 @app.command()
+def agreement(
+    dtypes: Annotated[str, typer.Option(help="Of weights and computation.")] = "float32,bfloat16",
+    plot: Plot = None,
+) -> None:
+    """Say how far the trainer's log-probabilities are from the sampler's.
+
+    The bundled model samples with each of its adapters and without, a token at a time. Then one
+    forward over the whole sequences, as a training step runs it, reads the same tokens. Tokens of
+    rows without an adapter tell what the base model's own rounding gives.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import agreement as benchmark
+        from benchmarks.pictures import check_path
+
+        if plot is not None:
+            check_path(plot)
+        if unknown := {*dtypes.split(",")} - {"float32", "bfloat16", "float16"}:
+            raise ValueError(f"--dtypes takes float32, bfloat16 and float16, got {sorted(unknown)}")
+        found = [benchmark.run(dtype, progress) for dtype in dtypes.split(",")]
+        if plot is not None:
+            benchmark.draw(found, plot)
+    for one in found:
+        print(one.line)
+    print(f"deltas of both phases: {benchmark.delta_ulps():.2f} bfloat16 ulp apart, at most")
+
+
+@app.command()
 def bits(
     before: Annotated[Path, typer.Option(help="Folder of another checkout of jax-lora.")],
 ) -> None:
