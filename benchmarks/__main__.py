@@ -186,6 +186,42 @@ def step(
         tables.print_step(report)
 
 
+@app.command()
+def train(
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a step, in 8 rows; default: 8192.")] = None,
+    ways: Annotated[
+        str, typer.Option(help="What to time: some of frozen, adapters, mixed, ragged, one.")
+    ] = "frozen,adapters,mixed,ragged,one",
+    publish: Annotated[bool, typer.Option(help="Time the copy of an adapter too.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the report into a JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a training step of a model shaped like Llama-3-8B.
+
+    Random frozen bfloat16 weights, layers made again when going back, fused attention, LoRA on all
+    seven projections, one AdamW update. Beside it stand the forward and backward of the frozen
+    model (which differentiates the embedding's output), mixed ranks, a sort and two `ragged_dot`
+    for each projection, and one adapter in plain `jax.numpy`. "more" is memory beyond the frozen
+    step's, the adapters and the optimizer's state. Without a GPU a small model runs, and no target
+    is held against it.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import tables
+        from benchmarks import train as benchmark
+
+        shape = benchmark.Shape.of_this_machine(layers, tokens)
+        report = benchmark.run(shape, ways.split(","), progress, publish=publish, profile=profile)
+        if save is not None:
+            save.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_train(report)
+
+
 @app.command("compile")
 def compile_steps(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,

@@ -240,7 +240,7 @@ class _Bench:
     def __init__(self, shape: Shape, progress: Callable[[str], None], profile: bool) -> None:
         progress(f"making a model of {shape.config.num_hidden_layers} layers")
         self.shape, self.progress, self.profile = shape, progress, profile
-        self.graphdef, self.weights = nnx.split(_random_model(shape))
+        self.graphdef, self.weights = nnx.split(random_model(shape))
         unread = self.weights["model"]["embed_tokens"]["embedding"].nbytes
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights)) - unread
         self.rows: list[Row] = []
@@ -297,7 +297,7 @@ class _Bench:
         slots = collections.Counter(ranks)
         apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
         bank = AdapterBank(model)
-        adapters = {rank: _random_adapter(model, rank) for rank in slots}
+        adapters = {rank: random_adapter(model, rank) for rank in slots}
         names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
         for name, rank in zip(names, ranks):
             bank.load(name, adapters[rank])
@@ -438,24 +438,29 @@ class _Program:
         us = statistics.median((long - short) / count for (short, _), (long, _) in runs) * 1e6
         return us, statistics.median(host for (_, host), _ in runs) * 1e6
 
-    def profile(self, batch: AdapterBatch | None, steps: int = 3) -> tuple[Kernel, ...]:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(steps):
-                    self(batch).block_until_ready()
-            [file] = Path(folder).rglob("*.xplane.pb")
-            data = jax.profiler.ProfileData.from_file(str(file))
-        times: dict[str, list[float]] = collections.defaultdict(list)
-        for plane in data.planes:
-            for line in plane.lines:
-                if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
-                    for event in line.events:
-                        times[event.name].append(event.duration_ns / 1e3)
-        kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
-        return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+    def profile(self, batch: AdapterBatch | None) -> tuple[Kernel, ...]:
+        return profiled(lambda: self(batch))
 
 
-def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+def profiled(step: Callable[[], object], steps: int = 3) -> tuple[Kernel, ...]:
+    """The kernels of a step on a GPU, the longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                jax.block_until_ready(step())
+        [file] = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for plane in data.planes:
+        for line in plane.lines:
+            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
+                for event in line.events:
+                    times[event.name].append(event.duration_ns / 1e3)
+    kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
+    return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+
+
+def random_array(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
     return _normal(jax.random.key(seed), shape, jnp.dtype(dtype))
 
 
@@ -467,21 +472,21 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
 
 
-def _random_model(shape: Shape) -> Llama:
+def random_model(shape: Shape) -> Llama:
     """A model whose weights were made where they lie: initialisers would go through float32."""
     model = nnx.eval_shape(
         lambda: Llama(shape.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), scan=shape.scan)
     )
     parameters = nnx.to_flat_state(nnx.state(model))
     made = [
-        (path, value.replace(_random(value.shape, value.dtype, seed)))
+        (path, value.replace(random_array(value.shape, value.dtype, seed)))
         for seed, (path, value) in enumerate(parameters)
     ]
     nnx.update(model, nnx.from_flat_state(made))
     return model
 
 
-def _random_adapter(model: Llama, rank: int) -> Adapter:
+def random_adapter(model: Llama, rank: int) -> Adapter:
     found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
     names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
@@ -514,9 +519,9 @@ def _inputs(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]:
     size = (rows, config.num_key_value_heads, length, config.head_dim)
     layers = config.num_hidden_layers
     keys, values = (
-        _random((layers, *size), jnp.bfloat16, part)
+        random_array((layers, *size), jnp.bfloat16, part)
         if shape.scan
-        else tuple(_random(size, jnp.bfloat16, 2 * layer + part) for layer in range(layers))
+        else tuple(random_array(size, jnp.bfloat16, 2 * layer + part) for layer in range(layers))
         for part in range(2)
     )
     tokens_shape = (rows,) if phase == "decode" else (rows, length)
