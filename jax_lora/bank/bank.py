@@ -18,8 +18,8 @@ from jax_lora.adapters import (
     renamed,
     save_peft,
 )
+from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
-from jax_lora.bank.new import new_adapter
 from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
 from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
@@ -173,10 +173,7 @@ class AdapterBank(Publisher):
           `target_modules` names no layer.
         """
         self._check_name(name, replace)
-        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-        adapter = new_adapter(config, self._sites, rngs)
+        adapter = new_adapter(config, rngs, self._sites)
         self._install(name, adapter, replace, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches

@@ -1,4 +1,4 @@
-"""A new adapter, to be trained."""
+"""An adapter to be trained, as PEFT initialises it."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,16 @@ from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site, some
 
 
-def new_adapter(config: LoRAConfig, sites: Mapping[str, Site], rngs: nnx.Rngs) -> Adapter:
-    """A as PEFT initialises it, B zero, in the dtypes of the stacks.
+def new_adapter(config: LoRAConfig, rngs: nnx.Rngs, sites: Mapping[str, Site]) -> Adapter:
+    """A random, B zero, for the sites that the config targets; see `AdapterBank.create`.
 
     Raises:
-      ValueError: `target_modules` names none of `sites`.
+      TypeError: `config` or `rngs` is of another type.
+      ValueError: the config targets no site.
     """
+    for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
     # NumPy's generator, as JAX's would compile for each rank.
     generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
     modules = {}
