@@ -191,7 +191,7 @@ def train(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Of a step, in 8 rows; default: 8192.")] = None,
     ways: Annotated[
-        str, typer.Option(help="What to time: some of frozen, adapters, mixed, ragged, one.")
+        str, typer.Option(help="What to time: some of frozen, adapters, mixed, exact, ragged, one.")
     ] = "frozen,adapters,mixed,ragged,one",
     publish: Annotated[bool, typer.Option(help="Time the copy of an adapter too.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,

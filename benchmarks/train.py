@@ -48,6 +48,7 @@ WAYS = {
     "frozen": "no LoRA, the gradient of the embedding's output",
     "adapters": f"{ROWS} adapters of rank {RANK}",
     "mixed": f"{ROWS} adapters of ranks {', '.join(map(str, MIXED_RANKS))}",
+    "exact": f"{ROWS} adapters of rank {RANK} in the phase exact",
     "ragged": f"{ROWS} adapters of rank {RANK}: a sort and two ragged_dot, as SkyRL-tx",
     "one": f"one adapter of rank {RANK} in plain jax.numpy",
 }
@@ -243,7 +244,7 @@ class Step:
     """
 
     def __init__(self, way: str, shape: Shape, base: Llama) -> None:
-        self.way, self.is_ours = way, way in TARGETS
+        self.way, self.is_ours = way, way in ("adapters", "mixed", "exact")
         model = nnx.clone(base)
         self.ranks = MIXED_RANKS if way == "mixed" else (RANK,) * ROWS
         slots = collections.Counter(self.ranks)
@@ -259,7 +260,8 @@ class Step:
         self.state = () if way == "frozen" else jax.jit(self.tx.init)(self.masters)
         ranges = tuple(slots.items())
         ids = np.arange(ROWS, dtype=np.int32)
-        self.batch = AdapterBatch(ids, ranges=ranges, phase="prefill") if self.is_ours else None
+        phase = "exact" if way == "exact" else "prefill"
+        self.batch = AdapterBatch(ids, ranges=ranges, phase=phase) if self.is_ours else None
         ones = {bucket: np.ones(n, np.int32) for bucket, n in ranges}
         self.trainees = Trainees(
             {bucket: Turns(one, one.astype(np.float32)) for bucket, one in ones.items()}

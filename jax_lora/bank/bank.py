@@ -192,7 +192,7 @@ class AdapterBank(Publisher):
         Args:
           names_per_row: adapter of each row; None for the base model.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
-          phase: "decode" or "prefill".
+          phase: "decode" or "prefill", or "exact" (see `AdapterBatch`).
 
         Raises:
           KeyError: an adapter is not loaded.

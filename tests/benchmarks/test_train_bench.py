@@ -69,7 +69,9 @@ def test_the_step_lowers_for_a_gpu_with_kernels(base) -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="tokens must be a positive multiple of 8, got 12"):
         train.Shape(step.SMALL, 12)
-    with pytest.raises(ValueError, match="ways are frozen, adapters, mixed, ragged, one, got all"):
+    with pytest.raises(
+        ValueError, match="ways are frozen, adapters, mixed, exact, ragged, one, got all"
+    ):
         train.run(SMALL, ["all"], lambda _: None)
     with pytest.raises(ValueError, match="a profile needs a GPU"):
         train.run(SMALL, [], lambda _: None, profile=True)
