@@ -269,7 +269,7 @@ class AdapterBank(Publisher):
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         if is_on_device(adapter):
-            values = values_on_device(name, adapter, writer, self._sites, layers)
+            values = values_on_device(adapter, writer, self._sites, layers)
         else:
             values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         # On the device before anything changes: what follows allocates nothing to speak of.

@@ -1,11 +1,13 @@
 """Slots filled from what is on a device already, without the host."""
 
 import functools
+import weakref
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, LoRAConfig
@@ -13,7 +15,6 @@ from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_same
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import Arrays, Layout, SlotOfLayer, SlotWriter
-from jax_lora.messages import shown
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
 
@@ -29,7 +30,6 @@ def is_on_device(adapter: Adapter) -> bool:
 
 
 def values_on_device(
-    name: str,
     adapter: Adapter,
     writer: SlotWriter,
     sites: Mapping[str, Site],
@@ -59,7 +59,7 @@ def values_on_device(
     halves = {module: (weights.a, weights.b) for module, weights in adapter.modules.items()}
     for module, both in halves.items():
         dtype = sites[module].variables[0].dtype
-        _check_cast(name, {half.dtype for half in both}, dtype)
+        _check_cast({half.dtype for half in both}, dtype)
     flat = iter(_assembled(halves, tuple(made)))
     return [(scales, [next(flat) for _ in range(count)]) for scales, count in slots]
 
@@ -82,29 +82,22 @@ def _padded(array: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return jnp.pad(array.astype(dtype), [(0, size - own) for own, size in zip(array.shape, shape)])
 
 
-def _check_cast(name: str, dtypes: set[np.dtype], dtype: np.dtype) -> None:
+def _check_cast(dtypes: set[np.dtype], dtype: np.dtype) -> None:
     if dtype == jnp.float16 and dtypes != {dtype}:
         raise ValueError(
-            f"adapter {shown(name)} is {', '.join(sorted(map(str, dtypes)))} on a device, and may "
-            "overflow the stacks' float16, which only the host could tell; cast it before, or give "
-            "apply_lora another dtype="
+            f"an adapter of {', '.join(sorted(map(str, dtypes)))} on a device may overflow the "
+            "stacks' float16, which only the host could tell; cast it before, or give apply_lora "
+            "another dtype="
         )
 
 
-def copied_slot(name: str, source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotOfLayer]:
+def copied_slot(source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotOfLayer]:
     """A slot of `source`, as one of `target` holds it: zeros behind the rank, in its dtype.
 
     Raises:
       ValueError: weights may overflow the dtype of `target`.
     """
-    pairs = zip(_halves(source.layout), _halves(target.layout))
-    for theirs, mine in pairs:
-        _check_cast(name, {theirs.dtype}, mine.dtype)
     return _copied(source.arrays(), np.int32(slot), source.layout, target.layout)
-
-
-def _halves(layout: Layout) -> list[jax.ShapeDtypeStruct]:
-    return [half for _, halves in layout.shapes for half in halves]
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target"))
@@ -113,6 +106,7 @@ def _copied(arrays: Arrays, slot: Array, source: Layout, target: Layout) -> list
     for (scales, stacks), firsts, (_, wanted) in zip(arrays, source.firsts, target.shapes):
         halves = []
         for stack, shape in zip(stacks, wanted):
+            _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
             halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
         copied.append((scales[..., firsts + slot], list[np.ndarray | Array](halves)))
     return copied
@@ -123,6 +117,10 @@ class Publisher(Roster):
 
     _sites: dict[str, Site]
     _writers: dict[int, SlotWriter]
+
+    def __init__(self, model: nnx.Module) -> None:
+        super().__init__(model)
+        self._alike: weakref.WeakSet[Publisher] = weakref.WeakSet([self])
 
     def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
         """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
@@ -159,11 +157,13 @@ class Publisher(Roster):
         if other is self and name == source:
             raise ValueError(f"publish {name!r} under another name than that of its training")
         lease, (entry,) = other._lease([source])  # lest the copy take its slot
-        check_same(self._sites, other._sites)
+        if other not in self._alike:
+            check_same(self._sites, other._sites)
+            self._alike.add(other)
         bucket = self._bucket_for(name, entry.bucket)
         with other.stepping:
             slot = other._writers[entry.bucket], entry.slot
-            values = copied_slot(source, *slot, self._writers[bucket])
+            values = copied_slot(*slot, self._writers[bucket])
         self._put(name, values, bucket, entry.config, entry.modules, replace=True)
         lease.is_open = False
 

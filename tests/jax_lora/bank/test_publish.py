@@ -148,7 +148,7 @@ def test_the_bank_of_another_model_gets_a_copy():
         third.publish("policy", "policy", bank=bank)
     assert third.names == () and bank.names == ("policy",)
     _, fourth = make_bank(dtype=jnp.float16)
-    with pytest.raises(ValueError, match="'policy' is float32 on a device, and may overflow the"):
+    with pytest.raises(ValueError, match="an adapter of float32 on a device may overflow the"):
         fourth.publish("policy", "policy", bank=bank)
     with pytest.raises(ValueError, match=r"needs bucket 16; the model has buckets=\(8,\)"):
         bank.publish("policy", "policy", bank=serving)
@@ -196,7 +196,7 @@ def test_mistakes_are_told():
         bank.publish("a/b", "training")
     with bank.stepping, pytest.raises(RuntimeError, match=r"this thread holds bank\.stepping"):
         bank.publish("policy", "training")
-    with pytest.raises(ValueError, match="'new' is float32 on a device, and may overflow the"):
+    with pytest.raises(ValueError, match="an adapter of float32 on a device may overflow the"):
         bank.load("new", on_device(make_adapter(0, 4)))
     assert bank.names == ("training",)
     bank.load("new", on_device(make_adapter(0, 4), jnp.float16))
