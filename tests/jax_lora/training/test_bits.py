@@ -4,16 +4,15 @@ The bits are those of XLA's forms, which a CPU runs; `tests/gpu` holds the kerne
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
+from neighbours import Neighbours
 from tiny import Mlp, make_adapter
 from torch_mlp import peft_run
 from training_run import CONFIGS, ROWS, ROWS_OF, TARGETS, X, assert_same
 
-import pallas_kernels as pk
 from jax_lora import AdapterBank, apply_lora, use
 
 
@@ -66,57 +65,17 @@ def test_each_adapter_has_the_gradients_that_peft_gives_it_alone(tmp_path, phase
             assert not a[rank:].any() and not b[:, rank:].any()
 
 
-TOKENS, FEATURES, WIDTH, RANK, SLOTS = 300, 40, 24, 8, 5
-
-
-@jax.jit
-def op_gradients(x, a, b, ids, dy, y):
-    out, pull = jax.vjp(lambda x, a, b: pk.add_lora(y, x, a, b, ids), x, a, b)
-    return out, *pull(dy)
-
-
-def operands(seed, dtype):
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "x": (TOKENS, FEATURES),
-        "a": (SLOTS, RANK, FEATURES),
-        "b": (SLOTS, WIDTH, RANK),
-        "dy": (TOKENS, WIDTH),
-        "y": (TOKENS, WIDTH),
-    }
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
 @pytest.mark.ci
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("own", [1, 7, 150], ids="{} tokens".format)
 def test_an_adapters_bits_do_not_depend_on_its_neighbours(dtype, own):
     """Nor on where in the batch its tokens are, while their order and the batch's size stay."""
-    rng, mine = np.random.default_rng(own), 2
-
-    def run(seed, where, others):
-        values, first = operands(seed, dtype), operands(0, dtype)
-        ids = others(np.random.default_rng(seed))
-        ids[where] = mine
-        for name in ("x", "dy", "y"):
-            values[name][where] = first[name][:own]
-        for name in ("a", "b"):
-            values[name][mine] = first[name][mine]
-        out, dx, da, db = op_gradients(**values, ids=ids)
-        return {"y": out[where], "dx": dx[where], "da": da[mine], "db": db[mine]}
-
-    def strangers(rng):
-        ids = rng.integers(-1, SLOTS, TOKENS).astype(np.int32)
-        return np.where(ids == mine, -1, ids)
-
-    def alone(_):
-        return np.full(TOKENS, -1, np.int32)
-
+    rng, case = np.random.default_rng(own), Neighbours(300, 40, 24, 8, dtype)
     first = np.arange(own)
-    right = run(0, first, alone)
-    assert all(np.asarray(value).any() for value in right.values())
-    assert_same(run(0, first, alone), right)
+    right = case.run(0, first, alone=True)
+    assert all(value.any() for value in right.values())
+    assert_same(case.run(0, first, alone=True), right)
     for seed in (1, 2, 3):
-        anywhere = np.sort(rng.permutation(TOKENS)[:own])
+        anywhere = np.sort(rng.permutation(case.tokens)[:own])
         for where in (first, anywhere):
-            assert_same(run(seed, where, strangers), right)
+            assert_same(case.run(seed, where), right)

@@ -5,51 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from neighbours import check_exact, rows_of_two_ranks
 from tiny import Mlp, expected, forward, make_adapter, tokens
 
 from jax_lora import AdapterBank, apply_lora, use
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
 
-FEATURES, WIDTH, SLOTS = 96, 80, 3
-
-
-def stack(rank, first_slot, dtype):
-    rng = np.random.default_rng(rank)
-    a = rng.normal(size=(SLOTS, rank, FEATURES)).astype(dtype)
-    b = rng.normal(size=(SLOTS, WIDTH, rank)).astype(dtype)
-    scales = jnp.asarray([0.5, 1.0, 2.0], jnp.float32)
-    return LoRAPart(jnp.asarray(a), jnp.asarray(b), scales, first_slot)
-
-
-@jax.jit
-def exact(y, x, parts, ids):
-    return add_in_step((y,), x, parts, ids, phase="exact")[0]
-
 
 @pytest.mark.ci
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [16, 144])
 def test_rows_have_the_same_bits_in_batches_of_any_size(dtype, rank):
     """Of one token to several chunks, anywhere in them; rank 144 takes XLA's other form."""
-    rng, total = np.random.default_rng(0), 200
-    parts = (stack(8, 0, dtype), stack(rank, SLOTS, dtype))
-    x, y = (rng.normal(size=(total, n)).astype(dtype) for n in (FEATURES, WIDTH))
-    ids = rng.integers(-1, 2 * SLOTS, total).astype(np.int32)
-    whole = np.asarray(exact(y, x, parts, ids))
-    for size in (1, 8, 64, 130):
-        some = rng.permutation(total)[:size]
-        np.testing.assert_array_equal(
-            np.asarray(exact(y[some], x[some], parts, ids[some])), whole[some]
-        )
-    plain = jax.jit(lambda: add_in_step((jnp.asarray(y),), x, parts, ids, phase="prefill"))()[0]
-    scale = np.abs(np.asarray(plain, np.float32)).max()
-    np.testing.assert_allclose(
-        np.asarray(whole, np.float32),
-        np.asarray(plain, np.float32),
-        atol=scale * (1e-5 if dtype == np.float32 else 8e-3),
-    )
-    np.testing.assert_array_equal(whole[ids < 0], y[ids < 0])
+    check_exact(*rows_of_two_ranks(200, 96, 80, (8, rank), dtype), sizes=(1, 8, 64, 130))
 
 
 def test_layers_take_it_and_give_the_gradients_that_they_give_else():
@@ -82,7 +51,7 @@ def test_layers_take_it_and_give_the_gradients_that_they_give_else():
 @pytest.mark.ci
 @pytest.mark.parametrize("num_tokens", [8, 1000])
 def test_it_lowers_for_a_gpu_as_the_same_kernel(num_tokens):
-    shapes = [(num_tokens, 128), (num_tokens, 256), (SLOTS, 16, 256), (SLOTS, 128, 16)]
+    shapes = [(num_tokens, 128), (num_tokens, 256), (3, 16, 256), (3, 128, 16)]
     y, x, a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     ids = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
 
