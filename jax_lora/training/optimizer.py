@@ -51,7 +51,8 @@ def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     what takes a norm for each array (lamb, lars) takes one norm over them. What takes means over
     an array, as adafactor does, counts the zeros.
 
-    State takes what `tx` takes for all slots of the model.
+    State takes what `tx` takes for all slots of the model. On a mesh of devices, make it inside
+    `jax.set_mesh(mesh)`, so that it is divided as the stacks are.
 
     Args:
       tx: any transformation of gradients. `optax.MultiSteps(...).gradient_transformation()`

@@ -7,6 +7,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import Mlp, make_adapter
 from torch_mlp import peft_run
 from training_run import ADAMW, CONFIGS, ROWS, ROWS_OF, TARGETS, Run, X, assert_same
@@ -237,6 +238,49 @@ def test_the_optimizer_of_flax_in_a_jitted_step_with_donation():
         for path in right:
             np.testing.assert_allclose(got[path], right[path], atol=1e-6)
     assert int(optimizer.step[...]) == 4
+
+
+@pytest.mark.ci
+def test_a_model_on_a_mesh_trains_and_publishes_as_one_on_a_device():
+    mesh = jax.make_mesh((2,), ("tp",))
+
+    def trained(model):
+        apply_lora(model, slots=2, buckets=(8,))
+        bank = AdapterBank(model)
+        bank.create("first", CONFIGS["first"], rngs=nnx.Rngs(5))
+        optimizer = nnx.Optimizer(model, per_adapter(ADAMW), wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        def step(model, optimizer, batch, trainees):
+            def loss(model):
+                with use(batch):
+                    return ((model(X) - TARGETS) ** 2).mean()
+
+            gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+            with jax.numpy_dtype_promotion("standard"):
+                optimizer.update(model, gradients, trainees=trainees)
+
+        batch, trainees = bank.batch(["first"] * ROWS), bank.trainees(["first"])
+        for _ in range(3):
+            step(model, optimizer, batch, trainees)
+        bank.publish("served", "first")
+        return bank._adapter("served").modules, optimizer
+
+    divided = Mlp(nnx.Rngs(0))
+    for layer, spec in ((divided.up, (None, "tp")), (divided.down, ("tp", None))):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        layer.kernel.set_value(jax.device_put(layer.kernel[...], sharding))
+        bias = NamedSharding(mesh, PartitionSpec(spec[1]))
+        layer.bias.set_value(jax.device_put(layer.bias[...], bias))
+    with jax.set_mesh(mesh):
+        got, optimizer = trained(divided)
+    right, _ = trained(Mlp(nnx.Rngs(0)))
+    for module, weights in right.items():
+        np.testing.assert_allclose(got[module].a, weights.a, atol=1e-5)
+        np.testing.assert_allclose(got[module].b, weights.b, atol=1e-5)
+        assert weights.b.any()
+    specs = {leaf.sharding.spec for leaf in jax.tree.leaves(optimizer.opt_state)}
+    assert PartitionSpec(None, "tp", None) in specs  # of B's moments
 
 
 def test_a_function_of_names_tells_a_from_b():
