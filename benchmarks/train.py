@@ -23,10 +23,10 @@ from benchmarks.step import (
     RANK,
     SMALL,
     Kernel,
-    profiled,
     random_adapter,
     random_array,
     random_model,
+    traced_kernels,
 )
 from benchmarks.step import Shape as StepShape
 from jax_lora.bank import AdapterBank
@@ -337,7 +337,7 @@ class Step:
             seconds.append(time.perf_counter() - start)
         if not np.isfinite(float(value)):
             raise ArithmeticError(f"the loss of {self.way} is {float(value)}")
-        kernels = profiled(step) if profile else ()
+        kernels = traced_kernels(step) if profile else ()
         ms = statistics.median(seconds[2:]) * 1e3
         return Row(self.way, ms, _peak(compiled), adapters, optimizer, kernels)
 

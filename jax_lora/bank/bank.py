@@ -1,29 +1,35 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
-import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import (
     Adapter,
-    AdapterHeader,
     LoRAConfig,
     Rename,
     load_peft,
     renamed,
     save_peft,
 )
+from jax_lora.bank import dora
+from jax_lora.bank.agreement import digest
+from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
-from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
-from jax_lora.bank.sites import Site, check_fit, find_sites
+from jax_lora.bank.mixes import NamedRow, row_names
+from jax_lora.bank.publish import Filling, Publisher, is_on_device, values_on_device
+from jax_lora.bank.sites import Site, find_sites
+from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.nn.names import path_name
+from jax_lora.tokens import first_ids
+from pallas_kernels.routing import static
 
 
 class AdapterBank(Publisher):
@@ -71,8 +77,20 @@ class AdapterBank(Publisher):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
+    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
+    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
+    agree on all of them, or the load fails on all and changes nothing. The first process saves.
+    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
+    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+
     A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
     the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
+
+    Args:
+      model: what `apply_lora` prepared.
+      adapters_per_row: how many adapters a row of a batch may have, each with a weight. With one,
+        rows have no weights, and a step pays for none; with more, every batch has arrays of
+        `[rows, adapters_per_row]`. So no mix of adapters and no weight compiles anything anew.
 
     Attributes:
       stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
@@ -84,17 +102,27 @@ class AdapterBank(Publisher):
 
     Raises:
       RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
+      TypeError: `adapters_per_row` is no int.
       ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
-        along axes that are not in front, or `peft_names` does not fit it.
+        along axes that are not in front, or `peft_names` does not fit it; `adapters_per_row` is
+        below 1.
     """
 
-    def __init__(self, model: nnx.Module) -> None:
+    def __init__(self, model: nnx.Module, *, adapters_per_row: int = 1) -> None:
+        self._adapters_per_row = static("adapters_per_row", adapters_per_row)
+        if self._adapters_per_row < 1:
+            raise ValueError(f"adapters_per_row must be at least 1, got {adapters_per_row}")
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
-        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
+        paths = [path_name(path) for path, _ in nnx.iter_modules(model) if path]
+        names = self._own_names()
+        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
-        self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
+        first = first_ids(self._slots.items())
+        self._writers = {b: SlotWriter(b, first[b], layers) for b in self._slots}
+        self._full = FullSlots(self._sites)
         self._take_over()
+        dora.compile_norms(self._sites.values())
 
     # ------------------------------------------------------------------------ loading and evicting
 
@@ -127,32 +155,35 @@ class AdapterBank(Publisher):
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
-          BankFullError: all slots of the bucket are pinned or leased.
-          RuntimeError: the thread holds `stepping`.
+          BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
+            whole, are pinned or leased.
+          RuntimeError: the thread holds `stepping`; or another process does not load the same.
           In each case the bank is as it was.
         """
-        self._check_name(name, replace)
-        is_own = not isinstance(adapter, Adapter)
-        if not isinstance(adapter, Adapter):
-            adapter = load_peft(
-                adapter,
-                check=functools.partial(self._check_header, name),
-                base_weight=self._base_weight,
-                max_bytes=max_bytes,
-                rename=rename,
-                allow_links=allow_links,
-                allow_nonfinite=allow_nonfinite,
-            )
-        elif rename is not None:
-            adapter = renamed(adapter, rename)
-        self._install(name, adapter, replace, is_own=is_own)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            is_own = not isinstance(adapter, Adapter)
+            if not isinstance(adapter, Adapter):
+                adapter = load_peft(
+                    adapter,
+                    check=functools.partial(self._check_header, name),
+                    base_weight=self._base_weight,
+                    max_bytes=max_bytes,
+                    rename=rename,
+                    allow_links=allow_links,
+                    allow_nonfinite=allow_nonfinite,
+                )
+            elif rename is not None:
+                adapter = renamed(adapter, rename)
+            self._install(name, adapter, replace, agree, is_own=is_own)
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
     ) -> None:
-        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+        """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
-        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
+        A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay of a plain optimizer still move these, and
         an adapter in a reused slot inherits the moments of the one before it:
@@ -166,21 +197,24 @@ class AdapterBank(Publisher):
 
         Args:
           name: as in `load`.
-          config: `target_modules` says which of the model's LoRA layers it adapts.
+          config: `target_modules` says which of the model's LoRA layers it adapts, and
+            `modules_to_save` which of those with full slots it has whole: the base's weights, to be
+            trained.
           rngs: the stream `params` seeds it.
 
         Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
           `target_modules` names no layer.
         """
-        self._check_name(name, replace)
-        adapter = new_adapter(config, rngs, self._sites)
-        self._install(name, adapter, replace, is_own=True)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            adapter = new_adapter(config, rngs, self._sites)
+            self._install(name, adapter, replace, agree, is_own=True)
 
     # ------------------------------------------------------------------------------------- batches
 
     def batch(
         self,
-        names_per_row: Sequence[str | None],
+        names_per_row: Sequence[NamedRow],
         lengths: Sequence[int] | None = None,
         phase: str = "decode",
     ) -> AdapterBatch:
@@ -190,27 +224,35 @@ class AdapterBank(Publisher):
         each step the copy.
 
         Args:
-          names_per_row: adapter of each row; None for the base model.
+          names_per_row: adapter of each row; None for the base model. A row of several adapters is
+            `{name: weight}`, and gets the sum of what they add, each multiplied by its weight,
+            which may be negative: PEFT's `add_weighted_adapter(combination_type="cat")`. A bank
+            takes up to `adapters_per_row` of them; the weight of a name alone is 1.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
           phase: "decode" or "prefill", or "exact" (see `AdapterBatch`).
 
         Raises:
           KeyError: an adapter is not loaded.
-          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
+          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed; a row has more
+            adapters than `adapters_per_row`, or a weight that is not finite.
         """
         self._check_current()
-        distinct = _distinct(names_per_row)
+        rows = row_names(names_per_row, self._adapters_per_row)
+        distinct = rows.distinct
         row_lengths = None if lengths is None else host_int32("lengths", lengths)
         with self._lock:
             places = {name: self._entry(name) for name in distinct}
-            ids: dict[str | None, int] = {name: self._table.id(e) for name, e in places.items()}
-            ids[None] = -1
+            dora.check_alone(places, rows.mixes)
+            ids = {name: self._table.id(entry) for name, entry in places.items()}
+            self._full.check_alone(ids, rows.mixes)
+            indices, weights = rows.arrays(ids, self._adapters_per_row)
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
             # of the time that a batch takes.
             batch = AdapterBatch(
-                np.array([ids[name] for name in names_per_row], np.int32),
+                indices,
                 row_lengths,
+                weights=weights,
                 ranges=tuple(self._slots.items()),
                 phase=phase,
                 lease=lease,
@@ -228,11 +270,18 @@ class AdapterBank(Publisher):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
+        Where several processes hold the model together, the first writes the folder. The others
+        return when it has.
+
         Raises:
           KeyError: it is not loaded.
           ValueError: see `save_peft`.
         """
-        save_peft(self._adapter(name), path)
+        adapter = self._adapter(name, "save")
+        with self._agreement.turn() as agree:
+            if self._agreement.is_first:
+                save_peft(adapter, path)
+            agree(f"have saved {name!r}")
 
     def merge(self, name: str) -> nnx.State:
         """The model's base parameters, with an adapter folded into the kernels that it adapts.
@@ -244,52 +293,42 @@ class AdapterBank(Publisher):
           KeyError: it is not loaded.
           ValueError: it adapts a layer that shares its kernel with another.
         """
-        return merged(self._model, self._adapter(name), self._sites)
+        return merged(self._model, self._adapter(name, "merge"), self._sites)
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_header(self, name: str, header: AdapterHeader) -> None:
-        """Whether the model has room for an adapter, before its weights are read."""
-        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
-        check_fit(name, features, self._sites)
-        self._bucket_for(name, header.rank)
-
-    def _base_weight(self, module: str) -> np.ndarray:
-        """The model's own weight of a PEFT module, `[N, H]`."""
-        site = self._sites[module]
-        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
-
-    def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
-        features = {
-            module: (weights.a.shape[1], weights.b.shape[0])
-            for module, weights in adapter.modules.items()
-        }
-        check_fit(name, features, self._sites)
-        bucket = self._bucket_for(name, adapter.rank)
+    def _install(
+        self,
+        name: str,
+        adapter: Adapter,
+        replace: bool,
+        agree: Callable[[str], None],
+        *,
+        is_own: bool,
+    ) -> None:
+        bucket = self._check_header(name, adapter.header)
+        adapter = with_whole_tokens(adapter, self._sites)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         if is_on_device(adapter):
             values = values_on_device(adapter, writer, self._sites, layers)
         else:
             values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if adapter.config.dora:
+            dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
-        self._put(name, placed, bucket, adapter.config, frozenset(adapter.modules), replace=replace)
+        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
+        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
+        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
+        self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=replace)
 
-    def _adapter(self, name: str) -> Adapter:
+    def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
-        with self.stepping, self._lock:
+        with self._agreement.turn() as agree, self.stepping, self._lock:
             entry = self._entry(name)
+            agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(entry.config, slots)
-
-
-def _distinct(names_per_row: Sequence[str | None]) -> list[str]:
-    """The names in it, in order, each once."""
-    if isinstance(names_per_row, Sequence) and not isinstance(names_per_row, str):
-        with contextlib.suppress(TypeError):  # what can't be hashed is no name
-            distinct = [name for name in dict.fromkeys(names_per_row) if name is not None]
-            if all(isinstance(name, str) for name in distinct):
-                return distinct
-    raise TypeError(f"names_per_row must be a list of names and None, got {names_per_row!r:.300}")
+            full = self._full.read(self._table.id(entry))
+            return dataclasses.replace(as_adapter(entry, slots, sites), full=full)

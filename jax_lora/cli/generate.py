@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from jax_lora.cli.mesh import on_mesh
 from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, show_progress, stdout
 from jax_lora.messages import shown, without_controls
@@ -22,6 +23,7 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+@on_mesh
 def generate(
     base: Annotated[
         str,

@@ -46,8 +46,8 @@ def places_of(params: PyTree) -> list[Place]:
         a = arrays.get((*where[:2], "lora_a")) if where else None
         if where is None or a is None:
             raise ValueError(
-                f"{'.'.join(_parts(path)):.300} is no stack of adapters; give per_adapter those "
-                "alone, as by wrt=nnx.LoRAParam"
+                f"{'.'.join(_parts(path)):.300} is no stack of adapters; per_adapter takes those "
+                "alone, so give it no base weights and no full slots"
             )
         layer, number, name = where
         slots, bucket, _ = a.shape[-3:]

@@ -1,5 +1,7 @@
 """`publish`, and loads from a device: slots filled without the host."""
 
+import dataclasses
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -181,6 +183,45 @@ def test_a_load_from_the_device_is_that_from_the_host(rank):
     bank.load("device", on_device(adapter), replace=True)
     assert_holds(bank, "device", adapter)
     np.testing.assert_array_equal(rows(model, bank, "device"), rows(model, bank, "host"))
+
+
+def test_whole_weights_are_refused_by_name():
+    model = Mlp(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8,), full_slots={"down": 1})
+    bank = AdapterBank(model)
+    config = LoRAConfig(4, 4, target_modules=("up",), modules_to_save=("down",))
+    bank.create("training", config, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"'training' has whole weights \(modules_to_save\), which"
+    ):
+        bank.publish("policy", "training")
+    bank.load("plain", make_adapter(0, 4))
+    bank.publish("policy", "plain")
+    assert_holds(bank, "policy", make_adapter(0, 4))
+
+
+@pytest.mark.ci
+def test_dora_is_published_with_its_magnitudes():
+    model = Mlp(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8,), dora=True)
+    bank = AdapterBank(model)
+    plain = make_adapter(0, 5)
+    magnitudes = {
+        m: np.linspace(1, 2, w.b.shape[0], dtype=np.float32) for m, w in plain.modules.items()
+    }
+    adapter = Adapter(
+        dataclasses.replace(plain.config, dora=True),
+        {m: dataclasses.replace(w, magnitude=magnitudes[m]) for m, w in plain.modules.items()},
+    )
+    bank.load("training", adapter)
+    bank.publish("policy", "training")
+    y = rows(model, bank, "policy")
+    np.testing.assert_array_equal(y, rows(model, bank, "training"))
+    bank.load("training", plain, replace=True)
+    assert np.abs(y - rows(model, bank, "training")).max() > 0.1
+    without, _ = make_bank(slots=1, buckets=(8,))
+    with pytest.raises(ValueError, match="one of the two models has room for DoRA"):
+        AdapterBank(without).publish("policy", "policy", bank=bank)
 
 
 def test_mistakes_are_told():

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from neighbours import check_exact, rows_of_two_ranks
+from neighbours import check_exact, exact, rows_of_two_ranks
 from tiny import Mlp, expected, forward, make_adapter, tokens
 
 from jax_lora import AdapterBank, apply_lora, use
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
+from pallas_kernels.routing import make_mix
 
 
 @pytest.mark.ci
@@ -19,6 +20,33 @@ from pallas_kernels.ops import add_in_step
 def test_rows_have_the_same_bits_in_batches_of_any_size(dtype, rank):
     """Of one token to several chunks, anywhere in them; rank 144 takes XLA's other form."""
     check_exact(*rows_of_two_ranks(200, 96, 80, (8, rank), dtype), sizes=(1, 8, 64, 130))
+
+
+def test_mixes_of_adapters_have_the_same_bits_too():
+    y, x, parts, _ = rows_of_two_ranks(100, 96, 80, (8, 16), "bfloat16")
+    rng = np.random.default_rng(0)
+    ids = rng.integers(-1, 6, (100, 2)).astype(np.int32)
+    weights = rng.normal(size=(100, 2)).astype(np.float32)
+    whole = np.asarray(exact(y, x, parts, make_mix(ids, weights, 6)))
+    some = rng.permutation(100)[:9]
+    few = exact(y[some], x[some], parts, make_mix(ids[some], weights[some], 6))
+    np.testing.assert_array_equal(few, whole[some])
+    assert (whole != np.asarray(y)).any()
+
+
+def test_embeddings_are_refused_by_name():
+    class Lookup(nnx.Module):
+        def __init__(self):
+            self.embed = nnx.Embed(10, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.embed(x)
+
+    model = Lookup()
+    apply_lora(model, slots=1, buckets=(8,), target="embed")
+    bank = AdapterBank(model)
+    with pytest.raises(ValueError, match="'exact' does not cover LoRA of embeddings"):
+        forward(model, np.array([[1]]), bank.batch([None], phase="exact"))
 
 
 def test_layers_take_it_and_give_the_gradients_that_they_give_else():
