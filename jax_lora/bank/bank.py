@@ -6,12 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import (
     Adapter,
-    AdapterHeader,
     LoRAConfig,
     Rename,
     load_peft,
@@ -24,10 +22,9 @@ from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
-from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites
-from jax_lora.bank.slots import Entry
-from jax_lora.bank.tokens import check_tokens, with_whole_tokens
+from jax_lora.bank.publish import Filling, Publisher, is_on_device, values_on_device
+from jax_lora.bank.sites import Site, find_sites
+from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
@@ -35,7 +32,7 @@ from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
 
 
-class AdapterBank(Roster):
+class AdapterBank(Publisher):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -86,8 +83,8 @@ class AdapterBank(Roster):
     What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
     ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
-    An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
-    moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
+    A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
+    the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
 
     Args:
       model: what `apply_lora` prepared.
@@ -144,7 +141,10 @@ class AdapterBank(Roster):
 
         Args:
           name: any text without `/`, `\\` and control characters.
-          adapter: a PEFT folder, or an `Adapter`, whose arrays are read before `load` returns.
+          adapter: a PEFT folder, or an `Adapter`. NumPy arrays are read before `load` returns.
+            Where all are JAX's, they go from device to device, without the host, by a program that
+            the first adapter of these shapes compiles; it reads them when the device comes to it,
+            so copy before (`jnp.copy`) what another library goes on writing.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
@@ -186,11 +186,10 @@ class AdapterBank(Roster):
         B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
         A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
-        lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
-        so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
-        slot inherits the optimizer's moments of the one before it: make a new optimizer state, or
-        zero that slot's. `nnx.update` writes all slots: load nothing between `nnx.split` and the
-        `nnx.update` that ends a training run.
+        lacks are exactly zero. Momentum and weight decay of a plain optimizer still move these, and
+        an adapter in a reused slot inherits the moments of the one before it:
+        `jax_lora.training.per_adapter` makes an optimizer that does neither. `nnx.update` writes
+        all slots: load nothing between `nnx.split` and the `nnx.update` that ends a training run.
 
         An optimizer that moves what has no gradient at all (`optax.yogi`, `optax.noisy_sgd`) also
         fills the columns between an adapter's rank and its bucket, which then count: `save` writes
@@ -234,7 +233,7 @@ class AdapterBank(Roster):
             which may be negative: PEFT's `add_weighted_adapter(combination_type="cat")`. A bank
             takes up to `adapters_per_row` of them; the weight of a name alone is 1.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
-          phase: "decode" or "prefill".
+          phase: "decode" or "prefill", or "exact" (see `AdapterBatch`).
 
         Raises:
           KeyError: an adapter is not loaded.
@@ -302,29 +301,6 @@ class AdapterBank(Roster):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_header(self, name: str, header: AdapterHeader) -> int:
-        """The bucket of an adapter, before its weights are read, if the model has room for it."""
-        check_fit(name, header, self._sites)
-        check_tokens(name, header, self._sites)
-        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
-        dora.check_room(name, header.config.dora, features, self._sites)
-        return self._bucket_for(name, header.rank)
-
-    def _base_weight(self, module: str) -> np.ndarray:
-        """The model's own weight of a PEFT module, as PEFT stores it."""
-        if module not in self._sites:
-            raise ValueError(
-                f"the files have a copy of the base model's weight of {module}, which has no LoRA "
-                "in this model to be compared with; name it in apply_lora's target, or save the "
-                "adapter with save_pretrained(path, save_embedding_layers=False)"
-            )
-        if self._agreement.is_shared:  # not all processes may come to read it
-            raise ValueError(
-                f"the adapter has a copy of the base model's weight of {module}, which several "
-                "processes hold together; save it with save_embedding_layers=False"
-            )
-        return np.asarray(self._sites[module].base_weight())
-
     def _install(
         self,
         name: str,
@@ -338,32 +314,18 @@ class AdapterBank(Roster):
         adapter = with_whole_tokens(adapter, self._sites)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
-        values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if is_on_device(adapter):
+            values = values_on_device(adapter, writer, self._sites, layers)
+        else:
+            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         if adapter.config.dora:
             dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
         full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
-        modules = frozenset(adapter.modules)
+        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
-
-        def commit() -> None:
-            self._check_name(name, replace)  # another thread may have taken it
-            leases = list(self._guard.leases)
-            slot, evicted = self._table.find(bucket, name, leases)
-            place = self._full.find(name, full, self._table, evicted, leases)
-            agree(f"{what} into slot {slot} of bucket {bucket}, evicting {evicted!r}")
-            try:
-                writer.write(slot, placed, place.slots)
-                self._full.put(self._table.id_of(bucket, slot), place, full)
-            finally:
-                self._guard.writes += 1
-            for other in (evicted, *place.evicted):
-                if other is not None:
-                    self._table.forget(other, f"evicted by the load of {name!r}")
-            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
-
-        self._write(commit)
+        self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=replace)
 
     def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
