@@ -383,3 +383,14 @@ def test_packed_projections_take_whole_weights_too():
         got = np.asarray(model(x))
     np.testing.assert_allclose(got[0, :4], x[0] @ weight.T + weight[:, 0], atol=1e-5)
     np.testing.assert_allclose(got[1], np.asarray(model(x))[1], atol=1e-6)
+
+
+def test_whole_weights_take_a_row_of_their_own():
+    served = Served()
+    served.bank = AdapterBank(served.model, adapters_per_row=2)
+    served.load("head", "plain")
+    served.check("head", None, "plain")
+    served.check("head", "plain", batch=served.bank.batch([{"head": 1.0}, "plain"]))
+    for row in {"head": 0.5}, {"plain": 0.5, "head": 1.0}:
+        with pytest.raises(ValueError, match=r"row 1: 'head' has whole weights, which take the pl"):
+            served.bank.batch(["plain", row])
