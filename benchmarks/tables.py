@@ -116,8 +116,8 @@ def print_mesh(report: "mesh.Report") -> None:
     form = "ranks divided too" if report.fully_sharded else "ranks whole"
     _say(
         f"{report.device}, {report.date}; microseconds of {report.shape.config.num_hidden_layers} "
-        f"layers; {form}. Collectives: their share of the step, and how many its program has: those "
-        "of a scan's turn, or of two where XLA unrolls it, and of each branch."
+        f"layers; {form}. Collectives: their share of the step, and how many its program has: "
+        "those of a scan's turn, or of two where XLA unrolls it, and of each branch."
     )
 
 
