@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import AdapterHeader, peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header
 from jax_lora.messages import printable
 from jax_lora.models.parallel import bytes_per_device
 from pallas_kernels import (
@@ -100,7 +100,8 @@ def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) 
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
-        _lorax(ranks), _advice(ranks, bucket), _mesh(header, devices) if devices > 1 else [],
+        _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)],
+        _mesh(header, devices) if devices > 1 else [],
     )  # fmt: skip
 
 
@@ -188,6 +189,11 @@ def _lorax(ranks: list[int]) -> list[str]:
     if len(ranks) > 1:
         lines.append(f"scales modules by one rank, though theirs differ ({ranks})")
     return lines
+
+
+def _needs(config: LoRAConfig) -> list[str]:
+    """What a model must have for the adapter, beside a bucket."""
+    return ["it uses DoRA, so give apply_lora dora=True"] if config.dora else []
 
 
 def _advice(ranks: list[int], bucket: int) -> list[str]:

@@ -258,6 +258,7 @@ class AdapterBank(bank.AdapterBank):
       variables: what `model.init` returned. The bank takes over the stacks: from now on they are
         in `bank.variables`.
       peft_names: where names differ; as the model's attribute in `jax_lora.AdapterBank`.
+      adapters_per_row: as in `jax_lora.AdapterBank`.
 
     Variables have one bank. A new one over the same takes over from it, as for an NNX model; it
     must be given `bank.variables` once the first has loaded something.
@@ -268,7 +269,11 @@ class AdapterBank(bank.AdapterBank):
     """
 
     def __init__(
-        self, variables: Mapping[str, Any], *, peft_names: Mapping[str, Any] | None = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        peft_names: Mapping[str, Any] | None = None,
+        adapters_per_row: int = 1,
     ) -> None:
         def is_layer(path: Any, value: Any) -> bool:
             return "stacks" in value
@@ -301,7 +306,7 @@ class AdapterBank(bank.AdapterBank):
         model.peft_names = nnx.static(dict(peft_names or {}))
         shapes = jax.tree.map(lambda value: tuple(jnp.shape(value)), nn.meta.unbox(params))
         self._shapes = flatten_dict(shapes)
-        super().__init__(model)
+        super().__init__(model, adapters_per_row=adapters_per_row)
         _LINEN_BANKS.add(self)
 
     def _array_shapes(self) -> dict[ModulePath, Shape]:

@@ -25,7 +25,7 @@ IRRELEVANT = frozenset(
     r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
     exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
     loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
-    merge_weights enable_lora
+    merge_weights enable_lora use_dora
     lora_dtype lorap_lr_ratio lorap_emb_lr
     """.split()  # the last line is ms-swift's
 )
@@ -33,7 +33,6 @@ IRRELEVANT = frozenset(
 # Keys that change what an adapter computes, or which weights it has, and what to do about each.
 MERGE = "merge it into the base with peft's merge_and_unload and serve that"
 UNSUPPORTED = {
-    "use_dora": f"DoRA is not supported; {MERGE}",
     "modules_to_save": f"fully trained modules are not supported; {MERGE}",
     "trainable_token_indices": f"trained tokens are not supported; {MERGE}",
     "lora_bias": f"biases of lora_B are not supported; {MERGE}",
@@ -86,6 +85,7 @@ def read_config(values: JsonObject) -> LoRAConfig:
         target_modules=values.get("target_modules"),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
+        dora=values.get("use_dora") or False,
     )
 
 
@@ -109,10 +109,10 @@ def enabled_parts(values: JsonObject) -> tuple[bool, ...] | None:
 
 def dense_config(config: LoRAConfig, count: int) -> LoRAConfig:
     """The config of the dense form of layers of which `count` parts have LoRA: the same scale."""
-    if config.rslora or config.rank_pattern or config.alpha_pattern:
+    if config.rslora or config.dora or config.rank_pattern or config.alpha_pattern:
         raise ValueError(
-            "enable_lora is PEFT 0.2's, which has no use_rslora, rank_pattern or alpha_pattern; "
-            "remove them"
+            "enable_lora is PEFT 0.2's, which has no use_rslora, use_dora, rank_pattern or "
+            "alpha_pattern; remove them"
         )
     rank = rank_in(config.rank * count, f"r times the {count} parts of enable_lora")
     return dataclasses.replace(config, rank=rank, alpha=config.alpha * count)

@@ -363,6 +363,8 @@ def _of_diffusers(
             k.removeprefix(f"{model}."): v for k, v in values.items() if k.startswith(f"{model}.")
         }
         config = read_config(own or values) if values else None
+        if config is not None and config.dora:
+            raise ValueError(f"use_dora=True: DoRA is not supported in this form; {MERGE}")
         adapters[model] = _adapter(weights, alphas, config)
     return adapters
 

@@ -38,6 +38,7 @@ from jax_lora.adapters.types import (
     LoRAShape,
     LoRAWeights,
     check_halves,
+    check_magnitude,
     check_module,
     common_dtype,
 )
@@ -54,6 +55,10 @@ _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
+_MAGNITUDE = re.compile(
+    r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?",
+    re.DOTALL,
+)
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA of an embedding",
@@ -137,7 +142,7 @@ class _Found:
     """Where an adapter's tensors are, by the names of modules without wrappers.
 
     Attributes:
-      halves: "A" and "B" of each module.
+      halves: "A" and "B" of each module, and "magnitude" with DoRA.
       copies: the base model's own weights that PEFT saved beside a LoRA.
       wrapped: the names with wrappers, of the modules that have some.
     """
@@ -159,7 +164,7 @@ class _Opened:
 def load_peft(
     path: str | os.PathLike[str],
     *,
-    check: Callable[[AdapterHeader], None] | None = None,
+    check: Callable[[AdapterHeader], object] | None = None,
     base_weight: Callable[[str], np.ndarray] | None = None,
     max_bytes: int | None = None,
     rename: Rename | None = None,
@@ -206,9 +211,11 @@ def load_peft(
             _check_copy(folder, module, copy, base_weight)
         modules = {}
         for module, halves in opened.halves.items():
-            a, b = halves["A"].read(), halves["B"].read()
-            modules[module] = LoRAWeights(a, b, header.modules[module].scale)
-            for half, tensor in (("A", a), ("B", b)):
+            tensors = {half: stored.read() for half, stored in halves.items()}
+            a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
+            scale = header.modules[module].scale
+            modules[module] = LoRAWeights(a, b, scale, magnitude=magnitude)
+            for half, tensor in tensors.items():
                 if not (allow_nonfinite or _is_finite(tensor)):
                     raise ValueError(
                         f"{printable(folder)}: {module} has NaN or infinite weights in "
@@ -386,7 +393,7 @@ def _shape(
     config: LoRAConfig, module: str, pair: dict[str, _Half], enabled: tuple[bool, ...] | None
 ) -> LoRAShape:
     """The module's LoRA without its values; B in `pair` becomes dense."""
-    if len(pair) != 2:
+    if not {"A", "B"} <= pair.keys():
         raise ValueError(
             f"{module} has lora_{next(iter(pair))} but not the other half; save the adapter again"
         )
@@ -394,9 +401,10 @@ def _shape(
         pair["B"] = _grouped(module, pair["A"], pair["B"], enabled)
     a, b = pair["A"], pair["B"]
     check_halves(config, module, a, b)
+    check_magnitude(config, module, pair.get("magnitude"), b)
     return LoRAShape(
         a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+        common_dtype([a.dtype, b.dtype]), sum(stored.nbytes for stored in pair.values()),
     )  # fmt: skip
 
 
@@ -423,10 +431,14 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
         for key in file.tensors:
             name = unwrapped(key) if len(key) <= _MAX_KEY else ""
             match = _KEY.fullmatch(name)
-            if match is None:
+            of_dora = None if match else _MAGNITUDE.fullmatch(name)
+            if match:
+                module, half, adapter = match.groups()
+            elif of_dora:
+                module, half, adapter = of_dora[1], "magnitude", of_dora[2]
+            else:
                 others[key] = _Half(file, key)
                 continue
-            module, half, adapter = match.groups()
             try:
                 check_module(module)
             except ValueError as error:
@@ -469,6 +481,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapter.modules),
@@ -482,6 +495,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for module, weights in adapter.modules.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(weights.a)
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(weights.b)
+        if weights.magnitude is not None:
+            key = f"base_model.model.{module}.lora_magnitude_vector"
+            tensors[key] = np.ascontiguousarray(weights.magnitude)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

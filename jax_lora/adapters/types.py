@@ -39,6 +39,7 @@ class LoRAConfig:
         layer (`lm_head`, `embed_out`); None for all.
       rank_pattern, alpha_pattern: from a pattern to the rank or alpha of modules that match it.
         The first pattern that matches counts. It matches as PEFT's do: `(.*\\.)?(pattern)$`.
+      dora: DoRA, PEFT's `use_dora`: modules have a magnitude too, see `LoRAWeights`.
 
     Raises:
       ValueError: a value is out of range, or a regular expression uses syntax beyond characters,
@@ -52,6 +53,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -59,8 +61,9 @@ class LoRAConfig:
 
         put("rank", rank_in(self.rank, "rank"))
         put("alpha", alpha_in(self.alpha, "alpha"))
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora must be True or False, got {shown(self.rslora)}")
+        for name in ("rslora", "dora"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {shown(value)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             put("target_modules", tuple(names_of(self.target_modules, "target_modules")))
         for name, check in (("rank_pattern", rank_in), ("alpha_pattern", alpha_in)):
@@ -130,15 +133,20 @@ def matcher(names: str | tuple[str, ...]) -> Names | Expression:
 class LoRAWeights:
     """One module's LoRA: `y += scale * (x @ a.T) @ b.T`.
 
+    With DoRA the whole weight, `w + scale * b @ a`, has the direction of its rows alone from there:
+    `y = (magnitude / norm of each row) * (x @ w.T + scale * (x @ a.T) @ b.T) + bias`.
+
     Args:
       a: `[r, H]`, the down-projection.
       b: `[N, r]`, the up-projection.
       scale: `LoRAConfig.scale_of` the module.
+      magnitude: `[N]` with DoRA, else None.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -148,7 +156,8 @@ class LoRAWeights:
     def shape(self) -> "LoRAShape":
         return LoRAShape(
             self.a.shape[1], self.b.shape[0], self.rank, self.scale,
-            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes,
+            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes
+            + (0 if self.magnitude is None else self.magnitude.nbytes),
         )  # fmt: skip
 
 
@@ -241,6 +250,7 @@ def _check_weights(config: LoRAConfig, module: str, weights: LoRAWeights) -> Non
             f"{type(b).__name__}; np.asarray converts them"
         )
     check_halves(config, module, a, b)
+    check_magnitude(config, module, weights.magnitude, b)
     if not math.isclose(weights.scale, config.scale_of(module), rel_tol=1e-6):
         raise ValueError(
             f"{module}: the config says scale {config.scale_of(module)} (alpha "
@@ -289,6 +299,21 @@ def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:
         raise ValueError(
             f"{module}: the config says rank {rank} but lora_A is {[*a.shape]}, lora_B "
             f"{[*b.shape]}, which is rank {a.shape[0]}; correct r or rank_pattern"
+        )
+
+
+def check_magnitude(config: LoRAConfig, module: str, magnitude: Matrix | None, b: Matrix) -> None:
+    """Raises ValueError if a module's magnitude fits neither the config nor B."""
+    if magnitude is None and config.dora:
+        raise ValueError(f"{module} has no magnitude, but the config says DoRA; save it again")
+    if magnitude is None:
+        return
+    if not config.dora:
+        raise ValueError(f"{module} has a magnitude of DoRA, but the config says no DoRA")
+    if magnitude.shape != (width := b.shape[:1]) or magnitude.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: the magnitude of DoRA must be {shown([*width])} of float32, float16 or "
+            f"bfloat16, got {shown([*magnitude.shape])} of {magnitude.dtype}"
         )
 
 

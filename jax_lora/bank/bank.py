@@ -1,6 +1,5 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +17,17 @@ from jax_lora.adapters import (
     renamed,
     save_peft,
 )
+from jax_lora.bank import dora
 from jax_lora.bank.agreement import digest
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
+from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
+from pallas_kernels.routing import static
 
 
 class AdapterBank(Roster):
@@ -82,6 +84,12 @@ class AdapterBank(Roster):
     An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
     moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
 
+    Args:
+      model: what `apply_lora` prepared.
+      adapters_per_row: how many adapters a row of a batch may have, each with a weight. With one,
+        rows have no weights, and a step pays for none; with more, every batch has arrays of
+        `[rows, adapters_per_row]`. So no mix of adapters and no weight compiles anything anew.
+
     Attributes:
       stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
         raises RuntimeError. Clones of the model and its later banks have the same one.
@@ -92,17 +100,23 @@ class AdapterBank(Roster):
 
     Raises:
       RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
+      TypeError: `adapters_per_row` is no int.
       ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
-        along axes that are not in front, or `peft_names` does not fit it.
+        along axes that are not in front, or `peft_names` does not fit it; `adapters_per_row` is
+        below 1.
     """
 
-    def __init__(self, model: nnx.Module) -> None:
+    def __init__(self, model: nnx.Module, *, adapters_per_row: int = 1) -> None:
+        self._adapters_per_row = static("adapters_per_row", adapters_per_row)
+        if self._adapters_per_row < 1:
+            raise ValueError(f"adapters_per_row must be at least 1, got {adapters_per_row}")
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
         self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
+        dora.compile_norms(self._sites.values())
 
     # ------------------------------------------------------------------------ loading and evicting
 
@@ -188,7 +202,7 @@ class AdapterBank(Roster):
 
     def batch(
         self,
-        names_per_row: Sequence[str | None],
+        names_per_row: Sequence[NamedRow],
         lengths: Sequence[int] | None = None,
         phase: str = "decode",
     ) -> AdapterBatch:
@@ -198,27 +212,34 @@ class AdapterBank(Roster):
         each step the copy.
 
         Args:
-          names_per_row: adapter of each row; None for the base model.
+          names_per_row: adapter of each row; None for the base model. A row of several adapters is
+            `{name: weight}`, and gets the sum of what they add, each multiplied by its weight,
+            which may be negative: PEFT's `add_weighted_adapter(combination_type="cat")`. A bank
+            takes up to `adapters_per_row` of them; the weight of a name alone is 1.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
           phase: "decode" or "prefill".
 
         Raises:
           KeyError: an adapter is not loaded.
-          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
+          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed; a row has more
+            adapters than `adapters_per_row`, or a weight that is not finite.
         """
         self._check_current()
-        distinct = _distinct(names_per_row)
+        rows = row_names(names_per_row, self._adapters_per_row)
+        distinct = rows.distinct
         row_lengths = None if lengths is None else host_int32("lengths", lengths)
         with self._lock:
             places = {name: self._entry(name) for name in distinct}
-            ids: dict[str | None, int] = {name: self._table.id(e) for name, e in places.items()}
-            ids[None] = -1
+            dora.check_alone(places, rows.mixes)
+            ids = {name: self._table.id(entry) for name, entry in places.items()}
+            indices, weights = rows.arrays(ids, self._adapters_per_row)
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
             # of the time that a batch takes.
             batch = AdapterBatch(
-                np.array([ids[name] for name in names_per_row], np.int32),
+                indices,
                 row_lengths,
+                weights=weights,
                 ranges=tuple(self._slots.items()),
                 phase=phase,
                 lease=lease,
@@ -263,11 +284,12 @@ class AdapterBank(Roster):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_header(self, name: str, header: AdapterHeader) -> None:
-        """Whether the model has room for an adapter, before its weights are read."""
+    def _check_header(self, name: str, header: AdapterHeader) -> int:
+        """The bucket of an adapter, before its weights are read, if the model has room for it."""
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         check_fit(name, features, self._sites)
-        self._bucket_for(name, header.rank)
+        dora.check_room(name, header.config.dora, features, self._sites)
+        return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""
@@ -288,15 +310,12 @@ class AdapterBank(Roster):
         *,
         is_own: bool,
     ) -> None:
-        features = {
-            module: (weights.a.shape[1], weights.b.shape[0])
-            for module, weights in adapter.modules.items()
-        }
-        check_fit(name, features, self._sites)
-        bucket = self._bucket_for(name, adapter.rank)
+        bucket = self._check_header(name, adapter.header)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if adapter.config.dora:
+            dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
         modules = frozenset(adapter.modules)
@@ -323,14 +342,4 @@ class AdapterBank(Roster):
             agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(entry.config, slots)
-
-
-def _distinct(names_per_row: Sequence[str | None]) -> list[str]:
-    """The names in it, in order, each once."""
-    if isinstance(names_per_row, Sequence) and not isinstance(names_per_row, str):
-        with contextlib.suppress(TypeError):  # what can't be hashed is no name
-            distinct = [name for name in dict.fromkeys(names_per_row) if name is not None]
-            if all(isinstance(name, str) for name in distinct):
-                return distinct
-    raise TypeError(f"names_per_row must be a list of names and None, got {names_per_row!r:.300}")
+            return as_adapter(entry, slots, sites)

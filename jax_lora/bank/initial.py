@@ -16,11 +16,13 @@ def new_adapter(config: LoRAConfig, rngs: nnx.Rngs, sites: Mapping[str, Site]) -
 
     Raises:
       TypeError: `config` or `rngs` is of another type.
-      ValueError: the config targets no site.
+      ValueError: the config targets no site, or asks for DoRA.
     """
     for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
         if not isinstance(value, kind):
             raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+    if config.dora:
+        raise ValueError("DoRA is not trained here; train it with PEFT, or give dora=False")
     # NumPy's generator, as JAX's would compile for each rank.
     generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
     modules = {}

@@ -15,25 +15,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank.dora import magnitude_of
 from jax_lora.bank.sites import Site
+from jax_lora.bank.slots import Entry
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import path_name
 from jax_lora.sharding import put
 
 
-def as_adapter(config: LoRAConfig, slots: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Adapter:
+def as_adapter(
+    entry: Entry, slots: Mapping[str, tuple[np.ndarray, np.ndarray]], sites: Mapping[str, Site]
+) -> Adapter:
     """The adapter that whole slots of A and B hold, at the rank at which it stands there.
 
-    That is the config's, or larger where training has filled columns behind it.
+    That is the config's, or larger where training has filled columns behind it. With DoRA, its
+    magnitudes are those by which it computes what its rows do.
     """
+    config = entry.config
     ranks = {
         module: max(config.rank_of(module), _rank_of(a, b)) for module, (a, b) in slots.items()
     }
     config = _widened(config, ranks)
-    modules = {
-        module: LoRAWeights(a[: ranks[module]], b[:, : ranks[module]], config.scale_of(module))
-        for module, (a, b) in slots.items()
-    }
+    modules = {}
+    for module, (a, b) in slots.items():
+        scale, magnitude = config.scale_of(module), None
+        if config.dora:
+            magnitude = magnitude_of(sites[module], entry, a, b, scale)
+        a, b = a[: ranks[module]], b[:, : ranks[module]]
+        modules[module] = LoRAWeights(a, b, scale, magnitude=magnitude)
     return Adapter(config, modules)
 
 
@@ -112,4 +121,8 @@ def _merged_kernel(
         a, b = _placed(matrix, weights.a.T.astype(np.float32), wide)
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         matrix += delta * jnp.float32(weights.scale)
+        if weights.magnitude is not None:
+            own = matrix[:, site.columns]
+            norm = jnp.linalg.norm(own, axis=0)
+            matrix = matrix.at[:, site.columns].set(own * (weights.magnitude / norm))
     return layer.kernel_tensor(matrix).astype(layer.kernel.dtype)

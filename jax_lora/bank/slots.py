@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.sites import some
-from jax_lora.batch import Lease, first_ids
+from jax_lora.batch import Lease
+from jax_lora.tokens import first_ids
 
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256

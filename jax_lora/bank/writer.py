@@ -18,10 +18,11 @@ from jax_lora.sharding import put, whole
 
 
 class _Held(NamedTuple):
-    """What holds one bucket of a layer: its scales, and A and B of each of its stacks."""
+    """What holds one bucket of a layer: its scales, A and B of each of its stacks, and behind them,
+    with room for DoRA, each one's `rescale`."""
 
     scales: LoRAScale
-    stacks: list[nnx.LoRAParam[Array]]
+    stacks: list[nnx.LoRAParam[Array] | LoRAScale]
 
     @property
     def arrays(self) -> tuple[Array, list[Array]]:
@@ -41,7 +42,13 @@ class SlotWriter:
         self.bucket = bucket
         of_layers = [[s for s in layer.stacks if s.bucket == bucket] for layer in layers]
         self._held = [
-            _Held(layer.scales, [variable for s in some for variable in s.variables])
+            _Held(
+                layer.scales,
+                [
+                    *(v for s in some for v in s.variables),
+                    *(s.rescale for s in some if s.rescale is not None),
+                ],
+            )
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers

@@ -20,7 +20,7 @@ from jax_lora.nn.names import (
     path_name,
     with_numbers,
 )
-from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
+from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAScale, LoRAStack, Slots, check_slots, stack_dtype
 from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
@@ -41,6 +41,7 @@ def apply_lora(
     target: str | Sequence[str] | None = None,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: DTypeLike | None = None,
+    dora: bool = False,
     fully_sharded: bool = False,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
@@ -69,6 +70,8 @@ def apply_lora(
         Layers of other types stay as they are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
+      dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
+        float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
         ranks in a column-parallel layer and B's in a row-parallel one, of which each device
         otherwise holds all. For large stacks and many devices: a call then has one small exchange
@@ -89,6 +92,8 @@ def apply_lora(
     layers = _matched_layers(model, target)
     for name, layer in layers.items():
         _check_layer(name, layer, dtype)
+        if dora and isinstance(layer, nnx.Einsum) and layer.bias is not None:
+            raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
         _check_placement(name, layer, buckets, fully_sharded)
     guard = Guard()
     for layer in layers.values():
@@ -97,10 +102,13 @@ def apply_lora(
         lead = _lead(layer)
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead, fully_sharded)
         layer.guard = guard
+        if dora and isinstance(layer, LoRADense | LoRADenseGeneral | LoRAEinsum):
+            layer.add_rescales()
     return sum(
         variable.nbytes
         for layer in layers.values()
-        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
+        for stack in layer.stacks
+        for variable in jax.tree.leaves(nnx.state(stack, (nnx.LoRAParam, LoRAScale)))
     )
 
 

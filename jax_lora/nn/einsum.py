@@ -69,7 +69,7 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
         return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
 
-    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+    def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
         matrix = jnp.einsum(f"{kernel}->{summed}{kept}", self.kernel[index])
         return matrix.reshape(self.features())

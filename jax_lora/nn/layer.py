@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
 from jax_lora.nn.divided import add_by_ranks
+from jax_lora.nn.dora import refuse_divided, rescaled
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
@@ -35,7 +36,7 @@ from jax_lora.sharding import (
 )
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Mix, Segments
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -109,7 +110,7 @@ class LoRALayer(nnx.Module):
         """Takes the sizes of what it holds, a shard, for its own."""
         raise NotImplementedError
 
-    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+    def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
         return self.kernel[index].reshape(self.features())
 
@@ -142,6 +143,11 @@ class LoRALayer(nnx.Module):
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
 
+    def add_rescales(self) -> None:
+        """Makes room for DoRA."""
+        for stack in self.stacks:
+            stack.add_rescale()
+
     def place(self) -> None:
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
@@ -156,7 +162,7 @@ class LoRALayer(nnx.Module):
         if shards is None:
             return
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
-        for name in ("lora_a", "lora_b", "scales"):
+        for name in ("lora_a", "lora_b", "scales", "rescale"):
             if (variable := getattr(holder, name, None)) is not None:
                 spec = shards.of_variable(name, variable.ndim)
                 sharding = NamedSharding(shards.mesh, spec)
@@ -213,6 +219,8 @@ class LoRALayer(nnx.Module):
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         """The call, in which each device runs the layer that its own shards make up."""
+        if shards.inputs or shards.outputs:
+            refuse_divided(self)
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
         specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
@@ -262,6 +270,12 @@ class LoRALayer(nnx.Module):
         rows = y_matrix.reshape(-1, out_features)
         if shards is None:
             [out] = add_in_step((rows,), x, parts, segments, phase=adapters.phase)
+            out = rescaled(self, out, parts, segments)
+        elif isinstance(segments, Mix):
+            raise ValueError(
+                "layers whose ranks are divided over a mesh take one adapter per row, not mixes; "
+                "give apply_lora no fully_sharded=True"
+            )
         else:
             out = add_by_ranks(rows, x, parts, segments, adapters.phase, shards)
         return self.y_tensor(out.reshape(y_matrix.shape), y)

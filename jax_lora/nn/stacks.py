@@ -58,16 +58,24 @@ class LoRAStack(nnx.Module):
     Attributes:
       lora_a: `[*lead, L, R, H]`, `lora_b`: `[*lead, L, n, R]`; zeros where empty. `lead` are the
         axes of layers that are stacked for a scan, if any.
+      rescale: `[*lead, L, 1, n]` float32 in a model with room for DoRA: what each column of the
+        output is multiplied with, less 1; zeros for adapters without DoRA.
       shape: what is static about it.
       in_place: in a turn of `scan_layers`, A and B of all layers.
     """
 
     in_place: nnx.List[InPlace]
+    rescale: LoRAScale | None = None
 
     def __init__(self, shape: StackShape, lora_a: Array, lora_b: Array) -> None:
         self.shape = shape
         self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_a)
         self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_b)
+
+    def add_rescale(self) -> None:
+        """Makes room for DoRA."""
+        lead, width = self.lora_b.shape[:-2], self.lora_b.shape[-2]
+        self.rescale = LoRAScale(jnp.zeros((*lead, 1, width), jnp.float32))
 
     @property
     def bucket(self) -> int:

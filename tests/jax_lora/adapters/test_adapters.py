@@ -323,7 +323,6 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
 
 
 UNSUPPORTED = {
-    "use_dora": True,
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "lora_bias": True,
@@ -379,7 +378,6 @@ def test_initialisations_that_leave_the_base_alone(tmp_path, init):
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("base_model.model.q.lora_magnitude_vector.weight", "DoRA"),
         ("base_model.model.embed.lora_embedding_A", "LoRA of an embedding"),
         ("base_model.model.q.lora_B.bias", "a bias"),
         ("base_model.model.q.bias", "a bias"),

@@ -46,7 +46,7 @@ def test_inspect_reports_each_folder_below_and_the_bad_ones_in_their_place(tmp_p
     assert reasons.keys() == {"broken", "dora", "mlx", "none"}
     for name, reason in {
         "broken": "is truncated or not a safetensors file",
-        "dora": "use_dora=True: DoRA is not supported",
+        "dora": "up has no magnitude, but the config says DoRA",
         "mlx": "is an adapter of mlx-lm; `jax-lora convert",
         "none": "no folder",
     }.items():

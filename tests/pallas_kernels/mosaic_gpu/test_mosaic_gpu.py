@@ -46,7 +46,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import Routes, RouteSize, route_size
+from pallas_kernels.mosaic_gpu.prefill.route import LaunchTokens, Routes, RouteSize, route_size
 from pallas_kernels.routing import SlotRange, WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -306,11 +306,11 @@ def test_shrink_takes_parts_in_turn(
         parts.append(ShrinkPart(jnp.asarray(a), together, slots, np.float32, config, rank))
         wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
 
-    segments = pk.make_segments(every, 12)
+    tokens = LaunchTokens((pk.make_segments(every, 12),))
 
     def run(in_turn: bool) -> list[np.ndarray]:
         take_parts_in_turn(monkeypatch, in_turn=in_turn)
-        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), segments, zero_rows=zero_rows)
+        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), tokens, zero_rows=zero_rows)
         return [np.asarray(v.sum(axis=0)) for v in sums]
 
     for v, other, want, mine in zip(run(True), run(False), wants, ids):
@@ -397,8 +397,9 @@ def test_ranges_take_sweeps(
     assert [sweep.parts for sweep in module._sweeps((0, 1, 2), tuple(parts), True, 2)] == sweeps
 
     def run(parts: list[ExpandPart]) -> np.ndarray:
-        own = jnp.asarray(y), tuple(parts), pk.make_segments(ids.astype(np.int32), 6)
-        return np.asarray(expand_kernel(*own, add_inputs=add_inputs))
+        tokens = LaunchTokens((pk.make_segments(ids.astype(np.int32), 6),))
+        out = expand_kernel(jnp.asarray(y), tuple(parts), tokens, add_inputs=add_inputs)
+        return np.asarray(out)
 
     got = run(parts)
     assert relative_error(got, want) < y_tolerance("bfloat16")
