@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import digest
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
@@ -75,11 +75,10 @@ class AdapterBank(Roster):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
-    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
-    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
-    agree on all of them, or the load fails on all and changes nothing. The first process saves.
-    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
-    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+    Several processes of `jax.distributed` may hold a model's stacks together. Each has a bank, and
+    all load, create, save and merge the same in one order. Names, weights and slots agree on all,
+    or the load fails on all and changes nothing. If a process dies, JAX ends the others,
+    `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
     An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
     moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
@@ -257,8 +256,7 @@ class AdapterBank(Roster):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
-        Where several processes hold the model together, the first writes the folder. The others
-        return when it has.
+        Where several processes hold the model, the first writes the folder, and the others wait.
 
         Raises:
           KeyError: it is not loaded.
@@ -289,26 +287,17 @@ class AdapterBank(Roster):
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         check_fit(name, features, self._sites)
         dora.check_room(name, header.config.dora, features, self._sites)
+        if header.config.dora:
+            self._agreement.check_alone(f"adapter {name!r} uses DoRA")
         return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""
-        if self._agreement.is_shared:  # not all processes may come to read it
-            raise ValueError(
-                f"the adapter has a copy of the base model's weight of {module}, which several "
-                "processes hold together; save it with save_embedding_layers=False"
-            )
-        site = self._sites[module]
-        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
+        self._agreement.check_alone(f"{module} has a copy of its base weight")
+        return self._sites[module].base_weight()
 
     def _install(
-        self,
-        name: str,
-        adapter: Adapter,
-        replace: bool,
-        agree: Callable[[str], None],
-        *,
-        is_own: bool,
+        self, name: str, adapter: Adapter, replace: bool, agree: Agree, *, is_own: bool
     ) -> None:
         bucket = self._check_header(name, adapter.header)
         layers = list(self._layers.values())
@@ -318,7 +307,6 @@ class AdapterBank(Roster):
             dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
-        modules = frozenset(adapter.modules)
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
 
         def commit() -> None:
@@ -331,7 +319,7 @@ class AdapterBank(Roster):
                 self._guard.writes += 1
             if evicted is not None:
                 self._table.forget(evicted, f"evicted by the load of {name!r}")
-            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
+            self._table.put(name, Entry(bucket, slot, adapter.config, frozenset(adapter.modules)))
 
         self._write(commit)
 
@@ -341,5 +329,4 @@ class AdapterBank(Roster):
             entry = self._entry(name)
             agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
-            slots = read_slots(sites, entry.bucket, entry.slot)
-            return as_adapter(entry, slots, sites)
+            return as_adapter(entry, read_slots(sites, entry.bucket, entry.slot), sites)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -37,6 +38,10 @@ class Site:
     def columns(self) -> slice:
         """The columns of the layer's output that it adds to."""
         return slice(self._first.y_offset, self._first.y_offset + self.features[1])
+
+    def base_weight(self) -> np.ndarray:
+        """The model's own weight of the module, `[N, H]`."""
+        return np.asarray(self.layer.kernel_matrix(self.index)[:, self.columns]).T
 
     @property
     def variables(self) -> tuple[nnx.LoRAParam[Array], nnx.LoRAParam[Array]]:
