@@ -502,7 +502,7 @@ def random_adapter(model: Llama, rank: int) -> Adapter:
     found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
     names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
-        name: module.features()
+        name: module.matrix_shape()
         for path, module in found.items()
         for name in with_numbers(names[path_name(path)], module.lead).values()
     }

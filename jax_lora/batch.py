@@ -326,10 +326,7 @@ class AdapterBatch:
     def with_tables(self, lead: tuple[int, ...], turn: Callable[[], object]) -> "AdapterBatch":
         """What `sorted_for(lead)` returned, also with the tables that kernels ask for in `turn` of
         the loop (`Segments.with_tables`)."""
-        segments = self.segments(lead)
-        if isinstance(segments, Mix):
-            return self
-        return self.with_segments(lead, segments.with_tables(turn))
+        return self.with_segments(lead, self.segments(lead).with_tables(turn))
 
     def segments(
         self, lead: tuple[int, ...], sharding: NamedSharding | None = None

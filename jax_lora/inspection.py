@@ -33,7 +33,10 @@ ADAPTER_FILES = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored."""
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored.
+
+    Of an embedding, the kernels are those of B: A is read by token.
+    """
 
     name: str
     kind: str
@@ -44,6 +47,21 @@ class ModuleReport:
     decode_kernel: str
     prefill_kernel: str
     padding: float
+    nbytes: int
+    is_embedding: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FullReport:
+    """A module that an adapter has whole, or some tokens of, so that it takes a full slot there.
+
+    The shape is that of the weight, or of the tokens' rows.
+    """
+
+    name: str
+    is_tokens: bool
+    shape: tuple[int, ...]
+    has_bias: bool
     nbytes: int
 
 
@@ -58,6 +76,7 @@ class AdapterReport:
     modules: list[ModuleReport]
     lorax: list[str]
     advice: list[str]
+    full: list[FullReport]
     mesh: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,13 +113,22 @@ def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) 
             prefill_kernel=select_kernel(bucket, "prefill"),
             padding=1 - lora.rank / bucket,
             nbytes=lora.nbytes,
+            is_embedding=lora.is_embedding,
         )
         for name, lora in header.modules.items()
+    ]
+    full = [
+        FullReport(name, False, whole.shape, whole.has_bias, whole.nbytes)
+        for name, whole in header.full.items()
+    ]
+    full += [
+        FullReport(name, True, tokens.shape, False, tokens.nbytes)
+        for name, tokens in header.tokens.items()
     ]
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
-        _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)],
+        _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)], full,
         _mesh(header, devices) if devices > 1 else [],
     )  # fmt: skip
 

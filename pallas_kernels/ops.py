@@ -443,7 +443,7 @@ def add_lora_multi(
         `num_adapters` covers all parts. An id in no part's range is none. Of several adapters per
         token `[T, K]`, or the `Mix` of them and their weights.
       weights: `[T, K]`, as in `add_lora`. The float32 sum of a token's adapters is rounded once,
-        or, by "mosaic_gpu" beyond the tokens of one launch, after some of them.
+        or, by "mosaic_gpu" beyond the tokens of one launch, after each of them.
       phase, implementation, config: as in `add_lora`.
 
     Returns:

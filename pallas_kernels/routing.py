@@ -124,13 +124,10 @@ class Segments:
         For a loop over layers: its turns then read the tables, which are made once before it. H200,
         Llama-3-8B's decode step, 64 rows: tables made in each turn took 20 us of a layer's 315.
         """
-        asked: dict[Table, None] = {}
-        token = _asked_tables.set(asked)
-        try:
-            with _trace_anew(object()):  # what JAX has traced before would not ask again
-                jax.eval_shape(turn)
-        finally:
-            _asked_tables.reset(token)
+        return self.with_made(_tables_of(turn))
+
+    def with_made(self, asked: Iterable[Table]) -> "Segments":
+        """The same, with these tables."""
         made = tuple(table for table in asked if table not in self.made)
         tables = tuple(table.make(self) for table in made)
         return dataclasses.replace(self, made=self.made + made, tables=self.tables + tables)
@@ -166,6 +163,18 @@ _asked_tables: contextvars.ContextVar[dict[Table, None] | None] = contextvars.Co
 )
 # Part of the keys of JAX's caches.
 _trace_anew = jax.make_user_context(None)
+
+
+def _tables_of(turn: Callable[[], object]) -> list[Table]:
+    """The tables that `turn` asks for."""
+    asked: dict[Table, None] = {}
+    token = _asked_tables.set(asked)
+    try:
+        with _trace_anew(object()):  # what JAX has traced before would not ask again
+            jax.eval_shape(turn)
+    finally:
+        _asked_tables.reset(token)
+    return list(asked)
 
 
 @jax.tree_util.register_dataclass
@@ -204,10 +213,12 @@ class Mix:
     Attributes:
       columns: for each n below K, the nth adapter of each token, -1 for none.
       weights: `[T, K]` float32. The weight of an entry without adapter is not used.
+      entries: what `as_tokens` returns, sorted, if the columns are.
     """
 
     columns: tuple[TokenIds, ...]
     weights: Float[Array, "T K"]
+    entries: Segments | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -219,12 +230,21 @@ class Mix:
         columns = (c.split(named) if isinstance(c, Segments) else c for c in self.columns)
         return dataclasses.replace(self, columns=tuple(columns))
 
-    def flat_ids(self) -> Int[Array, " KT"]:
-        """The ids of all columns, one behind the other: entry `n * T + t` is token t's nth."""
+    def with_tables(self, turn: Callable[[], object]) -> "Mix":
+        """As `Segments.with_tables`. Tables of columns that a turn does not read cost nothing."""
+        asked = _tables_of(turn)
+        columns = (c.with_made(asked) if isinstance(c, Segments) else c for c in self.columns)
+        entries = None if self.entries is None else self.entries.with_made(asked)
+        return dataclasses.replace(self, columns=tuple(columns), entries=entries)
+
+    def as_tokens(self) -> TokenIds:
+        """All entries as tokens: number `n * T + t` is token t's nth."""
+        if self.entries is not None:
+            return self.entries
         return jnp.concatenate([ids_of(column) for column in self.columns])
 
     def flat_weights(self) -> Float[Array, " KT"]:
-        """The weights in the order of `flat_ids`."""
+        """The weights of `as_tokens`."""
         return self.weights.T.reshape(-1)
 
 
@@ -382,7 +402,8 @@ def make_mix(indices: ArrayLike, weights: ArrayLike, num_adapters: int) -> Mix:
     """
     mix = unsorted_mix(indices, weights)
     columns = tuple(make_segments(ids_of(one), num_adapters) for one in mix.columns)
-    return dataclasses.replace(mix, columns=columns)
+    ids = jnp.concatenate([column.indices for column in columns])
+    return Mix(columns, mix.weights, make_segments(ids, num_adapters))
 
 
 _make = jax.jit(make_segments, static_argnums=1)

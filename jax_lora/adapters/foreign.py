@@ -77,7 +77,7 @@ _KOHYA = (
     "each model, such as pipe.unet.save_lora_adapter(FOLDER), and convert that folder"
 )
 _REFUSED = {
-    "lora_embedding_": f"LoRA of an embedding, which is not supported; {MERGE}",
+    "lora_embedding_": f"LoRA of an embedding, which is not converted; {MERGE}",
     "dora_scale": f"DoRA, which is not supported; {MERGE}",
     "lora_magnitude_vector": f"DoRA, which is not supported; {MERGE}",
     "hada_": "LoHa, which is not supported; train a LoRA",

@@ -1,5 +1,6 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -19,14 +20,18 @@ from jax_lora.adapters import (
 )
 from jax_lora.bank import dora
 from jax_lora.bank.agreement import Agree, digest
+from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, find_sites
 from jax_lora.bank.slots import Entry
+from jax_lora.bank.tokens import check_tokens, with_whole_tokens
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.nn.names import path_name
+from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
 
 
@@ -111,9 +116,13 @@ class AdapterBank(Roster):
             raise ValueError(f"adapters_per_row must be at least 1, got {adapters_per_row}")
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
-        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
+        paths = [path_name(path) for path, _ in nnx.iter_modules(model) if path]
+        names = self._own_names()
+        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
-        self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
+        first = first_ids(self._slots.items())
+        self._writers = {b: SlotWriter(b, first[b], layers) for b in self._slots}
+        self._full = FullSlots(self._sites)
         self._take_over()
         dora.compile_norms(self._sites.values())
 
@@ -145,7 +154,8 @@ class AdapterBank(Roster):
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
-          BankFullError: all slots of the bucket are pinned or leased.
+          BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
+            whole, are pinned or leased.
           RuntimeError: the thread holds `stepping`; or another process does not load the same.
           In each case the bank is as it was.
         """
@@ -169,9 +179,10 @@ class AdapterBank(Roster):
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
     ) -> None:
-        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+        """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
-        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
+        A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
         so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
@@ -186,7 +197,9 @@ class AdapterBank(Roster):
 
         Args:
           name: as in `load`.
-          config: `target_modules` says which of the model's LoRA layers it adapts.
+          config: `target_modules` says which of the model's LoRA layers it adapts, and
+            `modules_to_save` which of those with full slots it has whole: the base's weights, to be
+            trained.
           rngs: the stream `params` seeds it.
 
         Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
@@ -231,6 +244,7 @@ class AdapterBank(Roster):
             places = {name: self._entry(name) for name in distinct}
             dora.check_alone(places, rows.mixes)
             ids = {name: self._table.id(entry) for name, entry in places.items()}
+            self._full.check_alone(ids, rows.mixes)
             indices, weights = rows.arrays(ids, self._adapters_per_row)
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
@@ -284,22 +298,30 @@ class AdapterBank(Roster):
 
     def _check_header(self, name: str, header: AdapterHeader) -> int:
         """The bucket of an adapter, before its weights are read, if the model has room for it."""
+        check_fit(name, header, self._sites)
+        check_tokens(name, header, self._sites)
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
-        check_fit(name, features, self._sites)
         dora.check_room(name, header.config.dora, features, self._sites)
-        if header.config.dora:
-            self._agreement.check_alone(f"adapter {name!r} uses DoRA")
+        if header.config.dora or header.full or header.tokens:
+            self._agreement.check_alone(f"{name!r} has DoRA, whole weights or trained tokens")
         return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
-        """The model's own weight of a PEFT module, `[N, H]`."""
+        """The model's own weight of a PEFT module, as PEFT stores it."""
+        if module not in self._sites:
+            raise ValueError(
+                f"the files have a copy of the base model's weight of {module}, which has no LoRA "
+                "in this model to be compared with; name it in apply_lora's target, or save the "
+                "adapter with save_pretrained(path, save_embedding_layers=False)"
+            )
         self._agreement.check_alone(f"{module} has a copy of its base weight")
-        return self._sites[module].base_weight()
+        return np.asarray(self._sites[module].base_weight())
 
     def _install(
         self, name: str, adapter: Adapter, replace: bool, agree: Agree, *, is_own: bool
     ) -> None:
         bucket = self._check_header(name, adapter.header)
+        adapter = with_whole_tokens(adapter, self._sites)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
@@ -307,18 +329,23 @@ class AdapterBank(Roster):
             dora.put_rescale(values, adapter, self._sites, layers)
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(values))
+        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
 
         def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
-            slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            leases = list(self._guard.leases)
+            slot, evicted = self._table.find(bucket, name, leases)
+            place = self._full.find(name, full, self._table, evicted, leases)
             agree(f"{what} into slot {slot} of bucket {bucket}, evicting {evicted!r}")
             try:
-                writer.write(slot, placed)
+                writer.write(slot, placed, place.slots)
+                self._full.put(self._table.id_of(bucket, slot), place, full)
             finally:
                 self._guard.writes += 1
-            if evicted is not None:
-                self._table.forget(evicted, f"evicted by the load of {name!r}")
+            for other in (evicted, *place.evicted):
+                if other is not None:
+                    self._table.forget(other, f"evicted by the load of {name!r}")
             self._table.put(name, Entry(bucket, slot, adapter.config, frozenset(adapter.modules)))
 
         self._write(commit)
@@ -329,4 +356,6 @@ class AdapterBank(Roster):
             entry = self._entry(name)
             agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
-            return as_adapter(entry, read_slots(sites, entry.bucket, entry.slot), sites)
+            slots = read_slots(sites, entry.bucket, entry.slot)
+            full = self._full.read(self._table.id(entry))
+            return dataclasses.replace(as_adapter(entry, slots, sites), full=full)

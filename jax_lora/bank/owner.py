@@ -11,6 +11,7 @@ from flax import nnx
 from jax_lora.bank.agreement import Agreement
 from jax_lora.bank.sites import common_slots
 from jax_lora.batch import Guard, Lock
+from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import ModulePath, Shape, array_shapes, numbered_names, path_name
 from jax_lora.nn.stacks import LoRAScale, LoRAStack
@@ -44,7 +45,7 @@ class StackOwner:
             [
                 ((*path, name), value)
                 for path, module in nnx.iter_modules(model)
-                if isinstance(module, LoRAStack | LoRALayer)
+                if isinstance(module, LoRAStack | LoRALayer | FullRoom | FullWeights)
                 for name, value in vars(module).items()
                 if isinstance(value, nnx.LoRAParam | LoRAScale)
             ]

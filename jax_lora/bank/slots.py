@@ -54,7 +54,11 @@ class SlotTable:
 
     def id(self, entry: Entry) -> int:
         """What a batch's `indices` call the adapter: its slot among those of all buckets."""
-        return self._first_ids[entry.bucket] + entry.slot
+        return self.id_of(entry.bucket, entry.slot)
+
+    def id_of(self, bucket: int, slot: int) -> int:
+        """The id of a slot."""
+        return self._first_ids[bucket] + slot
 
     def touch(self, names: Iterable[str]) -> None:
         """They are the most recently used, the last of them above all."""

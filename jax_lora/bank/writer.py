@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, LoRAWeights
+from jax_lora.adapters import Adapter
 from jax_lora.bank.sites import Site
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
@@ -32,14 +32,22 @@ class _Held(NamedTuple):
 # One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
-_Arrays = list[tuple[Array, list[Array]]]
+_OfLayers = list[tuple[Array, list[Array]]]
+
+
+class _Arrays(NamedTuple):
+    """What a write changes: the layers' scales and stacks, and the tables of their full slots."""
+
+    layers: _OfLayers
+    tables: list[Array]
 
 
 class SlotWriter:
     """Writes the slots of one rank bucket, all layers at once, by one compiled program."""
 
-    def __init__(self, bucket: int, layers: Sequence[LoRALayer]) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: int, first_id: int, layers: Sequence[LoRALayer]) -> None:
+        self.bucket, self._first_id = bucket, first_id
+        self._tables = [layer.full.table for layer in layers if hasattr(layer, "full")]
         of_layers = [[s for s in layer.stacks if s.bucket == bucket] for layer in layers]
         self._held = [
             _Held(
@@ -52,12 +60,13 @@ class SlotWriter:
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
-        self._shapes = _slot_shapes(self._arrays(), of_layers)
+        self._shapes = _slot_shapes(self._arrays().layers, of_layers)
         self._programs: list[_Program] = []
         self._program(self._arrays())
 
     def _arrays(self) -> _Arrays:
-        return [held.arrays for held in self._held]
+        tables = [table.get_value() for table in self._tables]
+        return _Arrays([held.arrays for held in self._held], tables)
 
     def _program(self, arrays: _Arrays) -> "_Program":
         """The one for where the stacks are. A step may have moved them, to a mesh or to another
@@ -65,7 +74,7 @@ class SlotWriter:
         for program in self._programs:
             if program.fits(arrays):
                 return program
-        self._programs.append(_compile(arrays, self._of_layers))
+        self._programs.append(_compile(arrays, self._of_layers, self._first_id))
         return self._programs[-1]
 
     def empty_slots(self) -> list[tuple[np.ndarray, list[np.ndarray]]]:
@@ -79,8 +88,10 @@ class SlotWriter:
         """`values` on the devices of the stacks, each with its shard."""
         return self._program(self._arrays()).place(values)
 
-    def write(self, slot: int, values: list[SlotOfLayer]) -> None:
+    def write(self, slot: int, values: list[SlotOfLayer], full: Sequence[int] = ()) -> None:
         """Writes `values`, which are on the device. The arrays that were there are donated.
+
+        `full` are the full slots of the slot's adapter, in the layers that have some.
 
         Raises:
           RuntimeError: the device failed and has consumed the stacks: they are lost.
@@ -90,7 +101,7 @@ class SlotWriter:
         program = self._program(arrays)
         values = program.place(values)
         try:
-            updated = program.run(arrays, np.int32(slot), values)
+            updated = program.run(arrays, np.int32(slot), values, [np.int32(n) for n in full])
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
                 raise RuntimeError(
@@ -99,7 +110,9 @@ class SlotWriter:
                     "bank anew, and step under `with bank.stepping`"
                 ) from error
             raise
-        for held, (scales, stacks) in zip(self._held, updated):
+        for table, new_table in zip(self._tables, updated.tables):
+            table.set_value(new_table)
+        for held, (scales, stacks) in zip(self._held, updated.layers):
             held.scales.set_value(scales)
             for variable, new in zip(held.stacks, stacks):
                 variable.set_value(new)
@@ -114,13 +127,13 @@ class _Program(NamedTuple):
 
     homes: list[Sharding | None]
     values: list[Sharding | None]
-    run: Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]
+    run: Callable[[_Arrays, np.int32, list[SlotOfLayer], list[np.int32]], _Arrays]
 
     def fits(self, arrays: _Arrays) -> bool:
         return all(
             home is there or (home and there and home.is_equivalent_to(there, array.ndim))
             for home, array in zip(self.homes, jax.tree.leaves(arrays))
-            for there in [_home(array)]
+            for there in [home_of(array)]
         )
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
@@ -134,14 +147,14 @@ class _Program(NamedTuple):
         return jax.tree.unflatten(tree, placed)
 
 
-def _home(array: Array) -> Sharding | None:
+def home_of(array: Array) -> Sharding | None:
     """Where an array is committed to be."""
     return array.sharding if array.committed else None
 
 
 def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
     """Where one slot of a stack goes, or the scales of one."""
-    home = _home(array)
+    home = home_of(array)
     if not isinstance(home, NamedSharding):
         return home
     spec = [*home.spec, *[None] * (array.ndim - len(home.spec))]
@@ -150,13 +163,13 @@ def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
 
 
 def _slot_shapes(
-    arrays: _Arrays, of_layers: list[list[LoRAStack]]
+    arrays: _OfLayers, of_layers: list[list[LoRAStack]]
 ) -> list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]:
     """What one slot of each layer is, and where it goes: scales, and A and B of each stack."""
     return [
         (
             jax.ShapeDtypeStruct(
-                (*scales.shape[:-1], len(some)), jnp.float32, sharding=_home(scales)
+                (*scales.shape[:-1], len(some)), jnp.float32, sharding=home_of(scales)
             ),
             [
                 jax.ShapeDtypeStruct(
@@ -171,23 +184,27 @@ def _slot_shapes(
     ]
 
 
-def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
+def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
     firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
-    def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
+    def write_slot(
+        arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
+    ) -> _Arrays:
         written = []
-        for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+        for (scales, stacks), (new_scales, new), first in zip(arrays.layers, values, firsts):
             scales = scales.at[..., first + slot].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
-        return written
+        tables = [t.at[first_id + slot].set(n) for t, n in zip(arrays.tables, full)]
+        return _Arrays(written, tables)
 
-    values = _slot_shapes(arrays, of_layers)
+    values = _slot_shapes(arrays.layers, of_layers)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     # Stacks stay where they are, also where XLA would rather have them elsewhere.
-    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(_home, arrays))
-    run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
-    homes = [_home(array) for array in jax.tree.leaves(arrays)]
+    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(home_of, arrays))
+    run = write.lower(arrays, number, values, [number] * len(arrays.tables)).compile()
+    homes = [home_of(array) for array in jax.tree.leaves(arrays)]
     return _Program(homes, [value.sharding for value in jax.tree.leaves(values)], run)
 
 
@@ -215,7 +232,7 @@ def slot_values(
         scales[*site.index, site.nth] = weights.scale
         mine = slice(2 * site.nth, 2 * site.nth + 2)
         dtype = arrays[mine][0].dtype
-        halves = _as_stored(name, module, weights, dtype)
+        halves = as_stored(name, module, [weights.a, weights.b], dtype)
         if is_own and weights.rank == writer.bucket and not site.index:
             arrays[mine] = halves
             continue
@@ -229,17 +246,19 @@ def slot_values(
     return [(scales, list(arrays)) for scales, arrays in (slots[id(layer)] for layer in layers)]
 
 
-def _as_stored(name: str, module: str, weights: LoRAWeights, dtype: np.dtype) -> list[np.ndarray]:
-    """A and B in the stacks' dtype."""
+def as_stored(
+    name: str, module: str, weights: Sequence[np.ndarray], dtype: np.dtype
+) -> list[np.ndarray]:
+    """An adapter's weights in the stacks' dtype."""
     with np.errstate(over="ignore"):
-        halves = [t.astype(dtype, copy=False) for t in (weights.a, weights.b)]
-    for new, old in zip(halves, (weights.a, weights.b)):
+        stored = [t.astype(dtype, copy=False) for t in weights]
+    for new, old in zip(stored, weights):
         if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
             raise ValueError(
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
                 "apply_lora another dtype="
             )
-    return halves
+    return stored
 
 
 def read_slots(

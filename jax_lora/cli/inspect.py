@@ -27,8 +27,9 @@ def inspect(
     """Show what adapters hold, which kernels would run them, and what to change for speed.
 
     One line per kind of module: true rank and scale, LoRAX's tier, the bucket that jax-lora
-    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then what LoRAX
-    would do with the adapter. With --mesh, what each device holds of it.
+    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then modules
+    that the adapter has whole, and what LoRAX would do with it. With --mesh, what each device holds
+    of it.
 
     An adapter that can't be read is shown in its place, with the reason, and the status is 2.
     """
@@ -69,11 +70,17 @@ def _print_report(report: "AdapterReport") -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for count, group in report.groups():
-        cells = [f"{group.kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
+        kind = f"{group.kind} (embedding)" if group.is_embedding else group.kind
+        cells = [f"{kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
         cells += [group.bucket, group.decode_kernel, group.prefill_kernel]
         cells += [f"{group.padding:.0%}", f"{count * group.nbytes / 1e3:.0f}"]
         table.add_row(*(Text(str(cell)) for cell in cells))
     stdout.print(table)
+    for full in report.full:
+        size = f"{' x '.join(map(str, full.shape))}{' and bias' if full.has_bias else ''}"
+        what = "Tokens" if full.is_tokens else "Whole"
+        line = f"  {what}: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
+        stdout.print(Text(line), soft_wrap=True)
     labelled = ("LoRAX", report.lorax), ("For speed", report.advice), ("Mesh", report.mesh)
     for label, lines in labelled:
         for line in lines:

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike
 from jax_lora.batch import AdapterBatch, Guard, current
 from jax_lora.nn.divided import add_by_ranks
 from jax_lora.nn.dora import refuse_divided, rescaled
+from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
@@ -36,7 +37,7 @@ from jax_lora.sharding import (
 )
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
-from pallas_kernels.routing import Mix, Segments
+from pallas_kernels.routing import Mix, Segments, ids_of
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -56,11 +57,16 @@ class LoRALayer(nnx.Module):
 
     Attributes:
       fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
+      kernel_name: of the attribute that holds the kernel.
+      is_transposed: whether PEFT stores the kernel's matrix as `[N, H]`, as all but embeddings.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
+      full: room for whole weights of adapters' own, if `apply_lora` gave it some.
     """
 
+    kernel_name = "kernel"
+    is_transposed = True
     guard: Guard | None
     fully_sharded: bool = False
     placement: NamedSharding | None
@@ -70,8 +76,9 @@ class LoRALayer(nnx.Module):
     stacks: nnx.List[LoRAStack]
     scales: LoRAScale
     slices: tuple[int, ...]
+    full: FullRoom
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """`(H, N)` of the layer read as a matrix.
 
         Raises:
@@ -112,7 +119,7 @@ class LoRALayer(nnx.Module):
 
     def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
-        return self.kernel[index].reshape(self.features())
+        return self.kernel[index].reshape(self.matrix_shape())
 
     def kernel_tensor(self, matrix: Array) -> Array:
         """The inverse of `kernel_matrix`: `matrix` in the shape of a kernel."""
@@ -129,8 +136,8 @@ class LoRALayer(nnx.Module):
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
-        slices = (self.features()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.features(), slots, buckets, slices)
+        slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
+        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard, self.placement = slices, None, None
         self.fully_sharded = fully_sharded
@@ -148,6 +155,20 @@ class LoRALayer(nnx.Module):
         for stack in self.stacks:
             stack.add_rescale()
 
+    def add_full(self, count: int, ids: int, dtype: DTypeLike) -> None:
+        """Allocates full slots, for adapters of so many ids."""
+        inputs, outputs = self.matrix_shape()
+        shape = (outputs, inputs) if self.is_transposed else (inputs, outputs)
+        self.full = FullRoom(count, shape, self.bias is not None, stack_dtype(dtype), ids)
+
+    @property
+    def room_bytes(self) -> int:
+        """The bytes of its stacks and full slots."""
+        full = self.full.slots if hasattr(self, "full") else ()
+        held = nnx.state(self.stacks, (nnx.LoRAParam, LoRAScale))
+        stacks = (variable.nbytes for variable in jax.tree.leaves(held))
+        return sum(stacks) + sum(weights.nbytes for weights in full)
+
     def place(self) -> None:
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
@@ -161,6 +182,11 @@ class LoRALayer(nnx.Module):
     def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
         if shards is None:
             return
+        if hasattr(self, "full") and shards.mesh.size > 1:
+            raise ValueError(
+                f"the {type(self).__name__} has full slots, which a mesh of {shards.mesh.size} "
+                "devices does not divide; leave them out of apply_lora's full_slots"
+            )
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
         for name in ("lora_a", "lora_b", "scales", "rescale"):
             if (variable := getattr(holder, name, None)) is not None:
@@ -210,7 +236,32 @@ class LoRALayer(nnx.Module):
             y = self._on_shards(shards, jnp.asarray(x), adapters)
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
         y = self._base(x, out_sharding)
-        return y if adapters is None else self._add_lora(y, x, adapters)
+        if adapters is None:
+            return y
+        if hasattr(self, "full"):
+            y = self._with_full(y, jnp.asarray(x), adapters)
+        return self._add_lora(y, x, adapters)
+
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        """The layer's output with other weights."""
+        raise NotImplementedError
+
+    def _with_full(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+        """y, but that of their own weights in rows whose adapters have some."""
+        lead = y.shape[:-1]
+        segments = adapters.segments(lead)
+        first = segments.columns[0] if isinstance(segments, Mix) else segments
+        slot = self.full.slot_of(ids_of(first).reshape(lead))[..., None]
+        for n, weights in enumerate(self.full.slots):
+
+            def replaced(
+                y: Array, weights: FullWeights = weights, rows: Array = slot == n
+            ) -> Array:
+                return jnp.where(rows, self.by_full(weights, x).astype(y.dtype), y)
+
+            # Weights that no row has are not read: they may be those of a whole vocabulary.
+            y = jax.lax.cond(jnp.any(slot == n), replaced, lambda y: y, y)
+        return y
 
     def _base(self, x: Array, out_sharding: object = None) -> Array:
         """The base layer's output."""
@@ -263,7 +314,7 @@ class LoRALayer(nnx.Module):
     ) -> Array:
         """`shards`: of a layer that is fully sharded, inside of its `shard_map`."""
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
-        in_features, out_features = self.features()
+        in_features, out_features = self.matrix_shape()
         x = self.x_matrix(x)
         segments, parts = adapters.segments(x.shape[:-1]), self.parts(adapters)
         y_matrix, x = self.y_matrix(y), x.reshape(-1, in_features)

@@ -45,7 +45,9 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         or batch.phase == "prefill"
         or not any(isinstance(layer, LoRADense) for layer in layers)
         or any(
-            isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers
+            isinstance(layer, LoRADense)
+            and (hasattr(layer, "full") or shards_of(layer, jnp.asarray(x)))
+            for layer in layers
         )
     ):
         return tuple(layer(x) for layer in layers)

@@ -9,8 +9,6 @@ one launch, and gathers the few tokens of one adapter for each cluster.
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,7 +45,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import LaunchTokens, may_sort
+from pallas_kernels.mosaic_gpu.prefill.route import may_sort, order
 from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
     AnyIds,
@@ -114,7 +112,7 @@ def shrink(
     segments = local_segments(token_ids, SlotRange(0, num_adapters))
     config = call.config or _prefill_config(x, lora_a.shape, features)
     by_tiles = _Shrink(lora_a, SlotRange(0, num_adapters), scale, 0, config)
-    [new] = _shrink_parts(x, [by_tiles], LaunchTokens((segments,)), operands=False)
+    [new] = _shrink_parts(x, [by_tiles], segments, operands=False)
     return new if v is None else xla.add_rows(v, new, segments)
 
 
@@ -131,7 +129,7 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
     segments = local_segments(token_ids, SlotRange(0, num_adapters))
     slots = SlotRange(0, num_adapters)
     two = ExpandPart(_operand(v, lora_b.dtype), lora_b, slots, call.y_offset, config)
-    return expand_kernel(y, (two,), LaunchTokens((segments,)), add_inputs=call.add_inputs)
+    return expand_kernel(y, (two,), segments, add_inputs=call.add_inputs)
 
 
 def add_lora(
@@ -149,13 +147,14 @@ def add_lora(
         return launch.run(ys, x)
     y = side_by_side(ys)
     for some in _launches(parts):
-        if isinstance(ids, Mix):
-            for columns in itertools.batched(columns_of(ids), max(1, _MOST_PARTS // len(some))):
-                y = _two_launches(y, x, some, columns, call.config)
-        elif (launch := _one_launch((y,), x, _decode_parts(some), ids, call)) is not None:
-            [y] = launch.run((y,), x)
-        else:
-            y = _two_launches(y, x, some, columns_of(ids), call.config)
+        for column in columns_of(ids):
+            launch = None
+            if not isinstance(ids, Mix):
+                launch = _one_launch((y,), x, _decode_parts(some), ids, call)
+            if launch is None:
+                y = _two_launches(y, x, some, column, call.config)
+            else:
+                [y] = launch.run((y,), x)
     return apart(y, widths)
 
 
@@ -216,7 +215,8 @@ def _mixed_at_once(
     columns = columns_of(mix)
     rows = x.shape[0] * len(columns)
     shapes = tuple(jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in widths)
-    launch = _one_launch(shapes, x, _decode_parts(parts), mix, call, add_inputs=False)
+    tokens = mix.as_tokens()
+    launch = _one_launch(shapes, x, _decode_parts(parts), tokens, call, add_inputs=False)
     if launch is None:
         return None
     made = launch.run(shapes, x)  # undefined where no part adds anything
@@ -276,24 +276,20 @@ def _one_launch(
     ys: tuple[Array | jax.ShapeDtypeStruct, ...],
     x: Array,
     decode: _Decode,
-    ids: AnyIds,
+    token_ids: TokenIds,
     call: Call,
     *,
     add_inputs: bool = True,
 ) -> _Launch | None:
     """The launch that does all of it; None where the decode kernel does not take the case."""
-    if isinstance(ids, Mix):
-        words = ids.flat_ids()
-    else:
-        words = ids.words if isinstance(ids, WideIndices) else ids_of(ids)
-    is_sorted = any(isinstance(one, Segments) for one, _ in columns_of(ids))
-    seated = is_sorted or words.shape[0] > MAX_UNSEATED_TOKENS
+    words = token_ids.words if isinstance(token_ids, WideIndices) else ids_of(token_ids)
+    seated = isinstance(token_ids, Segments) or words.shape[0] > MAX_UNSEATED_TOKENS
     parts = decode.parts
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None
-    if isinstance(ids, Segments):  # they serve all layers of a step, which share the table
-        [words] = ids.table(Seating.of(sizes))
+    if isinstance(token_ids, Segments):  # they serve all layers of a step, which share the table
+        [words] = token_ids.table(Seating.of(sizes))
     elif seated:
         words = Seating.of(sizes).seat(words)
     return _Launch(words, parts, sizes, decode.layer)
@@ -374,25 +370,23 @@ def _two_launches(
     y: Array,
     x: Array,
     parts: tuple[LoRAPart, ...],
-    columns: Sequence[Column],
+    column: Column,
     config: Config | None,
 ) -> Array:
-    """A shrink and an expand of the prefill kernels. Each column of a mix has its own parts."""
-    segments = tuple(_segments_of_all(parts, column.token_ids) for column in columns)
-    tokens = LaunchTokens(segments, may_sort(x.shape[0]))
-    of_parts = [(part, _placed(part)) for part in parts]
-    pairs = [(*one, n, column) for n, column in enumerate(columns) for one in of_parts]
-    shrinks = []
-    for part, (a, b, scales, first_scale, first), n, (_, weights) in pairs:
+    """A shrink and an expand of the prefill kernels."""
+    segments = _segments_of_all(parts, column.token_ids)
+    sorts = may_sort(segments.num_tokens)
+    placed, shrinks = [_placed(part) for part in parts], []
+    for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         slots = SlotRange(part.first_slot, part.slots)
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
-        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first, n, weights))
-    vs = _shrink_parts(x, shrinks, tokens, operands=True)
+        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first))
+    vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts, weights=column.weights)
     expands = tuple(
-        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first, n)
-        for (part, p, n, _), s, v in zip(pairs, shrinks, vs)
+        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first)
+        for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
-    return expand_kernel(y, expands, tokens, add_inputs=True)
+    return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
 
 
 def _segments_of_all(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> Segments:
@@ -443,52 +437,50 @@ class _Shrink(NamedTuple):
     first_scale: int
     config: Config
     first: Int[Array, ""] | None = None
-    column: int = 0
-    weights: Float[Array, " T"] | None = None
-
-    def factor(self, of_planes: Float[Array, " T"] | None) -> Float[Array, " T"] | None:
-        """What each token's v is to be multiplied by, beside the scale; None for 1."""
-        if self.weights is None or of_planes is None:
-            return of_planes if self.weights is None else self.weights
-        return self.weights * of_planes
 
 
 def _shrink_parts(
-    x: Array, parts: list[_Shrink], tokens: LaunchTokens, *, operands: bool
+    x: Array,
+    parts: list[_Shrink],
+    segments: Segments,
+    *,
+    operands: bool,
+    sorts: bool = False,
+    weights: Float[Array, " T"] | None = None,
 ) -> list[Array]:
-    """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
-    it, undefined in rows of -1. Rows are in the order of `tokens`."""
-    twin, order = interpreted(), tokens.order
+    """v of each part, times each token's weight, if it has one: float32 `[T, R]`, zero in rows of
+    -1; or, if `operands`, as the expand loads it, undefined in rows of -1. Rows are in `Order` if
+    `sorts`, else in that of x."""
+    twin, tokens = interpreted(), order(segments, sorts)
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
         which = [i for i, part in enumerate(parts) if part.lora_a.dtype == dtype]
-        planes, of_planes = _planes(x, dtype)
-        factors = [parts[i].factor(of_planes) for i in which]
-        direct = [operands and factor is None and not twin for factor in factors]
+        planes, factor = _planes(x, dtype)
+        if weights is not None:
+            factor = weights if factor is None else weights * factor
+        direct = operands and factor is None and not twin
         kernel_parts = tuple(
             # TMA's swizzle needs rows of 32 bytes: an H that is only a multiple of 8 is padded.
             ShrinkPart(
                 pad_to(part.lora_a, 2, 16),
                 part.scales.reshape(-1),
                 part.slots,
-                dtype if as_operand else jnp.dtype(jnp.float32),
+                dtype if direct else jnp.dtype(jnp.float32),
                 part.config,
                 part.first_scale,
                 part.first,
-                part.column,
             )
-            for part, as_operand in zip((parts[i] for i in which), direct)
+            for part in (parts[i] for i in which)
         )
         padded = pad_to(pad_rows(planes, 1), 2, 16)
-        out = shrink_kernel(padded, kernel_parts, tokens, zero_rows=not operands)
-        for i, v, factor, as_operand in zip(which, out, factors, direct):
+        out = shrink_kernel(padded, kernel_parts, segments, zero_rows=not operands, sorts=sorts)
+        for i, v in zip(which, out):
             if twin:
-                ids = tokens.columns[parts[i].column].indices
-                used = parts[i].slots.holds(ids)[:, None]
+                used = parts[i].slots.holds(segments.indices)[:, None]
                 v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
             if factor is not None:
-                v = v * (factor if order is None else factor[order])[:, None]
-            vs[i] = _operand(v, dtype) if operands and not as_operand else v
+                v = v * (factor if tokens is None else factor[tokens])[:, None]
+            vs[i] = _operand(v, dtype) if operands and not direct else v
     return [vs[i] for i in range(len(parts))]
 
 
@@ -556,7 +548,7 @@ def add_lora_grad(
     if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
         return xla.add_lora_grad(call, dy, x, parts, ids)
     x = _needs_hopper(x)
-    token_ids = ids.flat_ids() if isinstance(ids, Mix) else ids
+    token_ids = ids.as_tokens() if isinstance(ids, Mix) else ids
     weights = ids.flat_weights() if isinstance(ids, Mix) else None
     kernel_parts = []
     for part in parts:

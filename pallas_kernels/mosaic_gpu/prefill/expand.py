@@ -44,14 +44,14 @@ from pallas_kernels.mosaic_gpu.layouts import (
 )
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
-    LaunchTokens,
     Route,
+    Routes,
     RouteSize,
     moved,
     route_size,
     row_mask,
 )
-from pallas_kernels.routing import SlotRange
+from pallas_kernels.routing import Segments, SlotRange
 
 # Stages of y's ring: one is being stored, one added to, and one loaded.
 _Y_STAGES = 3
@@ -68,12 +68,11 @@ class ExpandPart(NamedTuple):
     Attributes:
       v: `[rows, max(R, 16)]` in B's dtype, `operand_rows` of them.
       lora_b: `[L, N, R]`.
-      slots: those of its adapters: a token of id i has adapter `i - slots.first`. In a column a
-        token has an adapter of one range at most.
+      slots: those of its adapters: a token of id i has adapter `i - slots.first`. A token has an
+        adapter of one range at most.
       y_offset: first column of y that the part adds to (static).
       config: how to cut the work.
       first: where its adapters start in `lora_b`, if that is of several layers.
-      column: which of a token's adapters it adds, if a token has several.
     """
 
     v: Float[Array, "rows K"]
@@ -82,15 +81,15 @@ class ExpandPart(NamedTuple):
     y_offset: int
     config: Config
     first: Int[Array, ""] | None = None
-    column: int = 0
 
 
 def expand_kernel(
     y: Float[Array, "T Ny"],
     parts: tuple[ExpandPart, ...],
-    tokens: LaunchTokens,
+    segments: Segments,
     *,
     add_inputs: bool,
+    sorts: bool = False,
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
 
@@ -99,9 +98,9 @@ def expand_kernel(
     doesn't hold all parts of a range that share columns, it takes several sweeps for them, and
     rounds after each.
 
-    Rows of v are in the order of `tokens`.
+    Rows of v are in `Order` if `sorts`, else in that of y.
     """
-    plan = _plan(y, parts, add_inputs, tokens.sorts)
+    plan = _plan(y, parts, add_inputs, sorts)
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
     kernel = plgpu.kernel(
         functools.partial(_block_body, plan),
@@ -122,7 +121,7 @@ def expand_kernel(
     )
     operands: list[Array] = []
     for part in parts:
-        table = tokens.routes(part.slots, plan.rows, part.column)
+        [table] = segments.table(Routes(part.slots, plan.rows, sorts))
         operands += part.v, part.lora_b, moved(table, plan.rows, part.first)
     [y] = in_place(kernel, (y,), *operands)
     return y

@@ -163,13 +163,11 @@ class PartRounds(NamedTuple):
       slots: those of its adapters.
       stack: adapters of a round.
       blocks: blocks that take a round, for different ranks.
-      column: which of a token's adapters they are, if a token has several.
     """
 
     slots: SlotRange
     stack: int
     blocks: int
-    column: int = 0
 
     def size(self, rows: int) -> RouteSize:
         """The size of a round's route."""
@@ -203,15 +201,14 @@ class Rounds:
     every_tile: bool
 
     def make(self, segments: Segments) -> tuple[Int[Array, "rounds W"], ...]:
-        return _rounds(self, (segments,))
+        return _rounds(self, segments)
 
 
-def _rounds(wanted: Rounds, columns: tuple[Segments, ...]) -> tuple[Int[Array, "rounds W"], ...]:
-    rows, num_tokens = wanted.rows, columns[0].num_tokens
-    tokens = order(columns[0], wanted.sorts)
+def _rounds(wanted: Rounds, segments: Segments) -> tuple[Int[Array, "rounds W"], ...]:
+    rows, tokens = wanted.rows, order(segments, wanted.sorts)
     tables, first_item = [], jnp.zeros((), jnp.int32)
     for part in wanted.parts:
-        table = _routes(local_segments(columns[part.column], part.slots), rows, tokens)
+        table = _routes(local_segments(segments, part.slots), rows, tokens)
         count = table[:, 2 * rows]
         per_tile = -(-count // part.stack)
         if wanted.every_tile:
@@ -220,7 +217,7 @@ def _rounds(wanted: Rounds, columns: tuple[Segments, ...]) -> tuple[Int[Array, "
         before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
         starts = jnp.sum(before, axis=1, dtype=jnp.int32)
         total = jnp.sum(per_tile, dtype=jnp.int32)
-        n = jnp.arange(part.most(num_tokens, rows, wanted.sorts), dtype=jnp.int32)
+        n = jnp.arange(part.most(segments.num_tokens, rows, wanted.sorts), dtype=jnp.int32)
         tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
         nth = n - starts[tile]
         first = nth[:, None] * part.stack + jnp.arange(part.stack, dtype=jnp.int32)
@@ -235,40 +232,10 @@ def _rounds(wanted: Rounds, columns: tuple[Segments, ...]) -> tuple[Int[Array, "
         ]  # fmt: skip
         pad = part.size(rows).words - (2 * rows + _HEAD + part.stack)
         tail = jnp.full((n.size, pad), -1, jnp.int32)
-        words = [table[tile, : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
-        tables.append(jnp.concatenate(words, axis=1))
+        columns = [table[tile, : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
+        tables.append(jnp.concatenate(columns, axis=1))
         first_item += items
     return tuple(tables)
-
-
-class LaunchTokens(NamedTuple):
-    """The tokens of a launch, and which adapters they have.
-
-    Attributes:
-      columns: the segments of all slots; several where a token has several adapters.
-      sorts: whether tiles take tokens in `Order`, by the first column.
-    """
-
-    columns: tuple[Segments, ...]
-    sorts: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return self.columns[0].num_tokens
-
-    @property
-    def order(self) -> Int[Array, " T"] | None:
-        return order(self.columns[0], self.sorts)
-
-    def routes(self, slots: SlotRange, rows: int, column: int) -> Int[Array, "tiles W"]:
-        if column == 0:
-            return self.columns[0].table(Routes(slots, rows, self.sorts))[0]
-        return _routes(local_segments(self.columns[column], slots), rows, self.order)
-
-    def rounds(self, wanted: Rounds) -> tuple[Int[Array, "rounds W"], ...]:
-        if len(self.columns) == 1:
-            return self.columns[0].table(wanted)
-        return _rounds(wanted, self.columns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,6 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.config import SPLIT_UNIT, rank_width
 from pallas_kernels.mosaic_gpu.prefill.route import (
-    LaunchTokens,
     PartRounds,
     Rounds,
     Route,
@@ -52,7 +51,7 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     moved,
     row_mask,
 )
-from pallas_kernels.routing import SlotRange
+from pallas_kernels.routing import Segments, SlotRange
 
 # What the pipeline and the output may fill of shared memory, and what they may with the routes.
 _PIPELINE_BYTES = 208 * 1024
@@ -75,7 +74,6 @@ class ShrinkPart(NamedTuple):
       first_scale: where the part's scales start (static).
       first: where its adapters start in `lora_a` and, behind `first_scale`, in `scales`, if these
         are those of several layers.
-      column: which of a token's adapters it takes, if a token has several.
     """
 
     lora_a: Float[Array, "L R H"]
@@ -85,24 +83,24 @@ class ShrinkPart(NamedTuple):
     config: Config
     first_scale: int = 0
     first: Int[Array, ""] | None = None
-    column: int = 0
 
 
 def shrink_kernel(
     x: Float[Array, "P T H"],
     parts: tuple[ShrinkPart, ...],
-    tokens: LaunchTokens,
+    segments: Segments,
     *,
     zero_rows: bool,
+    sorts: bool = False,
 ) -> list[Array]:
-    """v of each part, summed over the planes of x, which has a row for each token, and may be
-    padded.
+    """v of each part, summed over the planes of x, for the tokens of `segments`. x has a row for
+    each, and may be padded.
 
     Returns one array per part: `[T, R]` in float32; in half precision, as the expand takes it,
     `[operand_rows, max(R, 16)]`; in interpret mode `[split, T, R]`, float32 partial sums. Rows are
-    in the order of `tokens`. Rows of -1 are zero if `zero_rows`, else undefined.
+    in `Order` if `sorts`, else in that of x. Rows of -1 are zero if `zero_rows`, else undefined.
     """
-    launch = _plan_launch(x, parts, tokens.num_tokens, zero_rows, tokens.sorts)
+    launch = _plan_launch(x, parts, segments.num_tokens, zero_rows, sorts)
     plans = _plan_parts(launch, parts)
     sizes = [plan.rounds.size(launch.rows) for plan in plans]
     grid = {"block": _clusters(launch, plans)}
@@ -126,10 +124,10 @@ def shrink_kernel(
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
     )
-    wanted = Rounds(tuple(plan.rounds for plan in plans), launch.rows, tokens.sorts, zero_rows)
+    wanted = Rounds(tuple(plan.rounds for plan in plans), launch.rows, sorts, zero_rows)
     operands = (
         (part.lora_a, part.scales, moved(table, launch.rows, part.first))
-        for part, table in zip(parts, tokens.rounds(wanted))
+        for part, table in zip(parts, segments.table(wanted))
     )
     return kernel(x, *itertools.chain(*operands))
 
@@ -293,7 +291,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
         _PartPlan(
             rank=part.lora_a.shape[1],
             width=width,
-            rounds=PartRounds(part.slots, stack, part.lora_a.shape[1] // width, part.column),
+            rounds=PartRounds(part.slots, stack, part.lora_a.shape[1] // width),
             first_scale=part.first_scale,
             out=_out_type(launch, part),
         )

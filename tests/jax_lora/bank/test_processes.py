@@ -212,7 +212,7 @@ def test_what_reads_base_weights_takes_one_process(monkeypatch):
     adapter = Adapter(dataclasses.replace(plain.config, dora=True), modules)
     bank.load("one", adapter)
     monkeypatch.setattr(bank._agreement, "_members", [0, 1])
-    with pytest.raises(ValueError, match=r"adapter 'two' uses DoRA, .* one process holds, not 2"):
+    with pytest.raises(ValueError, match=r"'two' has DoRA, whole .* one process holds, not 2"):
         bank._check_header("two", adapter.header)
-    with pytest.raises(ValueError, match=r"up has a copy of its base weight, .* not 2"):
+    with pytest.raises(ValueError, match=r"up has a copy of its base weight; .* not 2"):
         bank._base_weight("up")

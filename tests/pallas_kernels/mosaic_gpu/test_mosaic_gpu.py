@@ -46,7 +46,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import LaunchTokens, Routes, RouteSize, route_size
+from pallas_kernels.mosaic_gpu.prefill.route import Routes, RouteSize, route_size
 from pallas_kernels.routing import SlotRange, WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -306,11 +306,11 @@ def test_shrink_takes_parts_in_turn(
         parts.append(ShrinkPart(jnp.asarray(a), together, slots, np.float32, config, rank))
         wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
 
-    tokens = LaunchTokens((pk.make_segments(every, 12),))
+    segments = pk.make_segments(every, 12)
 
     def run(in_turn: bool) -> list[np.ndarray]:
         take_parts_in_turn(monkeypatch, in_turn=in_turn)
-        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), tokens, zero_rows=zero_rows)
+        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), segments, zero_rows=zero_rows)
         return [np.asarray(v.sum(axis=0)) for v in sums]
 
     for v, other, want, mine in zip(run(True), run(False), wants, ids):
@@ -397,9 +397,8 @@ def test_ranges_take_sweeps(
     assert [sweep.parts for sweep in module._sweeps((0, 1, 2), tuple(parts), True, 2)] == sweeps
 
     def run(parts: list[ExpandPart]) -> np.ndarray:
-        tokens = LaunchTokens((pk.make_segments(ids.astype(np.int32), 6),))
-        out = expand_kernel(jnp.asarray(y), tuple(parts), tokens, add_inputs=add_inputs)
-        return np.asarray(out)
+        own = jnp.asarray(y), tuple(parts), pk.make_segments(ids.astype(np.int32), 6)
+        return np.asarray(expand_kernel(*own, add_inputs=add_inputs))
 
     got = run(parts)
     assert relative_error(got, want) < y_tolerance("bfloat16")
@@ -759,6 +758,16 @@ def test_every_size_lowers(shape: tuple[int, int]) -> None:
     assert_kernels(lowered(9, *shape, 16, 3, config=TWO), 16)
 
 
+@pytest.mark.parametrize(
+    ("features", "vocabulary"),
+    [slow(4096, 32000), slow(4096, 128256), slow(3584, 151936), (2304, 256000), (2560, 262144)],
+)
+def test_output_layers_lower(features: int, vocabulary: int) -> None:
+    """Those of Llama 2 and 3, Qwen2, Gemma 2 and 3: decode in one launch, prefill in two."""
+    assert_kernels(lowered(64, features, vocabulary, 64, 4), 64, one=True)
+    assert_kernels(lowered(4096, features, vocabulary, 128, 4, phase="prefill"), 128)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("x", "weights", "y"),
@@ -867,6 +876,7 @@ def test_missing_names_what_a_case_lacks() -> None:
     assert "rank 528" in str(missing(jnp.bfloat16, 528, 4096))
     assert "H=100" in str(missing(jnp.bfloat16, 16, 100))
     assert "N=56" in str(missing(jnp.bfloat16, 16, None, 56))
+    assert "N=262152" in str(missing(jnp.bfloat16, 16, 4096, 262152))
     assert "H=131080" in str(missing(jnp.bfloat16, 16, 131080))
     assert "264 bytes" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 132))
     assert "y_offset=4" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 128, 4))
