@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -17,7 +17,7 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import digest
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
@@ -77,11 +77,10 @@ class AdapterBank(Publisher):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
-    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
-    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
-    agree on all of them, or the load fails on all and changes nothing. The first process saves.
-    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
-    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+    Several processes of `jax.distributed` may hold a model's stacks together. Each has a bank, and
+    all load, create, save and merge the same in one order. Names, weights and slots agree on all,
+    or the load fails on all and changes nothing. If a process dies, JAX ends the others,
+    `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
     A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
     the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
@@ -274,8 +273,7 @@ class AdapterBank(Publisher):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
-        Where several processes hold the model together, the first writes the folder. The others
-        return when it has.
+        Where several processes hold the model, the first writes the folder, and the others wait.
 
         Raises:
           KeyError: it is not loaded.
@@ -302,13 +300,7 @@ class AdapterBank(Publisher):
     # ------------------------------------------------------------------------------------- private
 
     def _install(
-        self,
-        name: str,
-        adapter: Adapter,
-        replace: bool,
-        agree: Callable[[str], None],
-        *,
-        is_own: bool,
+        self, name: str, adapter: Adapter, replace: bool, agree: Agree, *, is_own: bool
     ) -> None:
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
