@@ -257,6 +257,7 @@ def test_save_and_load(tmp_path):
     served.check("head", "embed", None)
 
 
+@pytest.mark.ci
 def test_a_new_classifier_learns(tmp_path):
     served = Served()
     config = LoRAConfig(4, 8, target_modules=("mid",), modules_to_save=("score",))
@@ -312,13 +313,13 @@ def trained(module, indices, features=H, **others):
     return Adapter(own.config, own.modules, others, tokens)
 
 
-def test_trained_tokens_are_rows_of_the_base():
+def test_trained_tokens_are_rows_of_the_base(monkeypatch):
     served, own = Served(), trained("embed", [3, 0])
     served.bank.load("tokens", own)
     weight = np.array(served.model.embed.embedding[...])
     weight[[3, 0]] = own.tokens["embed"].rows
     full = dict.fromkeys(("embed", "lm_head"), FullModule(weight))
-    ADAPTERS["tokens"] = Adapter(own.config, own.modules, full)
+    monkeypatch.setitem(ADAPTERS, "tokens", Adapter(own.config, own.modules, full))
     served.check("tokens", None)
     served.bank.load("head", trained("lm_head", [2]))
     assert served.bank.names == ("head",)
@@ -386,6 +387,7 @@ def test_packed_projections_take_whole_weights_too():
     np.testing.assert_allclose(got[1], np.asarray(model(x))[1], atol=1e-6)
 
 
+@pytest.mark.ci
 def test_whole_weights_take_a_row_of_their_own():
     served = Served()
     served.bank = AdapterBank(served.model, adapters_per_row=2)

@@ -301,6 +301,7 @@ def test_hopper_runs_both_by_kernels(phase, length):
     assert any("r16_r64" in name for name in names)  # of the head
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_row_of_several_adapters_has_the_sum_of_their_shares(phase):
     model = Tied(nnx.Rngs(0))
