@@ -1,7 +1,6 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -12,23 +11,21 @@ from flax import nnx
 
 from jax_lora.adapters import (
     Adapter,
-    AdapterHeader,
     LoRAConfig,
     LoRAWeights,
     Rename,
-    load_peft,
     renamed,
     save_peft,
 )
 from jax_lora.bank.merge import as_adapter, merged
-from jax_lora.bank.roster import Roster
-from jax_lora.bank.sites import Site, check_fit, find_sites, some
+from jax_lora.bank.reader import AdapterReader
+from jax_lora.bank.sites import find_sites, some
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 
 
-class AdapterBank(Roster):
+class AdapterBank(AdapterReader):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -93,7 +90,7 @@ class AdapterBank(Roster):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
-        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, self._own_names())
+        self._sites = find_sites(self._layers, peft_names, self._own_names())
         layers = list(self._layers.values())
         self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
         self._take_over()
@@ -133,10 +130,9 @@ class AdapterBank(Roster):
         self._check_name(name, replace)
         is_own = not isinstance(adapter, Adapter)
         if not isinstance(adapter, Adapter):
-            adapter = load_peft(
+            adapter = self.read(
+                name,
                 adapter,
-                check=functools.partial(self._check_header, name),
-                base_weight=self._base_weight,
                 max_bytes=max_bytes,
                 rename=rename,
                 allow_links=allow_links,
@@ -265,24 +261,8 @@ class AdapterBank(Roster):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _check_header(self, name: str, header: AdapterHeader) -> None:
-        """Whether the model has room for an adapter, before its weights are read."""
-        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
-        check_fit(name, features, self._sites)
-        self._bucket_for(name, header.rank)
-
-    def _base_weight(self, module: str) -> np.ndarray:
-        """The model's own weight of a PEFT module, `[N, H]`."""
-        site = self._sites[module]
-        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
-
     def _install(self, name: str, adapter: Adapter, replace: bool, *, is_own: bool) -> None:
-        features = {
-            module: (weights.a.shape[1], weights.b.shape[0])
-            for module, weights in adapter.modules.items()
-        }
-        check_fit(name, features, self._sites)
-        bucket = self._bucket_for(name, adapter.rank)
+        bucket = self.check(name, adapter)
         layers = list(self._layers.values())
         writer = self._writers[bucket]
         values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)

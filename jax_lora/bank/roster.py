@@ -6,7 +6,7 @@ from flax import nnx
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.owner import StackOwner
-from jax_lora.bank.slots import Entry, SlotTable
+from jax_lora.bank.slots import BucketUse, Entry, SlotTable
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
@@ -30,6 +30,12 @@ class Roster(StackOwner):
     def slots(self) -> dict[int, int]:
         """Slots of each rank bucket."""
         return dict(self._slots)
+
+    def use(self) -> dict[int, BucketUse]:
+        """Of each rank bucket: who is pinned, leased and idle, and how many slots are free."""
+        with self._lock:
+            leases = list(self._guard.leases)
+            return {bucket: self._table.use(bucket, leases) for bucket in self._slots}
 
     def config(self, name: str) -> LoRAConfig:
         """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
@@ -68,7 +74,8 @@ class Roster(StackOwner):
             self._check_current()
             return self._table.entry(name)
 
-    def _check_name(self, name: str, replace: bool) -> None:
+    def check_name(self, name: str) -> None:
+        """Whether an adapter may be called so; else TypeError or ValueError."""
         if not isinstance(name, str):
             raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
         if not _NAME.fullmatch(name):
@@ -76,6 +83,9 @@ class Roster(StackOwner):
                 f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
                 f"characters, got {name!r:.300}"
             )
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        self.check_name(name)
         if name in self._table and not replace:
             raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
 

@@ -31,6 +31,26 @@ class Entry:
         return max(map(self.config.rank_of, self.modules))
 
 
+@dataclasses.dataclass(frozen=True)
+class BucketUse:
+    """The slots of a rank bucket, as whoever runs a bank sees them.
+
+    Attributes:
+      slots: how many there are.
+      room: those that a load could take now: free, or of an idle adapter.
+      free: those that hold no adapter and that no batch leases.
+      pinned, leased, idle: the adapters, the least recently used first. One may be pinned and
+        leased. An idle one is neither, so a load may evict it.
+    """
+
+    slots: int
+    room: int
+    free: int
+    pinned: tuple[str, ...]
+    leased: tuple[str, ...]
+    idle: tuple[str, ...]
+
+
 class SlotTable:
     """The adapters that are loaded. Not for several threads at once: the bank holds its lock."""
 
@@ -74,13 +94,25 @@ class SlotTable:
         if len(self._gone) > _MAX_GONE:
             self._gone.popitem(last=False)
 
+    def use(self, bucket: int, leases: Iterable[Lease]) -> BucketUse:
+        """Who has the bucket's slots."""
+        busy = _leased(leases)
+        here = {name: e for name, e in self.entries.items() if e.bucket == bucket}
+        taken = {entry.slot for entry in here.values()}
+        slots = range(self._slots[bucket])
+        free = sum(slot not in taken and (bucket, slot) not in busy for slot in slots)
+        pinned = tuple(name for name, entry in here.items() if entry.pinned)
+        leased = tuple(name for name, entry in here.items() if (bucket, entry.slot) in busy)
+        idle = tuple(name for name in here if name not in {*pinned, *leased})
+        return BucketUse(len(slots), free + len(idle), free, pinned, leased, idle)
+
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
 
         Raises:
           BankFullError: all slots of the bucket are pinned or leased.
         """
-        leased = {slot for lease in leases if lease.is_open for slot in lease.slots}
+        leased = _leased(leases)
         here = {other: e for other, e in self.entries.items() if e.bucket == bucket}
         usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
         taken = {entry.slot for entry in here.values()}
@@ -98,3 +130,8 @@ class SlotTable:
             f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
             f"({some(pinned)}); drop batches, unpin, or give apply_lora more slots="
         )
+
+
+def _leased(leases: Iterable[Lease]) -> set[tuple[int, int]]:
+    """The slots `(bucket, slot)` that batches lease."""
+    return {slot for lease in leases if lease.is_open for slot in lease.slots}

@@ -1,0 +1,64 @@
+"""Reading adapters' files for a model: what does not fit it is refused before it is read."""
+
+import functools
+import os
+
+import numpy as np
+
+from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft
+from jax_lora.bank.roster import Roster
+from jax_lora.bank.sites import Site, check_fit
+
+
+class AdapterReader(Roster):
+    """What a bank reads from the disk, before any slot is touched: a base of `AdapterBank`."""
+
+    _sites: dict[str, Site]  # by PEFT's names
+
+    def read(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        rename: Rename | None = None,
+        allow_links: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> Adapter:
+        """What `load` would put into a slot, for one that comes later. No slot changes.
+
+        Arguments and errors are those of `load`.
+        """
+        return load_peft(
+            path,
+            check=functools.partial(self._check_header, name),
+            base_weight=self._base_weight,
+            max_bytes=max_bytes,
+            rename=rename,
+            allow_links=allow_links,
+            allow_nonfinite=allow_nonfinite,
+        )
+
+    def check(self, name: str, adapter: Adapter) -> int:
+        """Whether the model has room for an adapter; the bucket that it goes to.
+
+        Raises:
+          ValueError: a module is not in the model or has other shapes; the model lacks the bucket.
+        """
+        features = {
+            module: (weights.a.shape[1], weights.b.shape[0])
+            for module, weights in adapter.modules.items()
+        }
+        check_fit(name, features, self._sites)
+        return self._bucket_for(name, adapter.rank)
+
+    def _check_header(self, name: str, header: AdapterHeader) -> None:
+        """Whether the model has room for an adapter, before its weights are read."""
+        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
+        check_fit(name, features, self._sites)
+        self._bucket_for(name, header.rank)
+
+    def _base_weight(self, module: str) -> np.ndarray:
+        """The model's own weight of a PEFT module, `[N, H]`."""
+        site = self._sites[module]
+        return np.asarray(site.layer.kernel_matrix(site.index)[:, site.columns]).T
