@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_lora.adapters import Adapter
 from jax_lora.bank import AdapterBank, BankFullError
+from jax_lora.bank.sites import some
 from jax_lora.messages import printable, shown
 from pallas_kernels.ranks import rank_bucket
 
@@ -46,6 +47,11 @@ class AdapterLimits:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a number of bytes, got {shown(value)}")
+
+
+def named(names: tuple[str, ...]) -> str:
+    """What there is, for a message."""
+    return f"there are {some(names)}"
 
 
 class Held(NamedTuple):
@@ -162,7 +168,7 @@ class AdapterDesk:
         """See `Engine.remove_adapter`."""
         with self._lock:
             if not self.knows(name):
-                raise KeyError(f"no adapter {shown(name)}; there are {shown(self.names)}")
+                raise KeyError(f"no adapter {shown(name)}; {named(self.names)}")
             self._sources.pop(name, None)
         with contextlib.suppress(KeyError):  # it is not in a slot
             self._bank.unload(name)

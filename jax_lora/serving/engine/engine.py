@@ -22,7 +22,7 @@ from jax_lora.messages import printable, shown
 from jax_lora.models.llama import Llama
 from jax_lora.models.pages import Pages
 from jax_lora.process import check_process
-from jax_lora.serving.engine.adapters import AdapterDesk, AdapterLimits, Source
+from jax_lora.serving.engine.adapters import AdapterDesk, AdapterLimits, Source, named
 from jax_lora.serving.engine.requests import (
     EngineBusyError,
     FinishReason,
@@ -38,10 +38,6 @@ from jax_lora.serving.live import LiveModel
 from jax_lora.serving.text import encode
 
 _MAX_TOKENS = 64  # where a request does not say
-
-
-def _names(names: tuple[str, ...]) -> str:
-    return shown(names, 300) if names else "none"
 
 
 class _Launched(NamedTuple):
@@ -256,7 +252,7 @@ class Engine:
         tokens = self._tokens(prompt, special_tokens)
         max_tokens = self._check(tokens, params)
         if adapter is not None and (self._desk is None or not self._desk.knows(adapter)):
-            raise KeyError(f"no adapter {shown(adapter)}; there are {_names(self.adapters)}")
+            raise KeyError(f"no adapter {shown(adapter)}; {named(self.adapters)}")
         ends = self.config.eos_token_id if params.stop_tokens is None else params.stop_tokens
         text = None
         if self.tokenizer is not None:

@@ -191,7 +191,7 @@ def test_nothing_compiles_after_the_warmup(served):
         ([[1]], {}, TypeError, r"text or a list of tokens, got \[\[1\]\]"),
         ([1], {"max_tokens": 64}, ValueError, "1 tokens and max_tokens=64 exceed max_length=64"),
         ([1] * 64, {}, ValueError, "64 tokens and max_tokens=1 exceed max_length=64"),
-        ([1], {"adapter": "nobody"}, KeyError, "no adapter 'nobody'; there are .*'a', 'b', 'c'"),
+        ([1], {"adapter": "nobody"}, KeyError, "no adapter 'nobody'; there are 'a', 'b', 'c'"),
         ([1], {"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
         ([1], {"max_tokens": 1.0}, TypeError, "max_tokens must be an integer, got 1.0"),
         ([1], {"temperature": -1}, ValueError, "temperature must be at least 0, got -1"),
