@@ -240,7 +240,7 @@ class _Bench:
     def __init__(self, shape: Shape, progress: Callable[[str], None], profile: bool) -> None:
         progress(f"making a model of {shape.config.num_hidden_layers} layers")
         self.shape, self.progress, self.profile = shape, progress, profile
-        self.graphdef, self.weights = nnx.split(_random_model(shape))
+        self.graphdef, self.weights = nnx.split(random_model(shape))
         unread = self.weights["model"]["embed_tokens"]["embedding"].nbytes
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights)) - unread
         self.rows: list[Row] = []
@@ -297,7 +297,7 @@ class _Bench:
         slots = collections.Counter(ranks)
         apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
         bank = AdapterBank(model)
-        adapters = {rank: _random_adapter(model, rank) for rank in slots}
+        adapters = {rank: random_adapter(model, rank) for rank in slots}
         names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
         for name, rank in zip(names, ranks):
             bank.load(name, adapters[rank])
@@ -467,7 +467,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
 
 
-def _random_model(shape: Shape) -> Llama:
+def random_model(shape: Shape) -> Llama:
     """A model whose weights were made where they lie: initialisers would go through float32."""
     model = nnx.eval_shape(
         lambda: Llama(shape.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), scan=shape.scan)
@@ -481,7 +481,7 @@ def _random_model(shape: Shape) -> Llama:
     return model
 
 
-def _random_adapter(model: Llama, rank: int) -> Adapter:
+def random_adapter(model: Llama, rank: int, seed: int = 0) -> Adapter:
     found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
     names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
@@ -490,7 +490,7 @@ def _random_adapter(model: Llama, rank: int) -> Adapter:
         for name in with_numbers(names[path_name(path)], module.lead).values()
     }
     size = rank * max(map(max, layers.values()))
-    noise = np.random.default_rng(rank).normal(0, 0.02, size).astype(jnp.bfloat16)
+    noise = np.random.default_rng((rank, seed)).normal(0, 0.02, size).astype(jnp.bfloat16)
     config = LoRAConfig(rank, 2.0 * rank)
     modules = {
         name: LoRAWeights(

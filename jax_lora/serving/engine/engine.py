@@ -281,6 +281,11 @@ class Engine:
         return generation
 
     @property
+    def steps(self) -> int:
+        """Steps that have been launched."""
+        return self._loop.steps
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Those that requests may ask for."""
         return () if self._desk is None else self._desk.names
