@@ -186,6 +186,56 @@ def step(
         tables.print_step(report)
 
 
+@app.command()
+def serve(
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of each workload.")] = 500,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time, of S-LoRA's.")] = 64,
+    adapters: Annotated[
+        str, typer.Option(help="Numbers of adapters, of S-LoRA's workloads.")
+    ] = "5,100,1000,2000",
+    slots: Annotated[int, typer.Option(min=1, help="Of each rank bucket.")] = 64,
+    only: Annotated[
+        str, typer.Option(help="Workloads whose name has this: `Punica`, `rank 8`, ...")
+    ] = "",
+    soak: Annotated[
+        bool,
+        typer.Option("--soak", help="No times: adapters break and change, requests are cancelled."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve the workloads of Punica and S-LoRA by the engine, in a closed loop.
+
+    A model shaped like Llama-3-8B with random bfloat16 weights, LoRA on all seven projections, an
+    engine of 64 rows. Names of adapters stand for at least 50 distinct ones on the host; each load
+    is uploaded. Each workload stands beside the base model's in the same lengths. Without a GPU a
+    small model runs.
+
+    `--soak` asks 2,000 requests for 200 adapters of ranks 1 to 256 in 16 slots, 5 % of them broken,
+    and then each sound one alone, which must give the same bits. Exits with 1 where it does not.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import serve as benchmark
+        from benchmarks import soak as endurance
+        from benchmarks import tables
+
+        if soak:
+            summary = endurance.run(endurance.Load(), progress, layers=layers)
+        else:
+            counts = [int(count) for count in adapters.split(",")]
+            options = benchmark.Options(layers, requests, slots, steps=benchmark.steps_here())
+            report = benchmark.run(benchmark.workloads(in_flight, counts, only), options, progress)
+    if soak:
+        tables.print_soak(summary) if not as_json else print_json(dataclasses.asdict(summary))
+        if not summary.ok:
+            raise typer.Exit(1)
+    elif as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_serve(report)
+
+
 @app.command("compile")
 def compile_steps(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,

@@ -278,10 +278,11 @@ class AdapterBank(AdapterReader):
             finally:
                 self._guard.writes += 1
             if evicted is not None:
-                self._table.forget(evicted, f"evicted by the load of {name!r}")
+                self._table.forget(evicted, evicted_by=name)
             self._table.put(name, Entry(bucket, slot, adapter.config, modules))
 
         self._write(commit)
+        self._tell()
 
     def _adapter(self, name: str) -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""

@@ -1,12 +1,13 @@
 """Which adapters a model holds, in which slots, and which of them must stay."""
 
 import re
+from collections.abc import Callable
 
 from flax import nnx
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.owner import StackOwner
-from jax_lora.bank.slots import BucketUse, Entry, SlotTable
+from jax_lora.bank.slots import BankEvent, BucketUse, Entry, SlotTable
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
@@ -19,6 +20,7 @@ class Roster(StackOwner):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         self._table = SlotTable(self._slots)
+        self._watchers: list[Callable[[BankEvent], None]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,6 +38,14 @@ class Roster(StackOwner):
         with self._lock:
             leases = list(self._guard.leases)
             return {bucket: self._table.use(bucket, leases) for bucket in self._slots}
+
+    def watch(self, callback: Callable[[BankEvent], None]) -> None:
+        """Has `callback` told of each adapter that is loaded, evicted or unloaded from now on.
+
+        It is called in the thread that did so, when that is done: it may use the bank.
+        """
+        with self._lock:
+            self._watchers.append(callback)
 
     def config(self, name: str) -> LoRAConfig:
         """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
@@ -57,7 +67,8 @@ class Roster(StackOwner):
         """
         with self._lock:
             self._entry(name)
-            self._table.forget(name, "unloaded")
+            self._table.forget(name)
+        self._tell()
 
     def pin(self, name: str) -> None:
         """Keeps an adapter from being evicted. KeyError if it is not loaded."""
@@ -68,6 +79,15 @@ class Roster(StackOwner):
         """Undoes `pin`. KeyError if it is not loaded."""
         with self._lock:
             self._entry(name).pinned = False
+
+    def _tell(self) -> None:
+        """Tells the watchers what has happened."""
+        with self._lock:
+            events, self._table.events = self._table.events, []
+            watchers = tuple(self._watchers)
+        for event in events:
+            for watcher in watchers:
+                watcher(event)
 
     def _entry(self, name: str) -> Entry:
         with self._lock:

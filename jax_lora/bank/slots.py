@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.sites import some
@@ -41,6 +42,8 @@ class BucketUse:
       free: those that hold no adapter and that no batch leases.
       pinned, leased, idle: the adapters, the least recently used first. One may be pinned and
         leased. An idle one is neither, so a load may evict it.
+      hits: how often a batch found an adapter here. loads, evictions: of adapters. All since the
+        bank was made.
     """
 
     slots: int
@@ -49,6 +52,17 @@ class BucketUse:
     pinned: tuple[str, ...]
     leased: tuple[str, ...]
     idle: tuple[str, ...]
+    hits: int
+    loads: int
+    evictions: int
+
+
+class BankEvent(NamedTuple):
+    """What became of an adapter."""
+
+    kind: Literal["loaded", "evicted", "unloaded"]
+    name: str
+    bucket: int
 
 
 class SlotTable:
@@ -57,6 +71,8 @@ class SlotTable:
     def __init__(self, slots: Mapping[int, int]) -> None:
         self._slots = dict(slots)
         self._first_ids = first_ids(slots.items())
+        self._hits, self._loads, self._evictions = (collections.Counter[int]() for _ in range(3))
+        self.events: list[BankEvent] = []  # for the bank to tell
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
         self.entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
 
@@ -79,6 +95,7 @@ class SlotTable:
         """They are the most recently used, the last of them above all."""
         for name in names:
             self.entries.move_to_end(name)
+            self._hits[self.entries[name].bucket] += 1
 
     def put(self, name: str, entry: Entry) -> None:
         """Names a slot that holds the adapter. One of the same name gives way, but stays pinned."""
@@ -86,9 +103,15 @@ class SlotTable:
         entry.pinned = old is not None and old.pinned
         self.entries[name] = entry
         self._gone.pop(name, None)
+        self._loads[entry.bucket] += 1
+        self.events.append(BankEvent("loaded", name, entry.bucket))
 
-    def forget(self, name: str, why: str) -> None:
-        del self.entries[name]
+    def forget(self, name: str, evicted_by: str | None = None) -> None:
+        """Of an adapter that is evicted by the load of another one, or unloaded."""
+        bucket = self.entries.pop(name).bucket
+        self._evictions[bucket] += evicted_by is not None
+        self.events.append(BankEvent("evicted" if evicted_by else "unloaded", name, bucket))
+        why = f"evicted by the load of {evicted_by!r}" if evicted_by else "unloaded"
         self._gone[name] = why
         self._gone.move_to_end(name)
         if len(self._gone) > _MAX_GONE:
@@ -104,7 +127,17 @@ class SlotTable:
         pinned = tuple(name for name, entry in here.items() if entry.pinned)
         leased = tuple(name for name, entry in here.items() if (bucket, entry.slot) in busy)
         idle = tuple(name for name in here if name not in {*pinned, *leased})
-        return BucketUse(len(slots), free + len(idle), free, pinned, leased, idle)
+        return BucketUse(
+            len(slots),
+            free + len(idle),
+            free,
+            pinned,
+            leased,
+            idle,
+            self._hits[bucket],
+            self._loads[bucket],
+            self._evictions[bucket],
+        )
 
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.

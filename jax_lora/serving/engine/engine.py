@@ -27,6 +27,7 @@ from jax_lora.serving.engine.requests import (
     EngineBusyError,
     FinishReason,
     Generation,
+    Piece,
     Request,
     SamplingParams,
 )
@@ -115,7 +116,17 @@ class Loop:
             if not are_finite[row]:
                 who = "the model" if request.adapter is None else f"adapter {request.adapter!r}"
                 self.scheduler.fail(request, f"{who} gives logits that are NaN or infinite")
-            elif (reason := request.accept(tokens[row], float(logprobs[row]))) is not None:
+            else:
+                self._accept(request, tokens[row], float(logprobs[row]))
+
+    def _accept(self, request: Request, token: int, logprob: float) -> None:
+        try:
+            reason = request.accept(token, logprob)
+        except Exception as error:  # of the request's own tokenizer or callback
+            why = printable(f"taking a token failed: {type(error).__name__}: {error}", 1000)
+            self.scheduler.fail(request, why)
+        else:
+            if reason is not None:
                 self.scheduler.end(request, reason)
 
     def _deliver_prompts(self, plan: Plan, logprobs: np.ndarray) -> None:
@@ -232,6 +243,7 @@ class Engine:
         *,
         adapter: str | None = None,
         special_tokens: bool = True,
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> Generation:
         """Asks for an answer, and returns at once.
 
@@ -240,6 +252,7 @@ class Engine:
           params: how the answer's tokens are chosen, and where it ends.
           adapter: a name; None for the base model.
           special_tokens: as in `encode`; for text.
+          on_piece: called with each piece, in the engine's thread: it must not wait.
 
         Raises:
           EngineBusyError: `max_waiting` requests wait already.
@@ -264,7 +277,7 @@ class Engine:
                     f"{self._num_open} requests run or wait, as many as may; try again later"
                 )
             self._num_open += 1
-            generation = Generation(lambda: self._inbox.put(cancel))
+            generation = Generation(lambda: self._inbox.put(cancel), on_piece)
             request = Request(
                 next(self._arrivals),
                 tokens,

@@ -128,8 +128,10 @@ class Generation:
             print(piece.text, end="")
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self._cancel = cancel
+    def __init__(
+        self, cancel: Callable[[], None], on_piece: Callable[[Piece], None] | None = None
+    ) -> None:
+        self._cancel, self._on_piece = cancel, on_piece
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
 
@@ -149,6 +151,11 @@ class Generation:
           TimeoutError: it takes longer than `timeout` seconds.
         """
         return self._answer.result(timeout)
+
+    def _put(self, piece: Piece) -> None:
+        self._pieces.put(piece)
+        if self._on_piece is not None:
+            self._on_piece(piece)
 
     @property
     def done(self) -> bool:
@@ -221,7 +228,7 @@ class Request:
             if token in self.ends or (is_last and not is_stopped):
                 text += self.text.end()
         self.parts.append(text)
-        self.generation._pieces.put(Piece(token, logprob, text))
+        self.generation._put(Piece(token, logprob, text))
         if is_stopped:
             return FinishReason.stop
         return FinishReason.length if is_last else None
