@@ -1,5 +1,6 @@
 """Reading and writing one slot of all of a model's stacks, in place and compiled once."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, LoRAWeights
+from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site
+from jax_lora.batch import Guard
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
 
@@ -31,6 +33,26 @@ class _Held(NamedTuple):
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
 _Arrays = list[tuple[Array, list[Array]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter on the host as a slot of its bucket holds it: a load has it to copy, no more.
+
+    Attributes:
+      guard: of the model that it is for.
+    """
+
+    config: LoRAConfig
+    modules: frozenset[str]
+    bucket: int
+    values: list[SlotOfLayer]
+    guard: Guard
+
+    @property
+    def nbytes(self) -> int:
+        """Of a slot, however small the adapter's rank in its bucket is."""
+        return sum(a.nbytes for scales, arrays in self.values for a in (scales, *arrays))
 
 
 class SlotWriter:

@@ -9,16 +9,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jax_lora.adapters import Adapter
-from jax_lora.bank import AdapterBank, BankFullError
+from jax_lora.bank import AdapterBank, BankFullError, PreparedAdapter
 from jax_lora.bank.sites import some
 from jax_lora.messages import printable, shown
-from pallas_kernels.ranks import rank_bucket
 
 Source = str | os.PathLike[str] | Adapter
 Post = Callable[[Callable[[], None]], None]
@@ -31,7 +29,7 @@ class AdapterLimits:
 
     Args:
       max_bytes: weights of an adapter; None for any number.
-      host_bytes: weights that the host keeps of adapters from the disk, to load them again.
+      host_bytes: what the host keeps of adapters that it has read, as their slots hold them.
       allow_links, allow_nonfinite: as in `load_peft`.
     """
 
@@ -80,46 +78,59 @@ class _Stage(Enum):
     HELD = auto()  # in a slot, for the first request that runs
 
 
+class _Source(NamedTuple):
+    """Where an adapter comes from. Another version is another adapter of the same name."""
+
+    version: int
+    place: Source
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What is read of it once: an `Adapter` that has several names, too."""
+        is_array = isinstance(self.place, Adapter)
+        return ("arrays", id(self.place)) if is_array else ("folder", self.version)
+
+
 @dataclasses.dataclass(eq=False)
 class _Load:
     """An adapter on its way to a slot.
 
     Attributes:
-      version: of its source; None for one that the engine has no source of.
+      source: None for one that the engine has no source of.
       victim: the adapter whose requests it waits for.
     """
 
-    version: int | None
+    source: _Source | None
     stage: _Stage = _Stage.READING
-    adapter: Adapter | None = None
+    prepared: PreparedAdapter | None = None
     held: Held | None = None
     victim: str | None = None
 
 
 class _HostCache:
-    """Adapters from the disk, the least recently used first, of so many bytes in all."""
+    """Adapters that were read and checked, the least recently used first, of so many bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._size = limit, 0
-        self._kept: collections.OrderedDict[str, tuple[int, Adapter]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[str, int], tuple[_Source, PreparedAdapter]] = (
+            collections.OrderedDict()
+        )
 
-    def get(self, name: str, version: int) -> Adapter | None:
-        kept_version, adapter = self._kept.get(name, (None, None))
-        if kept_version != version:
+    def get(self, source: _Source) -> PreparedAdapter | None:
+        if source.key not in self._kept:
             return None
-        self._kept.move_to_end(name)
-        return adapter
+        self._kept.move_to_end(source.key)
+        return self._kept[source.key][1]
 
-    def put(self, name: str, version: int, adapter: Adapter) -> None:
-        self.drop(name)
-        self._kept[name] = version, adapter
-        self._size += adapter.nbytes
+    def put(self, source: _Source, prepared: PreparedAdapter) -> None:
+        if source.key in self._kept:
+            return
+        # With the source: while an Adapter lives, no other one has its id.
+        self._kept[source.key] = source, prepared
+        self._size += prepared.nbytes
         while self._size > self._limit:
-            self.drop(next(iter(self._kept)))
-
-    def drop(self, name: str) -> None:
-        if name in self._kept:
-            self._size -= self._kept.pop(name)[1].nbytes
+            _, (_, dropped) = self._kept.popitem(last=False)
+            self._size -= dropped.nbytes
 
 
 class AdapterDesk:
@@ -142,9 +153,9 @@ class AdapterDesk:
         """`fail(name, reason)` ends the requests that wait for an adapter which can't be had."""
         self._bank, self._limits, self._post, self._fail = bank, limits, post, fail
         self._lock = threading.Lock()  # of the sources
-        self._sources: dict[str, tuple[int, Source]] = {}
+        self._sources: dict[str, _Source] = {}
         self._versions = 0
-        self._resident: dict[str, int] = {}  # the version that the bank has of a source
+        self._resident: dict[str, _Source] = {}  # those that the bank has
         self._cache = _HostCache(limits.host_bytes)
         self._loads: dict[str, _Load] = {}
         self._draining: dict[str, int] = {}  # since which request
@@ -162,7 +173,7 @@ class AdapterDesk:
             if not replace and self.knows(name):
                 raise ValueError(f"there is an adapter {name!r}; give replace=True")
             self._versions += 1
-            self._sources[name] = self._versions, source
+            self._sources[name] = _Source(self._versions, source)
 
     def remove(self, name: str) -> None:
         """See `Engine.remove_adapter`."""
@@ -170,6 +181,7 @@ class AdapterDesk:
             if not self.knows(name):
                 raise KeyError(f"no adapter {shown(name)}; {named(self.names)}")
             self._sources.pop(name, None)
+            self._resident.pop(name, None)
         with contextlib.suppress(KeyError):  # it is not in a slot
             self._bank.unload(name)
 
@@ -188,16 +200,15 @@ class AdapterDesk:
 
     def take(self, name: str, arrival: int) -> Held | None:
         """The adapter for a request, if it is in a slot; else it is brought there."""
-        load = self._loads.get(name)
-        version = self._sources.get(name, (None,))[0]
+        load, source = self._loads.get(name), self._sources.get(name)
         if load is not None:
-            if load.stage is not _Stage.HELD or load.version != version:
+            if load.stage is not _Stage.HELD or load.source is not source:
                 return None
             del self._loads[name]
             return load.held
         if arrival > self._draining.get(name, arrival):
             return None
-        if version is None or self._resident.get(name) == version:
+        if source is None or self._resident.get(name) is source:
             if (held := self._hold(name)) is not None:
                 return held
             self._resident.pop(name, None)
@@ -207,8 +218,7 @@ class AdapterDesk:
     def fetch(self, name: str, arrival: int) -> None:
         """Has the adapter in a slot, and kept there, for a request that can't begin yet."""
         if name not in self._loads and (held := self.take(name, arrival)) is not None:
-            version = self._sources.get(name, (None,))[0]
-            self._loads[name] = _Load(version, _Stage.HELD, held=held)
+            self._loads[name] = _Load(self._sources.get(name), _Stage.HELD, held=held)
 
     def advance(self, wanted: Mapping[str, Waiting]) -> None:
         """Uploads what is on the host, in the order in which it was asked for."""
@@ -223,9 +233,9 @@ class AdapterDesk:
         for load in self._loads.values():
             if load.stage is _Stage.UPLOADING:
                 is_uploading = True
-                rooms[self._bucket(load)] -= 1
+                rooms[_bucket(load)] -= 1
         for name in sorted(ready, key=lambda name: wanted[name].first or 0):
-            load, bucket = ready[name], self._bucket(ready[name])
+            load, bucket = ready[name], _bucket(ready[name])
             if rooms[bucket] > 0:
                 rooms[bucket] -= 1
                 if not is_uploading:
@@ -251,7 +261,7 @@ class AdapterDesk:
         if load.stage not in (_Stage.READY, _Stage.HELD):
             return False
         is_wanted = wanted.get(name, _NOBODY).first is not None
-        return not is_wanted or load.version != self._sources.get(name, (None,))[0]
+        return not is_wanted or load.source is not self._sources.get(name)
 
     def _drop(self, name: str) -> None:
         load = self._loads.pop(name)
@@ -269,15 +279,14 @@ class AdapterDesk:
             return Held(int(batch.indices[0]), stack.pop_all())
 
     def _begin(self, name: str) -> None:
-        if name not in self._sources:
+        if (source := self._sources.get(name)) is None:
             self._fail(name, f"adapter {name!r} has left its slot, and the engine has no source")
             return
-        version, source = self._sources[name]
-        load = self._loads[name] = _Load(version)
-        if (cached := self._cache.get(name, version)) is not None:
-            load.stage, load.adapter = _Stage.READY, cached
+        load = self._loads[name] = _Load(source)
+        if (prepared := self._cache.get(source)) is not None:
+            load.stage, load.prepared = _Stage.READY, prepared
             return
-        read = functools.partial(self._read, name, source)
+        read = functools.partial(self._read, name, source.place)
         self._submit(self._readers, read, functools.partial(self._have_read, name, load))
 
     def _submit[T](
@@ -289,32 +298,31 @@ class AdapterDesk:
         """Has `work` done in the background, and `then` what came of it taken by the loop."""
         pool.submit(work).add_done_callback(lambda done: self._post(lambda: then(done)))
 
-    def _read(self, name: str, source: Source) -> Adapter:
+    def _read(self, name: str, place: Source) -> PreparedAdapter:
         limits = self._limits
-        if not isinstance(source, Adapter):
-            return self._bank.read(
+        if not isinstance(place, Adapter):
+            adapter = self._bank.read(
                 name,
-                Path(source),
+                place,
                 max_bytes=limits.max_bytes,
                 allow_links=limits.allow_links,
                 allow_nonfinite=limits.allow_nonfinite,
             )
-        self._bank.check(name, source)
-        if limits.max_bytes is not None and source.nbytes > limits.max_bytes:
-            raise ValueError(f"it has {source.nbytes} bytes; max_bytes={limits.max_bytes}")
-        for module, weights in source.modules.items():
-            arrays = (np.asarray(half, np.float32) for half in (weights.a, weights.b))
+            return self._bank.prepare(name, adapter, is_own=True)
+        if limits.max_bytes is not None and place.nbytes > limits.max_bytes:
+            raise ValueError(f"it has {place.nbytes} bytes; max_bytes={limits.max_bytes}")
+        for module, weights in place.modules.items():
+            arrays = (half.astype(np.float32, copy=False) for half in (weights.a, weights.b))
             if not (limits.allow_nonfinite or all(np.isfinite(array).all() for array in arrays)):
                 raise ValueError(f"{module} has NaN or infinite weights")
-        return source
+        return self._bank.prepare(name, place)
 
-    def _have_read(self, name: str, load: _Load, done: Future[Adapter]) -> None:
+    def _have_read(self, name: str, load: _Load, done: Future[PreparedAdapter]) -> None:
         if self._loads.get(name) is not load or self._has_failed(name, load, done):
             return
-        load.stage, load.adapter = _Stage.READY, done.result()
-        _, source = self._sources.get(name, (0, None))
-        if load.version is not None and not isinstance(source, Adapter):
-            self._cache.put(name, load.version, load.adapter)
+        load.stage, load.prepared = _Stage.READY, done.result()
+        if load.source is not None:
+            self._cache.put(load.source, load.prepared)
 
     def _upload(self, name: str, load: _Load) -> None:
         load.stage = _Stage.UPLOADING
@@ -322,8 +330,8 @@ class AdapterDesk:
         load.victim = None
 
         def work() -> Held | None:
-            assert load.adapter is not None
-            self._bank.load(name, load.adapter, replace=True)
+            assert load.prepared is not None
+            self._bank.load(name, load.prepared, replace=True)
             return self._hold(name)  # before another upload can evict it
 
         self._submit(self._uploader, work, functools.partial(self._have_uploaded, name, load))
@@ -334,8 +342,8 @@ class AdapterDesk:
             return
         if self._has_failed(name, load, done):
             return
-        assert load.version is not None
-        self._resident[name] = load.version
+        assert load.source is not None
+        self._resident[name] = load.source
         load.held = done.result()
         load.stage = _Stage.READY if load.held is None else _Stage.HELD
 
@@ -344,13 +352,9 @@ class AdapterDesk:
         if (error := done.exception()) is None:
             return False
         del self._loads[name]
-        if load.version == self._sources.get(name, (None,))[0]:
+        if load.source is self._sources.get(name):
             self._fail(name, printable(f"adapter {name!r}: {error}", 1000))
         return True
-
-    def _bucket(self, load: _Load) -> int:
-        assert load.adapter is not None
-        return rank_bucket(load.adapter.rank, buckets=tuple(self._bank.slots))
 
     def _drain(
         self, name: str, load: _Load, candidates: Iterable[str], wanted: Mapping[str, Waiting]
@@ -370,6 +374,11 @@ class AdapterDesk:
         kept = self._loads.get(load.victim)
         if kept and kept.stage is _Stage.HELD and (wanted[load.victim].first or 0) > since:
             self._drop(load.victim)
+
+
+def _bucket(load: _Load) -> int:
+    assert load.prepared is not None
+    return load.prepared.bucket
 
 
 _NOBODY = Waiting(None, None)

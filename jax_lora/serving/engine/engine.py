@@ -170,8 +170,8 @@ class Engine:
       max_waiting: requests that may wait.
 
     Raises:
-      ValueError: the shape does not fit the model, an adapter's name is malformed, or the model has
-        LoRA layers and no bank.
+      TypeError, ValueError: the shape does not fit the model, an adapter is malformed, or there are
+        adapters and no bank.
       RuntimeError: this process was forked from one that had used JAX.
     """
 

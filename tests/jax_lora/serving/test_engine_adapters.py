@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from tiny import make_adapter
 from tiny_decoder import decoder_adapter, make_model, plain_answer
 
 from jax_lora import Adapter, LoRAWeights, save_peft
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.ci
 
 SHAPE = StepShape(rows=4, max_length=64, chunk=8, lanes=(2,), block=8)
 PROMPT = [3, 1, 4, 1, 5]
+QUERIES = {"model.layers.0.self_attn.q_proj": (32, 32)}
 
 
 class Served:
@@ -203,7 +205,7 @@ def test_arrays_are_checked_as_files_are(served):
     for name, adapter, message in (
         ("nan", fill(decoder_adapter(1, 4), np.inf), "has NaN or infinite weights"),
         ("large", decoder_adapter(1, 16), "it has 59392 bytes; max_bytes=58000"),
-        ("rank", decoder_adapter(1, 20), "needs bucket 32"),
+        ("rank", make_adapter(1, 20, features=QUERIES), "rank 20 and needs bucket 32"),
     ):
         served.engine.add_adapter(name, adapter)
         with pytest.raises(RequestError, match=message):
@@ -243,3 +245,34 @@ def test_who_runs_it_sees_the_slots(served):
     bank.pin("x")
     use = bank.use()[16]
     assert (use.room, use.pinned, use.idle) == (0, ("x",), ())
+
+
+def test_names_that_share_an_adapter_share_what_is_read_of_it(served):
+    adapter = served.adapters["rank 5"]
+    right = served.right(adapter)
+    for n in range(4):
+        served.engine.add_adapter(f"x{n}", adapter)
+    read = served.engine._desk._read
+    names = []
+    served.engine._desk._read = lambda name, place: names.append(name) or read(name, place)
+    try:
+        for n in range(4):
+            assert said(served.ask(f"x{n}")) == right
+    finally:
+        del served.engine._desk._read
+    assert len(names) <= 1  # none, where another test has read it
+
+
+def test_the_host_keeps_so_many_bytes_and_no_more(served):
+    cache = served.engine._desk._cache
+    before, limit = cache._limit, 3 * served.bank.prepare("", served.adapters["rank 1"]).nbytes
+    cache._limit = limit
+    try:
+        for n in range(1, 7):
+            served.engine.add_adapter(f"y{n}", decoder_adapter(100 + n, n))
+            served.ask(f"y{n}").result(60)
+            assert cache._size <= limit
+        sizes = [prepared.nbytes for _, prepared in cache._kept.values()]
+        assert len(sizes) == 3 and sum(sizes) == cache._size
+    finally:
+        cache._limit = before
