@@ -244,6 +244,41 @@ def test_an_engine_without_adapters():
         assert len(tokens) == 5 or tokens[-1] == 0
 
 
+@pytest.mark.ci
+def test_answers_do_not_depend_on_the_shapes_of_steps():
+    """Nor does anything compile when steps of all shapes take turns."""
+    model, said = plain_model(), []
+    for options in (
+        {"lanes": (2,), "contexts": (64,), "chunk": 4, "rows": 3},
+        {"lanes": (0, 1, 3), "contexts": (16, 64), "chunk": 8, "rows": 5, "block": 4},
+    ):
+        shape = StepShape(max_length=64, **options)
+        with Engine(model, shape=shape) as engine:
+            engine.warmup()
+            with counted_compilations() as count:
+                params = SamplingParams(max_tokens=20, stop_tokens=())
+                generations = [engine.submit(prompt, params) for prompt in PROMPTS * 2]
+                said.append([generation.result(60).tokens for generation in generations])
+            assert count() == 0
+    assert said[0] == said[1]
+    assert said[0][: len(PROMPTS)] == said[0][len(PROMPTS) :]
+
+
+@pytest.mark.ci
+def test_a_callback_that_fails_ends_its_own_request(served):
+    _, _, engine = served
+
+    def fail(piece):
+        raise LookupError("gone")
+
+    beside = engine.submit([1, 2], GREEDY)
+    with pytest.raises(RequestError, match="taking a token failed: LookupError: gone"):
+        engine.submit([1, 2], GREEDY, on_piece=fail).result(60)
+    pieces = []
+    assert engine.submit([1, 2], GREEDY, on_piece=pieces.append).result(60) == beside.result(60)
+    assert tuple(piece.token for piece in pieces) == beside.result().tokens
+
+
 def test_a_full_queue_is_busy_and_a_closed_engine_says_so():
     engine = Engine(plain_model(), shape=StepShape(rows=1, max_length=32), max_waiting=2)
     engine._run = lambda: None  # nobody works
