@@ -211,7 +211,7 @@ class _Bench:
     @property
     def uploads(self) -> int:
         assert self.engine.bank is not None
-        return sum(use.loads for use in self.engine.bank.use().values())
+        return sum(use.loads for use in self.engine.bank.usage().values())
 
     def name(self, load: Workload, number: int) -> str | None:
         """The name of an adapter, whose source the engine has from now on."""

@@ -1,11 +1,10 @@
 """Reading adapters' files for a model: what does not fit it is refused before it is read."""
 
-import functools
 import os
 
 import numpy as np
 
-from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft
+from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft, peft_header
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit
 
@@ -31,7 +30,7 @@ class AdapterReader(Roster):
         """
         return load_peft(
             path,
-            check=functools.partial(self._check_header, name),
+            check=lambda header: self._check_header(name, header),
             base_weight=self._base_weight,
             max_bytes=max_bytes,
             rename=rename,
@@ -52,11 +51,20 @@ class AdapterReader(Roster):
         check_fit(name, features, self._sites)
         return self._bucket_for(name, adapter.rank)
 
-    def _check_header(self, name: str, header: AdapterHeader) -> None:
-        """Whether the model has room for an adapter, before its weights are read."""
+    def check_folder(
+        self, name: str, path: str | os.PathLike[str], *, allow_links: bool = False
+    ) -> int:
+        """What `check` says of a PEFT folder, by its config and the headers of its files alone.
+
+        Raises:
+          FileNotFoundError, ValueError: as `load`, but for what only weights can tell.
+        """
+        return self._check_header(name, peft_header(path, allow_links=allow_links))
+
+    def _check_header(self, name: str, header: AdapterHeader) -> int:
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         check_fit(name, features, self._sites)
-        self._bucket_for(name, header.rank)
+        return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
         """The model's own weight of a PEFT module, `[N, H]`."""

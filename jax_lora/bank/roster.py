@@ -7,7 +7,7 @@ from flax import nnx
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.owner import StackOwner
-from jax_lora.bank.slots import BankEvent, BucketUse, Entry, SlotTable
+from jax_lora.bank.slots import BankEvent, BucketUsage, Entry, SlotTable
 from pallas_kernels.ranks import rank_bucket
 
 # No separators, no control characters, not "." or "..": a name may end up in somebody's path.
@@ -33,11 +33,11 @@ class Roster(StackOwner):
         """Slots of each rank bucket."""
         return dict(self._slots)
 
-    def use(self) -> dict[int, BucketUse]:
+    def usage(self) -> dict[int, BucketUsage]:
         """Of each rank bucket: who is pinned, leased and idle, and how many slots are free."""
         with self._lock:
             leases = list(self._guard.leases)
-            return {bucket: self._table.use(bucket, leases) for bucket in self._slots}
+            return {bucket: self._table.usage(bucket, leases) for bucket in self._slots}
 
     def watch(self, callback: Callable[[BankEvent], None]) -> None:
         """Has `callback` told of each adapter that is loaded, evicted or unloaded from now on.

@@ -33,7 +33,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketUse:
+class BucketUsage:
     """The slots of a rank bucket, as whoever runs a bank sees them.
 
     Attributes:
@@ -117,7 +117,7 @@ class SlotTable:
         if len(self._gone) > _MAX_GONE:
             self._gone.popitem(last=False)
 
-    def use(self, bucket: int, leases: Iterable[Lease]) -> BucketUse:
+    def usage(self, bucket: int, leases: Iterable[Lease]) -> BucketUsage:
         """Who has the bucket's slots."""
         busy = _leased(leases)
         here = {name: e for name, e in self.entries.items() if e.bucket == bucket}
@@ -127,7 +127,7 @@ class SlotTable:
         pinned = tuple(name for name, entry in here.items() if entry.pinned)
         leased = tuple(name for name, entry in here.items() if (bucket, entry.slot) in busy)
         idle = tuple(name for name in here if name not in {*pinned, *leased})
-        return BucketUse(
+        return BucketUsage(
             len(slots),
             free + len(idle),
             free,

@@ -227,7 +227,7 @@ class AdapterDesk:
         ready = {n: load for n, load in self._loads.items() if load.stage is _Stage.READY}
         if not ready:
             return
-        use = self._bank.use()
+        use = self._bank.usage()
         rooms = {bucket: of_bucket.room for bucket, of_bucket in use.items()}
         is_uploading = False
         for load in self._loads.values():

@@ -1282,7 +1282,7 @@ def test_whoever_runs_a_bank_sees_what_becomes_of_adapters():
     _, bank = make_bank(slots=1, buckets=(8, 16))
     told = []
     bank.watch(told.append)
-    bank.watch(lambda event: bank.use())  # it may ask
+    bank.watch(lambda event: bank.usage())  # it may ask
     bank.load("a", make_adapter(0, 4))
     bank.load("b", make_adapter(1, 4))
     bank.load("b", make_adapter(2, 16), replace=True)
@@ -1296,7 +1296,7 @@ def test_whoever_runs_a_bank_sees_what_becomes_of_adapters():
         ("loaded", "b", 16),
         ("unloaded", "b", 16),
     ]
-    use = bank.use()
+    use = bank.usage()
     assert [(use[n].hits, use[n].loads, use[n].evictions) for n in (8, 16)] == [
         (0, 2, 1),
         (2, 1, 0),
@@ -1322,3 +1322,16 @@ def test_a_prepared_adapter_is_loaded_as_the_adapter_is():
         other.load("x", prepared)
     with pytest.raises(ValueError, match="rank 17 and needs bucket 32"):
         bank.prepare("x", make_adapter(0, 17))
+
+
+def test_a_folder_is_checked_by_its_headers_alone(tmp_path):
+    _, bank = make_bank()
+    save_peft(filled_with(np.nan, 12), tmp_path)
+    assert bank.check_folder("x", tmp_path) == 16  # weights are not read
+    assert bank.names == ()
+    save_peft(make_adapter(0, 17), tmp_path)
+    with pytest.raises(ValueError, match="adapter 'x' has rank 17 and needs bucket 32"):
+        bank.check_folder("x", tmp_path)
+    save_peft(make_adapter(0, 4, features={"side": (4, 6)}), tmp_path)
+    with pytest.raises(ValueError, match="adapts modules without LoRA in this model: side"):
+        bank.check_folder("x", tmp_path)

@@ -231,19 +231,19 @@ def test_names(served):
 
 def test_who_runs_it_sees_the_slots(served):
     bank = served.bank
-    assert bank.use()[16].free == 1
+    assert bank.usage()[16].free == 1
     bank.load("x", decoder_adapter(1, 16))
-    use = bank.use()[16]
+    use = bank.usage()[16]
     assert (use.slots, use.room, use.free, use.idle) == (1, 1, 0, ("x",))
     with bank.batch(["x"]):
-        use = bank.use()[16]
+        use = bank.usage()[16]
         assert (use.room, use.leased, use.idle) == (0, ("x",), ())
         bank.unload("x")
-        use = bank.use()[16]  # the batch has it still
+        use = bank.usage()[16]  # the batch has it still
         assert (use.room, use.free, use.leased) == (0, 0, ())
     bank.load("x", decoder_adapter(1, 16))
     bank.pin("x")
-    use = bank.use()[16]
+    use = bank.usage()[16]
     assert (use.room, use.pinned, use.idle) == (0, ("x",), ())
 
 
