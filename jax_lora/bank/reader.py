@@ -28,9 +28,13 @@ class AdapterReader(Roster):
 
         Arguments and errors are those of `load`.
         """
+
+        def check(header: AdapterHeader) -> None:
+            self._check_header(name, header)
+
         return load_peft(
             path,
-            check=lambda header: self._check_header(name, header),
+            check=check,
             base_weight=self._base_weight,
             max_bytes=max_bytes,
             rename=rename,

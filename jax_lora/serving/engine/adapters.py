@@ -220,10 +220,16 @@ class AdapterDesk:
         if name not in self._loads and (held := self.take(name, arrival)) is not None:
             self._loads[name] = _Load(self._sources.get(name), _Stage.HELD, held=held)
 
-    def advance(self, wanted: Mapping[str, Waiting]) -> None:
-        """Uploads what is on the host, in the order in which it was asked for."""
+    def drop_idle(self, wanted: Mapping[str, Waiting]) -> None:
+        """Forgets what is on its way for nobody, or of a source that was replaced or removed.
+
+        Before requests take theirs: one that was to give way may go on.
+        """
         for name in [n for n, load in self._loads.items() if self._is_idle(n, load, wanted)]:
             self._drop(name)
+
+    def advance(self, wanted: Mapping[str, Waiting]) -> None:
+        """Uploads what is on the host, in the order in which it was asked for."""
         ready = {n: load for n, load in self._loads.items() if load.stage is _Stage.READY}
         if not ready:
             return
@@ -234,7 +240,7 @@ class AdapterDesk:
             if load.stage is _Stage.UPLOADING:
                 is_uploading = True
                 rooms[_bucket(load)] -= 1
-        for name in sorted(ready, key=lambda name: wanted[name].first or 0):
+        for name in sorted(ready, key=lambda name: wanted.get(name, _NOBODY).first or 0):
             load, bucket = ready[name], _bucket(ready[name])
             if rooms[bucket] > 0:
                 rooms[bucket] -= 1
@@ -326,8 +332,6 @@ class AdapterDesk:
 
     def _upload(self, name: str, load: _Load) -> None:
         load.stage = _Stage.UPLOADING
-        self._draining.pop(load.victim or "", None)
-        load.victim = None
 
         def work() -> Held | None:
             assert load.prepared is not None
@@ -342,16 +346,21 @@ class AdapterDesk:
             return
         if self._has_failed(name, load, done):
             return
-        assert load.source is not None
-        self._resident[name] = load.source
-        load.held = done.result()
+        # Not before: in the meantime the one that gave its slot away would have taken it again.
+        self._draining.pop(load.victim or "", None)
+        load.victim, load.held = None, done.result()
         load.stage = _Stage.READY if load.held is None else _Stage.HELD
+        if load.source is not None and load.source is self._sources.get(name):
+            self._resident[name] = load.source
+        elif name not in self._sources:  # it was removed meanwhile
+            with contextlib.suppress(KeyError):
+                self._bank.unload(name)
 
     def _has_failed[T](self, name: str, load: _Load, done: Future[T]) -> bool:
         """Ends the requests for an adapter that could not be had, unless it was replaced since."""
         if (error := done.exception()) is None:
             return False
-        del self._loads[name]
+        self._drop(name)
         if load.source is self._sources.get(name):
             self._fail(name, printable(f"adapter {name!r}: {error}", 1000))
         return True
@@ -370,7 +379,7 @@ class AdapterDesk:
         load.victim = min(ends, key=lambda other: (ends[other], other), default=None)
         if load.victim is None:
             return
-        since = self._draining[load.victim] = wanted[name].first or 0
+        since = self._draining[load.victim] = wanted.get(name, _NOBODY).first or 0
         kept = self._loads.get(load.victim)
         if kept and kept.stage is _Stage.HELD and (wanted[load.victim].first or 0) > since:
             self._drop(load.victim)

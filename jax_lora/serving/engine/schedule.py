@@ -80,6 +80,8 @@ class Scheduler:
 
     def admit(self) -> None:
         """Begins what can begin, and has adapters brought for the others."""
+        if self._desk is not None and self._desk.has_loads:
+            self._desk.drop_idle(self._wanted())
         heads = [(queue[0].arrival, name) for name, queue in self._waiting.items()]
         heapq.heapify(heads)
         is_full, num_fetched = False, 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -85,8 +86,19 @@ def test_more_adapters_than_slots_take_turns(served):
     assert len({tuple(tokens) for tokens in right.values()}) > 8
 
 
-def test_nobody_starves(served):
-    """Requests for one adapter come without end; another one gets the slot nevertheless."""
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_nobody_starves(served, monkeypatch, seconds):
+    """Requests for one adapter come without end; another one gets the slot nevertheless.
+
+    Also where uploads take so long that the first one could take its slot back.
+    """
+    load = served.bank.load
+
+    def slow_load(*args, **options):
+        time.sleep(seconds)
+        load(*args, **options)
+
+    monkeypatch.setattr(served.bank, "load", slow_load)
     for name in ("rank 9", "rank 10"):
         served.engine.add_adapter(name, served.adapters[name])
     for _ in range(2):
@@ -101,13 +113,63 @@ def test_nobody_starves(served):
 
     for _ in range(6):
         go_on()
-    before = len(running)
-    served.ask("rank 10").result(60)
+    for _ in range(3):
+        before = len(running)
+        served.ask("rank 10").result(60)
+        # Those that came before run to their end, and then it is the other one's turn.
+        assert len(running) - before < 20
     stop.set()
-    # Those that came before run to their end, and no more than one batch of those after.
-    assert len(running) - before < 40
     for generation in running:
         generation.result(60)
+
+
+def test_an_adapter_that_fails_gives_back_the_turn_that_it_waited_for(served, monkeypatch):
+    """The one whose requests were to end for it goes on."""
+    for name in ("rank 9", "rank 10"):
+        served.engine.add_adapter(name, served.adapters[name])
+    served.ask("rank 9").result(60)
+    load = served.bank.load
+
+    def failing_load(name, *args, **options):
+        if name == "rank 10":
+            raise RuntimeError("the device failed")
+        load(name, *args, **options)
+
+    monkeypatch.setattr(served.bank, "load", failing_load)
+    before = [served.ask("rank 9", max_tokens=20) for _ in range(3)]
+    bad = served.ask("rank 10")
+    after = [served.ask("rank 9", max_tokens=20) for _ in range(3)]
+    with pytest.raises(RequestError, match="adapter 'rank 10': the device failed"):
+        bad.result(60)
+    for generation in before + after:
+        assert len(generation.result(60).tokens) == 20
+    assert not served.engine._desk._draining
+
+
+def test_an_adapter_that_nobody_wants_any_more_gives_back_the_turn_too(served):
+    for name in ("rank 9", "rank 10"):
+        served.engine.add_adapter(name, served.adapters[name])
+    served.ask("rank 9").result(60)
+    running = served.ask("rank 9", max_tokens=40)
+    given_up = served.ask("rank 10")
+    after = served.ask("rank 9", max_tokens=5)
+    given_up.cancel()
+    assert given_up.result(60).tokens == ()
+    assert len(after.result(60).tokens) == 5 and len(running.result(60).tokens) == 40
+
+
+def test_an_adapter_that_is_removed_while_it_is_loaded_is_gone(served, monkeypatch):
+    served.engine.add_adapter("x", served.adapters["rank 1"])
+    load = served.bank.load
+
+    def load_and_remove(*args, **options):
+        served.engine.remove_adapter("x")
+        load(*args, **options)
+
+    monkeypatch.setattr(served.bank, "load", load_and_remove)
+    with pytest.raises(RequestError, match="adapter 'x' has left its slot, and the engine has no"):
+        served.ask("x").result(60)
+    assert served.engine.adapters == () and "x" not in served.bank.names
 
 
 def test_an_adapter_waits_for_pins_and_others_go_on(served):
