@@ -29,10 +29,10 @@ from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu.decode import (
     DecodePart,
+    Seating,
     decode_config,
     decode_kernel,
     plan,
-    seating,
 )
 
 Shape = jax.ShapeDtypeStruct
@@ -148,7 +148,7 @@ def _ranges(
         if sizes is None:
             raise NotImplementedError(f"the decode kernel does not take {name}")
         given = tuple(Shape(y.shape, y.dtype) for y in ys) if delta else ys
-        return decode_kernel(given, x, seating(ids, sizes) if seated else ids, parts, sizes)
+        return decode_kernel(given, x, Seating.of(sizes).seat(ids) if seated else ids, parts, sizes)
 
     stacks = [
         [(Shape((4, r, features), dtype), Shape((4, w, r), dtype)) for w in widths] for r in ranks

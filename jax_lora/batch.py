@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
@@ -292,6 +292,11 @@ class AdapterBatch:
         batch.__dict__.update(self.__dict__)
         batch._segments = [(None, (lead, sharding, jax.tree.structure(self)), segments)]
         return batch
+
+    def with_tables(self, lead: tuple[int, ...], turn: Callable[[], object]) -> "AdapterBatch":
+        """What `sorted_for(lead)` returned, also with the tables that kernels ask for in `turn` of
+        the loop (`Segments.with_tables`)."""
+        return self.with_segments(lead, self.segments(lead).with_tables(turn))
 
     def segments(self, lead: tuple[int, ...], sharding: NamedSharding | None = None) -> Segments:
         """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.

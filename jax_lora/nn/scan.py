@@ -1,6 +1,6 @@
 """`scan_layers`: like layers, stacked in one module, compiled once and run one after the other."""
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -51,10 +51,10 @@ def scan_layers[M: nnx.Module, C, X, Y](
     """
     graphdef, *(places, state) = nnx.split(layers, InPlace, ...)
     _check_axis(state)
-    outer, batch = _lora_layers(layers), _sorted_before(current(), carry)
+    outer = _lora_layers(layers)
 
     def turn(
-        before: tuple[Array, C], given: tuple[nnx.State, X | None]
+        batch: AdapterBatch | None, before: tuple[Array, C], given: tuple[nnx.State, X | None]
     ) -> tuple[tuple[Array, C], Y]:
         (number, carry), (own, x) = before, given
         layer = nnx.merge(graphdef, places, own)
@@ -63,8 +63,14 @@ def scan_layers[M: nnx.Module, C, X, Y](
             carry, y = body(layer, carry, x)
         return (number + 1, carry), y
 
+    def first_turn(batch: AdapterBatch) -> object:
+        first = jax.tree.map(lambda array: array[0], (state, xs))
+        return turn(batch, (jnp.int32(0), carry), first)
+
+    batch = _prepared(current(), carry, first_turn)
     # The number is carried: XLA takes the loop's own for it, where it would slice a range of them.
-    (_, last), ys = jax.lax.scan(turn, (jnp.int32(0), carry), (state, xs))
+    start = jnp.int32(0), carry
+    (_, last), ys = jax.lax.scan(functools.partial(turn, batch), start, (state, xs))
     return last, ys
 
 
@@ -111,9 +117,18 @@ def _of_all_layers(
     return [InPlace(jax.lax.stop_gradient(variable.get_value())) for variable in variables]
 
 
-def _sorted_before(batch: AdapterBatch | None, carry: object) -> AdapterBatch | None:
+def _prepared(
+    batch: AdapterBatch | None, carry: object, first_turn: Callable[[AdapterBatch], object]
+) -> AdapterBatch | None:
+    """The batch with its tokens sorted, and with the tables that kernels read of them."""
     arrays = jax.tree.leaves(carry)
-    if batch is not None and arrays and jnp.ndim(arrays[0]) > 1:
-        with contextlib.suppress(ValueError):  # it is no x of the batch; a layer may have another
-            return batch.sorted_for(jnp.shape(arrays[0])[:-1], tokens_of(arrays[0]))
+    if batch is None or not arrays or jnp.ndim(arrays[0]) < 2:
+        return batch
+    lead, tokens = jnp.shape(arrays[0])[:-1], tokens_of(arrays[0])
+    try:
+        batch = batch.sorted_for(lead, tokens)
+    except ValueError:  # it is no x of the batch; a layer may have another
+        return batch
+    if tokens is None:  # shards of tokens would each need tables of their own
+        batch = batch.with_tables(lead, functools.partial(first_turn, batch))
     return batch

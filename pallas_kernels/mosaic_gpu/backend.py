@@ -32,10 +32,10 @@ from pallas_kernels.mosaic_gpu.decode import (
     MAX_UNSEATED_TOKENS,
     DecodePart,
     Plan,
+    Seating,
     decode_config,
     decode_kernel,
     plan,
-    seating,
 )
 from pallas_kernels.mosaic_gpu.layouts import cuts, interpreted, pad_rows, pad_to
 from pallas_kernels.mosaic_gpu.prefill import (
@@ -45,7 +45,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import order
+from pallas_kernels.mosaic_gpu.prefill.route import may_sort, order
 from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
     Segments,
@@ -107,8 +107,8 @@ def shrink(
         return new
     segments = local_segments(token_ids, SlotRange(0, num_adapters))
     config = call.config or _prefill_config(x, lora_a.shape, features)
-    by_tiles = _Shrink(lora_a, segments, scale, 0, config)
-    [new] = _shrink_parts(x, [by_tiles], operands=False)
+    by_tiles = _Shrink(lora_a, SlotRange(0, num_adapters), scale, 0, config)
+    [new] = _shrink_parts(x, [by_tiles], segments, operands=False)
     return new if v is None else xla.add_rows(v, new, segments)
 
 
@@ -123,8 +123,9 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
         return new
     config = call.config or default_config(v.shape[0], MAX_FEATURES, width, rank, num_adapters)
     segments = local_segments(token_ids, SlotRange(0, num_adapters))
-    two = ExpandPart(_operand(v, lora_b.dtype), lora_b, segments, call.y_offset, config)
-    return expand_kernel(y, (two,), add_inputs=call.add_inputs)
+    slots = SlotRange(0, num_adapters)
+    two = ExpandPart(_operand(v, lora_b.dtype), lora_b, slots, call.y_offset, config)
+    return expand_kernel(y, (two,), segments, add_inputs=call.add_inputs)
 
 
 def add_lora(
@@ -226,8 +227,11 @@ def _one_launch(
     sizes = _plan(ys, x, parts, call, add_inputs=add_inputs, seated=seated, id_words=words.ndim)
     if sizes is None:
         return None
-    # Sorted once, tokens serve all layers of a step: so XLA seats them once for all.
-    return _Launch(seating(words, sizes) if seated else words, parts, sizes, decode.layer)
+    if isinstance(token_ids, Segments):  # they serve all layers of a step, which share the table
+        [words] = token_ids.table(Seating.of(sizes))
+    elif seated:
+        words = Seating.of(sizes).seat(words)
+    return _Launch(words, parts, sizes, decode.layer)
 
 
 def _plan(
@@ -305,18 +309,19 @@ def _two_launches(
     y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
-    tokens = order(_segments_of_all(parts, token_ids))
+    segments = _segments_of_all(parts, token_ids)
+    sorts = may_sort(segments.num_tokens)
     placed, shrinks = [_placed(part) for part in parts], []
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
-        segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
+        slots = SlotRange(part.first_slot, part.slots)
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
-        shrinks.append(_Shrink(a, segments, scales, first_scale, own, first))
-    vs = _shrink_parts(x, shrinks, operands=True, tokens=tokens)
+        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first))
+    vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts)
     expands = tuple(
-        ExpandPart(v, p.b, s.segments, part.y_offset, s.config, part.first_slot, s.first)
+        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first)
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
-    return expand_kernel(y, expands, add_inputs=True, tokens=tokens)
+    return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
 
 
 def _segments_of_all(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> Segments:
@@ -362,7 +367,7 @@ class _Shrink(NamedTuple):
     """One stack of a shrink by tiles."""
 
     lora_a: Float[Array, "L R H"]
-    segments: Segments
+    slots: SlotRange
     scales: Float[Array, "*S"]
     first_scale: int
     config: Config
@@ -370,11 +375,11 @@ class _Shrink(NamedTuple):
 
 
 def _shrink_parts(
-    x: Array, parts: list[_Shrink], *, operands: bool, tokens: Int[Array, " T"] | None = None
+    x: Array, parts: list[_Shrink], segments: Segments, *, operands: bool, sorts: bool = False
 ) -> list[Array]:
     """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
-    it, undefined in rows of -1. Rows are in the order of `tokens`, or, where that is None, of x."""
-    num_tokens, twin = x.shape[0], interpreted()
+    it, undefined in rows of -1. Rows are in `Order` if `sorts`, else in that of x."""
+    twin, tokens = interpreted(), order(segments, sorts)
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
         which = [i for i, part in enumerate(parts) if part.lora_a.dtype == dtype]
@@ -385,7 +390,7 @@ def _shrink_parts(
             ShrinkPart(
                 pad_to(part.lora_a, 2, 16),
                 part.scales.reshape(-1),
-                part.segments,
+                part.slots,
                 dtype if direct else jnp.dtype(jnp.float32),
                 part.config,
                 part.first_scale,
@@ -394,10 +399,10 @@ def _shrink_parts(
             for part in (parts[i] for i in which)
         )
         padded = pad_to(pad_rows(planes, 1), 2, 16)
-        out = shrink_kernel(padded, kernel_parts, num_tokens, zero_rows=not operands, tokens=tokens)
+        out = shrink_kernel(padded, kernel_parts, segments, zero_rows=not operands, sorts=sorts)
         for i, v in zip(which, out):
             if twin:
-                used = parts[i].segments.indices[:, None] >= 0
+                used = parts[i].slots.holds(segments.indices)[:, None]
                 v = jnp.where(used, functools.reduce(jnp.add, list(v)), 0.0)
             if factor is not None:
                 v = v * (factor if tokens is None else factor[tokens])[:, None]

@@ -10,4 +10,4 @@ from pallas_kernels.mosaic_gpu.decode.kernel import decode_kernel as decode_kern
 from pallas_kernels.mosaic_gpu.decode.plan import DecodePart as DecodePart
 from pallas_kernels.mosaic_gpu.decode.plan import Plan as Plan
 from pallas_kernels.mosaic_gpu.decode.plan import plan as plan
-from pallas_kernels.mosaic_gpu.decode.seating import seating as seating
+from pallas_kernels.mosaic_gpu.decode.seating import Seating as Seating

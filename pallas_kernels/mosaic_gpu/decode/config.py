@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels.mosaic_gpu.config import Config
 
-# The most tokens of a launch; XLA seats them (`seating`) where there are more than 256.
+# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 256.
 MAX_DECODE_TOKENS = 1024
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
 MAX_UNSEATED_TOKENS = 256

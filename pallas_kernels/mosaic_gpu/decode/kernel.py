@@ -163,7 +163,7 @@ def decode_kernel(
         arrays then hold what the parts add, undefined in elements that no part adds to.
       x: `[T, H]`, in the dtype of A; or v, of parts without A.
       ids: `[T]`; `[T, 2]`, words of 64-bit ids, the low one first; or, of a seated plan, the table
-        of `seating`.
+        of `Seating`.
       parts: those that the plan was made of.
       plan: by `plan`.
       layer: whose stacks to read, where the parts have those of several layers. An operand, so that

@@ -130,7 +130,7 @@ def plan(
       config: of `decode_config`, or the caller's.
       add_inputs: parts add to what is in the ys; else the first one of a token's columns
         overwrites it.
-      seated: instead of ids there is the table of `seating`.
+      seated: instead of ids there is the table of `Seating`.
       id_words: words of an id, if not seated: 2 for 64 bits.
     """
     case = _case(ys, x, parts, add_inputs)

@@ -10,6 +10,7 @@ columns of y a cluster has, where several have the same tokens. Tokens with many
 first.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from jaxtyping import Int as Ints
 
 from pallas_kernels.mosaic_gpu.decode.lane import Lane, Seated
 from pallas_kernels.mosaic_gpu.decode.plan import Plan
-from pallas_kernels.mosaic_gpu.decode.work import TOKENS
+from pallas_kernels.mosaic_gpu.decode.work import TOKENS, Range
 from pallas_kernels.mosaic_gpu.lanes.values import Flag, Int, Machine, Ref
+from pallas_kernels.routing import Segments
 
 
 class Found(NamedTuple):
@@ -40,40 +42,58 @@ class Found(NamedTuple):
     seat: Callable[[], Seated]
 
 
-def seating(ids: Ints[Array, " T"] | Ints[Array, "T 2"], plan: Plan) -> Ints[Array, "clusters 10"]:
+@dataclasses.dataclass(frozen=True)
+class Seating:
     """The table of a seated plan: who sits in each cluster. XLA makes it, once for all layers whose
     plans have the same ranges and clusters.
 
-    A row is a cluster's tokens, up to eight, then -1s; their id, -1 for a cluster without tokens;
-    and the cluster's number among those that deal these tokens' columns of y. Tokens whose id is in
-    no range have no seat. Those with many clusters come first, as they take longest.
+    Attributes:
+      clusters: of the launch.
+      shares: each range, and how many clusters deal the columns of its tokens.
     """
-    clusters = plan.work.grid[0]
-    if ids.ndim == 2:
-        ids = jnp.where(ids[:, 1] == 0, ids[:, 0], -1)
-    shares = jnp.zeros(ids.shape[0], jnp.int32)  # clusters that deal a token's columns
-    for one in plan.ranges:
-        is_in = (ids >= one.first) & (ids < one.stop)
-        shares = jnp.where(is_in, plan.work.dealt(one), shares)
-    ids = jnp.where(shares > 0, ids, -1)
-    token = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
-    is_before = token < token.T
-    number = jnp.sum((ids[None] == ids[:, None]) & is_before, axis=1, dtype=jnp.int32)
-    leads = (ids >= 0) & (number % TOKENS == 0)
-    ids, number, leads, shares = (z[None] for z in (ids, number, leads, shares))
-    is_ahead = (shares > shares.T) | ((shares == shares.T) & is_before)
-    start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)[None]
-    column = jnp.arange(clusters, dtype=jnp.int32)[:, None] - start
-    is_leader = leads & (column >= 0) & (column < shares)
 
-    def of_leader(values: Array, none: int) -> Array:
-        return jnp.max(jnp.where(is_leader, values, none), axis=1, keepdims=True)
+    clusters: int
+    shares: tuple[tuple[Range, int], ...]
 
-    adapter = of_leader(ids, -1)
-    seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[None, :, None]
-    is_mine = ((ids >= 0) & (ids == adapter))[:, None, :] & (number[None] == seat)
-    tokens = jnp.max(jnp.where(is_mine, token[None], -1), axis=2)
-    return jnp.concatenate([tokens, adapter, of_leader(column, 0)], axis=1)
+    @classmethod
+    def of(cls, plan: Plan) -> "Seating":
+        work = plan.work
+        return cls(work.grid[0], tuple((one, work.dealt(one)) for one in work.ranges))
+
+    def make(self, segments: Segments) -> tuple[Array]:
+        return (self.seat(segments.indices),)
+
+    def seat(self, ids: Ints[Array, " T"] | Ints[Array, "T 2"]) -> Ints[Array, "clusters 10"]:
+        """A row is a cluster's tokens, up to eight, then -1s; their id, -1 for a cluster without
+        tokens; and the cluster's number among those that deal these tokens' columns of y. Tokens
+        whose id is in no range have no seat. Those with many clusters come first, as they take
+        longest.
+        """
+        if ids.ndim == 2:
+            ids = jnp.where(ids[:, 1] == 0, ids[:, 0], -1)
+        shares = jnp.zeros(ids.shape[0], jnp.int32)  # clusters that deal a token's columns
+        for one, share in self.shares:
+            is_in = (ids >= one.first) & (ids < one.stop)
+            shares = jnp.where(is_in, share, shares)
+        ids = jnp.where(shares > 0, ids, -1)
+        token = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
+        is_before = token < token.T
+        number = jnp.sum((ids[None] == ids[:, None]) & is_before, axis=1, dtype=jnp.int32)
+        leads = (ids >= 0) & (number % TOKENS == 0)
+        ids, number, leads, shares = (z[None] for z in (ids, number, leads, shares))
+        is_ahead = (shares > shares.T) | ((shares == shares.T) & is_before)
+        start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)[None]
+        column = jnp.arange(self.clusters, dtype=jnp.int32)[:, None] - start
+        is_leader = leads & (column >= 0) & (column < shares)
+
+        def of_leader(values: Array, none: int) -> Array:
+            return jnp.max(jnp.where(is_leader, values, none), axis=1, keepdims=True)
+
+        adapter = of_leader(ids, -1)
+        seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[None, :, None]
+        is_mine = ((ids >= 0) & (ids == adapter))[:, None, :] & (number[None] == seat)
+        tokens = jnp.max(jnp.where(is_mine, token[None], -1), axis=2)
+        return jnp.concatenate([tokens, adapter, of_leader(column, 0)], axis=1)
 
 
 def find(lane: Lane, cluster: Int, column_block: Int, ids: Ref) -> Found:

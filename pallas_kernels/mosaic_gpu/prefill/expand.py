@@ -45,11 +45,13 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
+    Routes,
+    RouteSize,
+    moved,
     route_size,
-    routes,
     row_mask,
 )
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Segments, SlotRange
 
 # Stages of y's ring: one is being stored, one added to, and one loaded.
 _Y_STAGES = 3
@@ -66,29 +68,28 @@ class ExpandPart(NamedTuple):
     Attributes:
       v: `[rows, max(R, 16)]` in B's dtype, `operand_rows` of them.
       lora_b: `[L, N, R]`.
-      segments: the tokens' adapters, -1 or in `[0, L)`.
+      slots: those of its adapters: a token of id i has adapter `i - slots.first`. A token has an
+        adapter of one range at most.
       y_offset: first column of y that the part adds to (static).
       config: how to cut the work.
-      first_slot: names the range of slots that the part's adapters are (static). A token has an
-        adapter of one range at most; parts of one range have the same `segments`.
       first: where its adapters start in `lora_b`, if that is of several layers.
     """
 
     v: Float[Array, "rows K"]
     lora_b: Float[Array, "L N R"]
-    segments: Segments
+    slots: SlotRange
     y_offset: int
     config: Config
-    first_slot: int = 0
     first: Int[Array, ""] | None = None
 
 
 def expand_kernel(
     y: Float[Array, "T Ny"],
     parts: tuple[ExpandPart, ...],
+    segments: Segments,
     *,
     add_inputs: bool,
-    tokens: Int[Array, " T"] | None = None,
+    sorts: bool = False,
 ) -> Float[Array, "T Ny"]:
     """y' in place where XLA can: y plus the float32 sum of the parts' products, rounded once.
 
@@ -97,9 +98,9 @@ def expand_kernel(
     doesn't hold all parts of a range that share columns, it takes several sweeps for them, and
     rounds after each.
 
-    Rows of v are in the order of `tokens`, or, where that is None, of y.
+    Rows of v are in `Order` if `sorts`, else in that of y.
     """
-    plan = _plan(y, parts, add_inputs, tokens is not None)
+    plan = _plan(y, parts, add_inputs, sorts)
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
     kernel = plgpu.kernel(
         functools.partial(_block_body, plan),
@@ -118,11 +119,10 @@ def expand_kernel(
         grid_names=("tile", "block"),
         kernel_name=f"lora_expand_{ranks}",
     )
-    operands = (
-        array
-        for p in parts
-        for array in (p.v, p.lora_b, routes(p.segments, plan.rows, tokens, p.first))
-    )
+    operands: list[Array] = []
+    for part in parts:
+        [table] = segments.table(Routes(part.slots, plan.rows, sorts))
+        operands += part.v, part.lora_b, moved(table, plan.rows, part.first)
     [y] = in_place(kernel, (y,), *operands)
     return y
 
@@ -194,7 +194,10 @@ class _Plan:
     # another arrives itself for each that it lacks.
 
     def copies_of_routes(self, cut: Cut) -> int:
-        return sum(route_size(self.parts[i].segments, self.rows).copies for i in cut.parts)
+        return sum(self.route_size(i).copies for i in cut.parts)
+
+    def route_size(self, part: int) -> RouteSize:
+        return route_size(self.parts[part].slots.slots, self.rows)
 
     @property
     def route_arrivals(self) -> int:
@@ -262,7 +265,7 @@ def _sweeps(
     """Range after range, its parts in as few sweeps as shared memory lets them."""
     ranges: dict[int, list[int]] = {}
     for i in of_cut:
-        ranges.setdefault(parts[i].first_slot, []).append(i)
+        ranges.setdefault(parts[i].slots.first, []).append(i)
     least = _with(parts, expand_stages=1)
     sweeps: list[_Sweep] = []
     for mine in ranges.values():
@@ -324,7 +327,7 @@ def _nbytes(
     memory = [
         ref for i in sweep for ref in _part_memory(parts[i], rows, block_n) if ref is not None
     ]
-    memory += [route_size(part.segments, rows).memory for part in parts]
+    memory += [route_size(part.slots.slots, rows).memory for part in parts]
     return shared_bytes(memory) + rows * block_n * y_bytes
 
 
@@ -453,7 +456,7 @@ def _run_block(block: _Block) -> None:
             )
             for _, size in plan.y_bands(block.width)
         ],
-        *(route_size(plan.parts[i].segments, plan.rows).memory for i in cut.parts),
+        *(plan.route_size(i).memory for i in cut.parts),
     )
 
 

@@ -1,14 +1,14 @@
 """The route of a block's tokens: which they are, which adapter each has, and which distinct ones
 there are.
 
-XLA makes tables with one row of int32 words per route, once for all layers of a step as it merges
-equal computations. A block copies its row to shared memory before it does anything else:
+XLA makes tables with one row of int32 words per route, once for all layers of a step
+(`Segments.table`). A block copies its row to shared memory before it does anything else:
 
     word      0 ..               rows ..   2 rows          2 rows + _HEAD ...
               adapters of rows   tokens    six numbers     distinct adapters, then -1
 
-The expand has a route for each tile (`routes`), the shrink for each round of a tile, which has only
-a few of the tile's adapters (`rounds`). Tokens are taken as they come, or, where their adapters
+The expand has a route for each tile (`Routes`), the shrink for each round of a tile, which has only
+a few of the tile's adapters (`Rounds`). Tokens are taken as they come, or, where their adapters
 change often, sorted by adapter: `order`.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.mosaic_gpu.chip import TILE
 from pallas_kernels.mosaic_gpu.layouts import ROWS, Memory, Ref, interpreted, pad_to
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Segments, SlotRange, local_segments
 
 # -1s behind a route's adapters: a kernel reads all places of a round, also where fewer are
 # left, and asks for those of later rounds ahead of time.
@@ -43,20 +43,26 @@ def may_sort(num_tokens: int) -> bool:
     return num_tokens > TILE and not interpreted()
 
 
-def order(segments: Segments) -> Int[Array, " T"] | None:
-    """The tokens in the order in which tiles take them; None for as they come.
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The tokens in the order in which tiles take them.
 
     Runs of one adapter stay where they are: TMA copies whole tiles of them. Where there are many
     more runs than adapters, tiles of sorted tokens have far fewer adapters each, and copy rows one
     by one. No row's bits depend on the order.
     """
-    num_tokens, ids = segments.num_tokens, segments.indices
-    if not may_sort(num_tokens):
-        return None
-    runs = 1 + jnp.sum(ids[1:] != ids[:-1], dtype=jnp.int32)
-    groups = jnp.sum(segments.group_adapters >= 0, dtype=jnp.int32)
-    is_mixed = runs > 2 * groups + -(-num_tokens // TILE)
-    return jnp.where(is_mixed, segments.rows, jnp.arange(num_tokens, dtype=jnp.int32))
+
+    def make(self, segments: Segments) -> tuple[Int[Array, " T"]]:
+        num_tokens, ids = segments.num_tokens, segments.indices
+        runs = 1 + jnp.sum(ids[1:] != ids[:-1], dtype=jnp.int32)
+        groups = jnp.sum(segments.group_adapters >= 0, dtype=jnp.int32)
+        is_mixed = runs > 2 * groups + -(-num_tokens // TILE)
+        return (jnp.where(is_mixed, segments.rows, jnp.arange(num_tokens, dtype=jnp.int32)),)
+
+
+def order(segments: Segments, sorts: bool) -> Int[Array, " T"] | None:
+    """`Order`, if `sorts`; None for as tokens come."""
+    return segments.table(Order())[0] if sorts else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +88,34 @@ class RouteSize:
         return -(-self.words // _COPIED)
 
 
-def route_size(segments: Segments, rows: int) -> RouteSize:
-    """The size of `routes`."""
-    return RouteSize(rows, min(rows, segments.num_tokens, segments.num_adapters) + _LOOK_AHEAD)
+def route_size(slots: int, rows: int) -> RouteSize:
+    """The size of `Routes`."""
+    return RouteSize(rows, min(rows, slots) + _LOOK_AHEAD)
 
 
-def routes(
-    segments: Segments,
-    rows: int = TILE,
-    tokens: Int[Array, " T"] | None = None,
-    first_adapter: Int[Array, ""] | None = None,
-) -> Int[Array, "tiles W"]:
-    """The table of tiles' routes: a row for every `rows` tokens, in the order of `tokens`.
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """The table of tiles' routes.
 
-    `first_adapter` is where adapter 0 stands in the stacks, if they are those of several layers.
+    Attributes:
+      slots: those of the adapters; ids count from the first one.
+      rows: tokens of a tile.
+      sorts: whether tiles take tokens in `Order`.
     """
+
+    slots: SlotRange
+    rows: int
+    sorts: bool
+
+    def make(self, segments: Segments) -> tuple[Int[Array, "tiles W"]]:
+        local = local_segments(segments, self.slots)
+        return (_routes(local, self.rows, order(segments, self.sorts)),)
+
+
+def _routes(
+    segments: Segments, rows: int, tokens: Int[Array, " T"] | None
+) -> Int[Array, "tiles W"]:
+    """A row for every `rows` tokens, in the order of `tokens`."""
     places = jnp.arange(-(-segments.num_tokens // rows) * rows, dtype=jnp.int32)
     ids = segments.indices
     if tokens is None:
@@ -121,68 +140,84 @@ def routes(
     tile = jnp.arange(ids.shape[0], dtype=jnp.int32)
     zeros = jnp.zeros_like(tile)
     head = jnp.stack([count, is_scattered, tile, zeros, zeros, zeros], axis=1)
-    pad = route_size(segments, rows).words - (2 * rows + _HEAD + distinct.shape[1])
-    ids, distinct = _moved(ids, first_adapter), _moved(distinct, first_adapter)
+    pad = route_size(segments.num_adapters, rows).words - (2 * rows + _HEAD + distinct.shape[1])
     tail = jnp.full((ids.shape[0], pad), -1, jnp.int32)
     return jnp.concatenate([ids, tokens, head, distinct, tail], axis=1)
 
 
-def _moved(
-    adapters: Int[Array, "blocks _"], first: Int[Array, ""] | None
-) -> Int[Array, "blocks _"]:
-    """Adapters by their places in stacks of several layers. The last step, so that XLA makes the
-    rest of a table once for all layers of a loop."""
-    return adapters if first is None else jnp.where(adapters < 0, -1, adapters + first)
+def moved(
+    table: Int[Array, "routes W"], rows: int, first: Int[Array, ""] | None
+) -> Int[Array, "routes W"]:
+    """A table whose adapters stand in stacks of several layers, from `first` on, if not None."""
+    if first is None:
+        return table
+    word = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
+    is_adapter = ((word < rows) | (word >= 2 * rows + _HEAD)) & (table >= 0)
+    return jnp.where(is_adapter, table + first, table)
 
 
-class Rounds(NamedTuple):
+class PartRounds(NamedTuple):
     """What decides the rounds of a part of the shrink.
 
     Attributes:
-      segments: the tokens' adapters.
+      slots: those of its adapters.
       stack: adapters of a round.
       blocks: blocks that take a round, for different ranks.
-      first_adapter: as of `routes`.
     """
 
-    segments: Segments
+    slots: SlotRange
     stack: int
     blocks: int
-    first_adapter: Int[Array, ""] | None = None
 
     def size(self, rows: int) -> RouteSize:
         """The size of a round's route."""
         return RouteSize(rows, self.stack)
 
-    def most(self, rows: int, tokens: Int[Array, " T"] | None) -> int:
+    def most(self, num_tokens: int, rows: int, sorts: bool) -> int:
         """How many rounds there are at most, whatever the adapters of the tokens are."""
-        num_tokens, slots = self.segments.num_tokens, self.segments.num_adapters
-        tiles = -(-num_tokens // rows)
+        slots, tiles = self.slots.slots, -(-num_tokens // rows)
         pairs = min(num_tokens, tiles * slots)  # of a tile and an adapter that it has
-        if tokens is not None:  # as `order` cuts them
+        if sorts:  # as `Order` cuts them
             pairs = min(pairs, 2 * min(num_tokens, slots) + tiles + -(-num_tokens // TILE))
         return tiles + pairs // self.stack
 
 
-def rounds(
-    parts: tuple[Rounds, ...], rows: int, tokens: Int[Array, " T"] | None, *, every_tile: bool
-) -> list[Int[Array, "rounds W"]]:
-    """The tables of rounds, part by part. With `every_tile` a tile has one round at least.
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """The tables of rounds, part by part.
 
     Items are what blocks take: a round for some of the ranks. They count through all parts.
+
+    Attributes:
+      parts: of a shrink.
+      rows: tokens of a tile.
+      sorts: whether tiles take tokens in `Order`.
+      every_tile: a tile has one round at least.
     """
+
+    parts: tuple[PartRounds, ...]
+    rows: int
+    sorts: bool
+    every_tile: bool
+
+    def make(self, segments: Segments) -> tuple[Int[Array, "rounds W"], ...]:
+        return _rounds(self, segments)
+
+
+def _rounds(wanted: Rounds, segments: Segments) -> tuple[Int[Array, "rounds W"], ...]:
+    rows, tokens = wanted.rows, order(segments, wanted.sorts)
     tables, first_item = [], jnp.zeros((), jnp.int32)
-    for part in parts:
-        table = routes(part.segments, rows, tokens)
+    for part in wanted.parts:
+        table = _routes(local_segments(segments, part.slots), rows, tokens)
         count = table[:, 2 * rows]
         per_tile = -(-count // part.stack)
-        if every_tile:
+        if wanted.every_tile:
             per_tile = jnp.maximum(per_tile, 1)
         tile = jnp.arange(table.shape[0], dtype=jnp.int32)
         before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
         starts = jnp.sum(before, axis=1, dtype=jnp.int32)
         total = jnp.sum(per_tile, dtype=jnp.int32)
-        n = jnp.arange(part.most(rows, tokens), dtype=jnp.int32)
+        n = jnp.arange(part.most(segments.num_tokens, rows, wanted.sorts), dtype=jnp.int32)
         tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
         nth = n - starts[tile]
         first = nth[:, None] * part.stack + jnp.arange(part.stack, dtype=jnp.int32)
@@ -197,11 +232,10 @@ def rounds(
         ]  # fmt: skip
         pad = part.size(rows).words - (2 * rows + _HEAD + part.stack)
         tail = jnp.full((n.size, pad), -1, jnp.int32)
-        ids, adapters = (_moved(z, part.first_adapter) for z in (table[tile, :rows], adapters))
-        columns = [ids, table[tile, rows : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
+        columns = [table[tile, : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
         tables.append(jnp.concatenate(columns, axis=1))
         first_item += items
-    return tables
+    return tuple(tables)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,13 +44,14 @@ from pallas_kernels.mosaic_gpu.layouts import (
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.config import SPLIT_UNIT, rank_width
 from pallas_kernels.mosaic_gpu.prefill.route import (
+    PartRounds,
     Rounds,
     Route,
     RouteSize,
-    rounds,
+    moved,
     row_mask,
 )
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Segments, SlotRange
 
 # What the pipeline and the output may fill of shared memory, and what they may with the routes.
 _PIPELINE_BYTES = 208 * 1024
@@ -67,7 +68,7 @@ class ShrinkPart(NamedTuple):
     Attributes:
       lora_a: `[L, R, H]`, H a multiple of 16.
       scales: `[1]`, or `[S]` in which the part's L scales start at `first_scale`.
-      segments: the tokens' adapters, -1 or in `[0, L)`.
+      slots: those of its adapters: a token of id i has adapter `i - slots.first`.
       dtype: of v.
       config: how to cut the work.
       first_scale: where the part's scales start (static).
@@ -77,7 +78,7 @@ class ShrinkPart(NamedTuple):
 
     lora_a: Float[Array, "L R H"]
     scales: Float[Array, " S"]
-    segments: Segments
+    slots: SlotRange
     dtype: DTypeLike
     config: Config
     first_scale: int = 0
@@ -87,22 +88,22 @@ class ShrinkPart(NamedTuple):
 def shrink_kernel(
     x: Float[Array, "P T H"],
     parts: tuple[ShrinkPart, ...],
-    num_tokens: int,
+    segments: Segments,
     *,
     zero_rows: bool,
-    tokens: Int[Array, " T"] | None = None,
+    sorts: bool = False,
 ) -> list[Array]:
-    """v of each part, summed over the planes of x. T is `num_tokens` or padded.
+    """v of each part, summed over the planes of x, for the tokens of `segments`. x has a row for
+    each, and may be padded.
 
-    Returns one array per part: `[num_tokens, R]` in float32; in half precision, as the expand takes
-    it, `[operand_rows, max(R, 16)]`; in interpret mode `[split, num_tokens, R]`, float32 partial
-    sums. Rows are in the order of `tokens`, or, where that is None, of x. Rows of -1 are zero if
-    `zero_rows`, else undefined.
+    Returns one array per part: `[T, R]` in float32; in half precision, as the expand takes it,
+    `[operand_rows, max(R, 16)]`; in interpret mode `[split, T, R]`, float32 partial sums. Rows are
+    in `Order` if `sorts`, else in that of x. Rows of -1 are zero if `zero_rows`, else undefined.
     """
-    launch = _plan_launch(x, parts, num_tokens, zero_rows, tokens is not None)
+    launch = _plan_launch(x, parts, segments.num_tokens, zero_rows, sorts)
     plans = _plan_parts(launch, parts)
     sizes = [plan.rounds.size(launch.rows) for plan in plans]
-    grid = {"block": _clusters(launch, plans, tokens)}
+    grid = {"block": _clusters(launch, plans)}
     cluster = {"split": launch.split}
     if launch.interpreted:  # an axis of the grid takes the place of the cluster
         grid, cluster = grid | cluster, {}
@@ -123,8 +124,11 @@ def shrink_kernel(
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
     )
-    tables = rounds(tuple(plan.rounds for plan in plans), launch.rows, tokens, every_tile=zero_rows)
-    operands = ((p.lora_a, p.scales, table) for p, table in zip(parts, tables))
+    wanted = Rounds(tuple(plan.rounds for plan in plans), launch.rows, sorts, zero_rows)
+    operands = (
+        (part.lora_a, part.scales, moved(table, launch.rows, part.first))
+        for part, table in zip(parts, segments.table(wanted))
+    )
     return kernel(x, *itertools.chain(*operands))
 
 
@@ -205,7 +209,7 @@ class _PartPlan:
 
     rank: int
     width: int
-    rounds: Rounds
+    rounds: PartRounds
     first_scale: int
     out: jax.ShapeDtypeStruct
 
@@ -287,7 +291,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
         _PartPlan(
             rank=part.lora_a.shape[1],
             width=width,
-            rounds=Rounds(part.segments, stack, part.lora_a.shape[1] // width, part.first),
+            rounds=PartRounds(part.slots, stack, part.lora_a.shape[1] // width),
             first_scale=part.first_scale,
             out=_out_type(launch, part),
         )
@@ -295,12 +299,11 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
     )
 
 
-def _clusters(
-    launch: _Launch, plans: tuple[_PartPlan, ...], tokens: Int[Array, " T"] | None
-) -> int:
+def _clusters(launch: _Launch, plans: tuple[_PartPlan, ...]) -> int:
     """Clusters of the launch: as many as are there at once and can have work. Where tiles fill the
     chip, there are as many as tiles, which mostly have one round."""
-    items = sum(plan.rounds.most(launch.rows, tokens) * plan.rounds.blocks for plan in plans)
+    most = (launch.num_tokens, launch.rows, launch.sorts)
+    items = sum(plan.rounds.most(*most) * plan.rounds.blocks for plan in plans)
     tiles = -(-launch.num_tokens // launch.rows) * max(plan.rounds.blocks for plan in plans)
     if tiles * launch.split > MULTIPROCESSORS * 3 // 4:
         return min(items, tiles)

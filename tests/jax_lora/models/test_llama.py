@@ -372,13 +372,14 @@ def test_caches_have_few_sizes():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("backend", "expected"),
-    [("cpu", {}), ("gpu", {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"})],
-)
-def test_only_a_gpu_gets_compiler_options(monkeypatch, backend, expected):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert step_options() == expected
+def test_only_a_gpu_gets_compiler_options(monkeypatch):
+    assert step_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = step_options()
+    assert options["xla_gpu_command_buffer_scheduling_mode"] == "CONCURRENT"
+    assert options["xla_gpu_enable_triton_gemm"] is False
+    options.clear()  # the caller's own
+    assert step_options()
 
 
 def random_adapter(seed, rank, target):

@@ -203,6 +203,48 @@ def test_tokens_are_sorted_once_for_all_layers(monkeypatch):
     assert "make_segments" in str(jaxpr) and "make_segments" not in str(scan)
 
 
+def loops_over_layers(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] == LAYERS:
+            yield eqn
+            continue
+        values = list(eqn.params.values())
+        for inner in jax.tree.leaves(values, is_leaf=lambda value: hasattr(value, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from loops_over_layers(inner.jaxpr)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("rows", [37, 300])
+def test_tables_of_kernels_are_made_before_the_loop(rows, monkeypatch):
+    model = Llama(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    apply_lora(model, slots=12, buckets=(128,))
+    batch = AdapterBatch(np.arange(rows) % 12, ranges=((128, 12),), phase="decode")
+    known, made = routing.Segments.with_tables, []
+
+    def with_tables(segments, turn):
+        made.append(known(segments, turn))
+        return made[-1]
+
+    def step(batch, tokens):
+        with use(batch):
+            return decode(model, model.init_cache(rows, 8), tokens)
+
+    monkeypatch.setattr(routing.Segments, "with_tables", with_tables)
+    tokens = jnp.zeros(rows, jnp.int32)
+    jaxpr = jax.make_jaxpr(step)(batch, tokens)
+    # Tables that an equal trace asked for are asked for anew.
+    again = jax.make_jaxpr(lambda *args: step(*args))(batch, tokens)
+    first, second = ({type(table).__name__ for table in segments.made} for segments in made)
+    assert first == second == ({"Seating"} if rows == 37 else {"Order", "Rounds", "Routes"})
+    # Each token is compared with each other to make a table, and nowhere else.
+    pairs = f"bool[{rows},{rows}]" if rows == 37 else "bool[5,64,64]"
+    for traced in (jaxpr, again):
+        loops = [str(loop) for loop in loops_over_layers(traced.jaxpr)]
+        assert "mpmd_map" in str(loops)
+        assert pairs in str(traced) and pairs not in str(loops)
+
+
 def test_layers_whose_x_is_not_the_carry():
     model, bank = served()
 

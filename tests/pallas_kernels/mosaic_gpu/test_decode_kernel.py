@@ -24,10 +24,10 @@ from pallas_kernels.mosaic_gpu import Config
 from pallas_kernels.mosaic_gpu.decode import (
     DecodePart,
     Plan,
+    Seating,
     decode_config,
     decode_kernel,
     plan,
-    seating,
 )
 from pallas_kernels.mosaic_gpu.decode.work import Work
 from pallas_kernels.mosaic_gpu.lanes import Emulator, gpu
@@ -77,7 +77,7 @@ def add(
     sizes = planned(ys, jnp.asarray(x), parts, config, way)
     if way.delta:
         ys = tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys)
-    route = seating(given, sizes) if way.seated else given
+    route = Seating.of(sizes).seat(given) if way.seated else given
     out = decode_kernel(ys, jnp.asarray(x), route, tuple(parts), sizes)
     return np.concatenate([np.asarray(y) for y in out], axis=1)
 
@@ -313,7 +313,7 @@ def test_seating_gives_each_leader_its_clusters(tokens: int, data: st.DataObject
     want += [[-1] * 9 + [0]] * (clusters - len(want))
     words = np.stack([ids, np.where(ids < 0, -1, 0)], axis=1).astype(np.int32)
     for given in (ids, words):
-        np.testing.assert_array_equal(seating(jnp.asarray(given), sizes), want)
+        np.testing.assert_array_equal(Seating.of(sizes).seat(jnp.asarray(given)), want)
 
 
 def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:
@@ -415,7 +415,7 @@ def lowered(tokens: int, ranks: Sequence[int], way: Way) -> str:
         config = decode_config(tokens, 1024, max(ranks), buckets=len(ranks))
         sizes = planned((y,), x, parts, config, way)
         ys = (shape(y.shape, y.dtype),) if way.delta else (y,)
-        route = seating(ids, sizes) if way.seated else ids
+        route = Seating.of(sizes).seat(ids) if way.seated else ids
         return decode_kernel(ys, x, route, tuple(parts), sizes)
 
     stacks = [(shape((4, r, 1024), half), shape((4, 1024, r), half)) for r in ranks]

@@ -46,8 +46,8 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import RouteSize, route_size, routes
-from pallas_kernels.routing import WideIndices
+from pallas_kernels.mosaic_gpu.prefill.route import Routes, RouteSize, route_size
+from pallas_kernels.routing import SlotRange, WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -291,21 +291,26 @@ def test_shrink_takes_parts_in_turn(
 ) -> None:
     # One adapter in a round, two, and two blocks of ranks.
     ranks = {8: {}, 16: dict(stack=2), 96: dict(rank_block=48)}
-    rng, ids = np.random.default_rng(0), ids_of_three_parts()
+    rng, every = np.random.default_rng(0), np.full(200, -1, np.int32)
+    for first, mine in zip((0, 4, 8), ids_of_three_parts()):
+        every = np.where((every < 0) & (mine >= 0), mine + first, every)
+    ranges = [SlotRange(first, 4) for first in (0, 4, 8)]
+    ids = [np.where(slots.holds(every), every - slots.first, -1) for slots in ranges]
     x = rng.standard_normal((200, 384)).astype(ml_dtypes.bfloat16)  # 3 steps for 2 stages
     parts, wants = [], []
-    for (rank, change), mine in zip(ranks.items(), ids):
+    for (rank, change), slots, mine in zip(ranks.items(), ranges, ids):
         a = (rng.standard_normal((4, rank, 384)) / 20).astype(ml_dtypes.bfloat16)
         scales = rng.uniform(0.5, 2.0, 4).astype(np.float32)
         config = Config(split=1, stages=2, row_tiles=row_tiles, **change)
-        segments = pk.make_segments(jnp.asarray(mine), 4)
         together = jnp.append(jnp.full(rank, jnp.nan), scales)
-        parts.append(ShrinkPart(jnp.asarray(a), together, segments, np.float32, config, rank))
+        parts.append(ShrinkPart(jnp.asarray(a), together, slots, np.float32, config, rank))
         wants.append(products(x, a, mine) * scales[np.maximum(mine, 0)][:, None])
+
+    segments = pk.make_segments(every, 12)
 
     def run(in_turn: bool) -> list[np.ndarray]:
         take_parts_in_turn(monkeypatch, in_turn=in_turn)
-        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), 200, zero_rows=zero_rows)
+        sums = shrink_kernel(jnp.asarray(x)[None], tuple(parts), segments, zero_rows=zero_rows)
         return [np.asarray(v.sum(axis=0)) for v in sums]
 
     for v, other, want, mine in zip(run(True), run(False), wants, ids):
@@ -383,8 +388,8 @@ def test_ranges_take_sweeps(
         v = (rng.standard_normal((72, rank))).astype(ml_dtypes.bfloat16)
         b = (rng.standard_normal((slots, stop - start, rank)) / 4).astype(ml_dtypes.bfloat16)
         operand = jnp.asarray(np.pad(v, ((0, 0), (0, 16 - rank))))
-        segments = pk.make_segments(local, slots)
-        parts.append(ExpandPart(operand, jnp.asarray(b), segments, start, config, first_slot))
+        own = SlotRange(first_slot, slots)
+        parts.append(ExpandPart(operand, jnp.asarray(b), own, start, config))
         delta[:, start:stop] += products(v[:70], b, local)
         is_put[:, start:stop] |= (local >= 0)[:, None]
     old = y.astype(np.float64)
@@ -392,14 +397,18 @@ def test_ranges_take_sweeps(
     assert [sweep.parts for sweep in module._sweeps((0, 1, 2), tuple(parts), True, 2)] == sweeps
 
     def run(parts: list[ExpandPart]) -> np.ndarray:
-        return np.asarray(expand_kernel(jnp.asarray(y), tuple(parts), add_inputs=add_inputs))
+        own = jnp.asarray(y), tuple(parts), pk.make_segments(ids.astype(np.int32), 6)
+        return np.asarray(expand_kernel(*own, add_inputs=add_inputs))
 
     got = run(parts)
     assert relative_error(got, want) < y_tolerance("bfloat16")
     np.testing.assert_array_equal(bits(got)[~is_put], bits(y)[~is_put])
     if len(sweeps) == 2:
-        at_once = run([part._replace(first_slot=0) for part in parts])
-        np.testing.assert_array_equal(bits(got), bits(at_once))
+        # Each with zeros for the other range's adapters: now there is one range.
+        pads = [(p.slots.first, 6 - p.slots.stop) for p in parts]
+        stacks = [jnp.pad(p.lora_b, (pad, (0, 0), (0, 0))) for p, pad in zip(parts, pads)]
+        at_once = [p._replace(lora_b=b, slots=SlotRange(0, 6)) for p, b in zip(parts, stacks)]
+        np.testing.assert_array_equal(bits(got), bits(run(at_once)))
 
 
 @pytest.mark.ci
@@ -903,8 +912,8 @@ def test_routes_list_the_adapters_of_each_block(
     ids = indices(popularity, num_tokens, 7)
     segments = pk.make_segments(ids, 7)
     with jax.numpy_rank_promotion("raise"):
-        table = np.asarray(routes(segments, rows))
-    assert table.shape[1] == route_size(segments, rows).words
+        [table] = map(np.asarray, segments.table(Routes(SlotRange(0, 7), rows, sorts=False)))
+    assert table.shape[1] == route_size(7, rows).words
     checked = np.pad(np.asarray(segments.indices), (0, -num_tokens % rows), constant_values=-1)
     np.testing.assert_array_equal(table[:, :rows], checked.reshape(-1, rows))
     np.testing.assert_array_equal(table[:, rows : 2 * rows].reshape(-1), np.arange(checked.size))

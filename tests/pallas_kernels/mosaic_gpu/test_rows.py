@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu.prefill.rows import (
     gather,
     scatter,
 )
+from pallas_kernels.routing import SlotRange
 
 THREADS = 128
 
@@ -125,13 +126,14 @@ def test_shares_are_added_up_in_order(split: int, width: int, dtype: str) -> Non
 )
 def test_tokens_are_sorted_where_adapters_change_often(ids: np.ndarray, sorts: bool) -> None:
     segments = pk.make_segments(ids.astype(np.int32), 40)
-    tokens = np.asarray(jax.jit(route.order)(segments))
+    [tokens] = map(np.asarray, jax.jit(route.Order().make)(segments))
     want = np.argsort(np.where(ids < 0, 40, ids), kind="stable") if sorts else np.arange(320)
     np.testing.assert_array_equal(tokens, want)
 
 
 def test_few_tokens_are_never_sorted() -> None:
-    assert route.order(pk.make_segments(np.arange(64, dtype=np.int32), 64)) is None
+    assert not route.may_sort(64)
+    assert route.order(pk.make_segments(np.arange(65, dtype=np.int32), 65), False) is None
 
 
 @pytest.mark.parametrize("every_tile", [False, True])
@@ -142,11 +144,11 @@ def test_rounds_hold_each_adapter_of_each_tile_once(
     stacks = {2: 1, 3: 2}  # adapters of a round, and the blocks that take it
 
     @jax.jit
-    def tables(ids: jax.Array) -> tuple[jax.Array | None, list[jax.Array]]:
-        segments = pk.make_segments(ids, 9)
-        tokens = route.order(segments)
-        parts = tuple(route.Rounds(segments, *part) for part in stacks.items())
-        return tokens, route.rounds(parts, rows, tokens, every_tile=every_tile)
+    def tables(ids: jax.Array) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+        segments, sorts = pk.make_segments(ids, 9), route.may_sort(num_tokens)
+        parts = tuple(route.PartRounds(SlotRange(0, 9), *part) for part in stacks.items())
+        wanted = route.Rounds(parts, rows, sorts, every_tile)
+        return route.order(segments, sorts), segments.table(wanted)
 
     rng = np.random.default_rng(0)
     for ids in (
