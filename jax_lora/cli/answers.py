@@ -45,19 +45,23 @@ def answer_file(
 @contextmanager
 def _shown() -> Iterator[tuple[Callable[["JobProgress"], None], Callable[[str], None]]]:
     """What shows how far a job is, and what is being done: a bar, or lines of text."""
-    start = time.monotonic()
+    start: float | None = None  # of the first answer: what compiling takes is no part of the rate
 
     def rate(state: "JobProgress") -> str:
-        return f"{state.tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s"
+        nonlocal start
+        if start is None and state.tokens:
+            start = time.monotonic()
+        seconds = 0.0 if start is None else time.monotonic() - start
+        return f"{state.tokens / seconds:,.0f} tokens/s" if seconds > 1 else "- tokens/s"
 
     if not stderr.is_terminal:
-        last = start
+        last = time.monotonic()
 
         def say(state: "JobProgress") -> None:
             nonlocal last
+            text = f"{state.answered} of {state.total} answered, {rate(state)}"
             if time.monotonic() - last >= _SECONDS:
                 last = time.monotonic()
-                text = f"{state.answered} of {state.total} answered, {rate(state)}"
                 stderr.print(text, highlight=False)
 
         yield say, lambda text: stderr.print(f"{text} ...", highlight=False, markup=False)
