@@ -136,8 +136,8 @@ class _HostCache:
 class AdapterDesk:
     """Has the adapters that requests want brought to slots.
 
-    All but `add`, `remove` and `knows` is for the engine's loop alone. Other threads read and
-    upload, and `post` has the loop take what they found.
+    All but `add`, `remove`, `knows` and `close` is for the engine's loop alone. Other threads read
+    and upload, and `post` has the loop take what they found.
 
     Where all slots of a bucket are leased, the adapter that is asked for and the longest waiting
     gets the slot whose requests end first: of that one, none is begun that came later.
@@ -193,8 +193,9 @@ class AdapterDesk:
         return tuple(sorted({*self._sources, *self._bank.names}))
 
     def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._uploader.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads; what they have found is posted."""
+        self._readers.shutdown(cancel_futures=True)
+        self._uploader.shutdown(cancel_futures=True)
 
     # -------------------------------------------------------------------------- for the loop alone
 
@@ -226,6 +227,11 @@ class AdapterDesk:
         Before requests take theirs: one that was to give way may go on.
         """
         for name in [n for n, load in self._loads.items() if self._is_idle(n, load, wanted)]:
+            self._drop(name)
+
+    def drop_all(self) -> None:
+        """Gives back the slots that are kept for requests."""
+        for name in list(self._loads):
             self._drop(name)
 
     def advance(self, wanted: Mapping[str, Waiting]) -> None:

@@ -339,6 +339,8 @@ class Engine:
             thread.join()
         if self._desk is not None:
             self._desk.close()
+            self._take_messages(wait=False)  # an upload that has ended leases its slot
+            self._desk.drop_all()
 
     # ------------------------------------------------------------------------------------- private
 

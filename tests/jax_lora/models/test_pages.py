@@ -1,6 +1,7 @@
 """Keys and values in blocks: the same logits as without a cache, wherever the blocks are."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,25 @@ def test_paged_steps_compute_what_the_whole_model_does(config, scan):
     # Blocks that are nobody's are as they were.
     kept = np.asarray(pages.values).reshape(3, 12, -1)[:, [3, 6, 10, 11]]
     assert np.isnan(kept).all()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_step_writes_its_tokens_where_the_blocks_stand(scan):
+    """It copies none of them, whether a scan runs the layers or not."""
+    model = Llama(CONFIG, rngs=nnx.Rngs(0), scan=scan)
+    graphdef, state = nnx.split(model)
+    rows = Lanes(np.zeros((5, 4), np.int32), np.zeros(5, np.int32), np.ones(5, np.int32))
+
+    def step(state, pages, tokens):
+        return nnx.merge(graphdef, state).model.paged(tokens, pages, ((rows, 1),), room=16)
+
+    pages = Pages.empty(CONFIG, 12, BLOCK, jnp.float32)
+    jitted = jax.jit(step, donate_argnames="pages")
+    text = jitted.lower(state, pages, jnp.zeros(5, jnp.int32)).compile().as_text()
+    shape = re.escape(f"f32[{','.join(map(str, pages.keys.shape))}]")
+    assert re.search(rf"= {shape}\S* (scatter|fusion)\(", text)
+    assert not re.search(rf"= {shape}\S* (copy|copy-start)\(", text)
 
 
 def test_blocks_of():
