@@ -125,9 +125,8 @@ def _step(
     if form.prompt_logprobs:
         lanes = hidden[last.shape[0] :].reshape(*inputs.prompt.shape, -1)
 
-        def of_lane(
-            lane: tuple[Array, Array, Array],
-        ) -> Array:  # one by one: a lane's logits are S x V
+        # One by one: the logits of a lane are S x V.
+        def of_lane(lane: tuple[Array, Array, Array]) -> Array:
             hidden, ids, targets = lane
             return _logprobs(_logits(model, form, hidden, ids), targets)[0]
 
