@@ -274,6 +274,45 @@ def soak(
         raise typer.Exit(1)
 
 
+@app.command()
+def mesh(
+    gpus: Annotated[
+        int | None, typer.Option(help="World sizes 1, 2, 4 and so on up to it; default: all.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as one GPU holds.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a decode step; default: 64.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each row; default: 1024.")] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
+    ] = None,
+    fully_sharded: Annotated[
+        bool, typer.Option("--fully-sharded", help="Divide the adapters' ranks too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time steps of a stack of Llama-3-70B's layers, tensor-parallel on 1, 2, 4 and more GPUs.
+
+    Random bfloat16 weights, LoRA on all seven projections: without LoRA, with 8 adapters of rank
+    16, with mixed ranks. Each row tells what LoRA adds, what the collectives take, and how far the
+    logits are from one GPU's. Without a GPU a small model runs on the CPU's devices, of which
+    JAX_NUM_CPU_DEVICES says how many there are.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import mesh as benchmark
+        from benchmarks import tables
+
+        shape = benchmark.shape_of_this_machine(layers, batch, context, prefill)
+        sizes = benchmark.world_sizes(gpus)
+        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_mesh(report)
+
+
 @app.command("compile")
 def compile_steps(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,

@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from benchmarks.launches import Launch
 from benchmarks.timing import COPY_RATE, loop_us
@@ -219,7 +219,7 @@ def run(shape: Shape, progress: Callable[[str], None], *, profile: bool = False)
     Raises:
       ValueError: `profile` without a GPU.
     """
-    if profile and not _on_gpu():
+    if profile and not on_gpu():
         raise ValueError(f"a profile needs a GPU, JAX runs on {jax.default_backend()}")
     bench = _Bench(shape, progress, profile)
     bench.time_without_lora()
@@ -230,7 +230,7 @@ def run(shape: Shape, progress: Callable[[str], None], *, profile: bool = False)
     return bench.report()
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
@@ -263,7 +263,7 @@ class _Bench:
         us, host_us = program.time(batch)
         self.progress(f"{name} takes {us:,.0f} us")  # lest a run that is cut off has told nothing
         kernels = program.profile(batch) if self.profile else ()
-        limit = target_us if _on_gpu() else None
+        limit = target_us if on_gpu() else None
         self.rows.append(Row(name, us, host_us, limit, target, kernels))
         return us
 
@@ -373,7 +373,7 @@ class _Bench:
         self.progress(f"timing {name}")
         us = launch.time()
         self.progress(f"{name} takes {us:,.2f} us")
-        self.rows.append(Row(name, us, None, target_us if _on_gpu() else None, target))
+        self.rows.append(Row(name, us, None, target_us if on_gpu() else None, target))
         return us
 
     def time_segments(self) -> None:
@@ -381,7 +381,7 @@ class _Bench:
             name = f"segments of {num_tokens} tokens"
             self.progress(f"timing {name}")
             us = _segments_us(num_tokens)
-            target_us = most if _on_gpu() else None
+            target_us = most if on_gpu() else None
             self.rows.append(Row(name, us, None, target_us, f"{most:g} us"))
 
 
@@ -402,14 +402,14 @@ class _Program:
             after = dataclasses.replace(after, lengths=cache.lengths)
             return jnp.argmax(logits, axis=-1), after
 
-        self._cache, self._inputs = _inputs(shape, phase)
+        self._cache, self._inputs = inputs_of(shape, phase)
         lowered = jax.jit(step, donate_argnums=1).lower(
             self._arrays, self._cache, batch, *self._inputs
         )
         # XLA tells what it launches, and captures into CUDA graphs, in its dump alone.
         with tempfile.TemporaryDirectory() as folder:
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
-            self._compiled = lowered.compile({**step_options(), **dump} if _on_gpu() else None)
+            self._compiled = lowered.compile({**step_options(), **dump} if on_gpu() else None)
             self.thunks = "".join(
                 file.read_text()
                 for file in Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
@@ -420,46 +420,58 @@ class _Program:
         return tokens
 
     def time(self, batch: AdapterBatch | None) -> tuple[float, float]:
-        """Microseconds of a step in steady state, and those that the host takes to start one."""
+        """As `steady_us`."""
+        return steady_us(lambda: self(batch))
 
-        def seconds(count: int) -> tuple[float, float]:
-            start = time.perf_counter()
-            for _ in range(count):
-                tokens = self(batch)
-            started = time.perf_counter()
-            tokens.block_until_ready()
-            return time.perf_counter() - start, (started - start) / count
-
-        seconds(2)
-        # Long enough for a host that is slower than the GPU, whose pace varies.
-        count = max(3, min(100, round(0.2 / seconds(1)[0])))
-        # The difference of two lengths leaves out what starting and ending take.
-        runs = [(seconds(count), seconds(2 * count)) for _ in range(5)]
-        us = statistics.median((long - short) / count for (short, _), (long, _) in runs) * 1e6
-        return us, statistics.median(host for (_, host), _ in runs) * 1e6
-
-    def profile(self, batch: AdapterBatch | None, steps: int = 3) -> tuple[Kernel, ...]:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(steps):
-                    self(batch).block_until_ready()
-            [file] = Path(folder).rglob("*.xplane.pb")
-            data = jax.profiler.ProfileData.from_file(str(file))
-        times: dict[str, list[float]] = collections.defaultdict(list)
-        for plane in data.planes:
-            for line in plane.lines:
-                if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
-                    for event in line.events:
-                        times[event.name].append(event.duration_ns / 1e3)
-        kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
-        return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+    def profile(self, batch: AdapterBatch | None) -> tuple[Kernel, ...]:
+        return traced_kernels(lambda: self(batch))
 
 
-def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
-    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype))
+def steady_us(step: Callable[[], jax.Array]) -> tuple[float, float]:
+    """Microseconds of a step in steady state, and those that the host takes to start one."""
+
+    def seconds(count: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        for _ in range(count):
+            out = step()
+        started = time.perf_counter()
+        out.block_until_ready()
+        return time.perf_counter() - start, (started - start) / count
+
+    seconds(2)
+    # Long enough for a host that is slower than the GPU, whose pace varies.
+    count = max(3, min(100, round(0.2 / seconds(1)[0])))
+    # The difference of two lengths leaves out what starting and ending take.
+    runs = [(seconds(count), seconds(2 * count)) for _ in range(5)]
+    us = statistics.median((long - short) / count for (short, _), (long, _) in runs) * 1e6
+    return us, statistics.median(host for (_, host), _ in runs) * 1e6
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+def traced_kernels(step: Callable[[], jax.Array], steps: int = 3) -> tuple[Kernel, ...]:
+    """What a step launches on all GPUs, the longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                step().block_until_ready()
+        [file] = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for plane in data.planes:
+        for line in plane.lines:
+            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
+                for event in line.events:
+                    times[event.name].append(event.duration_ns / 1e3)
+    kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
+    return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+
+
+def _random(
+    shape: tuple[int, ...], dtype: Any, seed: int, sharding: Sharding | None = None
+) -> jax.Array:
+    make = jax.jit(_normal, static_argnums=(1, 2), out_shardings=sharding)
+    return make(jax.random.key(seed), shape, jnp.dtype(dtype))
+
+
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if len(shape) > 2:  # of several layers or rows: one by one, as the bits take more than they do
         keys = jax.random.split(key, shape[0])
@@ -467,16 +479,21 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[0] ** -0.5, dtype)
 
 
-def random_model(shape: Shape) -> Llama:
-    """A model whose weights were made where they lie: initialisers would go through float32."""
+def random_model(
+    shape: Shape, sharding_of: Callable[[Sequence[Any], int], Sharding] | None = None
+) -> Llama:
+    """A model whose weights were made where they lie: initialisers would go through float32.
+
+    Args:
+      sharding_of: of a weight, by its path and its number of axes.
+    """
     model = nnx.eval_shape(
         lambda: Llama(shape.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), scan=shape.scan)
     )
-    parameters = nnx.to_flat_state(nnx.state(model))
-    made = [
-        (path, value.replace(_random(value.shape, value.dtype, seed)))
-        for seed, (path, value) in enumerate(parameters)
-    ]
+    made = []
+    for seed, (path, value) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        sharding = None if sharding_of is None else sharding_of(path, len(value.shape))
+        made.append((path, value.replace(_random(value.shape, value.dtype, seed, sharding))))
     nnx.update(model, nnx.from_flat_state(made))
     return model
 
@@ -485,7 +502,7 @@ def random_adapter(model: Llama, rank: int, seed: int = 0) -> Adapter:
     found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
     names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
-        name: module.features()
+        name: module.matrix_shape()
         for path, module in found.items()
         for name in with_numbers(names[path_name(path)], module.lead).values()
     }
@@ -502,7 +519,7 @@ def random_adapter(model: Llama, rank: int, seed: int = 0) -> Adapter:
     return Adapter(config, modules)
 
 
-def _inputs(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]:
+def inputs_of(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]:
     """A cache, and what else `decode` or `prefill` take."""
     config = shape.config
     if phase == "decode":

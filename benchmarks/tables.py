@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import serve, soak, step, torch_calls
+    from benchmarks import mesh, serve, soak, step, torch_calls
 
 _stdout = Console()
 
@@ -98,6 +98,27 @@ def print_step(report: "step.Report") -> None:
             "No GPU: a small model ran, held against no target, and neither launches nor CUDA "
             "graphs were counted."
         )
+
+
+def print_mesh(report: "mesh.Report") -> None:
+    """A row per step and number of GPUs."""
+    headings = ["step", "GPUs", "us", "LoRA", "target", "", "collectives", "error"]
+    table = _table(headings, (1, 2, 3, 4, 6, 7))
+    for row in report.rows:
+        target = "-" if row.target_us is None else f"{row.target_us / row.base_us - 1:.1%}"
+        met = "" if row.target_us is None else _verdict(row.us <= row.target_us)
+        exchanged = ", ".join(f"{count} {name}" for name, count in row.exchanges.items()) or "none"
+        if row.exchange_us is not None:
+            exchanged = f"{row.exchange_us / row.us:.1%}, {exchanged}"
+        cells = [f"{row.us:,.0f}", f"{row.lora_share:.1%}", target, met, exchanged]
+        table.add_row(f"{row.phase}, {row.adapters}", f"{row.gpus}", *cells, f"{row.error:.1e}")
+    _stdout.print(table)
+    form = "ranks divided too" if report.fully_sharded else "ranks whole"
+    _say(
+        f"{report.device}, {report.date}; microseconds of {report.shape.config.num_hidden_layers} "
+        f"layers; {form}. Collectives: their share of the step, and how many its program has: "
+        "those of a scan's turn, or of two where XLA unrolls it, and of each branch."
+    )
 
 
 def print_torch(report: "torch_calls.Report") -> None:

@@ -2,8 +2,10 @@
 
 from jax_lora import linen as linen
 from jax_lora.adapters import Adapter as Adapter
+from jax_lora.adapters import FullModule as FullModule
 from jax_lora.adapters import LoRAConfig as LoRAConfig
 from jax_lora.adapters import LoRAWeights as LoRAWeights
+from jax_lora.adapters import TrainedTokens as TrainedTokens
 from jax_lora.adapters import load_peft as load_peft
 from jax_lora.adapters import save_peft as save_peft
 from jax_lora.bank import AdapterBank as AdapterBank
@@ -12,6 +14,8 @@ from jax_lora.batch import AdapterBatch as AdapterBatch
 from jax_lora.batch import use as use
 from jax_lora.nn.apply import apply_lora as apply_lora
 from jax_lora.nn.einsum import LoRAEinsum as LoRAEinsum
+from jax_lora.nn.embed import LoRAEmbed as LoRAEmbed
+from jax_lora.nn.embed import tie_head as tie_head
 from jax_lora.nn.linear import LoRADense as LoRADense
 from jax_lora.nn.linear import LoRADenseGeneral as LoRADenseGeneral
 from jax_lora.nn.packed import call_packed as call_packed

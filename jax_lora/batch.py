@@ -2,24 +2,29 @@
 
 import contextlib
 import contextvars
-import itertools
-import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jax_lora.sharding import by_shard, resharded
+from jax_lora.tokens import (
+    Rows,
+    concrete,
+    first_ids,
+    has_traced_order,
+    sorted_shards,
+    sorted_tokens,
+    spread,
+)
 from pallas_kernels.ranks import check_buckets, check_phase
 from pallas_kernels.renamed import removed_keywords
-from pallas_kernels.routing import Segments, make_segments, static
+from pallas_kernels.routing import Mix, Segments, check_weights, static
 
 
 class Lease:
@@ -106,16 +111,6 @@ class _LeaseRef:
         return hash(_LeaseRef)
 
 
-def first_ids(ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """The id of each bucket's first slot. Ids count through the slots of one bucket after another.
-
-    Args:
-      ranges: `(bucket, slots)`, in the order of ids.
-    """
-    buckets, slots = zip(*ranges)
-    return dict(zip(buckets, itertools.accumulate(slots, initial=0)))
-
-
 @jax.tree_util.register_pytree_node_class
 class AdapterBatch:
     """The adapter of each of `B` rows: a pytree that `jit` takes as an argument.
@@ -134,8 +129,12 @@ class AdapterBatch:
     the last row have no adapter. Lengths that sum to more than T are an error where their values
     are known; inside a compiled function, which does not know them, rows end at T.
 
+    With `weights`, a row has up to K adapters, the sum of whose shares, each multiplied by its
+    weight, is added to the row.
+
     Attributes:
-      indices: `[B]` int32, the id of each row's adapter, or -1.
+      indices: `[B]` int32, the id of each row's adapter, or -1. With weights `[B, K]`.
+      weights: `[B, K]` float32, or None. Those of entries without adapter are not used.
       lengths: `[B]` int32 tokens of each row, or None.
       ranges: `(bucket, slots)` of each rank bucket of the model, in the order of ids (static).
       phase: "decode" or "prefill" (static).
@@ -145,9 +144,10 @@ class AdapterBatch:
     NumPy arrays are copied, as a step reads them after its call has returned.
 
     Raises:
-      TypeError: `indices` or `lengths` are not integers.
-      ValueError: `indices` are not `[B]`, `lengths` not as many, `ranges` can't be, or an unknown
-        phase.
+      TypeError: `indices` or `lengths` are not integers, or `weights` no real numbers.
+      ValueError: `indices` are not `[B]`, or with weights `[B, K]`; `weights` have another shape,
+        or one in a NumPy array is NaN or infinite; `lengths` are not `[B]`, `ranges` can't be, or
+        an unknown phase.
     """
 
     @removed_keywords(
@@ -159,6 +159,7 @@ class AdapterBatch:
         indices: Any,
         lengths: Any = None,
         *,
+        weights: jax.Array | np.ndarray | None = None,
         ranges: Sequence[tuple[int, int]],
         phase: str = "decode",
         lease: Lease | None = None,
@@ -171,15 +172,19 @@ class AdapterBatch:
             dtype = getattr(array, "dtype", type(array))
             if array is not None and getattr(dtype, "kind", "") not in ("i", "u"):
                 raise TypeError(f"{name} must be an array of integers, got {dtype}")
-        if indices.ndim != 1:
-            raise ValueError(f"indices must have shape [B], got {list(indices.shape)}")
-        if lengths is not None and lengths.shape != indices.shape:
+        if indices.ndim != (1 if weights is None else 2):
+            shape = "[B]" if weights is None else "[B, K] beside weights"
+            raise ValueError(f"indices must have shape {shape}, got {list(indices.shape)}")
+        if lengths is not None and lengths.shape != indices.shape[:1]:
             raise ValueError(
-                f"lengths must have shape {list(indices.shape)}, got {list(lengths.shape)}"
+                f"lengths must have shape {list(indices.shape[:1])}, got {list(lengths.shape)}"
             )
-        self._segments: list[tuple[Any, tuple[Any, ...], Segments]] = []
+        if weights is not None:
+            check_weights(weights, indices.shape)
+        self.weights = _own(weights)
+        self._segments: list[tuple[Any, tuple[Any, ...], Segments | Mix]] = []
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+    def tree_flatten(self) -> tuple[tuple[Any, Any, Any], tuple[Any, ...]]:
         lease, is_traced = self._lease, isinstance(self.indices, jax.core.Tracer)
         is_concrete = isinstance(self.indices, jax.Array | np.ndarray) and not is_traced
         if is_concrete and lease is not None and not lease.is_open:
@@ -190,13 +195,14 @@ class AdapterBatch:
         # A tree of tracers may be that of a function's output. JAX uses it again for each call, so
         # it must not carry the lease of the first one.
         ref = _LeaseRef(_LOST if is_traced else lease)
-        return (self.indices, self.lengths), (self.ranges, self.phase, self.guard, ref)
+        leaves = self.indices, self.lengths, self.weights
+        return leaves, (self.ranges, self.phase, self.guard, ref)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], leaves: Sequence[Any]) -> Self:
         # No checks: JAX unflattens with leaves that are no arrays.
         batch = object.__new__(cls)
-        batch.indices, batch.lengths = leaves
+        batch.indices, batch.lengths, batch.weights = leaves
         batch.ranges, batch.phase, batch.guard, ref = aux
         batch._lease, batch._segments = ref.lease(), []
         return batch
@@ -207,8 +213,29 @@ class AdapterBatch:
         return AdapterBatch(
             self.indices,
             lengths,
+            weights=self.weights,
             ranges=self.ranges,
             phase=phase,
+            lease=self._lease,
+            guard=self.guard,
+        )
+
+    def with_weights(self, weights: jax.Array | np.ndarray) -> "AdapterBatch":
+        """The same rows and adapters with other weights, on one lease: to train weights.
+
+        Raises: as `AdapterBatch`; ValueError if the batch has none.
+        """
+        if self.weights is None:
+            raise ValueError(
+                "the batch has one adapter per row, without a weight; make it by a bank with "
+                "AdapterBank(model, adapters_per_row=2)"
+            )
+        return AdapterBatch(
+            self.indices,
+            self.lengths,
+            weights=weights,
+            ranges=self.ranges,
+            phase=self.phase,
             lease=self._lease,
             guard=self.guard,
         )
@@ -227,14 +254,14 @@ class AdapterBatch:
         They are where `jax.grad` runs without `jit`. Its tracers are new in each step. As keys of
         JAX's caches they would have everything compiled anew in each step.
         """
-        leaves = [_concrete(leaf) for leaf in (self.indices, self.lengths)]
+        leaves = [concrete(leaf) for leaf in (self.indices, self.lengths)]
         if not isinstance(self.indices, jax.core.Tracer) or leaves[0] is None:
             return self
         if self.lengths is not None and leaves[1] is None:
             return self
         batch = object.__new__(type(self))
         batch.__dict__.update(self.__dict__, _segments=[])
-        batch.indices, batch.lengths = leaves
+        batch.indices, batch.lengths = leaves  # weights may have gradients
         if batch._lease is _LOST:
             batch._lease = None  # whoever began the trace holds it
         return batch
@@ -285,7 +312,10 @@ class AdapterBatch:
         return self.with_segments(lead, self.segments(lead, sharding), sharding)
 
     def with_segments(
-        self, lead: tuple[int, ...], segments: Segments, sharding: NamedSharding | None = None
+        self,
+        lead: tuple[int, ...],
+        segments: Segments | Mix,
+        sharding: NamedSharding | None = None,
     ) -> "AdapterBatch":
         """The same batch, with what `segments(lead, sharding)` is to return."""
         batch = object.__new__(type(self))
@@ -298,8 +328,10 @@ class AdapterBatch:
         the loop (`Segments.with_tables`)."""
         return self.with_segments(lead, self.segments(lead).with_tables(turn))
 
-    def segments(self, lead: tuple[int, ...], sharding: NamedSharding | None = None) -> Segments:
-        """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter.
+    def segments(
+        self, lead: tuple[int, ...], sharding: NamedSharding | None = None
+    ) -> Segments | Mix:
+        """The tokens of an `x` of shape `[*lead, H]`, sorted by adapter; with weights a `Mix`.
 
         Sorted once per trace and shared by all layers that ask for the same shape.
 
@@ -318,11 +350,12 @@ class AdapterBatch:
         for _, known_key, segments in self._segments:
             if known_key == key:
                 return segments
-        ids = self._spread(lead)
-        segments = self._sorted(ids) if sharding is None else self._sorted_shards(ids, sharding)
-        is_constant = isinstance(segments.rows, jax.core.Tracer) and not isinstance(
-            self.indices, jax.core.Tracer
-        )
+        tokens = spread(Rows(self.indices, self.lengths, self.weights), lead)
+        if sharding is None:
+            segments = sorted_tokens(tokens, self.ranges)
+        else:
+            segments = sorted_shards(tokens, self.ranges, sharding)
+        is_constant = has_traced_order(segments) and not isinstance(self.indices, jax.core.Tracer)
         if is_constant and self is current():
             raise RuntimeError(
                 "jax_lora.use was entered outside of the function that is being compiled; give "
@@ -331,49 +364,6 @@ class AdapterBatch:
             )
         self._segments.append((trace, key, segments))
         return segments
-
-    def _sorted(self, ids: jax.Array) -> Segments:
-        segments = make_segments(ids.reshape(-1), self.num_slots)
-        if len(self.ranges) > 1:
-            first = first_ids(self.ranges)
-            segments = segments.split((first[bucket], slots) for bucket, slots in self.ranges)
-        return segments
-
-    def _sorted_shards(self, ids: jax.Array, sharding: NamedSharding) -> Segments:
-        """The segments of each shard's tokens, behind each other."""
-        shards = jax.shard_map(
-            self._sorted,
-            mesh=sharding.mesh,
-            in_specs=sharding.spec,
-            out_specs=by_shard(sharding),
-            check_vma=False,  # integers, which nobody differentiates
-        )
-        return shards(resharded(ids, sharding))
-
-    def _spread(self, lead: tuple[int, ...]) -> jax.Array:
-        """The id of each token, `[*lead]`."""
-        rows = jnp.asarray(self.indices)
-        num_tokens, num_rows = math.prod(lead), rows.shape[0]
-        if self.lengths is None:
-            if (lead[0] if lead else 1) != num_rows:
-                raise ValueError(
-                    f"a batch of {num_rows} rows takes x of [{num_rows}, ..., features], got "
-                    f"[{', '.join(map(str, lead))}, features]; for flat tokens give lengths"
-                )
-            shape = (num_rows, *[1] * (len(lead) - 1)) if lead else ()
-            return jnp.broadcast_to(rows.reshape(shape), lead)
-        if len(lead) != 1:
-            raise ValueError(
-                "a batch with lengths takes flat x of [T, features], got "
-                f"[{', '.join(map(str, (*lead, 'features')))}]"
-            )
-        if (lengths := _concrete(self.lengths)) is not None:
-            total = int(np.sum(np.asarray(lengths), dtype=np.int64))
-            if total > num_tokens:
-                raise ValueError(f"lengths sum to {total}, but x has {num_tokens} tokens")
-        ends = jnp.cumsum(self.lengths)
-        row = jnp.searchsorted(ends, jnp.arange(num_tokens, dtype=ends.dtype), side="right")
-        return jnp.append(rows, -1)[row]
 
 
 _ambient: contextvars.ContextVar[AdapterBatch | None] = contextvars.ContextVar(
@@ -408,8 +398,10 @@ def use(batch: AdapterBatch | None) -> Iterator[None]:
         batch = batch._untraced()
     token = _ambient.set(batch)
     try:
-        is_traced = batch is not None and isinstance(batch.indices, jax.core.Tracer)
-        with _cache_key(weakref.ref(batch) if is_traced else batch is not None or None):
+        has_tracers = batch is not None and any(
+            isinstance(leaf, jax.core.Tracer) for leaf in (batch.indices, batch.weights)
+        )
+        with _cache_key(weakref.ref(batch) if has_tracers else batch is not None or None):
             yield
     finally:
         _ambient.reset(token)
@@ -418,11 +410,6 @@ def use(batch: AdapterBatch | None) -> Iterator[None]:
 def current() -> AdapterBatch | None:
     """The batch of the innermost `use`, or None."""
     return _ambient.get()
-
-
-def _concrete(array: Any) -> Any:
-    """The values of `array`; None where they are not known while a function is traced."""
-    return array.to_concrete_value() if isinstance(array, jax.core.Tracer) else array
 
 
 def _own(array: Any) -> Any:

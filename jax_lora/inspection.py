@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header
 from jax_lora.messages import printable
+from jax_lora.models.parallel import bytes_per_device
 from pallas_kernels import (
     BGMV_MAX_RANK,
     padded_rank,
@@ -32,7 +33,10 @@ ADAPTER_FILES = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored."""
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored.
+
+    Of an embedding, the kernels are those of B: A is read by token.
+    """
 
     name: str
     kind: str
@@ -43,6 +47,21 @@ class ModuleReport:
     decode_kernel: str
     prefill_kernel: str
     padding: float
+    nbytes: int
+    is_embedding: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FullReport:
+    """A module that an adapter has whole, or some tokens of, so that it takes a full slot there.
+
+    The shape is that of the weight, or of the tokens' rows.
+    """
+
+    name: str
+    is_tokens: bool
+    shape: tuple[int, ...]
+    has_bias: bool
     nbytes: int
 
 
@@ -57,6 +76,8 @@ class AdapterReport:
     modules: list[ModuleReport]
     lorax: list[str]
     advice: list[str]
+    full: list[FullReport]
+    mesh: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -67,10 +88,13 @@ class AdapterReport:
         return [(count, module) for module, count in same.items()]
 
 
-def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
+def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) -> AdapterReport:
     """Reports on a PEFT folder; reads its config and the header of its weights.
 
     All modules live in the bucket of the adapter's largest rank, out of the default buckets.
+
+    Args:
+      devices: over which a model of Llama's projections is divided; what each holds is then told.
 
     Raises:
       FileNotFoundError, ValueError: see `load_peft`.
@@ -89,13 +113,23 @@ def inspect_adapter(path: Path, *, allow_links: bool = False) -> AdapterReport:
             prefill_kernel=select_kernel(bucket, "prefill"),
             padding=1 - lora.rank / bucket,
             nbytes=lora.nbytes,
+            is_embedding=lora.is_embedding,
         )
         for name, lora in header.modules.items()
+    ]
+    full = [
+        FullReport(name, False, whole.shape, whole.has_bias, whole.nbytes)
+        for name, whole in header.full.items()
+    ]
+    full += [
+        FullReport(name, True, tokens.shape, False, tokens.nbytes)
+        for name, tokens in header.tokens.items()
     ]
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
-        _lorax(ranks), _advice(ranks, bucket),
+        _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)], full,
+        _mesh(header, devices) if devices > 1 else [],
     )  # fmt: skip
 
 
@@ -110,7 +144,9 @@ class BrokenAdapter:
         return {"path": str(self.path), "error": self.error}
 
 
-def inspect_below(path: Path, *, allow_links: bool = False) -> list[AdapterReport | BrokenAdapter]:
+def inspect_below(
+    path: Path, *, allow_links: bool = False, devices: int = 1
+) -> list[AdapterReport | BrokenAdapter]:
     """Reports on each adapter folder at or below `path`, in order; see `inspect_adapter`.
 
     Links to folders and hidden folders are left out. If there is no adapter, the only report says
@@ -122,7 +158,7 @@ def inspect_below(path: Path, *, allow_links: bool = False) -> list[AdapterRepor
     reports: list[AdapterReport | BrokenAdapter] = []
     for folder in _adapter_folders(path) or [path]:
         try:
-            reports.append(inspect_adapter(folder, allow_links=allow_links))
+            reports.append(inspect_adapter(folder, allow_links=allow_links, devices=devices))
         except (OSError, ValueError) as error:
             reports.append(BrokenAdapter(folder, str(error)))
     return reports
@@ -140,6 +176,25 @@ def _adapter_folders(path: Path) -> list[Path]:
         if not ADAPTER_FILES.isdisjoint(files):
             found.append(Path(folder))
     return found
+
+
+def _mesh(header: AdapterHeader, devices: int) -> list[str]:
+    """What each device holds of a slot with the adapter, in either form."""
+    rank, item = header.rank, header.dtype.itemsize
+    lines = []
+    for form, bucket, fully in (
+        ("holds", rank_bucket(rank), False),
+        ("with fully_sharded", rank_bucket(rank, devices), True),
+    ):
+        held = sum(
+            bytes_per_device(
+                name.rpartition(".")[2], (m.in_features, m.out_features), bucket, item, devices,
+                fully=fully,
+            )
+            for name, m in header.modules.items()
+        )  # fmt: skip
+        lines.append(f"each of {devices} devices {form} {held / 1e6:.2f} MB, in bucket {bucket}")
+    return lines
 
 
 def _lorax(ranks: list[int]) -> list[str]:
@@ -162,6 +217,11 @@ def _lorax(ranks: list[int]) -> list[str]:
     if len(ranks) > 1:
         lines.append(f"scales modules by one rank, though theirs differ ({ranks})")
     return lines
+
+
+def _needs(config: LoRAConfig) -> list[str]:
+    """What a model must have for the adapter, beside a bucket."""
+    return ["it uses DoRA, so give apply_lora dora=True"] if config.dora else []
 
 
 def _advice(ranks: list[int], bucket: int) -> list[str]:

@@ -1,5 +1,8 @@
 """LoRA for Flax Linen: the layer, and the bank over a Linen model's variables."""
 
+import dataclasses
+import functools
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,16 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx, serialization
+from flax.linen.spmd import logical_to_mesh
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array
+from jaxtyping import Array, DTypeLike
 
 from jax_lora import bank
 from jax_lora.bank.owner import StackOwner
 from jax_lora.batch import AdapterBatch, Guard
 from jax_lora.nn.layer import LoRALayer, batch_for
 from jax_lora.nn.names import ModulePath, Shape
-from jax_lora.nn.stacks import Slots, StackArrays, empty_scales, slots_of, stack_dtype, stack_shapes
-from pallas_kernels.ops import add_in_step
+from jax_lora.nn.stacks import (
+    LoRAScale,
+    LoRAStack,
+    Slots,
+    StackShape,
+    empty_scales,
+    stack_dtype,
+    stack_shapes,
+)
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 
 
@@ -48,6 +59,80 @@ serialization.register_serialization_state(
 )
 
 
+MaybeBoxed = Array | nn.meta.AxisMetadata[Array]
+
+
+class _Base(nnx.Module):
+    """What `LoRALayer` extends: the `Dense` of Linen, with arrays of its own.
+
+    Attributes:
+      dense: as the user made it, but for what it holds.
+    """
+
+    dense: nn.Dense
+    kernel: nnx.Param[Array]
+    bias: nnx.Param[Array] | None
+
+    def __call__(self, x: Array, out_sharding: None = None) -> Array:
+        params = {"kernel": self.kernel.get_value()}
+        if self.bias is not None:
+            params["bias"] = self.bias.get_value()
+        dense = self.dense.clone(features=self.kernel.shape[-1])  # of a shard, where it is one
+        return jnp.asarray(dense.apply({"params": params}, x))
+
+    def promote_dtype(self, arrays: tuple[Array], *, dtype: DTypeLike) -> tuple[Array]:
+        [array] = arrays
+        return (jnp.asarray(array, dtype),)
+
+
+class _Dense(LoRALayer, _Base):  # type: ignore[misc]
+    """The arrays of a Linen layer as a layer of NNX, which knows meshes and has a bank.
+
+    Args:
+      params: its collection `params`; what boxes say of a mesh is kept.
+      stacks: A and B of each stack, by its number.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Dense,
+        params: Mapping[str, MaybeBoxed],
+        shapes: Sequence[StackShape],
+        stacks: Mapping[int, Mapping[str, Array]],
+        scales: Array,
+    ) -> None:
+        kernel, bias = nn.meta.unbox(params["kernel"]), nn.meta.unbox(params.get("bias"))
+        self.dense, self.kernel = dense, nnx.Param(kernel)
+        if axes := _mesh_axes(params["kernel"]):
+            self.kernel.set_metadata(out_sharding=axes)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        arrays = [[stacks[i][name] for name in ("lora_a", "lora_b")] for i in range(len(shapes))]
+        self.stacks = nnx.List([LoRAStack(shape, a, b) for shape, (a, b) in zip(shapes, arrays)])
+        self.scales = LoRAScale(scales)
+        self.slices = tuple(
+            shape.features[1] for shape in shapes if shape.bucket == shapes[0].bucket
+        )
+        self.guard = self.placement = None
+
+    def features(self) -> tuple[int, int]:
+        in_features, out_features = self.kernel.shape[-2:]
+        return in_features, out_features
+
+    def resize(self) -> None:
+        """Its sizes are those of the kernel."""
+
+
+_Dense.__name__ = "LoRADense"  # errors call it what the user calls it
+
+
+def _mesh_axes(kernel: object) -> tuple[object, ...]:
+    """Over which axes of a mesh Flax's metadata divide a kernel; () where it has none."""
+    if not isinstance(kernel, nn.meta.AxisMetadata):
+        return ()
+    spec = nn.get_partition_spec(kernel)
+    return tuple(logical_to_mesh(spec) if isinstance(kernel, nn.LogicallyPartitioned) else spec)
+
+
 class LoRADense(nn.Dense):
     """`flax.linen.Dense` with stacks of LoRA adapters: `y[t] = x[t] W + b + s (x[t] A^T) B^T`.
 
@@ -67,6 +152,10 @@ class LoRADense(nn.Dense):
     Kernel and bias are those of `Dense`, in the collection `params`. The stacks are in `lora`,
     which may be trained, their scales in `lora_scale`; neither is needed without adapters.
 
+    On a mesh of devices it follows its kernel, as `jax_lora.LoRADense` does. Arrays inside of `jit`
+    tell how explicit axes divide the kernel. `kernel_init=nn.with_partitioning(...)` tells it of
+    automatic axes, where the mesh is that of `jax.set_mesh`.
+
     Attributes:
       slots, buckets, slices, lora_dtype: as in `jax_lora.LoRADense`. The others: as in `Dense`.
     """
@@ -80,13 +169,14 @@ class LoRADense(nn.Dense):
     def __call__(self, inputs: Array, adapters: AdapterBatch | None = None) -> Array:
         """The base layer's output, plus each row's adapter; as `jax_lora.LoRADense`."""
         adapters = batch_for(self, adapters)
-        y = super().__call__(inputs)
-        if adapters is None and not self.is_initializing():
-            return y
-        in_features = jnp.shape(inputs)[-1]
+        if adapters is None or self.is_initializing():
+            y = super().__call__(inputs)
+            if not self.is_initializing():
+                return y
         dtype = stack_dtype(self.lora_dtype or self.param_dtype)
         slices = (self.features,) if self.slices is None else self.slices
-        shapes = stack_shapes((in_features, self.features), self.slots, self.buckets, slices)
+        features = (jnp.shape(inputs)[-1], self.features)
+        shapes = stack_shapes(features, self.slots, self.buckets, slices)
 
         def empty() -> dict[int, dict[str, Array]]:
             return {
@@ -103,52 +193,51 @@ class LoRADense(nn.Dense):
             self.variable("lora_scale", "guard", _Held)
         if adapters is None:
             return y
-        held = self.get_variable("lora_scale", "guard", _Held())
-        adapters.check_guard(held.guard, type(self).__name__)
-        first_slots = adapters.first_slots(slots_of(shapes))
-        parts = [
-            StackArrays(stacks[i]["lora_a"], stacks[i]["lora_b"], scales).part(
-                shape, first_slots[shape.bucket]
-            )
-            for i, shape in enumerate(shapes)
-        ]
-        [out] = add_in_step(
-            (y.reshape(-1, self.features),),
-            jnp.asarray(inputs, y.dtype).reshape(-1, in_features),
-            parts,
-            adapters.segments(inputs.shape[:-1]),
-            phase=adapters.phase,
+        layer = _Dense(self._plain(), self._params(features), shapes, stacks, scales)
+        layer.guard = self.get_variable("lora_scale", "guard", _Held()).guard
+        return layer(inputs, adapters)
+
+    def _plain(self) -> nn.Dense:
+        """The layer without LoRA."""
+        fields = {field.name for field in dataclasses.fields(nn.Dense)} - {"parent", "name"}
+        return nn.Dense(**{name: getattr(self, name) for name in fields}, parent=None)
+
+    def _params(self, features: tuple[int, int]) -> dict[str, MaybeBoxed]:
+        """Its collection `params`, with what `kernel_init` says of a mesh, also if unboxed."""
+        params: dict[str, MaybeBoxed] = {
+            name: self.get_variable("params", name) for name in ("kernel", "bias")
+        }
+        said = jax.eval_shape(
+            lambda: self.kernel_init(jax.random.key(0), features, self.param_dtype)
         )
-        return out.reshape(y.shape)
+        if isinstance(said, nn.meta.AxisMetadata):
+            params["kernel"] = said.replace_boxed(nn.meta.unbox(params["kernel"]))
+        return params
 
 
-class _Dense(LoRALayer):
-    """What the bank needs of a layer: its kernel, and its stacks as NNX modules."""
+def _layer_of(
+    path: str, params: Mapping[str, MaybeBoxed], stacks: Mapping[int, Any], scales: Array
+) -> _Dense:
+    """What the bank has of a layer.
 
-    def __init__(self, path: str, kernel: Array, stacks: Mapping[int, Any], scales: Any) -> None:
-        lead = kernel.shape[:-2]
-        self.kernel = nnx.Param(kernel)
-        ordered = [stacks[i] for i in range(len(stacks))]
-        if any(s["lora_a"].shape[:-3] != lead for s in ordered) or scales.shape[:-1] != lead:
-            raise ValueError(
-                f"{path}: kernel {list(kernel.shape)} and stacks {list(ordered[0]['lora_a'].shape)}"
-                " must have the same axes of layers, in front: give nn.scan variable_axes with 0 "
-                'for "params", "lora" and "lora_scale"'
-            )
-        buckets = [stack["lora_a"].shape[-2] for stack in ordered]
-        slices = [
-            s["lora_b"].shape[-2] for s, bucket in zip(ordered, buckets) if bucket == buckets[0]
-        ]
-        slots = {bucket: s["lora_a"].shape[-3] for s, bucket in zip(ordered, buckets)}
-        self.add_stacks(slots, tuple(slots), slices, ordered[0]["lora_a"].dtype, lead)
-        for stack, values in zip(self.stacks, ordered):
-            for variable, name in zip(stack.variables, ("lora_a", "lora_b")):
-                variable.set_value(_own(values[name]))
-        self.scales.set_value(_own(scales))
-
-    def features(self) -> tuple[int, int]:
-        in_features, out_features = self.kernel.shape[-2:]
-        return in_features, out_features
+    Raises:
+      ValueError: its arrays do not have the same axes of layers, in front.
+    """
+    kernel = nn.meta.unbox(params["kernel"])
+    lead = kernel.shape[:-2]
+    ordered = [stacks[i] for i in range(len(stacks))]
+    if any(s["lora_a"].shape[:-3] != lead for s in ordered) or scales.shape[:-1] != lead:
+        raise ValueError(
+            f"{path}: kernel {list(kernel.shape)} and stacks {list(ordered[0]['lora_a'].shape)}"
+            " must have the same axes of layers, in front: give nn.scan variable_axes with 0 "
+            'for "params", "lora" and "lora_scale"'
+        )
+    buckets = [stack["lora_a"].shape[-2] for stack in ordered]
+    slices = [s["lora_b"].shape[-2] for s, bucket in zip(ordered, buckets) if bucket == buckets[0]]
+    slots = {bucket: s["lora_a"].shape[-3] for s, bucket in zip(ordered, buckets)}
+    shapes = stack_shapes(kernel.shape[-2:], slots, tuple(slots), slices)
+    own = {i: {name: _own(value) for name, value in stack.items()} for i, stack in stacks.items()}
+    return _Dense(nn.Dense(sum(slices)), params, shapes, own, _own(scales))
 
 
 def _own(value: Any) -> Array:
@@ -169,6 +258,7 @@ class AdapterBank(bank.AdapterBank):
       variables: what `model.init` returned. The bank takes over the stacks: from now on they are
         in `bank.variables`.
       peft_names: where names differ; as the model's attribute in `jax_lora.AdapterBank`.
+      adapters_per_row: as in `jax_lora.AdapterBank`.
 
     Variables have one bank. A new one over the same takes over from it, as for an NNX model; it
     must be given `bank.variables` once the first has loaded something.
@@ -179,7 +269,11 @@ class AdapterBank(bank.AdapterBank):
     """
 
     def __init__(
-        self, variables: Mapping[str, Any], *, peft_names: Mapping[str, Any] | None = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        peft_names: Mapping[str, Any] | None = None,
+        adapters_per_row: int = 1,
     ) -> None:
         def is_layer(path: Any, value: Any) -> bool:
             return "stacks" in value
@@ -187,7 +281,7 @@ class AdapterBank(bank.AdapterBank):
         model: Any = nnx.Module()
         layers = flatten_dict(variables.get("lora", {}), is_leaf=is_layer)
         scales = flatten_dict(variables.get("lora_scale", {}))
-        params = flatten_dict(variables.get("params", {}))
+        params = variables.get("params", {})
         if any(
             isinstance(leaf, jax.Array) and leaf.is_deleted()
             for leaf in jax.tree.leaves((layers, scales))
@@ -206,11 +300,13 @@ class AdapterBank(bank.AdapterBank):
                 parent = getattr(parent, name)
             if (*path, "scales") not in scales:
                 raise ValueError(f"variables have stacks, but no lora_scale, of {'.'.join(path)}")
-            arrays = params[*path, "kernel"], layer["stacks"], scales[*path, "scales"]
-            setattr(parent, path[-1], _Dense(".".join(path), *arrays))
+            arrays = functools.reduce(operator.getitem, path, params), layer["stacks"]
+            own = _layer_of(".".join(path), *arrays, scales[*path, "scales"])
+            setattr(parent, path[-1], own)
         model.peft_names = nnx.static(dict(peft_names or {}))
-        self._shapes = {path: tuple(jnp.shape(value)) for path, value in params.items()}
-        super().__init__(model)
+        shapes = jax.tree.map(lambda value: tuple(jnp.shape(value)), nn.meta.unbox(params))
+        self._shapes = flatten_dict(shapes)
+        super().__init__(model, adapters_per_row=adapters_per_row)
         _LINEN_BANKS.add(self)
 
     def _array_shapes(self) -> dict[ModulePath, Shape]:

@@ -1,11 +1,12 @@
 """Which buckets and slots a folder of adapters needs, within a budget of memory."""
 
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
 from jax_lora.messages import shown
@@ -20,6 +21,7 @@ class Plan(TypedDict):
     slots: dict[int, int]
     target: tuple[str, ...]
     dtype: Any
+    full_slots: NotRequired[dict[str, int]]
 
 
 def plan_slots(
@@ -38,41 +40,36 @@ def plan_slots(
     One slot for each adapter where that fits; else each bucket holds about the same share of its
     adapters, at least one slot, and the others take turns. Where not even that fits, the smallest
     buckets are given up, and their adapters run in the next larger one. A slot takes
-    `bucket * (H + N)` elements in each module that any of the adapters adapts. Only configs and
-    headers of files are read, no weights.
+    `bucket * (H + N)` elements in each module that any of the adapters adapts. Before that, modules
+    that adapters have whole (`modules_to_save`) get one full slot each, and more from what is left.
+    Only configs and headers of files are read, no weights.
 
     Args:
       adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.
-      memory: bytes that the stacks may take.
+      memory: bytes that stacks and full slots may take.
       dtype: dtype of the stacks; None for the adapters' own (float32 where they differ).
       allow_links: see `load_peft`.
 
     Returns:
       `apply_lora`'s `buckets`, `slots`, `target` (the modules that the adapters name, so that no
-      other layer gets stacks) and `dtype`. A model whose `peft_names` differ from its paths takes
-      `plan | {"target": ...}`.
+      other layer gets stacks) and `dtype`; `full_slots` too, if an adapter needs some. A model
+      whose `peft_names` rename more than single layers takes `plan | {"target": ...}`.
 
     Raises:
       TypeError: an argument of another type.
       ValueError: there are no adapters, they disagree about a module's shape, or one slot for the
-        largest of them takes more than `memory`; see also `load_peft`.
+        largest of them, and full slots, take more than `memory`; see also `load_peft`.
       FileNotFoundError: see `load_peft`.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise TypeError(f"memory must be an int, in bytes, got {shown(memory)}")
     headers = _headers(adapters, allow_links)
-    shapes: dict[str, tuple[int, int]] = {}
-    for header in headers:
-        for module, lora in header.modules.items():
-            shape = lora.in_features, lora.out_features
-            if shapes.setdefault(module, shape) != shape:
-                raise ValueError(
-                    f"adapters disagree about {module}: {shapes[module]} and {shape} features; "
-                    "they belong to different models"
-                )
+    shapes = _shapes(headers)
     dtypes = {header.dtype for header in headers}
     dtype = stack_dtype(dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"))
     bytes_per_rank = dtype.itemsize * sum(h + n for h, n in shapes.values())
+    full, given = _full(headers, dtype), memory
+    memory -= sum(full.values())
     wanted = Counter(rank_bucket(header.rank) for header in headers)
     while sum(wanted) * bytes_per_rank > memory and len(wanted) > 1:
         smallest, larger = sorted(wanted)[:2]
@@ -80,8 +77,9 @@ def plan_slots(
     if sum(wanted) * bytes_per_rank > memory:
         (bucket,) = wanted
         raise ValueError(
-            f"memory={memory} bytes hold no slot: one of bucket {bucket} takes "
-            f"{bucket * bytes_per_rank}, {dtype} in {len(shapes)} modules. Give more, a smaller "
+            f"memory={given} bytes hold no slot: one of bucket {bucket} takes "
+            f"{bucket * bytes_per_rank}, {dtype} in {len(shapes)} modules"
+            f"{f', and full slots {sum(full.values())}' if full else ''}. Give more, a smaller "
             f"dtype=, or leave out the adapters of rank {max(h.rank for h in headers)}"
         )
     slots = dict.fromkeys(sorted(wanted), 1)
@@ -95,7 +93,53 @@ def plan_slots(
         slots[bucket] += 1
         left -= bucket * bytes_per_rank
     target = tuple(re.escape(module) for module in sorted(shapes))
-    return {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
+    plan: Plan = {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
+    if full:
+        counts = _full_slots(full, Counter(m for header in headers for m in header.full), left)
+        plan["full_slots"] = {re.escape(module): count for module, count in counts.items()}
+    return plan
+
+
+def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
+    """H and N of each module that the adapters adapt or have whole."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for header in headers:
+        each = {m: (lora.in_features, lora.out_features) for m, lora in header.modules.items()}
+        for module, full in header.full.items():  # of an embedding, H and N are the other way
+            outputs, inputs = full.shape
+            known = shapes.get(module)
+            each[module] = known if known in (full.shape, full.shape[::-1]) else (inputs, outputs)
+        for module, shape in each.items():
+            if shapes.setdefault(module, shape) != shape:
+                raise ValueError(
+                    f"adapters disagree about {module}: {shapes[module]} and {shape} features; "
+                    "they belong to different models"
+                )
+    return shapes
+
+
+def _full(headers: list[AdapterHeader], dtype: Any) -> dict[str, int]:
+    """The bytes of one full slot of each module that an adapter has whole."""
+    found = {}
+    for header in headers:
+        for module, full in header.full.items():
+            size = math.prod(full.shape) + (full.shape[0] if full.has_bias else 0)
+            found[module] = size * dtype.itemsize
+    return found
+
+
+def _full_slots(nbytes: dict[str, int], wanted: Counter[str], left: int) -> dict[str, int]:
+    """One full slot of each module, and more while `left` bytes hold them."""
+    slots = dict.fromkeys(sorted(nbytes), 1)
+    while growing := [
+        (count / wanted[module], module)
+        for module, count in slots.items()
+        if count < wanted[module] and nbytes[module] <= left
+    ]:
+        _, module = min(growing)
+        slots[module] += 1
+        left -= nbytes[module]
+    return slots
 
 
 def _headers(adapters: Any, allow_links: bool) -> list[AdapterHeader]:

@@ -1,14 +1,20 @@
 """LoRA layers on a mesh of devices: each device runs the layer on its own shard."""
 
+import functools
+import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
+
+from pallas_kernels.ranks import padded_rank
 
 AnyMesh = Mesh | AbstractMesh
 Label = Hashable
@@ -46,10 +52,14 @@ class Placed(Protocol):
 
     kernel: nnx.Param[Array]
     slices: tuple[int, ...]
+    fully_sharded: bool
     placement: NamedSharding | None
 
     @property
     def lead(self) -> tuple[int, ...]: ...
+
+    @property
+    def buckets(self) -> tuple[int, ...]: ...
 
     def labels(self, x_ndim: int) -> Labels: ...
 
@@ -60,12 +70,14 @@ class Shards(NamedTuple):
     Attributes:
       axes: of the mesh, over which each label's axis is divided.
       manual: all axes of the mesh that the layer divides its work over by itself.
+      fully: whether ranks are divided too: those of A where N is, those of B where H is.
     """
 
     mesh: AnyMesh
     labels: Labels
     axes: Mapping[Label, MeshAxes]
     manual: frozenset[str]
+    fully: bool
 
     def spec(self, labels: Iterable[Label]) -> PartitionSpec:
         return PartitionSpec(*(self.axes.get(label, ()) or None for label in labels))
@@ -97,20 +109,69 @@ class Shards(NamedTuple):
 
         def one(leaf: Array) -> Array:
             missing = tuple(sorted(used - jax.typeof(leaf).manual_axis_type.varying))
-            return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+            cast = functools.partial(jax.lax.pcast, axis_name=missing, to="varying")
+            return _in_float32_on_a_cpu(cast, leaf) if missing else leaf
 
         return jax.tree.map(one, tree)
+
+    def total(self, y: Array) -> Array:
+        """The sum of the devices' `y`, inside of the `shard_map`, where each has part of H."""
+        if not self.inputs:
+            return y
+        return _in_float32_on_a_cpu(lambda y: jax.lax.psum(y, self.inputs), y)
+
+    def by_ranks(self, vs: Sequence[Array]) -> list[Array]:
+        """What A's shards made of x, each `[T, R]`, as B's shards take it.
+
+        Where N is divided, one exchange gathers the devices' ranks. Where H is, all devices have
+        all ranks, each of its own part of x; one exchange scatters their sums.
+        """
+        if self.outputs:
+            ranks = [v.shape[1] for v in vs]
+            gathered = jax.lax.all_gather(jnp.concatenate(vs, axis=1), self.outputs, axis=1)
+            ends = itertools.accumulate(ranks)
+            vs = [
+                gathered[:, :, end - rank : end].reshape(len(gathered), -1)
+                for rank, end in zip(ranks, ends)
+            ]
+        if self.inputs:
+            devices = self.devices(self.inputs)
+            each = [v.reshape(len(v), devices, -1) for v in vs]
+            total = jax.lax.psum_scatter(
+                jnp.concatenate(each, axis=2), self.inputs, scatter_dimension=1
+            )
+            vs = jnp.split(total, list(itertools.accumulate(v.shape[2] for v in each))[:-1], axis=1)
+        return list(vs)
+
+    def devices(self, axes: MeshAxes) -> int:
+        """How many parts these axes make of an array."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def of_variable(self, name: Hashable, ndim: int) -> PartitionSpec:
         """How a variable of the layer is divided, by its name. Axes of stacked layers are whole."""
         ends: dict[Hashable, tuple[MeshAxes | None, ...]] = {
-            "lora_a": (None, None, self.inputs or None),
-            "lora_b": (None, self.outputs or None, None),
+            "lora_a": (None, (self.fully and self.outputs) or None, self.inputs or None),
+            "lora_b": (None, self.outputs or None, (self.fully and self.inputs) or None),
             "kernel": tuple(self.spec(self.labels.kernel)),
+            "embedding": tuple(self.spec(self.labels.kernel)),
             "bias": tuple(self.spec(x for x in self.labels.y if x in self.labels.kernel)),
         }
         end = ends.get(name, ())
         return PartitionSpec(*[None] * (ndim - len(end)), *end)
+
+
+def _in_float32_on_a_cpu(sum_of: Callable[[Array], Array], x: Array) -> Array:
+    """`sum_of(x)`, which sums over devices, or the gradient of which does.
+
+    XLA's CPU compiler aborts on sums in half precision over some of a mesh's axes, in jax 0.11.2
+    ("Invalid binary instruction opcode copy"): a bfloat16 `psum` in a `shard_map` is enough whose
+    `axis_names` lack an axis of the mesh.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return sum_of(x)
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: sum_of(x.astype(jnp.float32)).astype(x.dtype), default=sum_of
+    )
 
 
 def shards_of(layer: Placed, x: Array) -> Shards | None:
@@ -118,7 +179,7 @@ def shards_of(layer: Placed, x: Array) -> Shards | None:
 
     Raises:
       ValueError: x is sharded over features, and the kernel is not: all of x would be gathered.
-        Features do not divide over the mesh.
+        Features do not divide over the mesh, nor ranks that are to.
     """
     mesh = _mesh(layer, x)
     if mesh is None:
@@ -127,18 +188,21 @@ def shards_of(layer: Placed, x: Array) -> Shards | None:
     of_x = dict(zip(labels.x, _explicit(x)))
     tokens = {label: of_x[label] for label in labels.lead if of_x.get(label)}
     taken = {axis for axes in tokens.values() for axis in axes}
-    # What tokens are divided over, weights are gathered from: fully sharded data parallelism.
+    explicit = _explicit_axes(mesh)
+    # What tokens are divided over, weights are gathered from: fully sharded data parallelism. XLA
+    # can't sum over an automatic axis of one device.
+    over = {a for a, size in mesh.shape.items() if size > 1 or a in explicit} - taken
     weights = {
-        label: tuple(axis for axis in axes if axis in mesh.axis_names and axis not in taken)
+        label: tuple(axis for axis in axes if axis in over)
         for label, axes in zip(labels.kernel, _kernel_axes(layer))
     }
     axes = tokens | weights
-    explicit = _explicit_axes(mesh)
     used = {axis for some in axes.values() for axis in some}
     if not (explicit or used):
         return None
     alone = {axis for axis, size in mesh.shape.items() if size == 1}
-    shards = Shards(mesh, labels, axes, frozenset(explicit | used | alone))
+    manual = frozenset(explicit | used | alone)
+    shards = Shards(mesh, labels, axes, manual, layer.fully_sharded)
     _check(layer, shards, x, of_x)
     return shards
 
@@ -183,6 +247,22 @@ def by_shard(tokens: NamedSharding | None) -> PartitionSpec:
     if tokens is None:
         return PartitionSpec()
     return PartitionSpec(tuple(axis for entry in tokens.spec for axis in _names(entry)))
+
+
+def put(value: Array | np.ndarray, sharding: Sharding) -> Array:
+    """`value` as `sharding` says; of a process among several, its shards alone."""
+    if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, sharding)
+    # To put it there would first compare all processes' values, by an exchange between devices.
+    own = np.asarray(value)
+    return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+
+def whole(array: Array) -> np.ndarray:
+    """The values of an array; where processes have shards of it, by an exchange of all of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def resharded(value: Array, sharding: NamedSharding) -> Array:
@@ -237,11 +317,11 @@ def _annotated(kernel: nnx.Variable[Array]) -> PartitionSpec:
     return spec.spec if isinstance(spec, NamedSharding) else PartitionSpec(*spec)
 
 
-def placement_of(layer: Placed, lead: int) -> Shards | None:
+def placement_of(layer: Placed, lead: int, buckets: Sequence[int], *, fully: bool) -> Shards | None:
     """How the kernel of one layer is divided, and its stacks are to be; None where no mesh is.
 
     Raises:
-      ValueError: features do not divide over the mesh.
+      ValueError: features, or the ranks of fully sharded stacks, do not divide over the mesh.
     """
     kernel = layer.kernel.get_value()
     mesh, spec = _mesh_of(kernel), _annotated(layer.kernel)
@@ -259,16 +339,18 @@ def placement_of(layer: Placed, lead: int) -> Shards | None:
         tuple(axis for axis in axes if axis in mesh.axis_names)
         for axes in _per_axis(spec, len(shape))
     ]
-    shards = Shards(mesh, labels, dict(zip(labels.kernel, on_mesh)), frozenset())
-    check_divisible(type(layer).__name__, shards, dict(zip(labels.kernel, shape)))
+    axes = dict(zip(labels.kernel, on_mesh))
+    shards = Shards(mesh, labels, axes, frozenset(), fully)
+    _check_divisible(type(layer).__name__, shards, dict(zip(labels.kernel, shape)))
+    _check_ranks(type(layer).__name__, shards, buckets)
     return shards
 
 
 def _check(layer: Placed, shards: Shards, x: Array, of_x: Mapping[Label, MeshAxes]) -> None:
-    name, sizes = type(layer).__name__, shards.mesh.shape
+    name = type(layer).__name__
     for label in shards.labels.summed:
         given, wanted = of_x.get(label, ()), shards.axes.get(label, ())
-        if given != wanted and math.prod(sizes[axis] for axis in given) > 1:
+        if given != wanted and shards.devices(given) > 1:
             raise ValueError(
                 f"{name} gets x {list(x.shape)} with features over {given} of the mesh, but its "
                 f"kernel has them over {wanted or 'none'}, so all of x would be gathered; shard "
@@ -276,20 +358,21 @@ def _check(layer: Placed, shards: Shards, x: Array, of_x: Mapping[Label, MeshAxe
                 f"{shards.spec(shards.labels.x)})"
             )
     kernel = layer.kernel.get_value().shape[len(layer.lead) :]
-    check_divisible(name, shards, dict(zip(shards.labels.kernel, kernel)))
-    if len(layer.slices) > 1 and math.prod(sizes[axis] for axis in shards.outputs) > 1:
+    _check_divisible(name, shards, dict(zip(shards.labels.kernel, kernel)))
+    _check_ranks(name, shards, layer.buckets)
+    if len(layer.slices) > 1 and shards.devices(shards.outputs) > 1:
         raise ValueError(
             f"{name} has slices {layer.slices}, whose columns can't be divided over "
             f"{shards.outputs} of the mesh; make a layer of each"
         )
 
 
-def check_divisible(name: str, shards: Shards, sizes: Mapping[Label, int]) -> None:
+def _check_divisible(name: str, shards: Shards, sizes: Mapping[Label, int]) -> None:
     """ValueError where features do not divide over the mesh, or are divided in their midst."""
     for what, labels in (("input", shards.labels.summed), ("output", shards.labels.kept)):
         for nth, label in enumerate(labels):
             axes = shards.axes.get(label, ())
-            devices = math.prod(shards.mesh.shape[axis] for axis in axes)
+            devices = shards.devices(axes)
             if sizes[label] % devices:
                 raise ValueError(
                     f"{name}: {sizes[label]} {what} features do not divide over the {devices} "
@@ -301,3 +384,16 @@ def check_divisible(name: str, shards: Shards, sizes: Mapping[Label, int]) -> No
                     f"{name}: its {what} features are {[sizes[x] for x in labels]}, of which "
                     f"mesh axes {axes} divide the {sizes[label]}; divide the first of them"
                 )
+
+
+def _check_ranks(name: str, shards: Shards, buckets: Sequence[int]) -> None:
+    """ValueError where ranks are divided, and a bucket is not what LoRAX pads a rank to."""
+    for axes in (shards.inputs, shards.outputs):
+        devices = shards.devices(axes) if shards.fully else 1
+        padded = tuple(dict.fromkeys(padded_rank(bucket, devices) for bucket in buckets))
+        if devices > 1 and padded != tuple(buckets):
+            raise ValueError(
+                f"{name}: buckets {tuple(buckets)} do not divide over the {devices} devices of "
+                f"mesh axes {axes} into ranks that are multiples of 8, as fully_sharded asks; give "
+                f"buckets={padded}"
+            )

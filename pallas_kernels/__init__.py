@@ -32,7 +32,9 @@ from pallas_kernels.ranks import rank_tier as rank_tier
 from pallas_kernels.ranks import select_kernel as select_kernel
 from pallas_kernels.ranks import use_cutlass_shrink as use_cutlass_shrink
 from pallas_kernels.renamed import removed_names
+from pallas_kernels.routing import Mix as Mix
 from pallas_kernels.routing import Segments as Segments
+from pallas_kernels.routing import make_mix as make_mix
 from pallas_kernels.routing import make_segments as make_segments
 from pallas_kernels.routing import segments_from_lengths as segments_from_lengths
 from pallas_kernels.stacks import LayerStacks as LayerStacks

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from pallas_kernels import derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import compiled, varying
-from pallas_kernels.routing import TokenIds
+from pallas_kernels.routing import AnyIds, Mix, TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
 
 Parts = tuple[LoRAPart, ...]
@@ -90,14 +90,14 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
-    return compiled("add_lora", call)(ys, x, parts, token_ids)
+def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds) -> Ys:
+    return compiled("add_lora", call)(ys, x, parts, ids)
 
 
 def _add_lora_fwd(
-    call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds
-) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
-    return _add_lora(call, ys, x, parts, token_ids), (x, _kept(parts), token_ids)
+    call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds
+) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    return _add_lora(call, ys, x, parts, ids), (x, _kept(parts), ids)
 
 
 def _kept(parts: Parts) -> Parts:
@@ -105,8 +105,8 @@ def _kept(parts: Parts) -> Parts:
 
 
 def _add_lora_bwd(
-    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
-) -> tuple[Ys, Array, Parts, None]:
+    call: Call, residuals: tuple[Array, Parts, AnyIds], dys: Ys
+) -> tuple[Ys, Array, Parts, Mix | None]:
     return dys, *_gradients(call, residuals, dys)
 
 
@@ -114,19 +114,19 @@ _add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
-    return compiled("lora_delta", call)(x, parts, token_ids)
+def _lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
+    return compiled("lora_delta", call)(x, parts, ids)
 
 
 def _lora_delta_fwd(
-    call: Call, x: Array, parts: Parts, token_ids: TokenIds
-) -> tuple[Ys, tuple[Array, Parts, TokenIds]]:
-    return _lora_delta(call, x, parts, token_ids), (x, _kept(parts), token_ids)
+    call: Call, x: Array, parts: Parts, ids: AnyIds
+) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    return _lora_delta(call, x, parts, ids), (x, _kept(parts), ids)
 
 
 def _lora_delta_bwd(
-    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
-) -> tuple[Array, Parts, None]:
+    call: Call, residuals: tuple[Array, Parts, AnyIds], dys: Ys
+) -> tuple[Array, Parts, Mix | None]:
     return _gradients(call, residuals, dys)
 
 
@@ -135,13 +135,14 @@ _lora_delta.defvjp(_lora_delta_fwd, _lora_delta_bwd)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(
-    call: Call, residuals: tuple[Array, Parts, TokenIds], dys: Ys
-) -> tuple[Array, Parts, None]:
-    x, parts, token_ids = derivatives.cotangents(call.op, residuals)
+    call: Call, residuals: tuple[Array, Parts, AnyIds], dys: Ys
+) -> tuple[Array, Parts, Mix | None]:
+    x, parts, ids = derivatives.cotangents(call.op, residuals)
     parts = tuple(part.with_slices() for part in parts)
     gradient = compiled("add_lora_grad", call)
-    dx, dparts = gradient(side_by_side(dys), x, parts, token_ids)
-    return dx, tuple(map(_in_whole_scales, parts, dparts)), None
+    dx, dparts, dweights = gradient(side_by_side(dys), x, parts, ids)
+    of_ids = None if dweights is None else Mix(None, dweights)  # type: ignore[arg-type]
+    return dx, tuple(map(_in_whole_scales, parts, dparts)), of_ids
 
 
 def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
@@ -157,15 +158,17 @@ def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
     return dataclasses.replace(gradient, scales=whole, scales_offset=part.scales_offset)
 
 
-def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds) -> Ys:
     """`Backend.add_lora`, with its gradient."""
-    out: Ys = _add_lora(call, *derivatives.operands(call.op, (ys, x, parts, token_ids)))
+    out: Ys = _add_lora(call, *derivatives.operands(call.op, (ys, x, parts, ids)))
     return out
 
 
-def lora_delta(call: Call, x: Array, parts: Parts, token_ids: TokenIds) -> Ys:
+def lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
     """`Backend.lora_delta`, with its gradient."""
     # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
-    x, parts = varying((x, parts), (x, parts, token_ids))
-    out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, token_ids)))
+    shared = (x, parts, ids if isinstance(ids, Mix) else None)
+    x, parts, weighted = varying(shared, (x, parts, ids))
+    ids = ids if weighted is None else weighted
+    out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, ids)))
     return out

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, DTypeLike
 
 from pallas_kernels.mosaic_gpu.config import Config
-from pallas_kernels.routing import TokenIds
+from pallas_kernels.routing import AnyIds, TokenIds
 from pallas_kernels.stacks import LoRAPart
 
 
@@ -62,12 +62,12 @@ class Backend(Protocol):
         ys: tuple[Array, ...],
         x: Array,
         parts: tuple[LoRAPart, ...],
-        token_ids: TokenIds,
+        ids: AnyIds,
     ) -> tuple[Array, ...]:
         """The ys plus both halves of every part, over the columns of the ys side by side."""
 
     def lora_delta(
-        self, call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+        self, call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
     ) -> tuple[Array, ...]:
         """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
 
@@ -82,7 +82,8 @@ class Backend(Protocol):
         """Gradients in v, lora_b and y."""
 
     def add_lora_grad(
-        self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-    ) -> tuple[Array, tuple[LoRAPart, ...]]:
-        """Gradients in x and in the parts; `dy` is that of all columns side by side. Stacks and
-        scales hold the slots of `slots_in_use` alone if `call.compact` says how many."""
+        self, call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
+    ) -> tuple[Array, tuple[LoRAPart, ...], Array | None]:
+        """Gradients in x, in the parts, and, of a mix, in its weights; `dy` is that of all columns
+        side by side. Stacks and scales hold the slots of `slots_in_use` alone if `call.compact`
+        says how many; then there is no mix."""

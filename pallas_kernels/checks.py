@@ -1,5 +1,6 @@
 """Checks of what a caller gives, once, at the public ops; messages hold the values."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pallas_kernels.routing import (
+    AnyIds,
+    Mix,
     Segments,
     SlotRange,
     TokenIds,
@@ -16,6 +19,7 @@ from pallas_kernels.routing import (
     checked_indices,
     num_tokens_of,
     static,
+    unsorted_mix,
 )
 from pallas_kernels.stacks import LayerStacks, LoRAPart
 
@@ -94,10 +98,30 @@ def token_ids(indices: ArrayLike | TokenIds, num_tokens: int, num_adapters: int)
     return _ids(indices, num_tokens, num_adapters)
 
 
-def shared_token_ids(
+def shared_ids(
+    indices: ArrayLike | AnyIds,
+    weights: ArrayLike | None,
+    num_tokens: int,
+    ranges: Sequence[SlotRange],
+) -> AnyIds:
+    """The ids of the tokens of a call with parts of these ranges; with weights, those of a mix."""
+    if weights is not None:
+        if isinstance(indices, Segments | Mix | WideIndices):
+            raise TypeError(
+                f"weights go with indices [T, K], not with {type(indices).__name__}; "
+                "make_mix(indices, weights, num_adapters) sorts both for several calls"
+            )
+        indices = unsorted_mix(indices, weights)
+    if not isinstance(indices, Mix):
+        return _shared_token_ids(indices, num_tokens, ranges)
+    same("mix and tensor differ in tokens", indices.num_tokens, num_tokens)
+    columns = tuple(_shared_token_ids(one, num_tokens, ranges) for one in indices.columns)
+    return dataclasses.replace(indices, columns=columns)
+
+
+def _shared_token_ids(
     indices: ArrayLike | TokenIds, num_tokens: int, ranges: Sequence[SlotRange]
 ) -> TokenIds:
-    """The ids of the tokens of a call with parts of these ranges."""
     stop = max((slots.stop for slots in ranges), default=1)
     if isinstance(indices, Segments) and indices.num_adapters < stop:
         raise ValueError(
@@ -111,6 +135,11 @@ def _ids(indices: ArrayLike | TokenIds, num_tokens: int, num_adapters: int) -> T
     """Int32 arrays of JAX stay as they are: kernels treat ids outside of a range as none."""
     if isinstance(indices, LoRAPart):
         raise TypeError("indices must be integers or Segments, got a LoRAPart")
+    if isinstance(indices, Mix):
+        raise TypeError(
+            "one half of a LoRA takes one adapter per token, got a Mix; add_lora, add_lora_multi "
+            "and lora_delta take several"
+        )
     if isinstance(indices, Segments):
         same("segments and tensor differ in tokens", num_tokens_of(indices), num_tokens)
         return indices

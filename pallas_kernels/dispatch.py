@@ -152,6 +152,23 @@ def check_may_write(call: Call, *operands: Array) -> None:
         )
 
 
+def check_on_no_mesh(call: Call, *operands: Array) -> None:
+    """NotImplementedError for a kernel outside of a `jax.shard_map` on a mesh of explicit axes: no
+    type says how its results are divided, and JAX lowers a kernel for manual axes alone."""
+    for operand in operands:
+        mesh = jax.typeof(operand).sharding.mesh
+        axes = [
+            axis
+            for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+            if kind == jax.sharding.AxisType.Explicit
+        ]
+        if axes and call.implementation in ("auto", "mosaic_gpu"):
+            raise NotImplementedError(
+                f"{call.op} gets {jax.typeof(operand)} on a mesh with explicit axes {axes}; call "
+                "it inside of jax.shard_map, on each device's part; LoRA layers do so themselves"
+            )
+
+
 def phase_of(num_tokens: int) -> str:
     """The phase of a call that names none."""
     return "decode" if num_tokens <= _MAX_DECODE_TOKENS else "prefill"

@@ -12,9 +12,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.call import Call
-from pallas_kernels.routing import Segments, SlotRange, TokenIds, local_segments
+from pallas_kernels.routing import AnyIds, Segments, SlotRange, TokenIds, local_segments
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
-from pallas_kernels.xla import LocalPart, Scale, add_rows, cast_v, dot, local_parts, touches
+from pallas_kernels.xla import (
+    LocalPart,
+    Scale,
+    add_rows,
+    cast_v,
+    dot,
+    local_parts,
+    touches,
+    weighted,
+)
 from pallas_kernels.xla import add_lora_grad as add_lora_grad
 from pallas_kernels.xla import expand_grad as expand_grad
 from pallas_kernels.xla import shrink_grad as shrink_grad
@@ -36,29 +45,27 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
 
 
 def add_lora(
-    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
 ) -> tuple[Array, ...]:
     """The ys plus both halves of each part, in order. A token's sum is rounded once."""
-    y, locals_ = side_by_side(ys), _local_parts(parts, token_ids)
-    acc, touched = _add_parts(y if len(parts) == 1 else y.astype(jnp.float32), x, locals_)
+    y, locals_ = side_by_side(ys), _local_parts(parts, ids)
+    acc, touched = _add_parts(y if len(locals_) == 1 else y.astype(jnp.float32), x, locals_)
     if acc.dtype != y.dtype:
         acc = jnp.where(touched, acc.astype(y.dtype), y)
     return apart(acc, tuple(one.shape[1] for one in ys))
 
 
-def lora_delta(
-    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> tuple[Array, ...]:
+def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:
     """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
     zeros = jnp.zeros((x.shape[0], sum(call.widths)), jnp.float32)
-    total, touched = _add_parts(zeros, x, _local_parts(parts, token_ids))
+    total, touched = _add_parts(zeros, x, _local_parts(parts, ids))
     total = total.astype(call.dtype)
     return apart(jnp.where(touched, total, jnp.asarray(-0.0, total.dtype)), call.widths)
 
 
-def _local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalPart]:
+def _local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
     """By slices where they are those of several layers: every adapter of a layer is read anyway."""
-    return local_parts(tuple(dataclasses.replace(part, layers=None) for part in parts), token_ids)
+    return local_parts(tuple(dataclasses.replace(part, layers=None) for part in parts), ids)
 
 
 def _select(mask: Array, new: Array, old: Array) -> Array:
@@ -103,7 +110,7 @@ def _expand(
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart]) -> tuple[Array, Array]:
     touched = jnp.zeros(acc.shape, bool)
     for part in parts:
-        v = _shrink(x, part.lora_a, part.segments, part.scales)
+        v = weighted(_shrink(x, part.lora_a, part.segments, part.scales), part.weights)
         acc = _expand(v, part.lora_b, part.segments, acc, part.y_offset, add_inputs=True)
         touched |= touches(part, acc.shape[1])
     return acc, touched

@@ -13,6 +13,7 @@ from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
     check_may_write,
+    check_on_no_mesh,
     choose,
     compiled,
     phase_of,
@@ -25,10 +26,13 @@ from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.ranks import check_phase
 from pallas_kernels.renamed import removed_keywords
 from pallas_kernels.routing import (
+    AnyIds,
+    Mix,
     Segments,
     SlotRange,
     TokenIds,
     WideIndices,
+    columns_of,
     slots_in_use,
     static,
 )
@@ -64,6 +68,7 @@ def _shrink_op(
         v = checks.floats("v", v, "T R")
         checks.same("v and x differ in tokens T", v.shape[0], x.shape[0])
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
+    check_on_no_mesh(call, x, lora_a)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
     if v is not None:
@@ -105,6 +110,7 @@ def _expand_op(
     implementation, config = choose(how.implementation, how.config, missing)
     op = f"{kernel}_expand"
     call = Call(op, implementation, (kernel,), y_offset, bool(add_inputs), config=config)
+    check_on_no_mesh(call, v, lora_b, y)
     if v.shape[0] == 0:
         return y
     check_may_write(call, v, lora_b, y)
@@ -278,14 +284,21 @@ class _Parts(NamedTuple):
     call: Call
     x: Float[Array, "T H"]
     parts: tuple[LoRAPart, ...]
-    token_ids: TokenIds
+    ids: AnyIds
+
+
+class _Adapters(NamedTuple):
+    """What a caller says of the tokens' adapters: `indices`, and `weights` of several per token."""
+
+    indices: ArrayLike | AnyIds
+    weights: ArrayLike | None = None
 
 
 def _check_parts(
     op: str,
     x: Array,
     given: Sequence[LoRAPart],
-    indices: ArrayLike | TokenIds,
+    adapters: _Adapters,
     phase: str | None,
     ys: Sequence[jax.ShapeDtypeStruct],
     how: _How,
@@ -300,12 +313,15 @@ def _check_parts(
         # A launch is of one layer.
         parts = tuple(dataclasses.replace(part, layers=None) for part in parts)
     ranges = checks.slot_ranges(parts)
-    token_ids = checks.shared_token_ids(indices, x.shape[0], ranges)
+    ids = checks.shared_ids(*adapters, x.shape[0], ranges)
     missing = support.missing_parts(parts, widths, dtype)
     implementation, config = choose(how.implementation, how.config, missing)
     kernels = tuple(xla_kernel(jnp.shape(part.lora_a)[1], phase) for part in parts)
     call = Call(op, implementation, kernels, widths=widths, dtype=dtype, config=config)
-    return _Parts(call, x, parts, token_ids)
+    check_on_no_mesh(
+        call, x, *(jnp.asarray(t) for part in parts for t in (part.lora_a, part.lora_b))
+    )
+    return _Parts(call, x, parts, ids)
 
 
 def add_lora(
@@ -313,8 +329,9 @@ def add_lora(
     x: ArrayLike,
     lora_a: ArrayLike,
     lora_b: ArrayLike,
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     *,
+    weights: ArrayLike | None = None,
     scales: ArrayLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
@@ -329,7 +346,10 @@ def add_lora(
       x: `[T, H]`.
       lora_a: `[L, R, H]` or `[L, 1, R, H]`.
       lora_b: `[L, N, R]` or `[L, 1, N, R]`.
-      indices: `[T]` integers, or the `Segments` of them, so that layers share one sort.
+      indices: `[T]` integers, or the `Segments` of them, so that layers share one sort. Of several
+        adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
+      weights: `[T, K]`, with such indices: y' is then y plus the sum of what a token's adapters
+        add, each multiplied by its weight.
       scales: a number, `[L]`, or None for 1.
       phase: "decode" (few tokens per adapter) or "prefill", a hint for XLA's forms; None follows
         from T.
@@ -350,13 +370,14 @@ def add_lora(
     phase = phase_of(num_tokens) if phase is None else check_phase(phase)
     if implementation is None and prefers_xla(num_tokens, rank, phase):
         implementation = "xla"
-    if isinstance(indices, Segments):
-        what = "segments and stack differ in adapters"
-        checks.same(what, indices.num_adapters, num_adapters)
+    for one in indices.columns if isinstance(indices, Mix) else (indices,):
+        if isinstance(one, Segments):
+            what = "segments and stack differ in adapters"
+            checks.same(what, one.num_adapters, num_adapters)
     part = LoRAPart(lora_a, lora_b, scales)
-    return add_lora_multi(
-        y, x, (part,), indices, phase=phase, implementation=implementation, config=config
-    )
+    how = _How(implementation, config)
+    [new] = _add_to((y,), x, (part,), _Adapters(indices, weights), phase, how)
+    return new
 
 
 _ADDED_ONCE = "lora_delta(x, parts, indices, widths) gives what is to be added"
@@ -367,8 +388,9 @@ def add_lora_multi(
     y: ArrayLike,
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     *,
+    weights: ArrayLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
     config: Config | None = None,
@@ -380,8 +402,9 @@ def add_lora_multi(
     y: tuple[ArrayLike, ...],
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     *,
+    weights: ArrayLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
     config: Config | None = None,
@@ -396,8 +419,9 @@ def add_lora_multi(
     y: ArrayLike | tuple[ArrayLike, ...],
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     *,
+    weights: ArrayLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
     config: Config | None = None,
@@ -416,7 +440,10 @@ def add_lora_multi(
       x: `[T, H]`, shared by all parts.
       parts: see `LoRAPart`. Their ranges of slots are equal or disjoint.
       indices: `[T]` integers, the id of each token, -1 for none; or the `Segments` of them, whose
-        `num_adapters` covers all parts. An id in no part's range is none.
+        `num_adapters` covers all parts. An id in no part's range is none. Of several adapters per
+        token `[T, K]`, or the `Mix` of them and their weights.
+      weights: `[T, K]`, as in `add_lora`. The float32 sum of a token's adapters is rounded once,
+        or, by "mosaic_gpu" beyond the tokens of one launch, after each of them.
       phase, implementation, config: as in `add_lora`.
 
     Returns:
@@ -434,23 +461,37 @@ def add_lora_multi(
         raise ValueError("y must hold at least one array, got ()")
     if len(dtypes := {one.dtype for one in ys}) > 1:
         raise TypeError(f"the arrays of y must have one dtype, got {[str(d) for d in dtypes]}")
+    how = _How(implementation, config)
+    ys = _add_to(ys, x, parts, _Adapters(indices, weights), phase, how)
+    return ys if is_tuple else ys[0]
+
+
+def _add_to(
+    ys: tuple[Array, ...],
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    adapters: _Adapters,
+    phase: str | None,
+    how: _How,
+) -> tuple[Array, ...]:
+    """`add_lora_multi` of ys that are checked."""
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ys]
-    how = _How(implementation, config)
-    checked = _check_parts("add_lora", x, parts, indices, phase, shapes, how)
-    if checked.parts and x.shape[0] * sum(checked.call.widths):
-        check_may_write(checked.call, x, *ys)
-        ys = autodiff.add_lora(checked.call, ys, x, checked.parts, checked.token_ids)
-    return ys if is_tuple else ys[0]
+    checked = _check_parts("add_lora", x, parts, adapters, phase, shapes, how)
+    if not (checked.parts and x.shape[0] * sum(checked.call.widths)):
+        return ys
+    check_may_write(checked.call, x, *ys)
+    return autodiff.add_lora(checked.call, ys, x, checked.parts, checked.ids)
 
 
 @overload
 def lora_delta(
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     widths: int,
     *,
+    weights: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
@@ -462,9 +503,10 @@ def lora_delta(
 def lora_delta(
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     widths: tuple[int, ...],
     *,
+    weights: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
@@ -475,9 +517,10 @@ def lora_delta(
 def lora_delta(
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     widths: int | tuple[int, ...],
     *,
+    weights: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
     phase: str | None = None,
     implementation: Implementation | None = None,
@@ -491,7 +534,7 @@ def lora_delta(
 
     Args:
       x: `[T, H]`.
-      parts, indices: as in `add_lora_multi`.
+      parts, indices, weights: as in `add_lora_multi`.
       widths: columns Ny of y, or a tuple of those of several ys, which count side by side.
       dtype: of the result, to which a token's float32 sum is rounded; None for that of x.
       phase, implementation, config: as in `add_lora`.
@@ -511,9 +554,10 @@ def lora_delta(
     dtype = checks.float_dtype("dtype", x.dtype if dtype is None else dtype)
     shapes = [jax.ShapeDtypeStruct((x.shape[0], size), dtype) for size in sizes]
     how = _How(implementation, config)
-    checked = _check_parts("lora_delta", x, parts, indices, phase, shapes, how)
+    adapters = _Adapters(indices, weights)
+    checked = _check_parts("lora_delta", x, parts, adapters, phase, shapes, how)
     if checked.parts and x.shape[0]:
-        out = autodiff.lora_delta(checked.call, x, checked.parts, checked.token_ids)
+        out = autodiff.lora_delta(checked.call, x, checked.parts, checked.ids)
     else:
         out = tuple(jnp.full(shape.shape, -0.0, dtype) for shape in shapes)
     return out if is_tuple else out[0]
@@ -568,18 +612,24 @@ def lora_gradients(
     dy, x = checks.floats("dy", dy, "T Ny"), checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(dy.shape, dy.dtype)]
     how = _How(implementation, None)
-    checked = _check_parts("lora_gradients", x, parts, indices, None, shapes, how)
+    if isinstance(indices, Mix):
+        raise TypeError(
+            "lora_gradients takes one adapter per token, got a Mix; jax.grad of lora_delta gives "
+            "the gradients of a mix"
+        )
+    checked = _check_parts("lora_gradients", x, parts, _Adapters(indices), None, shapes, how)
+    token_ids = columns_of(checked.ids)[0].token_ids
     call = checked.call._replace(compact=compact)
     dx, found = jnp.zeros_like(x), checked.parts
     if x.shape[0] and found:
-        dx, found = compiled("add_lora_grad", call)(dy, x, found, checked.token_ids)
+        dx, found, _ = compiled("add_lora_grad", call)(dy, x, found, token_ids)
     gradients = []
     for part, (a, b, scales) in zip(checked.parts, map(_arrays, found)):
         slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
         rows = jnp.arange(slots.slots, dtype=jnp.int32)
         if compact is not None:
-            rows = slots_in_use(checked.token_ids, slots, compact)
-        groups = slots_in_use(checked.token_ids, slots, slots.slots)
+            rows = slots_in_use(token_ids, slots, compact)
+        groups = slots_in_use(token_ids, slots, slots.slots)
         in_use = jnp.sum(groups >= 0, dtype=jnp.int32)
         if not x.shape[0]:
             size = rows.shape[0]
@@ -597,7 +647,7 @@ def add_in_step(
     ys: tuple[Array, ...],
     x: ArrayLike,
     parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments,
+    indices: ArrayLike | Segments | Mix,
     *,
     phase: str,
 ) -> tuple[Array, ...]:
@@ -608,16 +658,19 @@ def add_in_step(
     """
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
-    checked = _check_parts("add_lora", x, parts, indices, phase, shapes, _How(None, None))
+    how = _How(None, None)
+    checked = _check_parts("add_lora", x, parts, _Adapters(indices), phase, shapes, how)
     call = checked.call
     if not (checked.parts and x.shape[0] * sum(call.widths)):
         return ys
     by_kernels = call.implementation == "auto" and makes_delta_at_once(
-        x, checked.parts, call.widths, ys[0].dtype
+        x, checked.parts, call.widths, ys[0].dtype, len(columns_of(checked.ids))
     )
     if not (by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
-        return autodiff.add_lora(call, ys, x, checked.parts, checked.token_ids)
-    deltas = autodiff.lora_delta(call, x, checked.parts, checked.token_ids)
+        return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
+    if isinstance(checked.ids, Mix):  # which is a sum of float32 anyway
+        call = call._replace(dtype=jnp.dtype(jnp.float32))
+    deltas = autodiff.lora_delta(call, x, checked.parts, checked.ids)
     return tuple(
         (y.astype(jnp.float32) + delta.astype(jnp.float32)).astype(y.dtype)
         for y, delta in zip(ys, deltas)

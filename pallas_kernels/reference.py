@@ -36,3 +36,21 @@ def expand(
         if 0 <= i < len(lora_b):
             out[t, columns] = lora_b[i] @ v[t] + (y[t, columns] if add_inputs else 0.0)
     return out
+
+
+def mix(
+    y: np.ndarray,
+    x: np.ndarray,
+    lora_a: np.ndarray,
+    lora_b: np.ndarray,
+    indices: np.ndarray,
+    weights: np.ndarray,
+    scale: float | np.ndarray = 1.0,
+) -> np.ndarray:
+    """y[t] += weights[t, k] * scale[i] * lora_b[i] @ lora_a[i] @ x[t] for all k where
+    i = indices[t, k] is a slot."""
+    (out,) = _as_float64(y)
+    for ids, factors in zip(indices.T, weights.T):
+        v = shrink(x, lora_a, ids, scale) * factors.astype(np.float64)[:, None]
+        out = expand(v, lora_b, ids, out)
+    return out

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 
 def static(name: str, value: SupportsIndex) -> int:
@@ -124,13 +124,10 @@ class Segments:
         For a loop over layers: its turns then read the tables, which are made once before it. H200,
         Llama-3-8B's decode step, 64 rows: tables made in each turn took 20 us of a layer's 315.
         """
-        asked: dict[Table, None] = {}
-        token = _asked_tables.set(asked)
-        try:
-            with _trace_anew(object()):  # what JAX has traced before would not ask again
-                jax.eval_shape(turn)
-        finally:
-            _asked_tables.reset(token)
+        return self.with_made(_tables_of(turn))
+
+    def with_made(self, asked: Iterable[Table]) -> "Segments":
+        """The same, with these tables."""
         made = tuple(table for table in asked if table not in self.made)
         tables = tuple(table.make(self) for table in made)
         return dataclasses.replace(self, made=self.made + made, tables=self.tables + tables)
@@ -168,6 +165,18 @@ _asked_tables: contextvars.ContextVar[dict[Table, None] | None] = contextvars.Co
 _trace_anew = jax.make_user_context(None)
 
 
+def _tables_of(turn: Callable[[], object]) -> list[Table]:
+    """The tables that `turn` asks for."""
+    asked: dict[Table, None] = {}
+    token = _asked_tables.set(asked)
+    try:
+        with _trace_anew(object()):  # what JAX has traced before would not ask again
+            jax.eval_shape(turn)
+    finally:
+        _asked_tables.reset(token)
+    return list(asked)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WideIndices:
@@ -191,6 +200,70 @@ class WideIndices:
 
 # The adapters of tokens, as ops pass them on: sorted, or unchecked ids.
 TokenIds = Segments | Int[Array, " T"] | WideIndices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Up to K adapters of each token, each with a weight. A pytree; `make_mix` makes it.
+
+    What a token's adapters add is multiplied by their weights and summed. An adapter that a token
+    has twice counts with the sum of its weights.
+
+    Attributes:
+      columns: for each n below K, the nth adapter of each token, -1 for none.
+      weights: `[T, K]` float32. The weight of an entry without adapter is not used.
+      entries: what `as_tokens` returns, sorted, if the columns are.
+    """
+
+    columns: tuple[TokenIds, ...]
+    weights: Float[Array, "T K"]
+    entries: Segments | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.weights.shape[0]
+
+    def split(self, ranges: Iterable[tuple[int, int]]) -> "Mix":
+        """As `Segments.split`."""
+        named = tuple(ranges)
+        columns = (c.split(named) if isinstance(c, Segments) else c for c in self.columns)
+        return dataclasses.replace(self, columns=tuple(columns))
+
+    def with_tables(self, turn: Callable[[], object]) -> "Mix":
+        """As `Segments.with_tables`. Tables of columns that a turn does not read cost nothing."""
+        asked = _tables_of(turn)
+        columns = (c.with_made(asked) if isinstance(c, Segments) else c for c in self.columns)
+        entries = None if self.entries is None else self.entries.with_made(asked)
+        return dataclasses.replace(self, columns=tuple(columns), entries=entries)
+
+    def as_tokens(self) -> TokenIds:
+        """All entries as tokens: number `n * T + t` is token t's nth."""
+        if self.entries is not None:
+            return self.entries
+        return jnp.concatenate([ids_of(column) for column in self.columns])
+
+    def flat_weights(self) -> Float[Array, " KT"]:
+        """The weights of `as_tokens`."""
+        return self.weights.T.reshape(-1)
+
+
+# Of ops that take several adapters of a token too.
+AnyIds = TokenIds | Mix
+
+
+class Column(NamedTuple):
+    """One adapter of each token, and what its share is multiplied by; None for 1."""
+
+    token_ids: TokenIds
+    weights: Float[Array, " T"] | None
+
+
+def columns_of(ids: AnyIds) -> list[Column]:
+    """The columns of a mix; of plain ids the only one."""
+    if not isinstance(ids, Mix):
+        return [Column(ids, None)]
+    return [Column(one, ids.weights[:, n]) for n, one in enumerate(ids.columns)]
 
 
 def ids_of(token_ids: TokenIds) -> Int[Array, " T"]:
@@ -239,7 +312,8 @@ def checked_indices(indices: ArrayLike, num_adapters: int) -> Int[Array, " T"]:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"indices must be integers, got {indices.dtype}")
     if indices.ndim != 1:
-        raise ValueError(f"indices must have shape [T], got {list(indices.shape)}")
+        also = "; several adapters per token, [T, K], need weights [T, K]" * (indices.ndim == 2)
+        raise ValueError(f"indices must have shape [T], got {list(indices.shape)}{also}")
     if isinstance(indices, np.ndarray):
         in_range = (indices >= 0) & (indices < num_adapters)
         return jnp.asarray(np.where(in_range, indices.astype(np.int32), np.int32(-1)))
@@ -268,6 +342,68 @@ def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
     if num_adapters < 1:
         raise ValueError(f"num_adapters must be at least 1, got {num_adapters}")
     return _sort(checked_indices(indices, num_adapters), num_adapters)
+
+
+def unsorted_mix(indices: ArrayLike, weights: ArrayLike) -> Mix:
+    """The mix of `[T, K]` ids, which are not checked yet.
+
+    Raises:
+      TypeError: `indices` are not integers, or `weights` no real numbers.
+      ValueError: `indices` are not `[T, K]` with a K of at least 1, `weights` are not as many, or
+        a weight in a NumPy array is NaN or infinite.
+    """
+    ids = indices if isinstance(indices, jax.Array) else np.asarray(indices)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"indices must be integers, got {ids.dtype}")
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(
+            f"with weights, indices must have shape [T, K] with K >= 1, got {list(ids.shape)}"
+        )
+    check_weights(weights, ids.shape)
+    columns = tuple(ids[:, n] for n in range(ids.shape[1]))
+    return Mix(columns, jnp.asarray(weights).astype(jnp.float32))  # type: ignore[arg-type]
+
+
+def check_weights(weights: ArrayLike, shape: tuple[int, ...]) -> None:
+    """TypeError or ValueError unless weights are finite real numbers of this shape. Values of
+    device arrays are not read."""
+    array = weights if isinstance(weights, jax.Array) else np.asarray(weights)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"weights must be real numbers, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(
+            f"weights must have the shape of indices, {list(shape)}, got {list(array.shape)}"
+        )
+    if not isinstance(array, np.ndarray):
+        return
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0].tolist()
+        raise ValueError(
+            f"weights must be finite, but that of row {row}, column {column} is "
+            f"{array[row, column]}"
+        )
+
+
+def make_mix(indices: ArrayLike, weights: ArrayLike, num_adapters: int) -> Mix:
+    """`make_segments` of tokens that have several adapters, each with a weight.
+
+    Works inside jit; shapes are static.
+
+    Args:
+      indices: `[T, K]` integers, the adapters of each token, -1 for none.
+      weights: `[T, K]` real numbers, what is multiplied with what each of them adds. They may be
+        negative. Those of entries without adapter are not used.
+      num_adapters: `L`, the slots of the stacks.
+
+    Raises: as `make_segments`; TypeError where `weights` are no real numbers; ValueError where they
+      are not `[T, K]`, or one in a NumPy array is NaN or infinite.
+    """
+    mix = unsorted_mix(indices, weights)
+    columns = tuple(make_segments(ids_of(one), num_adapters) for one in mix.columns)
+    ids = jnp.concatenate([column.indices for column in columns])
+    return Mix(columns, mix.weights, make_segments(ids, num_adapters))
 
 
 _make = jax.jit(make_segments, static_argnums=1)

@@ -8,7 +8,8 @@ the number of slots. Operands of unequal dtypes meet in float32; products accumu
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.call import Call
 from pallas_kernels.ranks import SGMV_BLOCK_SIZE
 from pallas_kernels.routing import (
+    AnyIds,
+    Mix,
     Segments,
     SlotRange,
     TokenIds,
+    columns_of,
     ids_of,
     local_segments,
     slots_in_use,
@@ -71,7 +75,8 @@ def add_rows(v: Array, new: Array, segments: Segments) -> Array:
 class LocalPart(NamedTuple):
     """A part with the tokens of its own adapters, whose ids count from its first slot.
 
-    They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers.
+    They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers. What a
+    token's adapter adds is multiplied by the token's weight, if tokens have weights.
     """
 
     lora_a: Float[Array, "M R H"]
@@ -80,16 +85,18 @@ class LocalPart(NamedTuple):
     segments: Segments
     y_offset: int
     first: Place = 0
+    weights: Float[Array, " T"] | None = None
 
     @property
     def columns(self) -> slice:
         return slice(self.y_offset, self.y_offset + self.lora_b.shape[1])
 
 
-def local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalPart]:
-    """The parts, each with its own tokens and its own scales alone."""
+def local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
+    """The parts, each with its own tokens and its own scales alone; of a mix all of them for the
+    first adapters of tokens, then for the second ones, and so on."""
     found = []
-    for part in parts:
+    for (token_ids, weights), part in itertools.product(columns_of(ids), parts):
         a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
         if (first := part.scales_offset) is not None:
             scales = scales[first : first + a.shape[0]]
@@ -98,7 +105,7 @@ def local_parts(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> list[LocalP
         if (layers := part.layers) is not None:
             place = layers.layer * part.slots
             a, b, _ = layers.flat
-        found.append(LocalPart(a, b, scales, segments, part.y_offset, place))
+        found.append(LocalPart(a, b, scales, segments, part.y_offset, place, weights))
     return found
 
 
@@ -242,12 +249,12 @@ def _expand(
 
 
 def add_lora(
-    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
 ) -> tuple[Array, ...]:
     """The ys plus both halves of each part, in order. A token's sum is rounded once."""
     y = side_by_side(ys)
-    locals_ = local_parts(parts, token_ids)
-    acc = y if len(parts) == 1 else y.astype(jnp.float32)
+    locals_ = local_parts(parts, ids)
+    acc = y if len(locals_) == 1 else y.astype(jnp.float32)
     acc = _add_parts(acc, x, locals_, call.kernels)
     if acc.dtype != y.dtype:
         # Through float32 and back, a NaN may lose its payload: rows without adapter keep y's bytes.
@@ -255,12 +262,11 @@ def add_lora(
     return apart(acc, tuple(one.shape[1] for one in ys))
 
 
-def lora_delta(
-    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> tuple[Array, ...]:
+def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:
     """What `add_lora` adds, rounded once; -0.0 where nothing is added."""
-    locals_ = local_parts(parts, token_ids)
-    zeros = _zeros((x.shape[0], sum(call.widths)), x, ids_of(token_ids), *jax.tree.leaves(parts))
+    locals_ = local_parts(parts, ids)
+    whose = [ids_of(column) for column, _ in columns_of(ids)]
+    zeros = _zeros((x.shape[0], sum(call.widths)), x, *whose, *jax.tree.leaves(parts))
     total = _add_parts(zeros, x, locals_, call.kernels).astype(call.dtype)
     total = jnp.where(_touched(locals_, total), total, jnp.asarray(-0.0, total.dtype))
     return apart(total, call.widths)
@@ -285,7 +291,7 @@ def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
 
 
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart], kernels: tuple[str, ...]) -> Array:
-    for part, kernel in zip(parts, kernels):
+    for part, kernel in zip(parts, itertools.cycle(kernels)):
         if kernel == "bgmv":
             acc = lax.cond(
                 jnp.any(part.segments.indices >= 0),
@@ -298,9 +304,21 @@ def _add_parts(acc: Array, x: Array, parts: list[LocalPart], kernels: tuple[str,
     return acc
 
 
+def weighted(v: Float[Array, "T R"], weights: Float[Array, " T"] | None) -> Float[Array, "T R"]:
+    """Each token's v times its weight, if it has one."""
+    return v if weights is None else v * weights[:, None]
+
+
+def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
+    """What v is multiplied by: the adapter's scale, and the weight of each row, `[rows, 1]`."""
+    scale = _scale_of(part.scales, adapter)
+    return scale if part.weights is None else scale * take(part.weights, rows)[:, None]
+
+
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
     first = part.first
     v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv", first=first)
+    v = weighted(v, part.weights)
     how = {"add_inputs": True, "is_bgmv": True}
     return _expand(v, part.lora_b, part.segments, y, part.y_offset, **how, first=first)
 
@@ -308,7 +326,7 @@ def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
         v = dot("th,rh->tr", take(x, rows), part.lora_a[part.first + adapter])
-        v = cast_v(v * _scale_of(part.scales, adapter), part.lora_b)
+        v = cast_v(v * _factors(part, rows, adapter), part.lora_b)
         delta = dot("tr,nr->tn", v, part.lora_b[part.first + adapter])
         new = _rows(y, rows, part.columns).astype(jnp.float32) + delta
         return y.at[rows, part.columns].set(new.astype(y.dtype), mode="drop")
@@ -378,49 +396,75 @@ def expand_grad_of_y(call: Call, dy: Array, lora_b: Array, segments: Segments) -
 
 
 def add_lora_grad(
-    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> tuple[Array, tuple[LoRAPart, ...]]:
-    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
-    dx, dparts = jnp.zeros(x.shape, jnp.float32), []
-    for part, local in zip(parts, local_parts(parts, token_ids)):
-        dx_part, da, db, ds = _part_grad(dy, x, local)
-        dx += dx_part
+    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
+) -> tuple[Array, tuple[LoRAPart, ...], Array | None]:
+    """Gradients of `add_lora` in x, in each part's stacks and own scales, and in weights."""
+    columns = itertools.batched(local_parts(parts, ids), max(1, len(parts)))
+    found = [[_part_grad(dy, x, local) for local in column] for column in columns]
+    dx = jnp.zeros(x.shape, jnp.float32)
+    for one in itertools.chain(*found):
+        dx += one.x
+    weights = None
+    if isinstance(ids, Mix):
+        weights = jnp.stack([_added([one.weights for one in column]) for column in found], axis=1)
+    dparts = []
+    for part, of_part in zip(parts, zip(*found)):
+        a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
+        da = _added([one.lora_a for one in of_part]).astype(a.dtype)
+        db = _added([one.lora_b for one in of_part]).astype(b.dtype)
+        ds = _added([one.scales for one in of_part])
         if call.compact is not None:
-            every = SlotRange(0, da.shape[0])
-            used = slots_of(slots_in_use(local.segments, every, call.compact), da)
+            [column] = columns_of(ids)
+            own = SlotRange(part.first_slot, part.slots)
+            used = slots_of(slots_in_use(column.token_ids, own, call.compact), da)
             da, db = take(da, used), take(db, used)
             ds = take(ds, used) if ds.ndim else ds
         dparts.append(dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds, layers=None))
-    return dx.astype(x.dtype), tuple(dparts)
+    return dx.astype(x.dtype), tuple(dparts), weights
 
 
-def _part_grad(
-    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart
-) -> tuple[Array, Array, Array, Array]:
+def _added(arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+class _PartGrad(NamedTuple):
+    """Gradients in x and in what a part holds, float32; of tokens without weights none in these."""
+
+    x: Float[Array, "T H"]
+    lora_a: Float[Array, "L R H"]
+    lora_b: Float[Array, "L N R"]
+    scales: Scale
+    weights: Float[Array, " T"]
+
+
+def _part_grad(dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart) -> _PartGrad:
     lora_a, lora_b, scales = part.lora_a, part.lora_b, part.scales
 
-    def tile(
-        carry: tuple[Array, Array, Array, Array], rows: Array, adapter: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        dx, da, db, ds = carry
-        xs, scale = take(x, rows), _scale_of(scales, adapter)
+    def tile(sums: _PartGrad, rows: Array, adapter: Array) -> _PartGrad:
+        xs, factors = take(x, rows), _factors(part, rows, adapter)
         dys, place = _rows(dy, rows, part.columns), part.first + adapter
         a, b = lora_a[place], lora_b[place]
         u = dot("th,rh->tr", xs, a)
         dvs = dot("tn,nr->tr", dys, b)
-        db = _add_at(db, adapter, dot("tn,tr->nr", dys, cast_v(u * scale, b)))
-        du = dvs * scale
-        dx = dx.at[rows].set(dot("tr,rh->th", du, a), mode="drop")
-        da = _add_at(da, adapter, dot("tr,th->rh", du, xs))
-        return dx, da, db, _scale_grad(ds, adapter, jnp.sum(dvs * u))
+        db = _add_at(sums.lora_b, adapter, dot("tn,tr->nr", dys, cast_v(u * factors, b)))
+        du = dvs * factors
+        dx = sums.x.at[rows].set(dot("tr,rh->th", du, a), mode="drop")
+        da = _add_at(sums.lora_a, adapter, dot("tr,th->rh", du, xs))
+        terms, dw = dvs * u, sums.weights
+        if part.weights is not None:
+            own = jnp.sum(terms, axis=1) * _scale_of(scales, adapter)
+            dw = dw.at[rows].set(own, mode="drop")
+            terms = terms * take(part.weights, rows)[:, None]
+        return _PartGrad(dx, da, db, _scale_grad(sums.scales, adapter, jnp.sum(terms)), dw)
 
     slots = part.segments.num_adapters
     zero = _zeros((), dy, x, lora_a, lora_b, part.segments.indices)
-    zeros = (
-        jnp.broadcast_to(zero, x.shape),
-        jnp.broadcast_to(zero, (slots, *lora_a.shape[1:])),
-        jnp.broadcast_to(zero, (slots, *lora_b.shape[1:])),
-        jnp.broadcast_to(zero, scales.shape),
+    shapes = (
+        x.shape,
+        (slots, *lora_a.shape[1:]),
+        (slots, *lora_b.shape[1:]),
+        scales.shape,
+        (0,) if part.weights is None else (x.shape[0],),
     )
-    dx, da, db, ds = _over_tiles(part.segments, _block(part.segments), tile, zeros)
-    return dx, da.astype(lora_a.dtype), db.astype(lora_b.dtype), ds
+    zeros = _PartGrad(*(jnp.broadcast_to(zero, shape) for shape in shapes))
+    return _over_tiles(part.segments, _block(part.segments), tile, zeros)

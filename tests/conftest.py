@@ -18,7 +18,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_num_cpu_devices", 4)  # for meshes; all else runs on the first
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,9 @@ from jax_lora.adapters.peft import save_peft as save_peft
 from jax_lora.adapters.types import MAX_RANK as MAX_RANK
 from jax_lora.adapters.types import Adapter as Adapter
 from jax_lora.adapters.types import AdapterHeader as AdapterHeader
+from jax_lora.adapters.types import FullModule as FullModule
+from jax_lora.adapters.types import FullShape as FullShape
 from jax_lora.adapters.types import LoRAConfig as LoRAConfig
 from jax_lora.adapters.types import LoRAShape as LoRAShape
 from jax_lora.adapters.types import LoRAWeights as LoRAWeights
+from jax_lora.adapters.types import TrainedTokens as TrainedTokens

@@ -7,7 +7,7 @@ from typing import Self
 
 from jax_lora.adapters.files import JsonObject
 from jax_lora.adapters.patterns import Expression, Names
-from jax_lora.adapters.types import LoRAConfig, alpha_in, matcher, names_of, rank_in
+from jax_lora.adapters.types import OUTPUT_LAYERS, LoRAConfig, alpha_in, matcher, names_of, rank_in
 from jax_lora.messages import printable, shown
 
 _MAX_PARENTS = 16
@@ -18,14 +18,15 @@ _PARENT = re.compile(r"\w{1,512}", re.ASCII)
 # their value: they matter to training, to how PEFT finds modules (the weights' own names say
 # which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
 # base stores its weight; A and B are stored alike. merge_weights and enable_lora are PEFT 0.2's;
-# `enabled_parts` reads the latter.
+# `enabled_parts` reads the latter. `Choice` reads ensure_weight_tying.
+# The weights say which of modules_to_save the base has. `token_indices` reads the tokens.
 IRRELEVANT = frozenset(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules
     exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
     loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
-    merge_weights enable_lora
+    merge_weights enable_lora use_dora ensure_weight_tying modules_to_save trainable_token_indices
     lora_dtype lorap_lr_ratio lorap_emb_lr
     """.split()  # the last line is ms-swift's
 )
@@ -33,9 +34,6 @@ IRRELEVANT = frozenset(
 # Keys that change what an adapter computes, or which weights it has, and what to do about each.
 MERGE = "merge it into the base with peft's merge_and_unload and serve that"
 UNSUPPORTED = {
-    "use_dora": f"DoRA is not supported; {MERGE}",
-    "modules_to_save": f"fully trained modules are not supported; {MERGE}",
-    "trainable_token_indices": f"trained tokens are not supported; {MERGE}",
     "lora_bias": f"biases of lora_B are not supported; {MERGE}",
     "layer_replication": f"replicated layers are not supported; {MERGE}",
     "target_parameters": f"LoRA of bare parameters is not supported; {MERGE}",
@@ -48,7 +46,6 @@ UNSUPPORTED = {
     "velora_config": "VeLoRA is not supported; train a plain LoRA",
     "kasa_config": f"KaSA changes the base weights and is not supported; {MERGE}",
     "monteclora_config": "MonteCLoRA is not supported; train a plain LoRA",
-    "ensure_weight_tying": f"tied adapters of embeddings are not supported; {MERGE}",
 }
 
 # Initialisations that leave the base weights alone, so that the saved A and B say everything. The
@@ -86,7 +83,27 @@ def read_config(values: JsonObject) -> LoRAConfig:
         target_modules=values.get("target_modules"),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
+        dora=values.get("use_dora") or False,
+        modules_to_save=values.get("modules_to_save") or (),
     )
+
+
+def token_indices(values: JsonObject, module: str) -> tuple[int, ...]:
+    """The tokens of a module that has trained ones.
+
+    Raises:
+      ValueError: the config does not list them.
+    """
+    given = values.get("trainable_token_indices")
+    tokens = given
+    if isinstance(given, dict):
+        tokens = next((some for name, some in given.items() if module.endswith(name)), None)
+    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise ValueError(
+            f"{module} has trained tokens, but trainable_token_indices={shown(given)} does not "
+            "list them"
+        )
+    return tuple(tokens)
 
 
 def enabled_parts(values: JsonObject) -> tuple[bool, ...] | None:
@@ -109,10 +126,10 @@ def enabled_parts(values: JsonObject) -> tuple[bool, ...] | None:
 
 def dense_config(config: LoRAConfig, count: int) -> LoRAConfig:
     """The config of the dense form of layers of which `count` parts have LoRA: the same scale."""
-    if config.rslora or config.rank_pattern or config.alpha_pattern:
+    if config.rslora or config.dora or config.rank_pattern or config.alpha_pattern:
         raise ValueError(
-            "enable_lora is PEFT 0.2's, which has no use_rslora, rank_pattern or alpha_pattern; "
-            "remove them"
+            "enable_lora is PEFT 0.2's, which has no use_rslora, use_dora, rank_pattern or "
+            "alpha_pattern; remove them"
         )
     rank = rank_in(config.rank * count, f"r times the {count} parts of enable_lora")
     return dataclasses.replace(config, rank=rank, alpha=config.alpha * count)
@@ -120,12 +137,18 @@ def dense_config(config: LoRAConfig, count: int) -> LoRAConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which modules PEFT adapts, of those that have weights."""
+    """Which modules PEFT adapts, of those that have weights.
+
+    Attributes:
+      ties: whether an output layer has the adapter of the embedding that it is tied to, which PEFT
+        saves under either name.
+    """
 
     config: LoRAConfig
     excluded: Names | Expression | None
     layers: frozenset[int] | None
     parents: tuple[str, ...]
+    ties: bool = False
 
     @classmethod
     def of(cls, values: JsonObject, config: LoRAConfig) -> Self:
@@ -153,13 +176,17 @@ class Choice:
                     f"with {shown(config.target_modules)}"
                 )
             chosen = frozenset(numbers)
-        return cls(config, None if excluded is None else matcher(excluded), chosen, tuple(parents))
+        excludes = None if excluded is None else matcher(excluded)
+        ties = bool(values.get("ensure_weight_tying"))
+        return cls(config, excludes, chosen, tuple(parents), ties)
 
     def work(self, length: int) -> int:
         """Steps that a module whose name has this length takes."""
         return len(self.parents) + (self.excluded.work(length) if self.excluded else 0)
 
     def adapts(self, module: str) -> bool:
+        if self.ties and module.rpartition(".")[2] in OUTPUT_LAYERS:
+            return True
         if self.excluded is not None and self.excluded.matches(module):
             return False
         names = self.config.target_modules

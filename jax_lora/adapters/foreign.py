@@ -77,7 +77,7 @@ _KOHYA = (
     "each model, such as pipe.unet.save_lora_adapter(FOLDER), and convert that folder"
 )
 _REFUSED = {
-    "lora_embedding_": f"LoRA of an embedding, which is not supported; {MERGE}",
+    "lora_embedding_": f"LoRA of an embedding, which is not converted; {MERGE}",
     "dora_scale": f"DoRA, which is not supported; {MERGE}",
     "lora_magnitude_vector": f"DoRA, which is not supported; {MERGE}",
     "hada_": "LoHa, which is not supported; train a LoRA",
@@ -363,6 +363,8 @@ def _of_diffusers(
             k.removeprefix(f"{model}."): v for k, v in values.items() if k.startswith(f"{model}.")
         }
         config = read_config(own or values) if values else None
+        if config is not None and config.dora:
+            raise ValueError(f"use_dora=True: DoRA is not supported in this form; {MERGE}")
         adapters[model] = _adapter(weights, alphas, config)
     return adapters
 

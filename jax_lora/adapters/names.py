@@ -99,9 +99,12 @@ def config_of(
 
 def renamed(adapter: Adapter, rename: Rename | None) -> Adapter:
     """The adapter under other names; see `load_peft`. Raises as `new_names`."""
-    names = new_names(adapter.modules, rename)
+    names = new_names([*adapter.modules, *adapter.full, *adapter.tokens], rename)
     modules = {names[old]: weights for old, weights in adapter.modules.items()}
-    return Adapter(renamed_config(adapter.config, names), modules)
+    full = {names[old]: weights for old, weights in adapter.full.items()}
+    tokens = {names[old]: rows for old, rows in adapter.tokens.items()}
+    own = {old: names[old] for old in adapter.modules}
+    return Adapter(renamed_config(adapter.config, own), modules, full, tokens)
 
 
 def meant(modules: Collection[str], known: Collection[str]) -> str:

@@ -16,7 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jax_lora.adapters.config import MERGE, Choice, dense_config, enabled_parts, read_config
+from jax_lora.adapters.config import (
+    MERGE,
+    Choice,
+    dense_config,
+    enabled_parts,
+    read_config,
+    token_indices,
+)
 from jax_lora.adapters.files import (
     DTYPES,
     JsonObject,
@@ -32,14 +39,22 @@ from jax_lora.adapters.foreign import refuse_foreign
 from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
 from jax_lora.adapters.patterns import MAX_WORK
 from jax_lora.adapters.types import (
+    OUTPUT_LAYERS,
     Adapter,
     AdapterHeader,
+    FullModule,
     LoRAConfig,
     LoRAShape,
     LoRAWeights,
+    TokensShape,
+    TrainedTokens,
+    check_full,
     check_halves,
+    check_magnitude,
     check_module,
+    check_tokens,
     common_dtype,
+    full_shape,
 )
 from jax_lora.messages import printable, shown
 
@@ -53,10 +68,21 @@ _OWN, _REPLACED = "jax_lora.config", "jax_lora.replaced_config"
 
 _MAX_KEY = 1024
 _COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.weight", re.DOTALL)
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", re.DOTALL)
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.lora_(?:([AB])(?:\.([^.]+))?\.weight|embedding_([AB])(?:\.([^.]+))?)",
+    re.DOTALL,
+)
+_MAGNITUDE = re.compile(
+    r"base_model\.model\.(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?",
+    re.DOTALL,
+)
+_FULL = re.compile(r"base_model\.model\.(.+)\.(weight|bias)", re.DOTALL)
+_TOKENS = re.compile(
+    r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL
+)
+_EMBEDDINGS = frozenset({"embed_tokens", *OUTPUT_LAYERS})  # which PEFT saves with a LoRA unasked
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA of an embedding",
     "lora_diag": "KaSA",
     "lora_velora": "VeLoRA",
     "monteclora": "MonteCLoRA",
@@ -91,6 +117,10 @@ class _Half:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_embedding(self) -> bool:
+        return ".lora_embedding_" in self.key
 
     def read(self) -> np.ndarray:
         return self.file.read(self.key)
@@ -137,29 +167,35 @@ class _Found:
     """Where an adapter's tensors are, by the names of modules without wrappers.
 
     Attributes:
-      halves: "A" and "B" of each module.
+      halves: "A" and "B" of each module, and "magnitude" with DoRA.
       copies: the base model's own weights that PEFT saved beside a LoRA.
+      full: "weight", and "bias" if there is one, of each module to save.
+      tokens: of each module with trained tokens.
       wrapped: the names with wrappers, of the modules that have some.
     """
 
     halves: dict[str, dict[str, _Half]]
     copies: dict[str, _Half]
+    full: dict[str, dict[str, _Half]]
+    tokens: dict[str, _Half]
     wrapped: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """An adapter's open files: its header, where its halves are, and copies of base weights."""
+    """An adapter's open files: its header, and where its tensors are; see `_Found`."""
 
     header: AdapterHeader
     halves: Mapping[str, Mapping[str, _Half]]
     copies: Mapping[str, _Half]
+    full: Mapping[str, Mapping[str, _Half]]
+    tokens: Mapping[str, _Half]
 
 
 def load_peft(
     path: str | os.PathLike[str],
     *,
-    check: Callable[[AdapterHeader], None] | None = None,
+    check: Callable[[AdapterHeader], object] | None = None,
     base_weight: Callable[[str], np.ndarray] | None = None,
     max_bytes: int | None = None,
     rename: Rename | None = None,
@@ -177,8 +213,9 @@ def load_peft(
     Args:
       path: folder with `adapter_config.json` and `adapter_model.safetensors`, or its shards.
       check: called before a tensor is read; what it raises ends the load.
-      base_weight: from a module's name to the base model's weight `[N, H]`. PEFT saves a copy of
-        the base's output layer beside a LoRA of it: a copy that equals this is left out.
+      base_weight: from a module's name to the base model's weight, as PEFT stores it: `[N, H]`;
+        of an embedding, `[H, N]`. PEFT saves a copy of the base's output layer or embedding beside
+        a LoRA of it: a copy that equals this is left out.
       max_bytes: most bytes of weights to read; None for any number.
       rename: other names for the modules. A mapping gives prefixes, of whole parts of a name, new
         ones, and the longest that a name has counts: `{"module": ""}` removes one, `{"": "model"}`
@@ -206,16 +243,35 @@ def load_peft(
             _check_copy(folder, module, copy, base_weight)
         modules = {}
         for module, halves in opened.halves.items():
-            a, b = halves["A"].read(), halves["B"].read()
-            modules[module] = LoRAWeights(a, b, header.modules[module].scale)
-            for half, tensor in (("A", a), ("B", b)):
-                if not (allow_nonfinite or _is_finite(tensor)):
-                    raise ValueError(
-                        f"{printable(folder)}: {module} has NaN or infinite weights in "
-                        f"lora_{half}, which spread through all that it computes; train again, or "
-                        "give allow_nonfinite=True"
-                    )
-    return Adapter(header.config, modules)
+            tensors = {half: stored.read() for half, stored in halves.items()}
+            shape, magnitude = header.modules[module], tensors.get("magnitude")
+            modules[module] = LoRAWeights(
+                tensors["A"], tensors["B"], shape.scale, shape.is_embedding, magnitude
+            )
+            named = {f"lora_{half}": tensor for half, tensor in tensors.items()}
+            _check_finite(folder, module, named, allow_nonfinite)
+        full = {}
+        for module, stored in opened.full.items():
+            tensors = {name: tensor.read() for name, tensor in stored.items()}
+            _check_finite(folder, module, tensors, allow_nonfinite)
+            full[module] = FullModule(tensors["weight"], tensors.get("bias"))
+        tokens = {}
+        for module, half in opened.tokens.items():
+            rows = half.read()
+            _check_finite(folder, module, {"trained tokens": rows}, allow_nonfinite)
+            tokens[module] = TrainedTokens(header.tokens[module].indices, rows)
+    return Adapter(header.config, modules, full, tokens)
+
+
+def _check_finite(
+    folder: Path, module: str, tensors: Mapping[str, np.ndarray], allow_nonfinite: bool
+) -> None:
+    for name, tensor in tensors.items():
+        if not (allow_nonfinite or _is_finite(tensor)):
+            raise ValueError(
+                f"{printable(folder)}: {module} has NaN or infinite weights in {name}, which "
+                "spread through all that it computes; train again, or give allow_nonfinite=True"
+            )
 
 
 def peft_header(path: str | os.PathLike[str], *, allow_links: bool = False) -> AdapterHeader:
@@ -247,8 +303,8 @@ def _check_copy(
     if base_weight is None:
         raise ValueError(
             f"{what} is a copy of the base model's weight, which PEFT saves beside a LoRA of the "
-            "output layer; load it with AdapterBank.load, which compares the two, or save the "
-            "adapter with save_pretrained(path, save_embedding_layers=False)"
+            "output layer or the embedding; load it with AdapterBank.load, which compares the two, "
+            "or save the adapter with save_pretrained(path, save_embedding_layers=False)"
         )
     base = base_weight(module)
     same = copy.shape == base.shape
@@ -261,7 +317,7 @@ def _check_copy(
         )
     if not same:
         raise ValueError(
-            f"{what} is a saved or resized output layer, {[*copy.shape]}: it differs from the base "
+            f"{what} is a saved or resized layer, {[*copy.shape]}: it differs from the base "
             f"model's {[*base.shape]}, which is not supported; {MERGE}"
         )
 
@@ -337,7 +393,7 @@ def _read_headers(
             config = dense_config(config, sum(enabled))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
-    found = _find_halves(folder, files)
+    found = _find_halves(folder, files, config)
     length = max(map(len, [*found.halves, *found.wrapped.values()]), default=0)
     names = len(found.halves) + len(found.wrapped)
     if names * (config.work(length) + choice.work(length)) > MAX_WORK:
@@ -358,12 +414,37 @@ def _read_headers(
             f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
             "none"
         )
-    new = new_names(shapes, rename)
+    tokens = {
+        module: _tokens_shape(folder, values, found, module, stored)
+        for module, stored in found.tokens.items()
+    }
+    new = new_names({**shapes, **found.copies, **found.full, **tokens}, rename)
+    own = {module: new[module] for module in shapes}
+    full = {new[m]: full_shape(t["weight"], t.get("bias")) for m, t in found.full.items()}
     return _Opened(
-        AdapterHeader(renamed_config(config, new), {new[m]: shapes[m] for m in shapes}),
+        AdapterHeader(
+            renamed_config(config, own),
+            {new[m]: shapes[m] for m in shapes},
+            full,
+            {new[m]: shape for m, shape in tokens.items()},
+        ),
         {new[module]: pair for module, pair in found.halves.items()},
         {new[module]: copy for module, copy in found.copies.items()},
+        {new[module]: stored for module, stored in found.full.items()},
+        {new[module]: stored for module, stored in found.tokens.items()},
     )
+
+
+def _tokens_shape(
+    folder: Path, values: JsonObject, found: _Found, module: str, stored: _Half
+) -> TokensShape:
+    try:
+        indices = token_indices(values, module)
+        shape = TokensShape(indices, stored.shape, stored.dtype, stored.nbytes)
+        check_tokens(module, shape, {*found.halves, *found.full})
+    except ValueError as error:
+        raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
+    return shape
 
 
 def _check_chosen(config: LoRAConfig, choice: Choice, module: str, wrapped: str) -> None:
@@ -386,7 +467,7 @@ def _shape(
     config: LoRAConfig, module: str, pair: dict[str, _Half], enabled: tuple[bool, ...] | None
 ) -> LoRAShape:
     """The module's LoRA without its values; B in `pair` becomes dense."""
-    if len(pair) != 2:
+    if not {"A", "B"} <= pair.keys():
         raise ValueError(
             f"{module} has lora_{next(iter(pair))} but not the other half; save the adapter again"
         )
@@ -394,9 +475,16 @@ def _shape(
         pair["B"] = _grouped(module, pair["A"], pair["B"], enabled)
     a, b = pair["A"], pair["B"]
     check_halves(config, module, a, b)
+    check_magnitude(config, module, pair.get("magnitude"), b)
+    if a.is_embedding != b.is_embedding:
+        raise ValueError(
+            f"{module}: one half is that of an embedding and the other is not, {shown(a.key, 200)} "
+            f"and {shown(b.key, 200)}; save the adapter again"
+        )
     return LoRAShape(
         a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-        common_dtype([a.dtype, b.dtype]), a.nbytes + b.nbytes,
+        common_dtype([a.dtype, b.dtype]), sum(stored.nbytes for stored in pair.values()),
+        a.is_embedding,
     )  # fmt: skip
 
 
@@ -415,22 +503,31 @@ def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Gro
     )
 
 
-def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
-    found = _Found({}, {}, {})
+def _check_name(folder: Path, module: str) -> None:
+    try:
+        check_module(module)
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
+
+
+def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _Found:
+    found = _Found({}, {}, {}, {}, {})
     others: dict[str, _Half] = {}
     adapters: set[str | None] = set()
     for file in files:
         for key in file.tensors:
             name = unwrapped(key) if len(key) <= _MAX_KEY else ""
             match = _KEY.fullmatch(name)
-            if match is None:
+            of_dora = None if match else _MAGNITUDE.fullmatch(name)
+            if match:
+                module, adapter = match[1], match[3] or match[5]
+                half = match[2] or match[4]
+            elif of_dora:
+                module, half, adapter = of_dora[1], "magnitude", of_dora[2]
+            else:
                 others[key] = _Half(file, key)
                 continue
-            module, half, adapter = match.groups()
-            try:
-                check_module(module)
-            except ValueError as error:
-                raise ValueError(f"{printable(folder)}: {error}") from None
+            _check_name(folder, module)
             adapters.add(adapter)
             if half in found.halves.setdefault(module, {}) or len(adapters) > 1:
                 raise ValueError(
@@ -440,16 +537,40 @@ def _find_halves(folder: Path, files: list[TensorFile]) -> _Found:
             found.halves[module][half] = _Half(file, key)
             if name != key and (raw := _inner_name(key)) != module:
                 found.wrapped[module] = raw
-    for key, stored in others.items():
-        match = _COPY.fullmatch(unwrapped(key)) if len(key) <= _MAX_KEY else None
-        if match is None or match[1] not in found.halves:
-            what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
+    for stored in others.values():
+        _add_weight(folder, found, stored, config)
+    for module, full in found.full.items():
+        if "weight" not in full:
             raise ValueError(
-                f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
-                f"weights must be base_model.model.<module>.lora_A.weight or lora_B; {MERGE}"
+                f"{printable(folder)}: {module} has a bias, but no weight; save the adapter again"
             )
-        found.copies[match[1]] = stored
+        try:
+            check_full(module, full_shape(full["weight"], full.get("bias")), found.halves)
+        except ValueError as error:
+            raise ValueError(f"{printable(folder)}: {error}") from None
     return found
+
+
+def _add_weight(folder: Path, found: _Found, stored: _Half, config: LoRAConfig) -> None:
+    """Adds a tensor that is no half of a LoRA to what was found."""
+    key = stored.key
+    name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+    if match := _COPY.fullmatch(name):
+        found.copies[match[1]] = stored
+    elif match := _TOKENS.fullmatch(name):
+        found.tokens[match[1]] = stored
+    elif (match := _FULL.fullmatch(name)) and config.saves(match[1]):
+        found.full.setdefault(match[1], {})[match[2]] = stored
+    elif match and match[2] == "weight" and match[1].rpartition(".")[2] in _EMBEDDINGS:
+        found.copies[match[1]] = stored
+    else:
+        what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
+        raise ValueError(
+            f"{printable(folder)}: {shown(key, 200)} is {what}, which is not supported: all "
+            "weights must be base_model.model.<module>.lora_A.weight or lora_B, or of "
+            f"modules_to_save; {MERGE}"
+        )
+    _check_name(folder, match[1])
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -469,9 +590,12 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted(adapter.full) or None,
+        "trainable_token_indices": {m: [*t.indices] for m, t in adapter.tokens.items()} or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -480,8 +604,18 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     }
     tensors = {}
     for module, weights in adapter.modules.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(weights.a)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(weights.b)
+        for half, tensor in (("A", weights.a), ("B", weights.b)):
+            key = f"embedding_{half}" if weights.is_embedding else f"{half}.weight"
+            tensors[f"base_model.model.{module}.lora_{key}"] = np.ascontiguousarray(tensor)
+        if weights.magnitude is not None:
+            key = f"base_model.model.{module}.lora_magnitude_vector"
+            tensors[key] = np.ascontiguousarray(weights.magnitude)
+    for module, full in adapter.full.items():
+        for name, tensor in zip(("weight", "bias"), full.arrays):
+            tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(tensor)
+    for module, tokens in adapter.tokens.items():
+        key = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+        tensors[key] = np.ascontiguousarray(tokens.rows)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ MAX_RANK = 4096
 
 MAX_DOTS = 32
 """Most dots in a module's name."""
+
+_MAX_SAVED = 256  # modules to save; they are a few of the model's outer layers
 
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})
 """Names of output layers, which PEFT's `"all-linear"` leaves out."""
@@ -39,6 +41,8 @@ class LoRAConfig:
         layer (`lm_head`, `embed_out`); None for all.
       rank_pattern, alpha_pattern: from a pattern to the rank or alpha of modules that match it.
         The first pattern that matches counts. It matches as PEFT's do: `(.*\\.)?(pattern)$`.
+      dora: DoRA, PEFT's `use_dora`: modules have a magnitude too, see `LoRAWeights`.
+      modules_to_save: names, or ends of names, of layers for which an adapter has a whole weight.
 
     Raises:
       ValueError: a value is out of range, or a regular expression uses syntax beyond characters,
@@ -52,6 +56,8 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -59,10 +65,17 @@ class LoRAConfig:
 
         put("rank", rank_in(self.rank, "rank"))
         put("alpha", alpha_in(self.alpha, "alpha"))
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora must be True or False, got {shown(self.rslora)}")
+        for name in ("rslora", "dora"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {shown(value)}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             put("target_modules", tuple(names_of(self.target_modules, "target_modules")))
+        put("modules_to_save", tuple(names_of(self.modules_to_save, "modules_to_save")))
+        if "" in self.modules_to_save or len(self.modules_to_save) > _MAX_SAVED:
+            raise ValueError(
+                f"modules_to_save must be at most {_MAX_SAVED} names, none of them empty, got "
+                f"{shown(self.modules_to_save)}"
+            )
         for name, check in (("rank_pattern", rank_in), ("alpha_pattern", alpha_in)):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping):
@@ -86,12 +99,13 @@ class LoRAConfig:
 
     @cached_property
     def _target(self) -> Names | Expression | None:
-        if self.target_modules is None or self._all_linear:
+        if self.target_modules is None or self.all_linear:
             return None
         return matcher(self.target_modules)
 
     @property
-    def _all_linear(self) -> bool:
+    def all_linear(self) -> bool:
+        """Whether `target_modules` is PEFT's word for all layers but embeddings and outputs."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def work(self, length: int) -> int:
@@ -114,11 +128,18 @@ class LoRAConfig:
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names the module, or one that it is in, as PEFT does: by how
+        the name ends."""
+        parts = module.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(name.endswith(self.modules_to_save) for name in names)
+
     def targets(self, module: str) -> bool:
         """Whether `target_modules` names the module."""
         if self._target is not None:
             return self._target.matches(module)
-        return not (self._all_linear and module.rpartition(".")[2] in OUTPUT_LAYERS)
+        return not (self.all_linear and module.rpartition(".")[2] in OUTPUT_LAYERS)
 
 
 def matcher(names: str | tuple[str, ...]) -> Names | Expression:
@@ -130,15 +151,23 @@ def matcher(names: str | tuple[str, ...]) -> Names | Expression:
 class LoRAWeights:
     """One module's LoRA: `y += scale * (x @ a.T) @ b.T`.
 
+    With DoRA the whole weight, `w + scale * b @ a`, has the direction of its rows alone from there:
+    `y = (magnitude / norm of each row) * (x @ w.T + scale * (x @ a.T) @ b.T) + bias`. Of an
+    embedding, x are tokens: `y += scale * a[:, x].T @ b.T`.
+
     Args:
-      a: `[r, H]`, the down-projection.
+      a: `[r, H]`, the down-projection; of an embedding, H is the vocabulary.
       b: `[N, r]`, the up-projection.
       scale: `LoRAConfig.scale_of` the module.
+      is_embedding: whether it is that of an embedding.
+      magnitude: `[N]` with DoRA, else None.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    is_embedding: bool = False
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -148,13 +177,16 @@ class LoRAWeights:
     def shape(self) -> "LoRAShape":
         return LoRAShape(
             self.a.shape[1], self.b.shape[0], self.rank, self.scale,
-            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes,
+            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes
+            + (0 if self.magnitude is None else self.magnitude.nbytes),
+            self.is_embedding,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """A module's LoRA without its values. `dtype` is float32 where the halves differ."""
+    """A module's LoRA without its values. `dtype` is float32 where the halves differ. Of an
+    embedding, `in_features` is the vocabulary."""
 
     in_features: int
     out_features: int
@@ -162,6 +194,65 @@ class LoRAShape:
     scale: float
     dtype: np.dtype[Any]
     nbytes: int
+    is_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class FullModule:
+    """A module's own weight in place of the base model's; PEFT calls it a module to save.
+
+    Args:
+      weight: `[N, H]`; of an embedding, `[vocabulary, features]`.
+      bias: `[N]`, if the module has one.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def shape(self) -> "FullShape":
+        return full_shape(self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FullShape:
+    """A whole weight without its values."""
+
+    shape: tuple[int, ...]
+    has_bias: bool
+    dtype: np.dtype[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TokensShape:
+    """Trained tokens without their values."""
+
+    indices: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Rows of an embedding, or of an output layer, in place of the base model's.
+
+    Args:
+      indices: the tokens.
+      rows: `[len(indices), features]`.
+    """
+
+    indices: tuple[int, ...]
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> TokensShape:
+        return TokensShape(self.indices, self.rows.shape, self.rows.dtype, self.rows.nbytes)
 
 
 @dataclass(frozen=True)
@@ -170,6 +261,8 @@ class AdapterHeader:
 
     config: LoRAConfig
     modules: Mapping[str, LoRAShape]
+    full: Mapping[str, FullShape] = field(default_factory=dict)
+    tokens: Mapping[str, TokensShape] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -184,7 +277,9 @@ class AdapterHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(shape.nbytes for shape in self.modules.values())
+        lora = sum(shape.nbytes for shape in self.modules.values())
+        whole = sum(shape.nbytes for shape in self.full.values())
+        return lora + whole + sum(shape.nbytes for shape in self.tokens.values())
 
 
 def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
@@ -196,6 +291,10 @@ def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
 class Adapter:
     """A LoRA adapter: its config and the weights of each module that it adapts, by name.
 
+    Args:
+      full: the modules for which it has whole weights, besides those that it adapts.
+      tokens: the embeddings and output layers of which it has some rows.
+
     Raises:
       TypeError: weights that are not NumPy arrays.
       ValueError: weights that don't fit each other or the config; the message names the module.
@@ -203,18 +302,26 @@ class Adapter:
 
     config: LoRAConfig
     modules: Mapping[str, LoRAWeights]
+    full: Mapping[str, FullModule] = field(default_factory=dict)
+    tokens: Mapping[str, TrainedTokens] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
             raise ValueError("an adapter needs the LoRA weights of at least one module, got none")
         for module, weights in self.modules.items():
             _check_weights(self.config, module, weights)
+        for module, whole in self.full.items():
+            check_full(module, whole.shape, self.modules)
+        for module, tokens in self.tokens.items():
+            check_tokens(module, tokens.shape, {*self.modules, *self.full})
 
     @property
     def header(self) -> AdapterHeader:
         """The adapter without its values."""
         shapes = {module: weights.shape for module, weights in self.modules.items()}
-        return AdapterHeader(self.config, shapes)
+        full = {module: whole.shape for module, whole in self.full.items()}
+        tokens = {module: trained.shape for module, trained in self.tokens.items()}
+        return AdapterHeader(self.config, shapes, full, tokens)
 
     @property
     def rank(self) -> int:
@@ -241,6 +348,7 @@ def _check_weights(config: LoRAConfig, module: str, weights: LoRAWeights) -> Non
             f"{type(b).__name__}; np.asarray converts them"
         )
     check_halves(config, module, a, b)
+    check_magnitude(config, module, weights.magnitude, b)
     if not math.isclose(weights.scale, config.scale_of(module), rel_tol=1e-6):
         raise ValueError(
             f"{module}: the config says scale {config.scale_of(module)} (alpha "
@@ -289,6 +397,61 @@ def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:
         raise ValueError(
             f"{module}: the config says rank {rank} but lora_A is {[*a.shape]}, lora_B "
             f"{[*b.shape]}, which is rank {a.shape[0]}; correct r or rank_pattern"
+        )
+
+
+def check_magnitude(config: LoRAConfig, module: str, magnitude: Matrix | None, b: Matrix) -> None:
+    """Raises ValueError if a module's magnitude fits neither the config nor B."""
+    if magnitude is None and config.dora:
+        raise ValueError(f"{module} has no magnitude, but the config says DoRA; save it again")
+    if magnitude is None:
+        return
+    if not config.dora:
+        raise ValueError(f"{module} has a magnitude of DoRA, but the config says no DoRA")
+    if magnitude.shape != (width := b.shape[:1]) or magnitude.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: the magnitude of DoRA must be {shown([*width])} of float32, float16 or "
+            f"bfloat16, got {shown([*magnitude.shape])} of {magnitude.dtype}"
+        )
+
+
+def full_shape(weight: Matrix, bias: Matrix | None) -> FullShape:
+    arrays = [weight] if bias is None else [weight, bias]
+    sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    dtype = common_dtype([array.dtype for array in arrays])
+    return FullShape(weight.shape, bias is not None, dtype, sum(sizes))
+
+
+def check_full(module: str, full: FullShape, adapted: Collection[str]) -> None:
+    """Raises ValueError if this is no whole weight of a layer, or LoRA adapts the layer too."""
+    check_module(module)
+    if module in adapted:
+        raise ValueError(f"{module} has both LoRA and a whole weight; leave out one of them")
+    if len(full.shape) != 2 or 0 in full.shape or full.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: a fully trained module with a weight {shown([*full.shape])} of "
+            f"{full.dtype} is not supported: linear layers and embeddings in float32, float16 or "
+            "bfloat16 are"
+        )
+
+
+def check_tokens(module: str, tokens: TokensShape, others: Collection[str]) -> None:
+    """Raises ValueError if these are no rows of a layer, or the layer has LoRA or is whole."""
+    check_module(module)
+    if module in others:
+        raise ValueError(
+            f"{module} has trained tokens beside LoRA or a whole weight; leave out one of them"
+        )
+    indices, shape = tokens.indices, tokens.shape
+    if len(shape) != 2 or 0 in shape or tokens.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{module}: trained tokens must be [tokens, features] in float32, float16 or bfloat16, "
+            f"got {shown([*shape])} of {tokens.dtype}"
+        )
+    if len(indices) != shape[0] or len({*indices}) != len(indices) or min(indices) < 0:
+        raise ValueError(
+            f"{module}: {shape[0]} trained tokens need as many indices, not negative and each "
+            f"once, got {shown([*indices])}"
         )
 
 

@@ -1,28 +1,34 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
-import contextlib
-import math
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import (
     Adapter,
     LoRAConfig,
-    LoRAWeights,
     Rename,
     renamed,
     save_peft,
 )
+from jax_lora.bank import dora
+from jax_lora.bank.agreement import digest
+from jax_lora.bank.full import FullSlots
+from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
+from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.reader import AdapterReader
-from jax_lora.bank.sites import find_sites, some
+from jax_lora.bank.sites import find_sites
 from jax_lora.bank.slots import Entry
+from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
+from jax_lora.nn.names import path_name
+from jax_lora.tokens import first_ids
+from pallas_kernels.routing import static
 
 
 class AdapterBank(AdapterReader):
@@ -70,8 +76,20 @@ class AdapterBank(AdapterReader):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
+    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
+    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
+    agree on all of them, or the load fails on all and changes nothing. The first process saves.
+    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
+    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+
     An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
     moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
+
+    Args:
+      model: what `apply_lora` prepared.
+      adapters_per_row: how many adapters a row of a batch may have, each with a weight. With one,
+        rows have no weights, and a step pays for none; with more, every batch has arrays of
+        `[rows, adapters_per_row]`. So no mix of adapters and no weight compiles anything anew.
 
     Attributes:
       stepping: a re-entrant lock, `threading.RLock`; see above. A load in the thread that holds it
@@ -83,17 +101,27 @@ class AdapterBank(AdapterReader):
 
     Raises:
       RuntimeError: in the child of a fork, here and in all methods; see `check_process`.
+      TypeError: `adapters_per_row` is no int.
       ValueError: the model has no LoRA layers, its layers differ in buckets or slots or are stacked
-        along axes that are not in front, or `peft_names` does not fit it.
+        along axes that are not in front, or `peft_names` does not fit it; `adapters_per_row` is
+        below 1.
     """
 
-    def __init__(self, model: nnx.Module) -> None:
+    def __init__(self, model: nnx.Module, *, adapters_per_row: int = 1) -> None:
+        self._adapters_per_row = static("adapters_per_row", adapters_per_row)
+        if self._adapters_per_row < 1:
+            raise ValueError(f"adapters_per_row must be at least 1, got {adapters_per_row}")
         super().__init__(model)
         peft_names = getattr(model, "peft_names", {})
-        self._sites = find_sites(self._layers, peft_names, self._own_names())
+        paths = [path_name(path) for path, _ in nnx.iter_modules(model) if path]
+        names = self._own_names()
+        self._sites = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
-        self._writers = {bucket: SlotWriter(bucket, layers) for bucket in self._slots}
+        first = first_ids(self._slots.items())
+        self._writers = {b: SlotWriter(b, first[b], layers) for b in self._slots}
+        self._full = FullSlots(self._sites)
         self._take_over()
+        dora.compile_norms(self._sites.values())
 
     # ------------------------------------------------------------------------ loading and evicting
 
@@ -124,27 +152,29 @@ class AdapterBank(AdapterReader):
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
             not in the model or has other shapes; the model lacks the bucket.
           FileNotFoundError: files are missing.
-          BankFullError: all slots of the bucket are pinned or leased.
-          RuntimeError: the thread holds `stepping`.
+          BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
+            whole, are pinned or leased.
+          RuntimeError: the thread holds `stepping`; or another process does not load the same.
           In each case the bank is as it was.
         """
-        self._check_name(name, replace)
-        if isinstance(adapter, PreparedAdapter):
-            self._install(name, adapter, replace)
-            return
-        is_own = not isinstance(adapter, Adapter)
-        if not isinstance(adapter, Adapter):
-            adapter = self.read(
-                name,
-                adapter,
-                max_bytes=max_bytes,
-                rename=rename,
-                allow_links=allow_links,
-                allow_nonfinite=allow_nonfinite,
-            )
-        elif rename is not None:
-            adapter = renamed(adapter, rename)
-        self._install(name, self.prepare(name, adapter, is_own=is_own), replace)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            if isinstance(adapter, PreparedAdapter):
+                self._install(name, adapter, replace, agree)
+                return
+            is_own = not isinstance(adapter, Adapter)
+            if not isinstance(adapter, Adapter):
+                adapter = self.read(
+                    name,
+                    adapter,
+                    max_bytes=max_bytes,
+                    rename=rename,
+                    allow_links=allow_links,
+                    allow_nonfinite=allow_nonfinite,
+                )
+            elif rename is not None:
+                adapter = renamed(adapter, rename)
+            self._install(name, self.prepare(name, adapter, is_own=is_own), replace, agree)
 
     def prepare(self, name: str, adapter: Adapter, *, is_own: bool = False) -> PreparedAdapter:
         """An adapter as its slot will hold it, for `load`. No slot changes.
@@ -156,19 +186,21 @@ class AdapterBank(AdapterReader):
         Raises:
           ValueError: as `load`.
         """
-        bucket, layers = self.check(name, adapter), list(self._layers.values())
-        values = slot_values(
-            name, adapter, self._writers[bucket], self._sites, layers, is_own=is_own
-        )
-        modules = frozenset(adapter.modules)
-        return PreparedAdapter(adapter.config, modules, bucket, values, self._guard)
+        bucket = self.check(name, adapter)
+        adapter = with_whole_tokens(adapter, self._sites)
+        layers, writer = list(self._layers.values()), self._writers[bucket]
+        values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if adapter.config.dora:
+            dora.put_rescale(values, adapter, self._sites, layers)
+        return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
     ) -> None:
-        """Puts a new adapter into a slot, to be trained: A as PEFT initialises it, B zero.
+        """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
-        A is uniform in ±1/sqrt(H), which is PEFT's default (kaiming uniform with a = sqrt(5)).
+        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
+        A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
         so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
@@ -183,39 +215,24 @@ class AdapterBank(AdapterReader):
 
         Args:
           name: as in `load`.
-          config: `target_modules` says which of the model's LoRA layers it adapts.
+          config: `target_modules` says which of the model's LoRA layers it adapts, and
+            `modules_to_save` which of those with full slots it has whole: the base's weights, to be
+            trained.
           rngs: the stream `params` seeds it.
 
         Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
           `target_modules` names no layer.
         """
-        self._check_name(name, replace)
-        for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-        # NumPy's generator, as JAX's would compile for each rank.
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(rngs.params())))
-        modules = {}
-        for module in filter(config.targets, self._sites):
-            site = self._sites[module]
-            (in_features, out_features), dtype = site.features, site.variables[0].dtype
-            shape, bound = (config.rank_of(module), in_features), 1 / math.sqrt(in_features)
-            a = generator.uniform(-bound, bound, shape).astype(dtype)
-            b = np.zeros((out_features, shape[0]), dtype)
-            modules[module] = LoRAWeights(a, b, config.scale_of(module))
-        if not modules:
-            raise ValueError(
-                f"target_modules={config.target_modules!r:.300} names none of "
-                f"{some(self._sites, str)}"
-            )
-        new = self.prepare(name, Adapter(config, modules), is_own=True)
-        self._install(name, new, replace)
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace)
+            adapter = new_adapter(config, rngs, self._sites)
+            self._install(name, self.prepare(name, adapter, is_own=True), replace, agree)
 
     # ------------------------------------------------------------------------------------- batches
 
     def batch(
         self,
-        names_per_row: Sequence[str | None],
+        names_per_row: Sequence[NamedRow],
         lengths: Sequence[int] | None = None,
         phase: str = "decode",
     ) -> AdapterBatch:
@@ -225,27 +242,35 @@ class AdapterBank(AdapterReader):
         each step the copy.
 
         Args:
-          names_per_row: adapter of each row; None for the base model.
+          names_per_row: adapter of each row; None for the base model. A row of several adapters is
+            `{name: weight}`, and gets the sum of what they add, each multiplied by its weight,
+            which may be negative: PEFT's `add_weighted_adapter(combination_type="cat")`. A bank
+            takes up to `adapters_per_row` of them; the weight of a name alone is 1.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
           phase: "decode" or "prefill".
 
         Raises:
           KeyError: an adapter is not loaded.
-          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed.
+          TypeError, ValueError: `names_per_row`, `lengths` or `phase` are malformed; a row has more
+            adapters than `adapters_per_row`, or a weight that is not finite.
         """
         self._check_current()
-        distinct = _distinct(names_per_row)
+        rows = row_names(names_per_row, self._adapters_per_row)
+        distinct = rows.distinct
         row_lengths = None if lengths is None else host_int32("lengths", lengths)
         with self._lock:
             places = {name: self._entry(name) for name in distinct}
-            ids: dict[str | None, int] = {name: self._table.id(e) for name, e in places.items()}
-            ids[None] = -1
+            dora.check_alone(places, rows.mixes)
+            ids = {name: self._table.id(entry) for name, entry in places.items()}
+            self._full.check_alone(ids, rows.mixes)
+            indices, weights = rows.arrays(ids, self._adapters_per_row)
             lease = Lease(frozenset((e.bucket, e.slot) for e in places.values()))
             # NumPy leaves: a step's launch takes the kilobyte along; placing it here would be most
             # of the time that a batch takes.
             batch = AdapterBatch(
-                np.array([ids[name] for name in names_per_row], np.int32),
+                indices,
                 row_lengths,
+                weights=weights,
                 ranges=tuple(self._slots.items()),
                 phase=phase,
                 lease=lease,
@@ -263,11 +288,18 @@ class AdapterBank(AdapterReader):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
+        Where several processes hold the model together, the first writes the folder. The others
+        return when it has.
+
         Raises:
           KeyError: it is not loaded.
           ValueError: see `save_peft`.
         """
-        save_peft(self._adapter(name), path)
+        adapter = self._adapter(name, "save")
+        with self._agreement.turn() as agree:
+            if self._agreement.is_first:
+                save_peft(adapter, path)
+            agree(f"have saved {name!r}")
 
     def merge(self, name: str) -> nnx.State:
         """The model's base parameters, with an adapter folded into the kernels that it adapts.
@@ -279,45 +311,48 @@ class AdapterBank(AdapterReader):
           KeyError: it is not loaded.
           ValueError: it adapts a layer that shares its kernel with another.
         """
-        return merged(self._model, self._adapter(name), self._sites)
+        return merged(self._model, self._adapter(name, "merge"), self._sites)
 
     # ------------------------------------------------------------------------------------- private
 
-    def _install(self, name: str, prepared: PreparedAdapter, replace: bool) -> None:
+    def _install(
+        self, name: str, prepared: PreparedAdapter, replace: bool, agree: Callable[[str], None]
+    ) -> None:
         if prepared.guard is not self._guard:
             raise ValueError(f"adapter {name!r} was prepared for another model")
-        bucket, writer = prepared.bucket, self._writers[prepared.bucket]
+        adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
+        writer = self._writers[bucket]
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(writer.place(prepared.values))
+        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
+        modules = frozenset(adapter.modules)
+        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
 
         def commit() -> None:
             self._check_name(name, replace)  # another thread may have taken it
-            slot, evicted = self._table.find(bucket, name, self._guard.leases)
+            leases = list(self._guard.leases)
+            slot, evicted = self._table.find(bucket, name, leases)
+            place = self._full.find(name, full, self._table, evicted, leases)
+            agree(f"{what} into slot {slot} of bucket {bucket}, evicting {evicted!r}")
             try:
-                writer.write(slot, placed)
+                writer.write(slot, placed, place.slots)
+                self._full.put(self._table.id_of(bucket, slot), place, full)
             finally:
                 self._guard.writes += 1
-            if evicted is not None:
-                self._table.forget(evicted, evicted_by=name)
-            self._table.put(name, Entry(bucket, slot, prepared.config, prepared.modules))
+            for other in (evicted, *place.evicted):
+                if other is not None:
+                    self._table.forget(other, evicted_by=name)
+            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
 
         self._write(commit)
         self._tell()
 
-    def _adapter(self, name: str) -> Adapter:
+    def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
-        with self.stepping, self._lock:
+        with self._agreement.turn() as agree, self.stepping, self._lock:
             entry = self._entry(name)
+            agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
             slots = read_slots(sites, entry.bucket, entry.slot)
-        return as_adapter(entry.config, slots)
-
-
-def _distinct(names_per_row: Sequence[str | None]) -> list[str]:
-    """The names in it, in order, each once."""
-    if isinstance(names_per_row, Sequence) and not isinstance(names_per_row, str):
-        with contextlib.suppress(TypeError):  # what can't be hashed is no name
-            distinct = [name for name in dict.fromkeys(names_per_row) if name is not None]
-            if all(isinstance(name, str) for name in distinct):
-                return distinct
-    raise TypeError(f"names_per_row must be a list of names and None, got {names_per_row!r:.300}")
+            full = self._full.read(self._table.id(entry))
+            return dataclasses.replace(as_adapter(entry, slots, sites), full=full)

@@ -4,11 +4,14 @@ import threading
 import weakref
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_lora.bank.agreement import Agreement
 from jax_lora.bank.sites import common_slots
 from jax_lora.batch import Guard, Lock
+from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import ModulePath, Shape, array_shapes, numbered_names, path_name
 from jax_lora.nn.stacks import LoRAScale, LoRAStack
@@ -42,11 +45,12 @@ class StackOwner:
             [
                 ((*path, name), value)
                 for path, module in nnx.iter_modules(model)
-                if isinstance(module, LoRAStack | LoRALayer)
+                if isinstance(module, LoRAStack | LoRALayer | FullRoom | FullWeights)
                 for name, value in vars(module).items()
                 if isinstance(value, nnx.LoRAParam | LoRAScale)
             ]
         )
+        self._agreement = Agreement(jax.tree.leaves(self.state))
         self._lock = threading.RLock()  # of what the host knows; taken after `stepping`
         self._guard = Guard()
         self._is_current = False

@@ -1,12 +1,14 @@
 """Where a model holds the modules that PEFT names."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.adapters import meant
+from jax_lora.adapters import AdapterHeader, FullModule, FullShape, meant
+from jax_lora.nn.embed import LoRAEmbed
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import with_numbers
 from jax_lora.nn.stacks import LoRAStack, slots_of
@@ -44,12 +46,29 @@ class Site:
         return self._first.variables
 
     @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.layer, LoRAEmbed)
+
+    def base_weight(self) -> Array:
+        """The base model's weight as PEFT stores it: `[N, H]`; of an embedding, `[H, N]`."""
+        matrix = self.layer.kernel_matrix(self.index)[:, self.columns]
+        return matrix.T if self.layer.is_transposed else matrix
+
+    def own_weights(self) -> FullModule:
+        """The base model's weight and bias, as an adapter has them that saves the module."""
+        bias = None if self.layer.bias is None else np.array(self.layer.bias.get_value())
+        return FullModule(np.array(self.base_weight()), bias)
+
+    @property
     def _first(self) -> LoRAStack:
         return next(iter(self.stacks.values()))
 
 
 def find_sites(
-    layers: Mapping[str, LoRALayer], peft_names: PeftNames, own_names: Mapping[str, str]
+    layers: Mapping[str, LoRALayer],
+    peft_names: PeftNames,
+    own_names: Mapping[str, str],
+    others: Collection[str] = (),
 ) -> dict[str, Site]:
     """The sites of a model's layers, by PEFT's names.
 
@@ -57,12 +76,15 @@ def find_sites(
       layers: by their dotted paths.
       peft_names: PEFT's name for a path, or its names for a layer with slices; see `AdapterBank`.
       own_names: each path as a name; of layers stacked for a scan, with a `{}` for each number.
+      others: paths of layers that could have LoRA, which `peft_names` may name too.
 
     Raises:
       ValueError: `peft_names` does not fit the layers.
     """
     unknown = sorted(
-        key for key in peft_names if not any(f"{path}.".startswith(f"{key}.") for path in layers)
+        key
+        for key in peft_names
+        if not any(f"{path}.".startswith(f"{key}.") for path in (*layers, *others))
     )
     if unknown:
         raise ValueError(f"peft_names has paths without a LoRA layer: {some(unknown, str)}")
@@ -138,26 +160,50 @@ def _check_lead(name: str, layer: LoRALayer) -> None:
                 )
 
 
-def check_fit(
-    name: str, features: Mapping[str, tuple[int, int]], sites: Mapping[str, Site]
-) -> None:
-    """ValueError where a module of an adapter is not in the model, or has other features.
-
-    `features` are H and N of each of its modules.
-    """
-    unknown = sorted(set(features) - set(sites))
+def check_fit(name: str, header: AdapterHeader, sites: Mapping[str, Site]) -> None:
+    """ValueError where a module of an adapter is not in the model, or of another kind or size."""
+    unknown = sorted(set(header.modules) - set(sites))
     if unknown:
         raise ValueError(
             f"adapter {name!r} adapts modules without LoRA in this model: {some(unknown, str)}; "
-            f"it has {some(sites, str)}; {meant(features, sites)}"
+            f"it has {some(sites, str)}; {meant(header.modules, sites)}"
         )
-    for module, (inputs, outputs) in features.items():
-        in_features, out_features = sites[module].features
-        if (inputs, outputs) != (in_features, out_features):
+    for module, lora in header.modules.items():
+        site = sites[module]
+        if lora.is_embedding != site.is_embedding:
+            kinds = {True: "an embedding", False: "a linear layer"}
+            raise ValueError(
+                f"adapter {name!r}: {module} is {kinds[site.is_embedding]}, but the adapter's LoRA "
+                f"is that of {kinds[lora.is_embedding]}"
+            )
+        (in_features, out_features), outputs = site.features, lora.out_features
+        if (lora.in_features, outputs) != (in_features, out_features):
             raise ValueError(
                 f"adapter {name!r}: {module} maps {in_features} to {out_features} features, but "
-                f"the adapter's lora_A has {inputs} and its lora_B {outputs}"
+                f"the adapter's lora_A has {lora.in_features} and its lora_B {outputs}"
             )
+
+    for module, full in header.full.items():
+        _check_full(name, module, full, sites.get(module))
+
+
+def _check_full(name: str, module: str, full: FullShape, site: Site | None) -> None:
+    """ValueError where the model has no room for a whole weight of an adapter."""
+    what = f"adapter {name!r} has a whole weight for {module} (modules_to_save)"
+    if site is None or not hasattr(site.layer, "full"):
+        last = module.rpartition(".")[2]
+        raise ValueError(
+            f"{what}, for which this model has no full slots; give apply_lora "
+            f"full_slots={{{last!r}: 1}}, if it has the layer"
+        )
+    weights = site.layer.full.slots[0]
+    shape, has_bias = weights.weight.get_value().shape, weights.bias is not None
+    if (full.shape, full.has_bias) != (shape, has_bias):
+        bias = {True: "with", False: "without"}
+        raise ValueError(
+            f"{what} of {list(full.shape)} {bias[full.has_bias]} bias, but the model's is "
+            f"{list(shape)} {bias[has_bias]} bias"
+        )
 
 
 def some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.sites import some
-from jax_lora.batch import Lease, first_ids
+from jax_lora.batch import Lease
+from jax_lora.tokens import first_ids
 
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
@@ -89,7 +90,11 @@ class SlotTable:
 
     def id(self, entry: Entry) -> int:
         """What a batch's `indices` call the adapter: its slot among those of all buckets."""
-        return self._first_ids[entry.bucket] + entry.slot
+        return self.id_of(entry.bucket, entry.slot)
+
+    def id_of(self, bucket: int, slot: int) -> int:
+        """The id of a slot."""
+        return self._first_ids[bucket] + slot
 
     def touch(self, names: Iterable[str]) -> None:
         """They are the most recently used, the last of them above all."""

@@ -11,18 +11,20 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.adapters import Adapter
 from jax_lora.bank.sites import Site
 from jax_lora.batch import Guard
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
+from jax_lora.sharding import put, whole
 
 
 class _Held(NamedTuple):
-    """What holds one bucket of a layer: its scales, and A and B of each of its stacks."""
+    """What holds one bucket of a layer: its scales, A and B of each of its stacks, and behind them,
+    with room for DoRA, each one's `rescale`."""
 
     scales: LoRAScale
-    stacks: list[nnx.LoRAParam[Array]]
+    stacks: list[nnx.LoRAParam[Array] | LoRAScale]
 
     @property
     def arrays(self) -> tuple[Array, list[Array]]:
@@ -32,7 +34,14 @@ class _Held(NamedTuple):
 # One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
-_Arrays = list[tuple[Array, list[Array]]]
+_OfLayers = list[tuple[Array, list[Array]]]
+
+
+class _Arrays(NamedTuple):
+    """What a write changes: the layers' scales and stacks, and the tables of their full slots."""
+
+    layers: _OfLayers
+    tables: list[Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,13 +49,14 @@ class PreparedAdapter:
     """An adapter on the host as a slot of its bucket holds it: a load has it to copy, no more.
 
     Attributes:
+      is_own: nobody else writes the adapter's arrays.
       guard: of the model that it is for.
     """
 
-    config: LoRAConfig
-    modules: frozenset[str]
+    adapter: Adapter
     bucket: int
     values: list[SlotOfLayer]
+    is_own: bool
     guard: Guard
 
     @property
@@ -58,20 +68,28 @@ class PreparedAdapter:
 class SlotWriter:
     """Writes the slots of one rank bucket, all layers at once, by one compiled program."""
 
-    def __init__(self, bucket: int, layers: Sequence[LoRALayer]) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: int, first_id: int, layers: Sequence[LoRALayer]) -> None:
+        self.bucket, self._first_id = bucket, first_id
+        self._tables = [layer.full.table for layer in layers if hasattr(layer, "full")]
         of_layers = [[s for s in layer.stacks if s.bucket == bucket] for layer in layers]
         self._held = [
-            _Held(layer.scales, [variable for s in some for variable in s.variables])
+            _Held(
+                layer.scales,
+                [
+                    *(v for s in some for v in s.variables),
+                    *(s.rescale for s in some if s.rescale is not None),
+                ],
+            )
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
-        self._shapes = _slot_shapes(self._arrays(), of_layers)
+        self._shapes = _slot_shapes(self._arrays().layers, of_layers)
         self._programs: list[_Program] = []
         self._program(self._arrays())
 
     def _arrays(self) -> _Arrays:
-        return [held.arrays for held in self._held]
+        tables = [table.get_value() for table in self._tables]
+        return _Arrays([held.arrays for held in self._held], tables)
 
     def _program(self, arrays: _Arrays) -> "_Program":
         """The one for where the stacks are. A step may have moved them, to a mesh or to another
@@ -79,7 +97,7 @@ class SlotWriter:
         for program in self._programs:
             if program.fits(arrays):
                 return program
-        self._programs.append(_compile(arrays, self._of_layers))
+        self._programs.append(_compile(arrays, self._of_layers, self._first_id))
         return self._programs[-1]
 
     def empty_slots(self) -> list[tuple[np.ndarray, list[np.ndarray]]]:
@@ -93,8 +111,10 @@ class SlotWriter:
         """`values` on the devices of the stacks, each with its shard."""
         return self._program(self._arrays()).place(values)
 
-    def write(self, slot: int, values: list[SlotOfLayer]) -> None:
+    def write(self, slot: int, values: list[SlotOfLayer], full: Sequence[int] = ()) -> None:
         """Writes `values`, which are on the device. The arrays that were there are donated.
+
+        `full` are the full slots of the slot's adapter, in the layers that have some.
 
         Raises:
           RuntimeError: the device failed and has consumed the stacks: they are lost.
@@ -104,7 +124,7 @@ class SlotWriter:
         program = self._program(arrays)
         values = program.place(values)
         try:
-            updated = program.run(arrays, np.int32(slot), values)
+            updated = program.run(arrays, np.int32(slot), values, [np.int32(n) for n in full])
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
                 raise RuntimeError(
@@ -113,7 +133,9 @@ class SlotWriter:
                     "bank anew, and step under `with bank.stepping`"
                 ) from error
             raise
-        for held, (scales, stacks) in zip(self._held, updated):
+        for table, new_table in zip(self._tables, updated.tables):
+            table.set_value(new_table)
+        for held, (scales, stacks) in zip(self._held, updated.layers):
             held.scales.set_value(scales)
             for variable, new in zip(held.stacks, stacks):
                 variable.set_value(new)
@@ -128,28 +150,34 @@ class _Program(NamedTuple):
 
     homes: list[Sharding | None]
     values: list[Sharding | None]
-    run: Callable[[_Arrays, np.int32, list[SlotOfLayer]], _Arrays]
+    run: Callable[[_Arrays, np.int32, list[SlotOfLayer], list[np.int32]], _Arrays]
 
     def fits(self, arrays: _Arrays) -> bool:
         return all(
             home is there or (home and there and home.is_equivalent_to(there, array.ndim))
             for home, array in zip(self.homes, jax.tree.leaves(arrays))
-            for there in [_home(array)]
+            for there in [home_of(array)]
         )
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
         leaves, tree = jax.tree.flatten(values)
-        return jax.tree.unflatten(tree, jax.device_put(leaves, self.values))
+        if all(sharding is None or sharding.is_fully_addressable for sharding in self.values):
+            return jax.tree.unflatten(tree, jax.device_put(leaves, self.values))
+        placed = [
+            leaf if sharding is None else put(leaf, sharding)
+            for leaf, sharding in zip(leaves, self.values)
+        ]
+        return jax.tree.unflatten(tree, placed)
 
 
-def _home(array: Array) -> Sharding | None:
+def home_of(array: Array) -> Sharding | None:
     """Where an array is committed to be."""
     return array.sharding if array.committed else None
 
 
 def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
     """Where one slot of a stack goes, or the scales of one."""
-    home = _home(array)
+    home = home_of(array)
     if not isinstance(home, NamedSharding):
         return home
     spec = [*home.spec, *[None] * (array.ndim - len(home.spec))]
@@ -158,13 +186,13 @@ def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
 
 
 def _slot_shapes(
-    arrays: _Arrays, of_layers: list[list[LoRAStack]]
+    arrays: _OfLayers, of_layers: list[list[LoRAStack]]
 ) -> list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]:
     """What one slot of each layer is, and where it goes: scales, and A and B of each stack."""
     return [
         (
             jax.ShapeDtypeStruct(
-                (*scales.shape[:-1], len(some)), jnp.float32, sharding=_home(scales)
+                (*scales.shape[:-1], len(some)), jnp.float32, sharding=home_of(scales)
             ),
             [
                 jax.ShapeDtypeStruct(
@@ -179,23 +207,27 @@ def _slot_shapes(
     ]
 
 
-def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]]) -> _Program:
+def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
     firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
-    def write_slot(arrays: _Arrays, slot: Array, values: list[SlotOfLayer]) -> _Arrays:
+    def write_slot(
+        arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
+    ) -> _Arrays:
         written = []
-        for (scales, stacks), (new_scales, new), first in zip(arrays, values, firsts):
+        for (scales, stacks), (new_scales, new), first in zip(arrays.layers, values, firsts):
             scales = scales.at[..., first + slot].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
-        return written
+        tables = [t.at[first_id + slot].set(n) for t, n in zip(arrays.tables, full)]
+        return _Arrays(written, tables)
 
-    values = _slot_shapes(arrays, of_layers)
+    values = _slot_shapes(arrays.layers, of_layers)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     # Stacks stay where they are, also where XLA would rather have them elsewhere.
-    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(_home, arrays))
-    run = write.lower(arrays, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
-    homes = [_home(array) for array in jax.tree.leaves(arrays)]
+    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(home_of, arrays))
+    run = write.lower(arrays, number, values, [number] * len(arrays.tables)).compile()
+    homes = [home_of(array) for array in jax.tree.leaves(arrays)]
     return _Program(homes, [value.sharding for value in jax.tree.leaves(values)], run)
 
 
@@ -223,7 +255,7 @@ def slot_values(
         scales[*site.index, site.nth] = weights.scale
         mine = slice(2 * site.nth, 2 * site.nth + 2)
         dtype = arrays[mine][0].dtype
-        halves = _as_stored(name, module, weights, dtype)
+        halves = as_stored(name, module, [weights.a, weights.b], dtype)
         if is_own and weights.rank == writer.bucket and not site.index:
             arrays[mine] = halves
             continue
@@ -237,17 +269,19 @@ def slot_values(
     return [(scales, list(arrays)) for scales, arrays in (slots[id(layer)] for layer in layers)]
 
 
-def _as_stored(name: str, module: str, weights: LoRAWeights, dtype: np.dtype) -> list[np.ndarray]:
-    """A and B in the stacks' dtype."""
+def as_stored(
+    name: str, module: str, weights: Sequence[np.ndarray], dtype: np.dtype
+) -> list[np.ndarray]:
+    """An adapter's weights in the stacks' dtype."""
     with np.errstate(over="ignore"):
-        halves = [t.astype(dtype, copy=False) for t in (weights.a, weights.b)]
-    for new, old in zip(halves, (weights.a, weights.b)):
+        stored = [t.astype(dtype, copy=False) for t in weights]
+    for new, old in zip(stored, weights):
         if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
             raise ValueError(
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "
                 "apply_lora another dtype="
             )
-    return halves
+    return stored
 
 
 def read_slots(
@@ -264,7 +298,7 @@ def read_slots(
         stack = site.stacks[bucket]
         if id(stack) not in fetched:
             slots = (get_slot(v.get_value(), np.int32(slot)) for v in stack.variables)
-            fetched[id(stack)] = [np.asarray(array) for array in slots]
+            fetched[id(stack)] = [whole(array) for array in slots]
         a, b = fetched[id(stack)]
         found[name] = a[site.index], b[site.index]
     return found

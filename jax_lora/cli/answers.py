@@ -30,6 +30,10 @@ def answer_file(
     """Answers the requests of a file into the file beside it. Ends with status 1 if one fails."""
     with _shown() as (told, progress):
         progress("starting JAX")
+        import jax
+
+        if not jax.sharding.get_abstract_mesh().empty:
+            raise ValueError("--requests takes no --mesh: its engine runs on one device")
         keep_programs()
         from jax_lora.serving.jobs import Job, run_job
 

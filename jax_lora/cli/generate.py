@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from jax_lora.cli.answers import answer_file
+from jax_lora.cli.mesh import on_mesh
 from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, show_progress, stdout
 from jax_lora.messages import shown, without_controls
@@ -71,6 +72,7 @@ Resume = Annotated[
 ]
 
 
+@on_mesh
 def generate(
     base: Base,
     prompt: Prompts = None,

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from jax_lora.cli.mesh import MeshOption, devices_of
 from jax_lora.cli.terminal import Json, Links, input_errors, print_json, stdout
 from jax_lora.messages import printable, without_controls
 
@@ -19,22 +20,27 @@ def inspect(
         list[Path],
         typer.Argument(help="Folders of PEFT adapters, at any depth.", show_default=False),
     ],
+    mesh: MeshOption = None,
     allow_links: Links = False,
     as_json: Json = False,
 ) -> None:
     """Show what adapters hold, which kernels would run them, and what to change for speed.
 
     One line per kind of module: true rank and scale, LoRAX's tier, the bucket that jax-lora
-    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then what LoRAX
-    would do with the adapter.
+    allocates, the kernel of either phase, how much of the bucket is padding, bytes; then modules
+    that the adapter has whole, and what LoRAX would do with it. With --mesh, what each device holds
+    of it.
 
     An adapter that can't be read is shown in its place, with the reason, and the status is 2.
     """
     from jax_lora.inspection import BrokenAdapter, inspect_below
 
     with input_errors():
+        devices = devices_of(mesh)
         reports = [
-            report for path in folders for report in inspect_below(path, allow_links=allow_links)
+            report
+            for path in folders
+            for report in inspect_below(path, allow_links=allow_links, devices=devices)
         ]
         if as_json:
             print_json({"adapters": [report.to_dict() for report in reports]})
@@ -64,12 +70,19 @@ def _print_report(report: "AdapterReport") -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for count, group in report.groups():
-        cells = [f"{group.kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
+        kind = f"{group.kind} (embedding)" if group.is_embedding else group.kind
+        cells = [f"{kind} x{count}", group.rank, f"{group.scale:.4g}", group.tier]
         cells += [group.bucket, group.decode_kernel, group.prefill_kernel]
         cells += [f"{group.padding:.0%}", f"{count * group.nbytes / 1e3:.0f}"]
         table.add_row(*(Text(str(cell)) for cell in cells))
     stdout.print(table)
-    for label, lines in (("LoRAX", report.lorax), ("For speed", report.advice)):
+    for full in report.full:
+        size = f"{' x '.join(map(str, full.shape))}{' and bias' if full.has_bias else ''}"
+        what = "Tokens" if full.is_tokens else "Whole"
+        line = f"  {what}: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
+        stdout.print(Text(line), soft_wrap=True)
+    labelled = ("LoRAX", report.lorax), ("For speed", report.advice), ("Mesh", report.mesh)
+    for label, lines in labelled:
         for line in lines:
             stdout.print(Text(f"  {label}: {line}"), soft_wrap=True)
     stdout.print()

@@ -14,6 +14,7 @@ from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -23,7 +24,9 @@ from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages
+from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
+from jax_lora.nn.embed import tie_head
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
@@ -273,9 +276,10 @@ class Decoder(nnx.Module):
         self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, scan: bool
     ) -> None:
         self.config, self.scan = config, scan
-        self.embed_tokens = nnx.Embed(
+        embed = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
+        self.embed_tokens = tie_head(embed) if config.tie_word_embeddings else embed
         make, count = functools.partial(DecoderLayer, config, dtype), config.num_hidden_layers
         self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
             nnx.vmap(make)(rngs.split(count))
@@ -400,6 +404,11 @@ class Decoder(nnx.Module):
         return x, (keys, values)
 
 
+def _last(hidden: Float[Array, "B S H"], lengths: Int[Array, " B"]) -> Float[Array, "B H"]:
+    """The hidden state of each row's last token."""
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
 def _soft_cap(x: Array, limit: float | None) -> Array:
     return x if limit is None else jnp.tanh(x / limit) * limit
 
@@ -417,6 +426,8 @@ class Llama(nnx.Module):
       dtype: of parameters, cache and computation. float32 is computed in full float32.
       rngs: for the random initial weights.
       scan: whether the layers are stacked and run by a scan, so that one of them is compiled.
+      num_labels: of a classifier, `score`, beside the output layer; None for no classifier. It is
+        zero: adapters bring their own, as Hugging Face's `...ForSequenceClassification` have it.
     """
 
     def __init__(
@@ -426,21 +437,54 @@ class Llama(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         scan: bool = True,
+        num_labels: int | None = None,
     ) -> None:
         self.config = config
         self.model = Decoder(config, dtype, rngs, scan=scan)
-        if not config.tie_word_embeddings:  # else there is no layer of its own to adapt
+        if config.tie_word_embeddings:
+            self.peft_names = nnx.static({"model.embed_tokens.head": "lm_head"})
+        else:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
+        if num_labels is not None:
+            self.score = _linear(config.hidden_size, num_labels, False, dtype, rngs)
+            self.score.kernel.set_value(jnp.zeros_like(self.score.kernel[...]))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""
         return self.logits(self.model(tokens)[0])
 
+    def scores(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B num_labels"]:
+        """What the classifier says of each text, from its last token.
+
+        Example::
+
+            model = Llama.from_pretrained(path, num_labels=3)
+            apply_lora(model, full_slots={"score": 4})  # of four adapters at once
+            bank = AdapterBank(model)
+            bank.load("topics", "adapters/topics")  # of PEFT, with task_type="SEQ_CLS"
+            with jax_lora.use(bank.batch(["topics"], phase="prefill")):
+                scores = model.scores(tokens, lengths)
+
+        Args:
+          tokens: padded on the right with any valid tokens.
+          lengths: true lengths, 1 to S.
+
+        Raises:
+          ValueError: the model has no classifier.
+        """
+        if not hasattr(self, "score"):
+            raise ValueError("the model has no classifier; give from_pretrained num_labels=")
+        hidden, _ = self.model(tokens)
+        return self.score(_last(hidden, lengths))
+
     def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """From the decoder's output to logits."""
         if self.config.tie_word_embeddings:
-            embedding = self.model.embed_tokens.embedding[...]
-            logits = jnp.matmul(hidden, embedding.T, precision=_precision(hidden.dtype))
+            precision = "highest" if hidden.dtype == jnp.float32 else None
+            with jax.default_matmul_precision(precision):  # attend takes none
+                logits = self.model.embed_tokens.attend(hidden)
         else:
             logits = self.lm_head(hidden)
         return _soft_cap(logits, self.config.final_logit_softcapping)
@@ -465,21 +509,24 @@ class Llama(nnx.Module):
         dtype: DTypeLike | None = None,
         revision: str | None = None,
         scan: bool = True,
+        num_labels: int | None = None,
     ) -> Self:
         """Reads `config.json` and `model.safetensors`, or its shards, from a folder.
+
+        Where `jax.set_mesh` has set a mesh with an axis `tp`, the weights are divided over it.
 
         Args:
           path: a local folder, as Hugging Face's `save_pretrained` writes it; or a name on the hub,
             `OWNER/NAME`, of which `huggingface_hub` keeps the files in its cache.
           dtype: None for that of the stored embedding.
           revision: of a name on the hub: a branch, a tag or a commit.
-          scan: as in `Llama`.
+          scan, num_labels: as in `Llama`.
 
         Raises:
           FileNotFoundError: the folder or a file is missing; or the hub can't give it.
           ValueError: weights are in a form that is not read, a file is malformed, the config asks
-            for something that is not implemented, or weights are missing, superfluous or of another
-            shape.
+            for something that is not implemented, weights are missing, superfluous or of another
+            shape, or heads or the MLP do not divide over the mesh.
         """
         folder = local_folder(path, revision=revision)
         check_format(folder)
@@ -494,8 +541,17 @@ class Llama(nnx.Module):
         if dtype is None and "model.embed_tokens.weight" in tensors:
             dtype = tensors["model.embed_tokens.weight"].dtype
         model = nnx.eval_shape(
-            lambda: cls(config, dtype=dtype or jnp.float32, rngs=nnx.Rngs(0), scan=scan)
+            lambda: cls(
+                config,
+                dtype=dtype or jnp.float32,
+                rngs=nnx.Rngs(0),
+                scan=scan,
+                num_labels=num_labels,
+            )
         )
+        if num_labels is not None:
+            shape = num_labels, config.hidden_size
+            tensors["score.weight"] = np.zeros(shape, model.score.kernel.dtype)
         params = nnx.to_flat_state(nnx.state(model))
         layers = config.num_hidden_layers if scan else None
         names = {path: _stored_names(path, layers) for path, _ in params}
@@ -507,7 +563,7 @@ class Llama(nnx.Module):
                 f"{folder} doesn't fit its config.json: it lacks {missing[:3]} ({len(missing)} in "
                 f"all) and has {superfluous[:3]} ({len(superfluous)} in all) too many"
             )
-        loaded = []
+        loaded, place = [], placing(config)
         for path_, param in params:
             is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
             shape = param.shape[is_stacked:]
@@ -521,7 +577,8 @@ class Llama(nnx.Module):
             values = [jnp.array(tensors.pop(name), param.dtype) for name in names[path_]]
             if is_kernel:  # on the device: NumPy would walk them in strides
                 values = [value.T for value in values]
-            loaded.append((path_, param.replace(jnp.stack(values) if is_stacked else values[0])))
+            value = jnp.stack(values) if is_stacked else values[0]
+            loaded.append((path_, param.replace(place(path_, value))))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
 
@@ -565,8 +622,7 @@ def prefill(
         return jnp.pad(new, [(0, 0)] * (new.ndim - 4) + room)
 
     keys, values = jax.tree.map(fill, memories)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), KVCache(keys, values, lengths.astype(jnp.int32))
+    return model.logits(_last(hidden, lengths)), KVCache(keys, values, lengths.astype(jnp.int32))
 
 
 def decode(

@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import DTypeLike
+from jax.sharding import NamedSharding
+from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import LoRAEinsum
+from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
+from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
 from jax_lora.nn.names import (
@@ -21,14 +23,19 @@ from jax_lora.nn.names import (
     with_numbers,
 )
 from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
+from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
 _Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+_Tied = nnx.Embed | TiedHead  # by name alone, as their stacks are as wide as a vocabulary
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRADense,
     nnx.LinearGeneral: LoRADenseGeneral,
     nnx.Einsum: LoRAEinsum,
+    nnx.Embed: LoRAEmbed,
+    TiedEmbed: LoRATiedEmbed,
+    TiedHead: LoRAHead,
 }
 
 
@@ -40,12 +47,17 @@ def apply_lora(
     target: str | Sequence[str] | None = None,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
     dtype: DTypeLike | None = None,
+    dora: bool = False,
+    fully_sharded: bool = False,
+    full_slots: Mapping[str, int] | None = None,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
     `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
-    `slots` adapters per rank bucket beside them, all zero. Other layers stay untouched.
+    `slots` adapters per rank bucket beside them, all zero. So do `nnx.Embed`, which becomes
+    `LoRAEmbed`, and the head of a tied embedding (`tie_head`), but only where `target` names them,
+    as their stacks are as wide as the vocabulary. Other layers stay untouched.
 
     Layers may be stacked for a scan, by `nnx.vmap` of what makes one: their kernels, and so their
     stacks, have axes of layers in front. `jax_lora.scan_layers` runs them. Where a `target` matches
@@ -55,6 +67,10 @@ def apply_lora(
     about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
     (`plan_slots` proposes them from a folder of adapters).
 
+    An adapter may have a whole weight of its own for a layer, which PEFT calls `modules_to_save`:
+    an output layer, an embedding, a classifier. `full_slots` says how many adapters may at once.
+    Each such slot takes as much as the layer's own weight.
+
     Example::
 
         nbytes = apply_lora(model, slots={16: 32, 64: 4}, buckets=(16, 64), target="[qkvo]_proj")
@@ -63,57 +79,114 @@ def apply_lora(
       model: any NNX model.
       slots: adapters per bucket, an int or `{bucket: n}`.
       target: which layers: a regular expression, or several, that matches the end of a layer's
-        dotted path from a dot on ("q_proj", "layers.0.*"); None for every layer of the types above.
-        Layers of other types stay as they are, also where an expression matches them.
+        dotted path, or of the name that the model's `peft_names` gives it, from a dot on
+        ("q_proj", "layers.0.*"); None for every linear layer. Layers of other types stay as they
+        are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own.
+      dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
+        float32 more per layer and bucket, and each step some time.
+      fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
+        ranks in a column-parallel layer and B's in a row-parallel one, of which each device
+        otherwise holds all. For large stacks and many devices: a call then has one small exchange
+        more, of `[tokens, ranks]`. Buckets are multiples of 8 times the devices, as
+        `pallas_kernels.padded_rank` pads a rank. Without a mesh it changes nothing.
+      full_slots: from an expression, as in `target`, to the full slots of the layers that match it:
+        `{"lm_head": 2}`. These layers have room for LoRA too, besides those of `target`.
 
     Returns:
-      The bytes that the stacks take.
+      The bytes that stacks and full slots take.
 
     Raises:
       TypeError: `target` is of another type, or one of its expressions matches layers of other
         types alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
-        a matrix product, or its kernel has an unexpected shape or dtype. The model is unchanged.
+        a matrix product, its kernel has an unexpected shape or dtype, or what it has does not
+        divide over its mesh; full slots of a layer that is no `nnx.Linear`, embedding or head of
+        one. The model is unchanged.
     """
     by_bucket = check_slots(slots, buckets)
     layers = _matched_layers(model, target)
+    full = _full_slots(model, full_slots or {})
+    layers |= {name: layer for name, (layer, _) in full.items()}
     for name, layer in layers.items():
         _check_layer(name, layer, dtype)
+        if dora and isinstance(layer, nnx.Einsum) and layer.bias is not None:
+            raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
+        _check_placement(name, layer, buckets, fully_sharded)
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
-        layer.__class__ = _LORA_CLASS[type(layer)]
         lead = _lead(layer)
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead)
+        layer.__class__ = _LORA_CLASS[type(layer)]
+        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead, fully_sharded)
         layer.guard = guard
-    return sum(
-        variable.nbytes
-        for layer in layers.values()
-        for variable in jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
-    )
+        if dora and isinstance(layer, LoRADense | LoRADenseGeneral | LoRAEinsum):
+            layer.add_rescales()
+    for name, (_, count) in full.items():
+        layers[name].add_full(count, sum(by_bucket.values()), dtype or layers[name].kernel.dtype)
+    return sum(layer.room_bytes for layer in layers.values())
 
 
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
-    linear = [name for name, module in modules.items() if type(module) in _LORA_CLASS]
+    fitting = {name for name, module in modules.items() if type(module) in _LORA_CLASS}
+    tied = [name for name in modules if name in fitting and isinstance(modules[name], _Tied)]
+    linear = [name for name in modules if name in fitting.difference(tied)]
     if target is None:
         matched = {name: modules[name] for name in linear}
     else:
-        found, names = set[str](), _names_of_stacked(model)
+        found, names = set[str](), _other_names(model)
         for pattern in _target_patterns(target):
             found |= _matched(modules, names, pattern)
         matched = {name: module for name, module in modules.items() if name in found}
     if not matched:
         done = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
-        have = f"; with LoRA already: {', '.join(done)}" if done else ""
-        there = f"linear layers: {', '.join(linear) or 'none'}{have}"
+        there = f"linear layers: {', '.join(linear) or 'none'}"
+        for what, some in (("embeddings and heads", tied), ("with LoRA already", done)):
+            there += f"; {what}: {', '.join(some)}" if some else ""
         raise ValueError(f"no layer matches target={target!r}; {there}")
     for name, module in matched.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} has LoRA stacks already")
     return matched
+
+
+def _full_slots(
+    model: nnx.Module, given: Mapping[str, int]
+) -> dict[str, tuple[_Linear | _Tied, int]]:
+    """The layers with full slots, and how many."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"full_slots must map expressions to numbers of slots, got {given!r:.300}")
+    found: dict[str, tuple[_Linear | _Tied, int]] = {}
+    for target, count in given.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"full_slots[{target!r}] must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"full_slots[{target!r}] must be at least 1, got {count}")
+        for name, layer in _matched_layers(model, target).items():
+            home = getattr(_kernel(layer).get_value(), "sharding", None)
+            if isinstance(home, NamedSharding) and home.mesh.size > 1:
+                raise ValueError(
+                    f"full_slots[{target!r}] matches {name}, which is on a mesh of "
+                    f"{home.mesh.size} devices; full slots are for models on one device"
+                )
+            if not isinstance(layer, nnx.Linear | _Tied) or _lead(layer):
+                raise ValueError(
+                    f"full_slots[{target!r}] matches {name}, a {type(layer).__name__} of kernel "
+                    f"{list(_kernel(layer).shape)}; full slots are for nnx.Linear, embeddings and "
+                    "their heads, and not for layers stacked for a scan"
+                )
+            found[name] = layer, count
+    return found
+
+
+def _other_names(model: nnx.Module) -> dict[str, list[str]]:
+    """Names of layers beside their paths, by path: of those that are stacked for a scan, and those
+    that the model gives to layers alone."""
+    given: Mapping[str, object] = getattr(model, "peft_names", {})
+    found = {path: [name] for path, name in given.items() if isinstance(name, str)}
+    return found | _names_of_stacked(model)
 
 
 def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
@@ -138,7 +211,7 @@ def _matched(
         path: module
         for path, module in modules.items()
         if any(map(pattern.fullmatch, (path, *names.get(path, ()))))
-        and not isinstance(module, LoRAStack)
+        and not isinstance(module, LoRAStack | FullWeights)
         and _has_kernel(module)
     }
     linear = {
@@ -149,8 +222,8 @@ def _matched(
     if layers and not linear:
         name, module = next(iter(layers.items()))
         raise TypeError(
-            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral and "
-            "nnx.Einsum"
+            f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral, "
+            "nnx.Einsum and nnx.Embed"
         )
     return linear
 
@@ -170,29 +243,49 @@ def _has_kernel(module: nnx.Module) -> bool:
 
 
 def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
-    expected, lead = _kernel_shape(layer), _lead(layer)
+    expected, lead, kernel = _kernel_shape(layer), _lead(layer), _kernel(layer)
     try:
-        _LORA_CLASS[type(layer)].features(layer)
-        stack_dtype(dtype or layer.kernel.dtype)
+        _LORA_CLASS[type(layer)].matrix_shape(layer)
+        stack_dtype(dtype or kernel.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if layer.kernel.shape != (*lead, *expected):
+    if kernel.shape != (*lead, *expected):
         raise ValueError(
-            f"{name}: kernel {list(layer.kernel.shape)} should be {list(expected)}; of layers "
+            f"{name}: kernel {list(kernel.shape)} should be {list(expected)}; of layers "
             "stacked for a scan, the axes of layers come in front of these"
         )
 
 
-def _kernel_shape(layer: _Linear) -> tuple[int, ...]:
+def _check_placement(name: str, layer: Any, buckets: Sequence[int], fully_sharded: bool) -> None:
+    """ValueError where the layer's kernel is on a mesh over which its stacks do not divide."""
+    plain, lead = type(layer), _lead(layer)
+    layer.__class__ = _LORA_CLASS[plain]  # for a moment: it knows how features are axes
+    try:
+        placement_of(layer, len(lead), buckets, fully=fully_sharded)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    finally:
+        layer.__class__ = plain
+
+
+def _kernel(layer: _Linear | _Tied) -> nnx.Variable[Array]:
+    return layer.embedding if isinstance(layer, _Tied) else layer.kernel
+
+
+def _kernel_shape(layer: _Linear | _Tied) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.LinearGeneral):
         return *layer.in_features, *layer.out_features
+    if isinstance(layer, nnx.Embed):
+        return layer.num_embeddings, layer.features
+    if isinstance(layer, TiedHead):
+        return tuple(layer.embedding.shape[-2:])
     return tuple(layer.kernel_shape)
 
 
-def _lead(layer: _Linear) -> tuple[int, ...]:
+def _lead(layer: _Linear | _Tied) -> tuple[int, ...]:
     """The axes of layers that are stacked for a scan."""
-    shape = tuple(layer.kernel.shape)
+    shape = tuple(_kernel(layer).shape)
     return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]

@@ -33,7 +33,7 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
     order) or appears in the output (together N). Made by `apply_lora`.
     """
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
         size = dict(zip(kernel, self.kernel_shape))
         return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
@@ -69,10 +69,10 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
         return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
 
-    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+    def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
         matrix = jnp.einsum(f"{kernel}->{summed}{kept}", self.kernel[index])
-        return matrix.reshape(self.features())
+        return matrix.reshape(self.matrix_shape())
 
     def kernel_tensor(self, matrix: Array) -> Array:
         kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)

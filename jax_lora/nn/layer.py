@@ -10,6 +10,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import AdapterBatch, Guard, current
+from jax_lora.nn.divided import add_by_ranks
+from jax_lora.nn.dora import refuse_divided, rescaled
+from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.names import ModulePath
 from jax_lora.nn.stacks import (
     InPlace,
@@ -23,10 +26,18 @@ from jax_lora.nn.stacks import (
     stack_shapes,
 )
 from jax_lora.process import check_process
-from jax_lora.sharding import Labels, Shards, by_shard, placement_of, resharded, shards_of
+from jax_lora.sharding import (
+    Labels,
+    Shards,
+    by_shard,
+    placement_of,
+    put,
+    resharded,
+    shards_of,
+)
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step
-from pallas_kernels.routing import Segments
+from pallas_kernels.routing import Mix, Segments, ids_of
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -45,12 +56,19 @@ class LoRALayer(nnx.Module):
     axes of layers in front. `scan_layers` runs it.
 
     Attributes:
+      fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
+      kernel_name: of the attribute that holds the kernel.
+      is_transposed: whether PEFT stores the kernel's matrix as `[N, H]`, as all but embeddings.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
       in_place: in a turn of `scan_layers`, the scales of all layers, and the layer's number.
+      full: room for whole weights of adapters' own, if `apply_lora` gave it some.
     """
 
+    kernel_name = "kernel"
+    is_transposed = True
     guard: Guard | None
+    fully_sharded: bool = False
     placement: NamedSharding | None
     in_place: nnx.List[InPlace]
     kernel: nnx.Param[Array]
@@ -58,8 +76,9 @@ class LoRALayer(nnx.Module):
     stacks: nnx.List[LoRAStack]
     scales: LoRAScale
     slices: tuple[int, ...]
+    full: FullRoom
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """`(H, N)` of the layer read as a matrix.
 
         Raises:
@@ -69,7 +88,7 @@ class LoRALayer(nnx.Module):
 
     def x_matrix(self, x: Array) -> Array:
         """x as `[*lead, H]`, where `lead` are the axes that tokens are made of."""
-        raise NotImplementedError
+        return x
 
     def y_matrix(self, y: Array) -> Array:
         """y as `[*lead, N]`."""
@@ -84,6 +103,11 @@ class LoRALayer(nnx.Module):
         """The axes of layers that are stacked; () for a layer alone."""
         return tuple(self.scales.get_value().shape[:-1])
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The ranks that its stacks are allocated with."""
+        return tuple(slots_of(stack.shape for stack in self.stacks))
+
     def labels(self, x_ndim: int) -> Labels:
         """The layer read as an einsum, of an x with so many axes."""
         lead = tuple(range(x_ndim - 1))
@@ -93,9 +117,9 @@ class LoRALayer(nnx.Module):
         """Takes the sizes of what it holds, a shard, for its own."""
         raise NotImplementedError
 
-    def kernel_matrix(self, index: tuple[int, ...] = ()) -> Array:
+    def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         """The kernel of the layer at `index` of `lead` as `[H, N]`."""
-        return self.kernel[index].reshape(self.features())
+        return self.kernel[index].reshape(self.matrix_shape())
 
     def kernel_tensor(self, matrix: Array) -> Array:
         """The inverse of `kernel_matrix`: `matrix` in the shape of a kernel."""
@@ -108,40 +132,67 @@ class LoRALayer(nnx.Module):
         slices: Sequence[int] | None,
         dtype: DTypeLike,
         lead: tuple[int, ...] = (),
+        fully_sharded: bool = False,
     ) -> None:
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
-        slices = (self.features()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.features(), slots, buckets, slices)
+        slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
+        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices)
         dtype = stack_dtype(dtype)
         self.slices, self.guard, self.placement = slices, None, None
-        shards = placement_of(self, len(lead))
+        self.fully_sharded = fully_sharded
+        shards = placement_of(self, len(lead), buckets, fully=fully_sharded)
         self.stacks = nnx.List([])
         for shape in shapes:
-            self.stacks.append(LoRAStack(shape, dtype, lead))
+            a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
+            self.stacks.append(LoRAStack(shape, a, b))
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
+
+    def add_rescales(self) -> None:
+        """Makes room for DoRA."""
+        for stack in self.stacks:
+            stack.add_rescale()
+
+    def add_full(self, count: int, ids: int, dtype: DTypeLike) -> None:
+        """Allocates full slots, for adapters of so many ids."""
+        inputs, outputs = self.matrix_shape()
+        shape = (outputs, inputs) if self.is_transposed else (inputs, outputs)
+        self.full = FullRoom(count, shape, self.bias is not None, stack_dtype(dtype), ids)
+
+    @property
+    def room_bytes(self) -> int:
+        """The bytes of its stacks and full slots."""
+        full = self.full.slots if hasattr(self, "full") else ()
+        held = nnx.state(self.stacks, (nnx.LoRAParam, LoRAScale))
+        stacks = (variable.nbytes for variable in jax.tree.leaves(held))
+        return sum(stacks) + sum(weights.nbytes for weights in full)
 
     def place(self) -> None:
         """Moves the stacks to where the kernel is, each device's shards to that device.
 
         Raises:
-          ValueError: features do not divide over the mesh.
+          ValueError: features do not divide over the mesh, or ranks that are to.
         """
-        shards = placement_of(self, len(self.lead))
+        shards = placement_of(self, len(self.lead), self.buckets, fully=self.fully_sharded)
         for holder in (*self.stacks, self):
             self._place(shards, holder)
 
     def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
         if shards is None:
             return
+        if hasattr(self, "full") and shards.mesh.size > 1:
+            raise ValueError(
+                f"the {type(self).__name__} has full slots, which a mesh of {shards.mesh.size} "
+                "devices does not divide; leave them out of apply_lora's full_slots"
+            )
         self.placement = NamedSharding(shards.mesh, shards.spec(shards.labels.kernel))
-        for name in ("lora_a", "lora_b", "scales"):
+        for name in ("lora_a", "lora_b", "scales", "rescale"):
             if (variable := getattr(holder, name, None)) is not None:
                 spec = shards.of_variable(name, variable.ndim)
                 sharding = NamedSharding(shards.mesh, spec)
-                variable.set_value(jax.device_put(variable.get_value(), sharding))
+                variable.set_value(put(variable.get_value(), sharding))
                 variable.set_metadata(out_sharding=tuple(spec))
 
     def parts(self, batch: AdapterBatch) -> list[LoRAPart]:
@@ -184,12 +235,43 @@ class LoRALayer(nnx.Module):
         if adapters is not None and (shards := shards_of(self, jnp.asarray(x))):
             y = self._on_shards(shards, jnp.asarray(x), adapters)
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+        y = self._base(x, out_sharding)
+        if adapters is None:
+            return y
+        if hasattr(self, "full"):
+            y = self._with_full(y, jnp.asarray(x), adapters)
+        return self._add_lora(y, x, adapters)
+
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        """The layer's output with other weights."""
+        raise NotImplementedError
+
+    def _with_full(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+        """y, but that of their own weights in rows whose adapters have some."""
+        lead = y.shape[:-1]
+        segments = adapters.segments(lead)
+        first = segments.columns[0] if isinstance(segments, Mix) else segments
+        slot = self.full.slot_of(ids_of(first).reshape(lead))[..., None]
+        for n, weights in enumerate(self.full.slots):
+
+            def replaced(
+                y: Array, weights: FullWeights = weights, rows: Array = slot == n
+            ) -> Array:
+                return jnp.where(rows, self.by_full(weights, x).astype(y.dtype), y)
+
+            # Weights that no row has are not read: they may be those of a whole vocabulary.
+            y = jax.lax.cond(jnp.any(slot == n), replaced, lambda y: y, y)
+        return y
+
+    def _base(self, x: Array, out_sharding: object = None) -> Array:
+        """The base layer's output."""
         base = cast(Any, super())
-        y = base.__call__(x, out_sharding=out_sharding)
-        return y if adapters is None else self._add_lora(y, x, adapters)
+        return base.__call__(x, out_sharding=out_sharding)
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
         """The call, in which each device runs the layer that its own shards make up."""
+        if shards.inputs or shards.outputs:
+            refuse_divided(self)
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
         specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
@@ -208,8 +290,10 @@ class LoRALayer(nnx.Module):
                 bias = layer.bias.get_value()
                 layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
             lead = layer.x_matrix(x).shape[:-1]
-            y: Array = layer(x, adapters.with_segments(lead, segments))
-            return jax.lax.psum(y, shards.inputs) if shards.inputs else y
+            batch = adapters.with_segments(lead, segments)
+            if shards.fully:
+                return shards.total(layer._add_lora(layer._base(x), x, batch, shards))
+            return shards.total(layer(x, batch))
 
         arrays = [v.get_value() for v in variables]
         mapped = jax.shard_map(
@@ -225,18 +309,26 @@ class LoRALayer(nnx.Module):
             segments,
         )
 
-    def _add_lora(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
+    def _add_lora(
+        self, y: Array, x: Array, adapters: AdapterBatch, shards: Shards | None = None
+    ) -> Array:
+        """`shards`: of a layer that is fully sharded, inside of its `shard_map`."""
         (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
-        in_features, out_features = self.features()
+        in_features, out_features = self.matrix_shape()
         x = self.x_matrix(x)
-        y_matrix = self.y_matrix(y)
-        [out] = add_in_step(
-            (y_matrix.reshape(-1, out_features),),
-            x.reshape(-1, in_features),
-            self.parts(adapters),
-            adapters.segments(x.shape[:-1]),
-            phase=adapters.phase,
-        )
+        segments, parts = adapters.segments(x.shape[:-1]), self.parts(adapters)
+        y_matrix, x = self.y_matrix(y), x.reshape(-1, in_features)
+        rows = y_matrix.reshape(-1, out_features)
+        if shards is None:
+            [out] = add_in_step((rows,), x, parts, segments, phase=adapters.phase)
+            out = rescaled(self, out, parts, segments)
+        elif isinstance(segments, Mix):
+            raise ValueError(
+                "layers whose ranks are divided over a mesh take one adapter per row, not mixes; "
+                "give apply_lora no fully_sharded=True"
+            )
+        else:
+            out = add_by_ranks(rows, x, parts, segments, adapters.phase, shards)
         return self.y_tensor(out.reshape(y_matrix.shape), y)
 
 

@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
+from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import FLAT_IS_GONE, Slots
 from jax_lora.sharding import Labels
@@ -54,14 +56,18 @@ class LoRADense(LoRALayer, nnx.Linear):  # type: ignore[misc]
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **linear)
         self.add_stacks(slots, buckets, slices, lora_dtype or self.kernel.dtype)
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
     def resize(self) -> None:
         self.in_features, self.out_features = self.kernel.shape
 
-    def x_matrix(self, x: Array) -> Array:
-        return x
+    def by_full(self, weights: FullWeights, x: Array) -> Array:
+        bias = None if weights.bias is None else weights.bias[...]
+        arrays = x, weights.weight[...], bias
+        x, weight, bias = self.promote_dtype(arrays, dtype=self.dtype)
+        y = jnp.matmul(x, weight.T, precision=self.precision)
+        return y if bias is None else y + bias
 
 
 class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
@@ -70,7 +76,7 @@ class LoRADenseGeneral(LoRALayer, nnx.LinearGeneral):  # type: ignore[misc]
     Made by `apply_lora`. PEFT's A is `[r, prod(in_features)]`, its B `[prod(out_features), r]`.
     """
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         if self.batch_axis:
             raise ValueError(f"LoRA does not cover batch_axis, got {dict(self.batch_axis)}")
         return math.prod(self.in_features), math.prod(self.out_features)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.batch import current, use
+from jax_lora.nn.dora import rescaled
 from jax_lora.nn.linear import LoRADense
 from jax_lora.sharding import shards_of
 from pallas_kernels.ops import add_in_step
@@ -44,7 +45,9 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         or batch.phase == "prefill"
         or not any(isinstance(layer, LoRADense) for layer in layers)
         or any(
-            isinstance(layer, LoRADense) and shards_of(layer, jnp.asarray(x)) for layer in layers
+            isinstance(layer, LoRADense)
+            and (hasattr(layer, "full") or shards_of(layer, jnp.asarray(x)))
+            for layer in layers
         )
     ):
         return tuple(layer(x) for layer in layers)
@@ -52,13 +55,17 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         ys = [layer(x) for layer in layers]
     (x,) = layers[0].promote_dtype((x,), dtype=ys[0].dtype)
     ends = list(itertools.accumulate(layer.out_features for layer in layers))
+    parts_of = [layer.parts(batch) if isinstance(layer, LoRADense) else [] for layer in layers]
     parts = [
         dataclasses.replace(part, y_offset=start + part.y_offset)
-        for layer, start in zip(layers, [0, *ends])
-        if isinstance(layer, LoRADense)
-        for part in layer.parts(batch)
+        for mine, start in zip(parts_of, [0, *ends])
+        for part in mine
     ]
     matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
     segments = batch.segments(x.shape[:-1])
     out = add_in_step(matrices, x.reshape(-1, x.shape[-1]), parts, segments, phase=batch.phase)
+    out = tuple(
+        rescaled(layer, new, mine, segments) if mine else new
+        for layer, new, mine in zip(layers, out, parts_of)
+    )
     return tuple(new.reshape(y.shape) for new, y in zip(out, ys))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, DTypeLike
+from jaxtyping import Array, ArrayLike
 
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
@@ -58,17 +58,24 @@ class LoRAStack(nnx.Module):
     Attributes:
       lora_a: `[*lead, L, R, H]`, `lora_b`: `[*lead, L, n, R]`; zeros where empty. `lead` are the
         axes of layers that are stacked for a scan, if any.
+      rescale: `[*lead, L, 1, n]` float32 in a model with room for DoRA: what each column of the
+        output is multiplied with, less 1; zeros for adapters without DoRA.
       shape: what is static about it.
       in_place: in a turn of `scan_layers`, A and B of all layers.
     """
 
     in_place: nnx.List[InPlace]
+    rescale: LoRAScale | None = None
 
-    def __init__(self, shape: StackShape, dtype: DTypeLike, lead: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: StackShape, lora_a: Array, lora_b: Array) -> None:
         self.shape = shape
-        size_a, size_b = shape.sizes
-        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_a), dtype))
-        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(jnp.zeros((*lead, *size_b), dtype))
+        self.lora_a: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_a)
+        self.lora_b: nnx.LoRAParam[Array] = nnx.LoRAParam(lora_b)
+
+    def add_rescale(self) -> None:
+        """Makes room for DoRA."""
+        lead, width = self.lora_b.shape[:-2], self.lora_b.shape[-2]
+        self.rescale = LoRAScale(jnp.zeros((*lead, 1, width), jnp.float32))
 
     @property
     def bucket(self) -> int:

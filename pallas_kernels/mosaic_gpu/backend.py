@@ -48,10 +48,14 @@ from pallas_kernels.mosaic_gpu.prefill import (
 from pallas_kernels.mosaic_gpu.prefill.route import may_sort, order
 from pallas_kernels.mosaic_gpu.support import MAX_FEATURES, missing_gradient
 from pallas_kernels.routing import (
+    AnyIds,
+    Column,
+    Mix,
     Segments,
     SlotRange,
     TokenIds,
     WideIndices,
+    columns_of,
     ids_of,
     local_segments,
     slots_in_use,
@@ -129,38 +133,48 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
 
 
 def add_lora(
-    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
+    call: Call, ys: tuple[Array, ...], x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
 ) -> tuple[Array, ...]:
     """The ys plus both halves of every part: in one launch where the decode kernel takes them all,
     else in one or two launches for some of the parts at a time."""
     x = _needs_hopper(x)
-    launch = _one_launch(ys, x, _decode_parts(parts), token_ids, call)
-    if launch is not None:
+    widths = tuple(one.shape[1] for one in ys)
+    if isinstance(ids, Mix):
+        sums = _mixed_at_once(call, widths, x, parts, ids)
+        if sums is not None:
+            return tuple(map(_plus, ys, sums))
+    elif (launch := _one_launch(ys, x, _decode_parts(parts), ids, call)) is not None:
         return launch.run(ys, x)
     y = side_by_side(ys)
     for some in _launches(parts):
-        launch = _one_launch((y,), x, _decode_parts(some), token_ids, call)
-        if launch is None:
-            y = _two_launches(y, x, some, token_ids, call.config)
-        else:
-            [y] = launch.run((y,), x)
-    return apart(y, tuple(one.shape[1] for one in ys))
+        for column in columns_of(ids):
+            launch = None
+            if not isinstance(ids, Mix):
+                launch = _one_launch((y,), x, _decode_parts(some), ids, call)
+            if launch is None:
+                y = _two_launches(y, x, some, column, call.config)
+            else:
+                [y] = launch.run((y,), x)
+    return apart(y, widths)
 
 
-def lora_delta(
-    call: Call, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> tuple[Array, ...]:
+def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:
     """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
     x = _needs_hopper(x)
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), call.dtype) for width in call.widths)
-    launch = _one_launch(shapes, x, _decode_parts(parts), token_ids, call, add_inputs=False)
-    if launch is None:
-        zeros = tuple(jnp.full(s.shape, -0.0, s.dtype) for s in shapes)
-        return add_lora(call, zeros, x, parts, token_ids)
-    deltas = launch.run(shapes, x)  # undefined where no part adds anything
-    nothing = jnp.asarray(-0.0, call.dtype)
-    changed = _changed(call.widths, parts, token_ids)
-    return tuple(jnp.where(where, new, nothing) for where, new in zip(changed, deltas))
+    if isinstance(ids, Mix):
+        sums = _mixed_at_once(call, call.widths, x, parts, ids)
+        if sums is not None:
+            return tuple(total.astype(call.dtype) for total, _ in sums)
+    else:
+        launch = _one_launch(shapes, x, _decode_parts(parts), ids, call, add_inputs=False)
+        if launch is not None:
+            deltas = launch.run(shapes, x)  # undefined where no part adds anything
+            nothing = jnp.asarray(-0.0, call.dtype)
+            changed = _changed(call.widths, parts, ids)
+            return tuple(jnp.where(where, new, nothing) for where, new in zip(changed, deltas))
+    zeros = tuple(jnp.full(s.shape, -0.0, s.dtype) for s in shapes)
+    return add_lora(call, zeros, x, parts, ids)
 
 
 def makes_delta_at_once(
@@ -168,12 +182,59 @@ def makes_delta_at_once(
     parts: tuple[LoRAPart, ...],
     widths: tuple[int, ...],
     dtype: DTypeLike,
+    columns: int = 1,
 ) -> bool:
-    """Whether one launch makes `lora_delta` of a case, which is then the fastest form in a step."""
+    """Whether one launch makes `lora_delta` of a case, which is then the fastest form in a step.
+    `columns` counts the adapters of a token."""
     call = Call("lora_delta", "mosaic_gpu", ())
-    shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), dtype) for width in widths)
+    rows, dtype = x.shape[0] * columns, dtype if columns == 1 else jnp.float32
+    shapes = tuple(jax.ShapeDtypeStruct((rows, width), dtype) for width in widths)
     sizes = _plan(shapes, x, _decode_parts(parts).parts, call, add_inputs=False, seated=True)
     return sizes is not None
+
+
+# ------------------------------------------------------------------ several adapters of a token
+
+
+class _Sum(NamedTuple):
+    """What is added to one of the ys, float32, and where; -0.0 elsewhere."""
+
+    total: Float[Array, "T N"]
+    changed: Bool[Array, "T _"]
+
+
+def _mixed_at_once(
+    call: Call, widths: tuple[int, ...], x: Array, parts: tuple[LoRAPart, ...], mix: Mix
+) -> list[_Sum] | None:
+    """What a mix adds to each y; None where one launch does not make it.
+
+    The decode kernel takes each column of the mix for tokens of their own, that read the same rows
+    of x. So no two clusters add to one row of y. XLA adds up the rows that they make, in the order
+    of the columns, together with what it does to y.
+    """
+    columns = columns_of(mix)
+    rows = x.shape[0] * len(columns)
+    shapes = tuple(jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in widths)
+    tokens = mix.as_tokens()
+    launch = _one_launch(shapes, x, _decode_parts(parts), tokens, call, add_inputs=False)
+    if launch is None:
+        return None
+    made = launch.run(shapes, x)  # undefined where no part adds anything
+    sums = [_Sum(jnp.float32(-0.0), jnp.bool_(False))] * len(widths)
+    for n, (ids, weights) in enumerate(columns):
+        assert weights is not None  # a mix has them
+        mine = slice(n * x.shape[0], (n + 1) * x.shape[0])
+        changed = _changed(widths, parts, ids)
+        for i, (before, where, delta) in enumerate(zip(sums, changed, made)):
+            new = jnp.where(where, delta[mine] * weights[:, None], jnp.float32(-0.0))
+            sums[i] = _Sum(before.total + new, before.changed | where)
+    return sums
+
+
+def _plus(y: Array, added: _Sum) -> Array:
+    """y plus the sum, rounded once; what nothing is added to keeps y's bytes."""
+    new = (y.astype(jnp.float32) + added.total).astype(y.dtype)
+    return jnp.where(added.changed, new, y)
 
 
 # ---------------------------------------------------------------------------------- one launch
@@ -253,7 +314,7 @@ def _plan(
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         ranges = {(part.first_slot, part.slots) for part in parts}
         config = decode_config(
-            x.shape[0],
+            ys[0].shape[0],
             width,
             rank,
             buckets=len(ranges),
@@ -306,17 +367,21 @@ def _launches(parts: tuple[LoRAPart, ...]) -> list[tuple[LoRAPart, ...]]:
 
 
 def _two_launches(
-    y: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds, config: Config | None
+    y: Array,
+    x: Array,
+    parts: tuple[LoRAPart, ...],
+    column: Column,
+    config: Config | None,
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
-    segments = _segments_of_all(parts, token_ids)
+    segments = _segments_of_all(parts, column.token_ids)
     sorts = may_sort(segments.num_tokens)
     placed, shrinks = [_placed(part) for part in parts], []
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         slots = SlotRange(part.first_slot, part.slots)
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
         shrinks.append(_Shrink(a, slots, scales, first_scale, own, first))
-    vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts)
+    vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts, weights=column.weights)
     expands = tuple(
         ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first)
         for part, p, s, v in zip(parts, placed, shrinks, vs)
@@ -375,15 +440,24 @@ class _Shrink(NamedTuple):
 
 
 def _shrink_parts(
-    x: Array, parts: list[_Shrink], segments: Segments, *, operands: bool, sorts: bool = False
+    x: Array,
+    parts: list[_Shrink],
+    segments: Segments,
+    *,
+    operands: bool,
+    sorts: bool = False,
+    weights: Float[Array, " T"] | None = None,
 ) -> list[Array]:
-    """v of each part: float32 `[T, R]`, zero in rows of -1; or, if `operands`, as the expand loads
-    it, undefined in rows of -1. Rows are in `Order` if `sorts`, else in that of x."""
+    """v of each part, times each token's weight, if it has one: float32 `[T, R]`, zero in rows of
+    -1; or, if `operands`, as the expand loads it, undefined in rows of -1. Rows are in `Order` if
+    `sorts`, else in that of x."""
     twin, tokens = interpreted(), order(segments, sorts)
     vs: dict[int, Array] = {}
     for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
         which = [i for i, part in enumerate(parts) if part.lora_a.dtype == dtype]
         planes, factor = _planes(x, dtype)
+        if weights is not None:
+            factor = weights if factor is None else weights * factor
         direct = operands and factor is None and not twin
         kernel_parts = tuple(
             # TMA's swizzle needs rows of 32 bytes: an H that is only a multiple of 8 is padded.
@@ -467,13 +541,15 @@ def expand_grad(
 
 
 def add_lora_grad(
-    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> tuple[Array, tuple[LoRAPart, ...]]:
-    """Gradients of `add_lora` in x, and in each part's stacks and own scales."""
+    call: Call, dy: Array, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds
+) -> tuple[Array, tuple[LoRAPart, ...], Array | None]:
+    """Gradients of `add_lora` in x, in each part's stacks and own scales, and in weights."""
     dtypes = [jnp.result_type(part.lora_a) for part in parts]
     if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
-        return xla.add_lora_grad(call, dy, x, parts, token_ids)
+        return xla.add_lora_grad(call, dy, x, parts, ids)
     x = _needs_hopper(x)
+    token_ids = ids.as_tokens() if isinstance(ids, Mix) else ids
+    weights = ids.flat_weights() if isinstance(ids, Mix) else None
     kernel_parts = []
     for part in parts:
         a, b, *_, first = _placed(part)
@@ -486,10 +562,13 @@ def add_lora_grad(
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)
         kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
-    dx, found = gradients(dy, x, tuple(kernel_parts), _segments_of_all(parts, token_ids))
+    segments = _segments_of_all(parts, token_ids)
+    dx, found, dweights = gradients(dy, x, tuple(kernel_parts), segments, weights)
+    if dweights is not None:
+        dweights = dweights.reshape(-1, x.shape[0]).T
     dparts = []
     for part, (da, db, ds) in zip(parts, found):
         ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)
         gradient = dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds, layers=None)
         dparts.append(gradient)
-    return dx, tuple(dparts)
+    return dx, tuple(dparts), dweights

@@ -10,6 +10,7 @@ from pallas_kernels.stacks import LoRAPart
 
 MAX_RANK = 512
 MAX_FEATURES = 131072
+MAX_WIDTH = 262144  # the largest vocabularies, of output layers
 
 
 def missing(
@@ -30,9 +31,9 @@ def missing(
         return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
     if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):
         return f"rank {rank} (it takes 8 and the multiples of 16 up to {MAX_RANK})"
-    for name, size in (("H", features), ("N", width)):
-        if size is not None and (size % 8 or not 64 <= size <= MAX_FEATURES):
-            return f"{name}={size} (it takes multiples of 8 from 64 to {MAX_FEATURES})"
+    for name, size, most in (("H", features, MAX_FEATURES), ("N", width, MAX_WIDTH)):
+        if size is not None and (size % 8 or not 64 <= size <= most):
+            return f"{name}={size} (it takes multiples of 8 from 64 to {most})"
     if y_dtype is not None and y_width is not None:  # TMA copies and strides in units of 16 bytes
         row, first = (n * jnp.dtype(y_dtype).itemsize for n in (y_width, y_offset))
         if row % 16:

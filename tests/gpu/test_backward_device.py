@@ -40,7 +40,8 @@ def run(z: GradientArrays, slots: int) -> dict[str, np.ndarray]:
     if call not in _COMPILED:
         _COMPILED[call] = jax.jit(lambda *a: backend.add_lora_grad(call, *a))
     x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
-    return by_name(*_COMPILED[call](dy, x, parts, pk.make_segments(z.ids, slots)))
+    dx, dparts, _ = _COMPILED[call](dy, x, parts, pk.make_segments(z.ids, slots))
+    return by_name(dx, dparts)
 
 
 def errors(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def make_bank(slots=2, buckets=(8, 16), **options):
     return model, AdapterBank(model)
 
 
-def make_adapter(seed, rank, *, features=FEATURES, dtype=np.float32, **config):
+def make_adapter(seed, rank, *, features=FEATURES, dtype=np.float32, embeddings=(), **config):
     """Random weights for the modules of `features`, `{name: (H, N)}`."""
     rng = np.random.default_rng(seed)
     config = LoRAConfig(**{"rank": rank, "alpha": 2.0, **config})
@@ -34,7 +34,8 @@ def make_adapter(seed, rank, *, features=FEATURES, dtype=np.float32, **config):
     for name, (h, n) in features.items():
         r = config.rank_of(name)
         a, b = rng.normal(size=(r, h)) / np.sqrt(h), rng.normal(size=(n, r)) / np.sqrt(r)
-        modules[name] = LoRAWeights(a.astype(dtype), b.astype(dtype), config.scale_of(name))
+        scale, is_embedding = config.scale_of(name), name in embeddings
+        modules[name] = LoRAWeights(a.astype(dtype), b.astype(dtype), scale, is_embedding)
     return Adapter(config, modules)
 
 

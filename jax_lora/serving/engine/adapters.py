@@ -288,7 +288,7 @@ class AdapterDesk:
                 batch = stack.enter_context(self._bank.batch([name]))
             except KeyError:
                 return None
-            return Held(int(batch.indices[0]), stack.pop_all())
+            return Held(int(np.ravel(batch.indices)[0]), stack.pop_all())
 
     def _begin(self, name: str) -> None:
         if (source := self._sources.get(name)) is None:

@@ -53,7 +53,7 @@ class _Narrow(NamedTuple):
 
     Attributes:
       plain: x A^T and dy B, float32.
-      scaled: v and du, which are those scaled and rounded.
+      scaled: v and du, which are those scaled, times the rows' weights, and rounded.
     """
 
     plain: Float[Array, "2 rows R"]
@@ -65,16 +65,22 @@ def gradients(
     x: Float[Array, "T H"],
     parts: tuple[GradientPart, ...],
     segments: Segments,
-) -> tuple[Float[Array, "T H"], list[PartGradient]]:
-    """dx, zero in rows of -1; and each part's gradients. `segments` has global ids.
+    weights: Float[Array, " KT"] | None = None,
+) -> tuple[Float[Array, "T H"], list[PartGradient], Float[Array, " KT"] | None]:
+    """dx, zero in rows of -1; each part's gradients; and those in `weights`. `segments` has global
+    ids: K times those of T tokens, one time after the other, with weights.
 
     u is computed again: its launch is that of dv. To save v instead would save one of the eight
     times that tokens' rows pass through memory.
     """
     tiles = Tiles.of(segments)
-    narrows = _narrow(dy, x, parts, tiles)
+    reading = tiles.reading(x.shape[0])
+    factors = None if weights is None else jnp.where(tiles.is_token(), weights[tiles.tokens()], 0.0)
+    narrows = _narrow(dy, x, parts, reading, factors)
     wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.place, p.slots) for p, n in zip(parts, narrows))
-    dx = wide_kernel(wide, tiles, x.shape[0], x.dtype)
+    dx = wide_kernel(wide, tiles, segments.num_tokens, x.dtype)
+    if weights is not None:
+        dx = jnp.sum(dx.reshape(-1, *x.shape).astype(jnp.float32), axis=0).astype(x.dtype)
     slot_tiles = tiles.slot_tiles(segments.num_adapters)
     sums = []
     for part, narrow in zip(parts, narrows):
@@ -83,12 +89,33 @@ def gradients(
         own = jnp.where(part.wanted[:, None] >= 0, slot_tiles[part.slots.first + part.wanted], 0)
         sums.append(OuterSum(x, narrow.scaled, 1, own, 0, features, rank, True))
         sums.append(OuterSum(dy, narrow.scaled, 0, own, part.y_offset, width, rank, False))
-    stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, tiles)
+    stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, reading)
     found = []
     for part, narrow, (da, db) in zip(parts, narrows, itertools.batched(stacks, 2)):
         terms, slots = narrow.plain[0] * narrow.plain[1], part.slots.first + part.wanted
+        if factors is not None:
+            terms = terms * factors[:, None]
         found.append(PartGradient(da, db, _of_scales(terms, slots, tiles)))
-    return dx, found
+    return dx, found, None if weights is None else _of_weights(parts, narrows, tiles)
+
+
+def _of_weights(
+    parts: Sequence[GradientPart], narrows: Sequence[_Narrow], tiles: Tiles
+) -> Float[Array, " KT"]:
+    """What each token's adapter would add with a weight of 1, times dy."""
+    adapters = tiles.adapters()
+    terms = [
+        jnp.sum(narrow.plain[0] * narrow.plain[1], axis=1) * _scales_of(part, adapters)
+        for part, narrow in zip(parts, narrows)
+    ]
+    count = tiles.rows.shape[0]
+    tokens = jnp.where(tiles.is_token(), tiles.tokens(), count)
+    return jnp.zeros(count).at[tokens].set(functools.reduce(jnp.add, terms), mode="drop")
+
+
+def _scales_of(part: GradientPart, adapters: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    """The scale of each row's adapter, where it is the part's."""
+    return part.scales[jnp.maximum(part.slots.local(adapters), 0)]
 
 
 def _in_launches[T](
@@ -149,7 +176,11 @@ def expand_gradients(
 
 
 def _narrow(
-    dy: Float[Array, "T Ny"], x: Float[Array, "T H"], parts: tuple[GradientPart, ...], tiles: Tiles
+    dy: Float[Array, "T Ny"],
+    x: Float[Array, "T H"],
+    parts: tuple[GradientPart, ...],
+    tiles: Tiles,
+    factors: Float[Array, " rows"] | None,
 ) -> list[_Narrow]:
     alike = []
     for part in parts:
@@ -161,7 +192,9 @@ def _narrow(
     for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
         mine = (is_token & part.slots.holds(adapters))[None, :, None]
         plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
-        scale = part.scales[jnp.maximum(part.slots.local(adapters), 0)][None, :, None]
+        scale = _scales_of(part, adapters)[None, :, None]
+        if factors is not None:
+            scale = scale * factors[None, :, None]
         found.append(_Narrow(plain, (plain * scale).astype(x.dtype)))
     return found
 

@@ -74,6 +74,17 @@ class Tiles:
         group_tiles = jnp.stack([ends - per_group, per_group], axis=1)[:-1]
         return cls(table, segments.rows, segments.group_adapters, group_tiles)
 
+    def reading(self, count: int) -> "Tiles":
+        """The same tiles, for arrays of so many rows: token n reads row n % count of them."""
+        if count == self.rows.shape[0]:
+            return self
+        last = self.table[:, 1] + jnp.maximum(self.table[:, 2] - 1, 0)
+        rows = self.rows % count
+        first = self.table[:, 3] % count
+        is_box = (self.table[:, 4] > 0) & (rows[last] - first == SIDE - 1)
+        table = self.table.at[:, 3].set(first).at[:, 4].set(is_box.astype(jnp.int32))
+        return dataclasses.replace(self, table=table, rows=rows)
+
     def slot_tiles(self, slots: int) -> Int[Array, "slots 2"]:
         """Each slot's first tile, and how many tiles it has, for so many slots."""
         mine = self.group_adapters[None] == jnp.arange(slots, dtype=jnp.int32)[:, None]

@@ -161,7 +161,8 @@ def decode_kernel(
     Args:
       ys: arrays, changed in place where XLA can; or shapes, with a plan without `add_inputs`: new
         arrays then hold what the parts add, undefined in elements that no part adds to.
-      x: `[T, H]`, in the dtype of A; or v, of parts without A.
+      x: `[T, H]`, in the dtype of A; or v, of parts without A. The ys may have a multiple of T
+        rows, for as many tokens: token n reads row n % T.
       ids: `[T]`; `[T, 2]`, words of 64-bit ids, the low one first; or, of a seated plan, the table
         of `Seating`.
       parts: those that the plan was made of.

@@ -4,7 +4,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_gpu.decode.lane import Lane, Task
 from pallas_kernels.mosaic_gpu.decode.work import UNIT, Bundle
-from pallas_kernels.mosaic_gpu.lanes.values import Number, Ref
+from pallas_kernels.mosaic_gpu.lanes.values import Int, Number, Ref
 
 
 class CopiesOfA:
@@ -15,7 +15,7 @@ class CopiesOfA:
     """
 
     def __init__(self, lane: Lane, task: Task, x: Ref) -> None:
-        m, work = lane.m, lane.work
+        m, work, case = lane.m, lane.work, lane.case
         self._lane, self._task = lane, task
         self._first_unit = lane.share * work.share_units
         last = pl.cdiv(lane.case.features, UNIT)
@@ -23,9 +23,14 @@ class CopiesOfA:
         # A warp copies 4 lines of 8 times 16 bytes at once.
         self._line, self._vector = lane.number // 8, lane.number % 8
         self._x_rows = [
-            (m.address(x, m.select(token >= 0, token, 0), lane.case.features), token >= 0)
+            (m.address(x, self._row_of(m.select(token >= 0, token, 0)), case.features), token >= 0)
             for token in task.tokens.copied
         ]
+
+    def _row_of(self, token: Int) -> Int:
+        """The row of x that a token reads."""
+        case = self._lane.case
+        return token if case.tokens == case.x_rows else token % case.x_rows
 
     def ask(self, bundle: Bundle, n: Number, slot: Number) -> None:
         """Copies the warp's nth unit to a slot; zeros where H or the block's share has ended."""

@@ -125,7 +125,7 @@ def plan(
 
     Args:
       ys: arrays or shapes; of a shrink alone v.
-      x: tokens; of an expand alone v.
+      x: tokens; of an expand alone v. With fewer rows than the ys, T, token t reads row t % T.
       parts: what is added to the ys.
       config: of `decode_config`, or the caller's.
       add_inputs: parts add to what is in the ys; else the first one of a token's columns
@@ -157,14 +157,16 @@ def _case(
     """What the shapes say; None for numbers of tokens and dtypes that the kernel does not take."""
     shrinks, expands = parts[0].lora_a is not None, parts[0].lora_b is not None
     dtype = parts[0].stacks[0].dtype
-    if not 1 <= x.shape[0] <= MAX_DECODE_TOKENS:
+    tokens = ys[0].shape[0]
+    if not 1 <= tokens <= MAX_DECODE_TOKENS:
         return None
     if any(stack.dtype != dtype for part in parts for stack in part.stacks):
         return None
     if len({y.dtype for y in ys}) > 1 or (shrinks and x.dtype != dtype):
         return None
     return Case(
-        tokens=x.shape[0],
+        tokens=tokens,
+        x_rows=x.shape[0],
         features=x.shape[1],
         y_widths=tuple(y.shape[1] for y in ys),
         dtype=jnp.dtype(dtype),

@@ -95,6 +95,7 @@ class Case(NamedTuple):
     """What the operands' shapes say."""
 
     tokens: int
+    x_rows: int  # fewer than tokens where these take turns to read the same rows of x
     features: int
     y_widths: tuple[int, ...]
     dtype: np.dtype

@@ -323,9 +323,6 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
 
 
 UNSUPPORTED = {
-    "use_dora": True,
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1, 2],
     "lora_bias": True,
     "layer_replication": [[0, 4], [2, 5]],
     "target_parameters": ["experts.up"],
@@ -337,7 +334,6 @@ UNSUPPORTED = {
     "velora_config": {"num_groups": 64},
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
-    "ensure_weight_tying": True,
     "bias": "lora_only",
     "peft_type": "ADALORA",
     "invented_in_2031": {"twist": 3},
@@ -379,13 +375,9 @@ def test_initialisations_that_leave_the_base_alone(tmp_path, init):
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("base_model.model.q.lora_magnitude_vector.weight", "DoRA"),
-        ("base_model.model.embed.lora_embedding_A", "LoRA of an embedding"),
         ("base_model.model.q.lora_B.bias", "a bias"),
         ("base_model.model.q.bias", "a bias"),
         ("base_model.model.classifier.modules_to_save.weight", "a fully trained module"),
-        ("base_model.model.model.embed_tokens.weight", "a saved or resized embedding"),
-        ("base_model.model.lm_head.base_layer.weight", "a saved or resized output layer"),
         ("base_model.model.q.lora_diag", "KaSA"),
         ("q.lora_A.weight", "unknown"),
         ("base_model.model.q.weight", "unknown"),
@@ -904,8 +896,38 @@ def test_a_copy_of_the_output_layer_is_left_out_if_it_is_the_bases(tmp_path, dty
         load_peft(tmp_path)
     assert [*load_peft(tmp_path, base_weight=lambda name: weight).modules] == ["lm_head"]
     for other in (weight + 0.1, weight[1:], np.zeros((N, H), np.float32)):
-        with pytest.raises(ValueError, match="is a saved or resized output layer"):
+        with pytest.raises(ValueError, match="is a saved or resized layer"):
             load_peft(tmp_path, base_weight=lambda name, other=other: other)
+
+
+def test_halves_of_an_embedding(tmp_path):
+    a, b = np.arange(14, dtype=np.float32).reshape(2, 7), np.ones((3, 2), np.float32)
+    key = "base_model.model.model.embed_tokens.lora_embedding_{}"
+    tensors = halves() | {key.format("A"): a, key.format("B"): b}
+    adapter = load_peft(write(tmp_path, tensors, target_modules=["q", "embed_tokens"]))
+    weights = adapter.modules["model.embed_tokens"]
+    assert weights.is_embedding and not adapter.modules["q"].is_embedding
+    np.testing.assert_array_equal(weights.a, a)
+    assert adapters.peft_header(tmp_path).modules["model.embed_tokens"] == weights.shape
+    save_peft(adapter, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / WEIGHTS)
+    assert saved.keys() == tensors.keys()
+    np.testing.assert_array_equal(saved[key.format("A")], a)
+    named = tensors | {f"{key.format('A')}.default": a}
+    with pytest.raises(ValueError, match=r"several adapters, \['None', 'default'\]"):
+        load_peft(write(tmp_path, named, target_modules=["q", "embed_tokens"]))
+    del named[key.format("A")], named[f"{key.format('A')}.default"]
+    mixed = named | {KEY.format("model.embed_tokens", "A"): a}
+    with pytest.raises(ValueError, match="one half is that of an embedding and the other is not"):
+        load_peft(write(tmp_path, mixed, target_modules=["q", "embed_tokens"]))
+
+
+def test_a_head_that_peft_ties_to_the_embedding_is_adapted_too(tmp_path):
+    tensors = halves("embed_tokens") | halves("lm_head")
+    chosen = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    assert "lm_head" in load_peft(write(tmp_path, tensors, **chosen)).modules
+    with pytest.raises(ValueError, match="leaves lm_head out"):
+        load_peft(write(tmp_path, tensors, **chosen | {"ensure_weight_tying": False}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1020,10 +1042,107 @@ def test_pointers_of_git_lfs(tmp_path, name):
 
 @pytest.mark.parametrize("head", ["score", "classifier", "classifier.out_proj", "model.score"])
 @pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_heads_are_trained_modules(tmp_path, head, kind):
+def test_heads_that_no_config_names_are_refused(tmp_path, head, kind):
     tensors = halves() | {f"base_model.model.{head}.{kind}": np.ones((2, 2), np.float32)}
     with pytest.raises(ValueError, match="is a fully trained module, which is not supported"):
         load_peft(write(tmp_path, tensors))
+
+
+def saved(name="score", weight=None, **others):
+    weight = np.ones((3, H), np.float32) if weight is None else weight
+    tensors = {"weight": weight, **others}
+    return halves() | {f"base_model.model.{name}.{kind}": t for kind, t in tensors.items()}
+
+
+def test_modules_to_save(tmp_path):
+    """By PEFT's rule: a name ends as the config says, or lies in such a module."""
+    bias = np.arange(3, dtype=np.float32)
+    names = {"modules_to_save": ["classifier", "score"]}
+    for name in ("score", "model.score", "classifier.out_proj", "my_score"):
+        adapter = load_peft(write(tmp_path, saved(name, bias=bias), **names))
+        assert adapter.full.keys() == {name} and adapter.modules.keys() == {"q"}
+        np.testing.assert_array_equal(adapter.full[name].bias, bias)
+        header = adapters.peft_header(tmp_path)
+        assert header.full[name] == adapter.full[name].shape
+        assert header.nbytes == adapter.nbytes == 4 * (2 * (H + N) + 3 * H + 3)
+    renamed = load_peft(tmp_path, rename={"my_score": "head"})
+    assert renamed.full.keys() == {"head"}
+    with pytest.raises(ValueError, match=f"has {adapter.nbytes} bytes of weights; max_bytes=9"):
+        load_peft(tmp_path, max_bytes=9)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            saved(weight=np.ones(H, np.float32)),
+            r"score: a fully trained module with a weight \[12\]",
+        ),
+        (
+            {**halves(), "base_model.model.score.bias": np.ones(3, np.float32)},
+            "score has a bias, but",
+        ),
+        (
+            saved(weight=np.full((3, H), np.nan, np.float32)),
+            "score has NaN or infinite weights in w",
+        ),
+        (saved() | halves("score"), "score has both LoRA and a whole weight"),
+        (saved("q"), "'base_model.model.q.weight' is unknown"),
+    ],
+)
+def test_modules_to_save_that_are_refused(tmp_path, tensors, message):
+    chosen = {"modules_to_save": ["score"], "target_modules": ["q", "score"]}
+    with pytest.raises(ValueError, match=message):
+        load_peft(write(tmp_path, tensors, **chosen))
+
+
+DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize("given", [[5, 2], {"lm_head": [1], "embed_tokens": [5, 2]}])
+def test_trained_tokens(tmp_path, given):
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    write(tmp_path, halves() | {DELTA: rows}, trainable_token_indices=given)
+    adapter = load_peft(tmp_path)
+    assert adapter.tokens.keys() == {"model.embed_tokens"}
+    assert adapter.tokens["model.embed_tokens"].indices == (5, 2)
+    np.testing.assert_array_equal(adapter.tokens["model.embed_tokens"].rows, rows)
+    header = adapters.peft_header(tmp_path)
+    assert header.tokens == adapter.header.tokens and header.nbytes == adapter.nbytes
+    save_peft(adapter, tmp_path / "saved")
+    assert load_peft(tmp_path / "saved", rename={"model": "m"}).tokens.keys() == {"m.embed_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "message"),
+    [
+        (2, [5], r"2 trained tokens need as many indices, .* got \[5\]"),
+        (2, [5, 5], r"each once, got \[5, 5\]"),
+        (2, [-1, 5], r"not negative and each once, got \[-1, 5\]"),
+        (1, None, "trainable_token_indices=None does not list them"),
+        (1, {"lm_head": [1]}, r"\{'lm_head': \[1\]\} does not list them"),
+        (1, [1.5], r"\[1\.5\] does not list them"),
+        (1, [True], "does not list them"),
+    ],
+)
+def test_trained_tokens_that_are_refused(tmp_path, rows, given, message):
+    tensors = halves() | {DELTA: np.ones((rows, 4), np.float32)}
+    with pytest.raises(ValueError, match=f"model.embed_tokens.*{message}"):
+        load_peft(write(tmp_path, tensors, trainable_token_indices=given))
+
+
+@pytest.mark.parametrize("names", [["", "score"], ["a"] * 257])
+def test_names_of_modules_to_save_are_bounded(tmp_path, names):
+    with pytest.raises(ValueError, match="modules_to_save must be at most 256 names, none of them"):
+        load_peft(write(tmp_path, modules_to_save=names))
+
+
+def test_an_embedding_that_peft_saves_unasked_is_a_copy(tmp_path):
+    base = np.ones((5, H), np.float32)
+    write(tmp_path, saved("model.embed_tokens", base))
+    assert not load_peft(tmp_path, base_weight=lambda name: base).full
+    with pytest.raises(ValueError, match=r"saved or resized layer, \[5, 12\]: it differs from"):
+        load_peft(tmp_path, base_weight=lambda name: np.ones((4, H), np.float32))
 
 
 EVIL = "\x1b[2J\n\u202e\ud800" + "x" * 100_000

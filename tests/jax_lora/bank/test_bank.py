@@ -343,10 +343,10 @@ def test_unknown_names_list_what_is_loaded(pair):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("a",), TypeError, "must be a list of names and None, got 'a'"),
-        ((5,), TypeError, "must be a list of names and None, got 5"),
-        ((["a", 5],), TypeError, "must be a list of names and None"),
-        ((["a", ["a"]],), TypeError, "must be a list of names and None"),
+        (("a",), TypeError, "must be a list of names, None and {name: weight}, got 'a'"),
+        ((5,), TypeError, "must be a list of names, None and {name: weight}, got 5"),
+        ((["a", 5],), TypeError, "must be a list of names, None and {name: weight}"),
+        ((["a", ["a"]],), TypeError, "must be a list of names, None and {name: weight}"),
         ((["a"], [1, 2]), ValueError, r"lengths must have shape \[1\], got \[2\]"),
         ((["a"], [1.5]), TypeError, "lengths must be integers, got float64"),
         ((["a"], [-1]), ValueError, "non-negative int32"),

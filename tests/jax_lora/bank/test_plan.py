@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from tiny import FEATURES, Mlp, make_adapter
 
-from jax_lora import AdapterBank, apply_lora, plan_slots, save_peft
+from jax_lora import Adapter, AdapterBank, FullModule, apply_lora, plan_slots, save_peft
 from jax_lora.adapters import files
 
 PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
@@ -145,3 +145,28 @@ def test_links_and_unfinished_saves(tmp_path):
     with pytest.raises(ValueError, match="link out of its folder"):
         plan_slots(tmp_path, 1 << 20)
     assert plan_slots(tmp_path, 1 << 20, allow_links=True)["slots"] == {8: 1}
+
+
+def saving(seed, rank, labels=3, **others):
+    """An adapter that has a classifier whole."""
+    own = make_adapter(seed, rank)
+    full = {"score": FullModule(np.ones((labels, 4), np.float32)), **others}
+    return Adapter(own.config, own.modules, full)
+
+
+def test_whole_weights_have_full_slots():
+    """One for each module first, more from what is left."""
+    adapters = [saving(0, 4), saving(1, 8), saving(2, 3), make_adapter(3, 4)]
+    lora = 8 * sum(h + n for h, n in [*FEATURES.values(), (4, 3)]) * 4
+    full = 3 * 4 * 4
+    for memory, slots, count in ((lora + full, 1, 1), (4 * lora + 2 * full, 4, 2), (1 << 20, 4, 3)):
+        plan = plan_slots(adapters, memory)
+        assert (plan["slots"], plan["full_slots"]) == ({8: slots}, {"score": count})
+        assert "score" in plan["target"]
+    with pytest.raises(
+        ValueError, match=f"memory={lora + full - 1} bytes hold no slot.*{full}\\. Gi"
+    ):
+        plan_slots(adapters, lora + full - 1)
+    with pytest.raises(ValueError, match=r"disagree about score: \(4, 3\) and \(4, 2\) features"):
+        plan_slots([*adapters, saving(4, 4, labels=2)], 1 << 20)
+    assert "full_slots" not in plan_slots(adapters[3:], 1 << 20)

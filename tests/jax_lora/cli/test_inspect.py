@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from tiny import make_adapter
 from typer.testing import CliRunner
 
-from jax_lora import save_peft
+from jax_lora import Adapter, FullModule, TrainedTokens, save_peft
 from jax_lora.cli import app
 
 
@@ -46,7 +47,7 @@ def test_inspect_reports_each_folder_below_and_the_bad_ones_in_their_place(tmp_p
     assert reasons.keys() == {"broken", "dora", "mlx", "none"}
     for name, reason in {
         "broken": "is truncated or not a safetensors file",
-        "dora": "use_dora=True: DoRA is not supported",
+        "dora": "down has no magnitude, but the config says DoRA",
         "mlx": "is an adapter of mlx-lm; `jax-lora convert",
         "none": "no folder",
     }.items():
@@ -69,3 +70,40 @@ def test_inspect_walks_a_bounded_tree(tmp_path: Path, monkeypatch: pytest.Monkey
     save(tmp_path / "c", 4)
     result = run("inspect", tmp_path)
     assert result.exit_code == 2 and "holds more than 3 folders" in result.stderr
+
+
+def test_inspect_tells_what_each_device_of_a_mesh_holds(tmp_path: Path) -> None:
+    features = {"layers.0.q_proj": (64, 128), "layers.0.o_proj": (128, 64)}
+    save_peft(make_adapter(0, 20, features=features), tmp_path)
+    result = run("inspect", "--json", "--mesh", "tp=8", tmp_path)
+    assert result.exit_code == 0, result.output
+    [report] = json.loads(result.stdout)["adapters"]
+    whole = 4 * 32 * ((64 + 128 / 8) + (128 / 8 + 64))
+    wholly = 4 * 64 * 2 * (64 + 128) / 8
+    assert report["mesh"] == [
+        f"each of 8 devices holds {whole / 1e6:.2f} MB, in bucket 32",
+        f"each of 8 devices with fully_sharded {wholly / 1e6:.2f} MB, in bucket 64",
+    ]
+    assert "Mesh: each of 8 devices" in run("inspect", "--mesh", "tp=8", tmp_path).stdout
+    assert (
+        "--mesh takes tp=N, such as tp=2, got 'dp=2'"
+        in run("inspect", "--mesh", "dp=2", ".").stderr
+    )
+
+
+def test_inspect_shows_embeddings_and_whole_weights(tmp_path: Path) -> None:
+    own = make_adapter(0, 4, features={"up": (4, 6), "embed": (9, 4)}, embeddings=("embed",))
+    score = FullModule(np.ones((3, 500), np.float32), np.ones(3, np.float32))
+    tokens = {"wte": TrainedTokens((3, 1), np.ones((2, 4), np.float32))}
+    save_peft(Adapter(own.config, own.modules, {"score": score}, tokens), tmp_path)
+    [report] = json.loads(run("inspect", "--json", tmp_path).stdout)["adapters"]
+    assert report["full"] == [
+        {"name": "score", "is_tokens": False, "shape": [3, 500], "has_bias": True, "nbytes": 6012},
+        {"name": "wte", "is_tokens": True, "shape": [2, 4], "has_bias": False, "nbytes": 32},
+    ]
+    assert {m["name"]: m["is_embedding"] for m in report["modules"]} == {"up": False, "embed": True}
+    assert report["nbytes"] == 4 * (4 * 10 + 4 * 13 + 1503 + 8)
+    text = run("inspect", tmp_path).stdout
+    assert "embed (embedding) x1" in text
+    assert "Whole: score, 3 x 500 and bias, 0.01 MB, takes a full slot" in text
+    assert "Tokens: wte, 2 x 4, 0.00 MB, takes a full slot" in text

@@ -421,7 +421,6 @@ REFUSED = {
     "target's type": (Zoo, {"target": 5}, TypeError, "target must be a regular expression"),
     "targets' type": (Zoo, {"target": ["proj", 5]}, TypeError, "target must be a regular"),
     "no expression": (Zoo, {"target": "(proj"}, ValueError, "is no regular expression"),
-    "embedding": (Zoo, {"target": "embed"}, TypeError, "embed is a Embed; LoRA covers nnx.Linear"),
     "convolution": (Zoo, {"target": ["proj", "conv"]}, TypeError, r"conv is a Conv; LoRA covers"),
     "norm": (Zoo, {"target": "norm"}, TypeError, "norm is a LayerNorm"),
     "slots": (Zoo, {"slots": 0}, ValueError, "at least 1 slot"),

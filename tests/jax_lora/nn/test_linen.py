@@ -1,5 +1,7 @@
 """The Linen layer against the NNX one, and the bank over a Linen model's variables."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import Mlp, expected, make_adapter, tokens
 
 from jax_lora import AdapterBank, LoRAConfig, linen, load_peft, use
@@ -284,7 +288,7 @@ def test_a_batch_of_another_bank_is_refused(pair):
     other.load("b", make_adapter(2, 4))
     x, batch = tokens(1), jax.device_put(bank.batch(["a"]))
     for call in (apply, Model().apply):
-        with pytest.raises(ValueError, match="the batch is of another AdapterBank"):
+        with pytest.raises(ValueError, match="another AdapterBank than the LoRADense that"):
             call({"params": params, **other.variables}, x, batch)
     got = apply({"params": params, **bank.variables}, x, batch)
     np.testing.assert_allclose(got, right(x, [make_adapter(1, 4)]), atol=1e-5)
@@ -317,3 +321,83 @@ def test_arrays_of_the_caller_are_copied():
     for leaf in (*jax.tree.leaves(host["lora"]), *jax.tree.leaves(lora)):
         leaf[:] = 7
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(bank.variables["lora"]))
+
+
+COLUMN, ROW = P(None, "tp"), P("tp", None)
+TOKENS = P("dp", None)
+
+
+class Divided(nn.Module):
+    """Two layers, column- and row-parallel, as the metadata of their kernels say."""
+
+    @nn.compact
+    def __call__(self, x, adapters=None):
+        for name, features, spec in (("up", 8, COLUMN), ("down", 4, ROW)):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), tuple(spec))
+            x = LoRADense(features, **OPTIONS, kernel_init=init, name=name)(jnp.tanh(x), adapters)
+        return x
+
+
+@jax.jit
+def value_and_grads(params, bank_variables, x, batch):
+    def loss(lora, x):
+        variables = {"params": params, **bank_variables, "lora": lora}
+        y = Divided().apply(variables, x, batch)
+        return jnp.sum(jnp.square(y)), y
+
+    lora = bank_variables["lora"]
+    (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(lora, x)
+    return y, grads
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("dp, tp", [(1, 1), (4, 1), (2, 2)])
+def test_layers_on_a_mesh_equal_those_of_one_device(dp, tp, kind):
+    """Tokens over dp. Kernels over tp: the types of explicit axes say so, or Flax's metadata."""
+    params = nn.meta.unbox(Divided().init(jax.random.key(0), tokens(4)))["params"]
+    features = {"up": (4, 8), "down": (8, 4)}
+    adapters = [make_adapter(seed, rank, features=features) for seed, rank in ((1, 3), (2, 12))]
+    mesh = jax.make_mesh((dp, tp), ("dp", "tp"), axis_types=(kind, kind))
+    results = []
+    for placed in (False, True):
+        params = jax.tree.map(np.asarray, params)
+        x = tokens(4)
+        if placed:
+            x = jax.device_put(x, NamedSharding(mesh, TOKENS))
+            for name, spec in (("up", COLUMN), ("down", ROW)):
+                of_kernel = NamedSharding(mesh, spec)
+                params[name]["kernel"] = jax.device_put(params[name]["kernel"], of_kernel)
+        variables = Divided().init(jax.random.key(0), tokens(4))
+        bank = linen.AdapterBank({**variables, "params": params})
+        for name, adapter in zip("ab", adapters):
+            bank.load(name, adapter)
+        batch = bank.batch(["b", None, "a", "b"])
+        with jax.set_mesh(mesh) if placed else contextlib.nullcontext():
+            results.append(value_and_grads(params, bank.variables, x, batch))
+    want, got = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, want)
+    b = bank.variables["lora"]["up"]["stacks"][0]["lora_b"]
+    assert b.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "tp", None)), 3)
+
+
+def test_a_bank_of_boxed_variables():
+    """As `init` returns them where a kernel has metadata, of a mesh or of logical axes."""
+    adapter, x = make_adapter(0, 4, features={"proj": (4, 8)}), tokens(2)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, adapters=None):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+            return LoRADense(8, **OPTIONS, kernel_init=init, name="proj")(x, adapters)
+
+    variables = Model().init(jax.random.key(0), x)
+    assert isinstance(variables["params"]["proj"]["kernel"], nn.LogicallyPartitioned)
+    bank = linen.AdapterBank(variables)
+    bank.load("a", adapter)
+    with nn.logical_axis_rules([("embed", None), ("mlp", "tp")]):
+        got = Model().apply({**variables, **bank.variables}, x, bank.batch(["a", None]))
+    w = adapter.modules["proj"]
+    delta = w.scale * (x[:1] @ w.a.T) @ w.b.T
+    base = x @ nn.meta.unbox(variables["params"]["proj"]["kernel"])
+    np.testing.assert_allclose(got, base + np.concatenate([delta, 0 * delta]), 1e-5, 1e-5)

@@ -215,12 +215,17 @@ def loops_over_layers(jaxpr):
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("columns", [None, 2])
 @pytest.mark.parametrize("rows", [37, 300])
-def test_tables_of_kernels_are_made_before_the_loop(rows, monkeypatch):
+def test_tables_of_kernels_are_made_before_the_loop(rows, columns, monkeypatch):
     model = Llama(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     apply_lora(model, slots=12, buckets=(128,))
-    batch = AdapterBatch(np.arange(rows) % 12, ranges=((128, 12),), phase="decode")
-    known, made = routing.Segments.with_tables, []
+    ids, kind, weights = np.arange(rows) % 12, routing.Segments, None
+    if columns:
+        ids, kind = np.stack([ids] * columns, axis=1), routing.Mix
+        weights = np.ones(ids.shape, np.float32)
+    batch = AdapterBatch(ids, weights=weights, ranges=((128, 12),), phase="decode")
+    known, made = kind.with_tables, []
 
     def with_tables(segments, turn):
         made.append(known(segments, turn))
@@ -230,15 +235,17 @@ def test_tables_of_kernels_are_made_before_the_loop(rows, monkeypatch):
         with use(batch):
             return decode(model, model.init_cache(rows, 8), tokens)
 
-    monkeypatch.setattr(routing.Segments, "with_tables", with_tables)
+    monkeypatch.setattr(kind, "with_tables", with_tables)
     tokens = jnp.zeros(rows, jnp.int32)
     jaxpr = jax.make_jaxpr(step)(batch, tokens)
     # Tables that an equal trace asked for are asked for anew.
     again = jax.make_jaxpr(lambda *args: step(*args))(batch, tokens)
-    first, second = ({type(table).__name__ for table in segments.made} for segments in made)
+    some = [mix.columns[1] if columns else mix for mix in made]
+    first, second = ({type(table).__name__ for table in segments.made} for segments in some)
     assert first == second == ({"Seating"} if rows == 37 else {"Order", "Rounds", "Routes"})
     # Each token is compared with each other to make a table, and nowhere else.
-    pairs = f"bool[{rows},{rows}]" if rows == 37 else "bool[5,64,64]"
+    tokens = rows * (columns or 1)
+    pairs = f"bool[{tokens},{tokens}]" if rows == 37 else "bool[5,64,64]"
     for traced in (jaxpr, again):
         loops = [str(loop) for loop in loops_over_layers(traced.jaxpr)]
         assert "mpmd_map" in str(loops)

@@ -33,7 +33,8 @@ def gradients(z: GradientArrays, slots: int, *, sorted_once: bool = True) -> dic
     ids = pk.make_segments(z.ids, slots) if sorted_once else jnp.asarray(z.ids)
     x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
     with jax.numpy_rank_promotion("raise"):
-        return by_name(*jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids))
+        dx, dparts, _ = jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, ids)
+    return by_name(dx, dparts)
 
 
 def check(case: GradientCase, z: GradientArrays, got: dict[str, np.ndarray]) -> None:

@@ -758,6 +758,16 @@ def test_every_size_lowers(shape: tuple[int, int]) -> None:
     assert_kernels(lowered(9, *shape, 16, 3, config=TWO), 16)
 
 
+@pytest.mark.parametrize(
+    ("features", "vocabulary"),
+    [slow(4096, 32000), slow(4096, 128256), slow(3584, 151936), (2304, 256000), (2560, 262144)],
+)
+def test_output_layers_lower(features: int, vocabulary: int) -> None:
+    """Those of Llama 2 and 3, Qwen2, Gemma 2 and 3: decode in one launch, prefill in two."""
+    assert_kernels(lowered(64, features, vocabulary, 64, 4), 64, one=True)
+    assert_kernels(lowered(4096, features, vocabulary, 128, 4, phase="prefill"), 128)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("x", "weights", "y"),
@@ -866,6 +876,7 @@ def test_missing_names_what_a_case_lacks() -> None:
     assert "rank 528" in str(missing(jnp.bfloat16, 528, 4096))
     assert "H=100" in str(missing(jnp.bfloat16, 16, 100))
     assert "N=56" in str(missing(jnp.bfloat16, 16, None, 56))
+    assert "N=262152" in str(missing(jnp.bfloat16, 16, 4096, 262152))
     assert "H=131080" in str(missing(jnp.bfloat16, 16, 131080))
     assert "264 bytes" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 132))
     assert "y_offset=4" in str(missing(jnp.bfloat16, 16, None, 64, jnp.bfloat16, 128, 4))

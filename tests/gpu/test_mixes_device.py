@@ -1,0 +1,65 @@
+"""Several adapters per token on a Hopper GPU: every size against float64, and the bits of rows.
+
+PYTHONPATH=. python3 -m pytest tests/gpu/test_mixes_device.py -m gpu
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gradient_cases import GradientCase
+from mix_cases import check_mix, check_mix_gradients, ids_and_weights
+from mosaic_cases import bits
+
+import pallas_kernels as pk
+
+pytestmark = pytest.mark.gpu
+
+CASES = [
+    GradientCase(1, 4096, (4096,), ((16, 4),)),
+    GradientCase(64, 4096, (4096, 1024, 1024), ((16, 8),)),
+    GradientCase(64, 1024, (1024,), ((8, 3), (16, 3), (64, 2))),
+    GradientCase(200, 1024, (512,), ((16, 40),)),
+    GradientCase(700, 1024, (1024,), ((128, 4),)),
+    GradientCase(2000, 2048, (2048,), ((16, 8), (64, 3))),
+    GradientCase(4096, 4096, (4096,), ((16, 32),)),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Leaves NaNs where the next outputs are likely to be allocated."""
+    jax.block_until_ready([jnp.full(2**k, jnp.nan) for k in (8, 12, 16, 20, 22)])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: GradientCase, columns: int) -> None:
+    check_mix(case, columns, sorted_once=True)
+    if case.num_tokens <= 200:
+        check_mix(case, columns, sorted_once=False)
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_gradients_against_float64(case: GradientCase) -> None:
+    check_mix_gradients(case)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 3000])
+def test_bits_of_a_row_do_not_depend_on_the_others(num_tokens: int) -> None:
+    case = GradientCase(num_tokens, 1024, (1024,), ((16, 8), (64, 4)))
+    z = case.arrays()
+    ids, weights = ids_and_weights(case, 2)
+    weights = np.nan_to_num(weights)
+    order = np.random.default_rng(0).permutation(num_tokens)
+
+    @jax.jit
+    def run(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        mix = pk.make_mix(ids, weights, case.slots)
+        return pk.lora_delta(x, z.parts, mix, 1024, implementation="mosaic_gpu")
+
+    x = jnp.asarray(z.x)
+    plain, again = run(x, ids, weights), run(x, ids, weights)
+    shuffled = run(x[order], ids[order], weights[order])
+    np.testing.assert_array_equal(bits(np.asarray(plain)), bits(np.asarray(again)))
+    np.testing.assert_array_equal(bits(np.asarray(plain)[order]), bits(np.asarray(shuffled)))

@@ -1,0 +1,197 @@
+"""Several processes hold a model together: they compute what one does, and load the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+from jax_lora import load_peft
+from jax_lora.bank import agreement
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def start():
+    """Starts processes that know each other. None outlives its test."""
+    started = []
+
+    def all_of(act, count, folder):
+        started.extend(_started(act, count, folder))
+        return started
+
+    yield all_of
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def _started(act, count, folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
+    environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, processes.__file__, act]
+    return [
+        subprocess.Popen(
+            [*command, *map(str, (process, count, port, folder))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+
+
+def results(started):
+    """What each of them printed, parsed."""
+    done = [process.communicate(timeout=300) for process in started]
+    for process, (_, stderr) in zip(started, done):
+        assert process.returncode == 0, stderr[-3000:]
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in done]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_equal_one(count, start, tmp_path):
+    names = results(start("same", count, tmp_path))
+    model, bank = processes.model_and_bank()
+    want, wanted_names = processes.loads_and_steps(model, bank, None, tmp_path / "one")
+    assert names == [wanted_names] * count
+    got = [np.load(tmp_path / f"{process}.npz") for process in range(count)]
+    for one in got:
+        for key in ("first", "second", "gradients"):
+            np.testing.assert_allclose(one[key], want[key], 1e-5, 1e-5)
+    merged = np.concatenate([one["merged"] for one in got], axis=1)
+    np.testing.assert_allclose(merged, want["merged"], 1e-5, 1e-5)
+    saved, alone = (load_peft(tmp_path / name).modules for name in ("saved", "one"))
+    for name, weights in alone.items():
+        np.testing.assert_array_equal(saved[name].a, weights.a)
+        np.testing.assert_array_equal(saved[name].b, weights.b)
+
+
+@pytest.mark.ci
+def test_a_load_that_processes_do_not_agree_on_fails_on_all(start, tmp_path):
+    first, second = results(start("disagree", 2, tmp_path))
+    names, weights, file, save = zip(first[:4], second[:4])
+    for errors in (names, weights):
+        assert all(
+            e.startswith("RuntimeError: process ") and "nothing is changed" in e for e in errors
+        )
+    assert "load 'b' " in names[0]
+    assert "load 'c' " in names[0]
+    assert "process 1 failed to load 'b' " in file[0]
+    assert "FileNotFoundError: " in file[0]
+    assert file[1].startswith("FileNotFoundError")
+    assert "process 1 failed to save 'a' " in save[0]
+    assert save[1].startswith("KeyError")
+    assert first[4:] == second[4:] == ["b", "a"]
+
+
+@pytest.mark.ci
+def test_a_process_that_is_killed_ends_the_others(start, tmp_path):
+    """With a clear error, within a minute."""
+    *others, killed = start("die", 4, tmp_path)
+    assert killed.wait(timeout=200) == 9
+    began = time.monotonic()
+    errors = [process.communicate(timeout=60)[1] for process in others]
+    assert time.monotonic() - began < 60
+    for process, error in zip(others, errors):
+        assert process.returncode != 0
+        assert "Connection closed by peer" in error or "another task died" in error
+
+
+class Service:
+    """JAX's coordination service, for threads."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            assert key not in self.values
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_delete(self, key):
+        del self.values[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return self.values[key]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """What two processes come to: the error of each, or None. Their service has it as `values`."""
+    service, of_thread = Service(), threading.local()
+    monkeypatch.setattr(agreement, "_client", lambda: service)
+    monkeypatch.setattr(jax, "process_index", lambda: of_thread.process)
+    devices = [SimpleNamespace(process_index=process) for process in (0, 1)]
+    arrays = [SimpleNamespace(sharding=SimpleNamespace(device_set=devices))]
+    both = [agreement.Agreement(arrays) for _ in range(2)]
+    for one in both:
+        one._bank = 0
+
+    def come(*acts):
+        errors = [None, None]
+
+        def run(process):
+            of_thread.process = process
+            try:
+                with both[process].turn() as agree:
+                    acts[process](agree)
+            except (RuntimeError, KeyError) as error:
+                errors[process] = f"{type(error).__name__}: {error}"
+
+        threads = [threading.Thread(target=run, args=(n,)) for n, act in enumerate(acts) if act]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return errors
+
+    come.values = service.values
+    return come
+
+
+def failing(agree):
+    raise KeyError("no\x1b[2J adapter")
+
+
+def test_processes_agree_or_fail_together(turns, monkeypatch):
+    for claim in ("load 'a'", "load 'b'", "load 'c'"):
+        assert turns(lambda agree, c=claim: agree(c), lambda agree, c=claim: agree(c)) == [None] * 2
+    assert len(turns.values) <= 3  # of the last turn, and what one has not yet forgotten
+    first, second = turns(lambda agree: agree("load 'a'"), lambda agree: agree("load 'b'"))
+    others = "process {} is about to load '{}', but process {} to load '{}'; nothing is changed"
+    assert first == f"RuntimeError: {others.format(0, 'a', 1, 'b')}"
+    assert second == f"RuntimeError: {others.format(1, 'b', 0, 'a')}"
+    first, second = turns(lambda agree: agree("load 'a'"), failing)
+    assert first.startswith("RuntimeError: process 1 failed to load 'a': KeyError: ")
+    assert "\x1b" not in first
+    assert second.startswith("KeyError")
+    monkeypatch.setattr(agreement, "TIMEOUT_S", 0.01)
+    first, _ = turns(lambda agree: agree("load 'a'"), None)
+    assert first.startswith("RuntimeError: process 1 did not come to load 'a' within 0.01 s; all ")
+
+
+def test_a_bank_of_one_process_asks_nobody(monkeypatch):
+    monkeypatch.setattr(agreement, "_client", lambda: pytest.fail("it asks"))
+    _, bank = processes.model_and_bank()
+    bank.load("a", processes.adapter(0, 4))
+    assert bank.names == ("a",)

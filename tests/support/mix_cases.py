@@ -1,0 +1,102 @@
+"""Cases and float64 oracles of several adapters per token, on CPU and on a device."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gradient_cases import GradientArrays, GradientCase, by_name, tolerance
+from mosaic_cases import bits, local_ids, relative_error, y_tolerance
+
+import pallas_kernels as pk
+from pallas_kernels import reference
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import Config, backend
+
+
+def ids_and_weights(case: GradientCase, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of each bucket, of none, and of no slot; NaN where there is no adapter."""
+    rng = np.random.default_rng(columns)
+    ids = rng.integers(-1, case.slots + 1, (case.num_tokens, columns)).astype(np.int32)
+    ids[4::5], ids[0, 0] = -1, case.slots - 1
+    used = (ids >= 0) & (ids < case.slots)
+    return ids, np.where(used, rng.normal(size=ids.shape), np.nan).astype(np.float32)
+
+
+def wanted(y: np.ndarray, z: GradientArrays, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    out = y.astype(np.float64)
+    for part in z.parts:
+        a, b = np.asarray(part.lora_a), np.asarray(part.lora_b)
+        local = np.stack([local_ids(column, part) for column in ids.T], axis=1)
+        columns = slice(part.y_offset, part.y_offset + b.shape[1])
+        out[:, columns] = reference.mix(
+            out[:, columns], z.x, a, b, local, weights, np.asarray(part.scales)
+        )
+    return out
+
+
+def check_mix(
+    case: GradientCase, columns: int, config: Config | None = None, *, sorted_once: bool
+) -> None:
+    z = case.arrays()
+    ids, weights = ids_and_weights(case, columns)
+    mix = pk.make_mix(ids, jnp.asarray(weights), case.slots)
+    if not sorted_once:
+        mix = pk.Mix(tuple(jnp.asarray(ids.T)), jnp.asarray(weights))
+    y = np.asarray(z.dy)
+    ys = tuple(map(jnp.asarray, np.split(y, np.cumsum(case.widths)[:-1], axis=1)))
+    call = Call("add_lora", "mosaic_gpu", (), widths=case.widths, dtype=jnp.float32, config=config)
+    x, parts = jax.tree.map(jnp.asarray, (z.x, z.parts))
+    out, delta = jax.jit(
+        lambda ys, *z: (backend.add_lora(call, ys, *z), backend.lora_delta(call, *z))
+    )(ys, x, parts, mix)
+    got = np.concatenate([np.asarray(y) for y in out], axis=1)
+    want = wanted(y, z, ids, weights)
+    assert relative_error(got, want) < y_tolerance("bfloat16")
+    added = np.concatenate([np.asarray(y) for y in delta], axis=1)
+    assert relative_error(added, want - y.astype(np.float64)) < y_tolerance("bfloat16")
+    none = ~((ids >= 0) & (ids < case.slots)).any(axis=1)
+    assert none.any() or case.num_tokens < 5
+    np.testing.assert_array_equal(bits(got[none]), bits(y[none]))
+    assert np.signbit(added[none]).all() and not added[none].any()
+
+
+def _in_float64(z: GradientArrays, ids: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every gradient in float64, by name; those in weights are `dw`."""
+    x, dy = z.x.astype(np.float64), z.dy.astype(np.float64)
+    found: dict[str, Any] = {"dx": np.zeros_like(x), "dw": np.zeros(ids.shape)}
+    for n, part in enumerate(z.parts):
+        given = part.lora_a, part.lora_b, part.scales
+        a, b, scales = (np.asarray(t).astype(np.float64) for t in given)
+        da, db, ds = np.zeros_like(a), np.zeros_like(b), np.zeros_like(scales)
+        for t, k in np.ndindex(*ids.shape):
+            i = ids[t, k] - part.first_slot
+            if not 0 <= i < len(a):
+                continue
+            dys, w = dy[t, part.y_offset :][: b.shape[1]], float(weights[t, k])
+            u, dv = a[i] @ x[t], dys @ b[i]
+            found["dx"][t] += w * scales[i] * (dv @ a[i])
+            da[i] += w * scales[i] * np.outer(dv, x[t])
+            db[i] += w * scales[i] * np.outer(dys, u)
+            ds[i] += w * (u @ dv)
+            found["dw"][t, k] += scales[i] * (u @ dv)
+        found |= {f"dA{n}": da, f"dB{n}": db, f"ds{n}": ds}
+    return found
+
+
+def check_mix_gradients(case: GradientCase, columns: int = 2) -> None:
+    z = case.arrays()
+    ids, weights = ids_and_weights(case, columns)
+    if case.slots == 1:  # tiles of 64 tokens that follow each other, also beyond the first column
+        ids[:], weights = 0, np.nan_to_num(weights, nan=0.5)
+    call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(z.parts))
+    x, dy, parts = jax.tree.map(jnp.asarray, (z.x, z.dy, z.parts))
+    mix = pk.make_mix(ids, jnp.asarray(weights), case.slots)
+    dx, dparts, dw = jax.jit(lambda *a: backend.add_lora_grad(call, *a))(dy, x, parts, mix)
+    got = by_name(dx, dparts) | {"dw": np.asarray(dw)}
+    for name, want in _in_float64(z, ids, weights).items():
+        limit = tolerance("ds0" if name == "dw" else name, case.dtype)
+        error = relative_error(got[name], want)
+        # dx is rounded for each of the token's adapters.
+        assert error < (2 * limit if name == "dx" else limit), (name, error)
+        assert not got[name][want == 0].any(), name

@@ -1,0 +1,149 @@
+"""What each of several processes does that hold an Mlp together; see `test_processes`."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import Mlp, make_adapter, tokens
+
+import jax_lora
+from jax_lora import AdapterBank, LoRAConfig, apply_lora
+from jax_lora.sharding import put
+
+SPECS = {"up": P(None, "tp"), "down": P("tp", None)}
+
+
+class Wide(Mlp):
+    """Features that four processes divide."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 8, rngs=rngs)
+        self.down = nnx.Linear(8, 4, rngs=rngs)
+
+
+FEATURES = {"up": (4, 8), "down": (8, 4)}
+
+
+def adapter(seed, rank):
+    return make_adapter(seed, rank, features=FEATURES)
+
+
+def model_and_bank(mesh=None):
+    model = Wide(nnx.Rngs(0))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if mesh is not None:
+            spec = SPECS[path[0]] if path[1] == "kernel" else P()
+            variable.set_value(put(variable.get_value(), NamedSharding(mesh, spec)))
+    apply_lora(model, slots=2, buckets=(8, 16))
+    return model, AdapterBank(model)
+
+
+@nnx.jit
+def step(model, x, adapters):
+    with jax_lora.use(adapters):
+        return model(x)
+
+
+@nnx.jit
+def gradient_norms(model, x, adapters):
+    """One number for each stack, which all processes have."""
+
+    def loss(model):
+        with jax_lora.use(adapters):
+            return jnp.sum(jnp.square(model(x)))
+
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
+
+
+def rows(model, bank, names, mesh=None):
+    x = tokens(len(names))
+    if mesh is not None:
+        x = put(x, NamedSharding(mesh, P()))
+    y = step(model, x, bank.batch(names))
+    return np.asarray(y.addressable_data(0))
+
+
+def error_of(call):
+    """What a call raises, as text."""
+    try:
+        call()
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def loads_and_steps(model, bank, mesh, folder):
+    """Loads, evicts, replaces, creates, saves and merges; what it computes on the way."""
+    for seed, rank in ((0, 4), (1, 12), (2, 6)):
+        bank.load(f"{seed}", adapter(seed, rank))
+    found = {"first": rows(model, bank, ["0", "1", None, "2"], mesh)}
+    bank.load("3", adapter(3, 8))  # evicts 0
+    bank.load("1", adapter(4, 16), replace=True)
+    bank.create("new", LoRAConfig(rank=10, alpha=2.0), rngs=nnx.Rngs(0))
+    found["second"] = rows(model, bank, ["3", "1", "2", "new"], mesh)
+    x = tokens(4) if mesh is None else put(tokens(4), NamedSharding(mesh, P()))
+    norms = gradient_norms(model, x, bank.batch(["3", "1", "2", None]))
+    found["gradients"] = np.asarray(norms.addressable_data(0))
+    bank.save("3", folder)
+    merged = bank.merge("1")["up"]["kernel"].get_value()
+    found["merged"] = np.concatenate([s.data for s in merged.addressable_shards], axis=1)
+    return found, [*bank.names]
+
+
+def same(bank, mesh, model, folder):
+    found, names = loads_and_steps(model, bank, mesh, folder / "saved")
+    np.savez(folder / f"{jax.process_index()}.npz", **found)
+    return names
+
+
+def disagree(bank, mesh, model, folder):
+    """What one process does otherwise fails on all, and changes nothing."""
+    first = jax.process_index() == 0
+    bank.load("a", adapter(0, 4))
+    before = rows(model, bank, ["a"], mesh)
+    errors = [
+        error_of(lambda: bank.load("b" if first else "c", adapter(1, 4))),
+        error_of(lambda: bank.load("b", adapter(1 if first else 2, 4))),
+        error_of(lambda: bank.load("b", adapter(1, 4) if first else "no/such/folder")),
+        error_of(lambda: bank.save("a" if first else "z", folder / "saved")),
+    ]
+    bank.load("b", adapter(1, 4))
+    np.testing.assert_array_equal(rows(model, bank, ["a"], mesh), before)
+    return [*errors, *bank.names]
+
+
+def die(bank, mesh, model, folder):
+    """The last process is killed between two steps."""
+    bank.load("a", adapter(0, 4))
+    rows(model, bank, ["a"], mesh)
+    if jax.process_index() == jax.process_count() - 1:
+        os._exit(9)
+    while True:
+        bank.load("a", adapter(0, 4), replace=True)
+        rows(model, bank, ["a"], mesh)
+        time.sleep(0.1)
+
+
+def main(act, process, count, port, folder):
+    jax.config.update("jax_num_cpu_devices", 1)
+    address = f"localhost:{port}"
+    jax.distributed.initialize(
+        address, int(count), int(process), heartbeat_timeout_seconds=10, initialization_timeout=120
+    )
+    mesh = jax.make_mesh((int(count),), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+    model, bank = model_and_bank(mesh)
+    acts = {"same": same, "disagree": disagree, "die": die}
+    print(json.dumps(acts[act](bank, mesh, model, Path(folder))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
