@@ -61,8 +61,10 @@ class PreparedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Of a slot, however small the adapter's rank in its bucket is."""
-        return sum(a.nbytes for scales, arrays in self.values for a in (scales, *arrays))
+        """Of a slot, however small the adapter's rank in its bucket is, and of whole weights."""
+        whole = [array for full in self.adapter.full.values() for array in full.arrays]
+        slot = [array for scales, arrays in self.values for array in (scales, *arrays)]
+        return sum(array.nbytes for array in (*whole, *slot))
 
 
 class SlotWriter:
