@@ -150,10 +150,10 @@ def test_cancelling(served):
         generation.cancel()
     for n, generation in enumerate(running):
         answer = generation.result(60)
-        expected = FinishReason.cancelled if n % 2 == 0 else FinishReason.length
-        if answer.finish_reason != FinishReason.length:  # it may have ended before
-            assert answer.finish_reason == expected and len(answer.tokens) < 60
-    assert running[6].result().tokens == ()  # it waited still
+        if n % 2 == 0 and len(answer.tokens) < 60:  # it may have ended before
+            assert answer.finish_reason == FinishReason.cancelled
+        else:
+            assert answer.finish_reason == FinishReason.length and len(answer.tokens) == 60
     running[1].cancel()
     assert len(running[1].result().tokens) == 60
 
