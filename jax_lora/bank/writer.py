@@ -62,9 +62,16 @@ class PreparedAdapter:
     @property
     def nbytes(self) -> int:
         """Of a slot, however small the adapter's rank in its bucket is, and of whole weights."""
+        return sum(array.nbytes for array in self._arrays())
+
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        words = (np.asarray(array).astype(np.float32, copy=False) for array in self._arrays())
+        return all(np.isfinite(array).all() for array in words)
+
+    def _arrays(self) -> list[np.ndarray | Array]:
         whole = [array for full in self.adapter.full.values() for array in full.arrays]
-        slot = [array for scales, arrays in self.values for array in (scales, *arrays)]
-        return sum(array.nbytes for array in (*whole, *slot))
+        return whole + [array for scales, arrays in self.values for array in (scales, *arrays)]
 
 
 class SlotWriter:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jax_lora.serving.engine import SamplingParams as SamplingParams
     from jax_lora.serving.engine import StepShape as StepShape
 
-_OF_ENGINE = (
+__all__ = [
     "AdapterLimits",
     "Answer",
     "Engine",
@@ -25,12 +25,12 @@ _OF_ENGINE = (
     "RequestError",
     "SamplingParams",
     "StepShape",
-)
+]
 
 
 def __getattr__(name: str) -> object:
     # Not at the import of jax_lora, which needs neither tokenizers nor models.
-    if name in _OF_ENGINE:
+    if name in __all__:
         from jax_lora.serving import engine
 
         return getattr(engine, name)

@@ -323,11 +323,12 @@ class AdapterDesk:
             return self._bank.prepare(name, adapter, is_own=True)
         if limits.max_bytes is not None and place.nbytes > limits.max_bytes:
             raise ValueError(f"it has {place.nbytes} bytes; max_bytes={limits.max_bytes}")
-        for module, weights in place.modules.items():
-            arrays = (half.astype(np.float32, copy=False) for half in (weights.a, weights.b))
-            if not (limits.allow_nonfinite or all(np.isfinite(array).all() for array in arrays)):
-                raise ValueError(f"{module} has NaN or infinite weights")
-        return self._bank.prepare(name, place)
+        prepared = self._bank.prepare(name, place)
+        if not (limits.allow_nonfinite or prepared.is_finite()):
+            raise ValueError(
+                "it has NaN or infinite weights, which spread through all they compute"
+            )
+        return prepared
 
     def _have_read(self, name: str, load: _Load, done: Future[PreparedAdapter]) -> None:
         if self._loads.get(name) is not load or self._has_failed(name, load, done):
