@@ -280,6 +280,42 @@ def soak(
 
 
 @app.command()
+def train(
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a step, in 8 rows; default: 8192.")] = None,
+    ways: Annotated[
+        str, typer.Option(help="What to time: some of frozen, adapters, mixed, exact, ragged, one.")
+    ] = "frozen,adapters,mixed,ragged,one",
+    publish: Annotated[bool, typer.Option(help="Time the copy of an adapter too.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="List each step's kernels.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the report into a JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a training step of a model shaped like Llama-3-8B.
+
+    Random frozen bfloat16 weights, layers made again when going back, fused attention, LoRA on all
+    seven projections, one AdamW update. Beside it stand the forward and backward of the frozen
+    model (which differentiates the embedding's output), mixed ranks, a sort and two `ragged_dot`
+    for each projection, and one adapter in plain `jax.numpy`. "more" is memory beyond the frozen
+    step's, the adapters and the optimizer's state. Without a GPU a small model runs, and no target
+    is held against it.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import tables
+        from benchmarks import train as benchmark
+
+        shape = benchmark.Shape.of_this_machine(layers, tokens)
+        report = benchmark.run(shape, ways.split(","), progress, publish=publish, profile=profile)
+        if save is not None:
+            save.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_train(report)
+
+
+@app.command()
 def mesh(
     gpus: Annotated[
         int | None, typer.Option(help="World sizes 1, 2, 4 and so on up to it; default: all.")
@@ -382,6 +418,34 @@ def gradients(
             benchmark.run_in_processes(named, chosen, seconds, out, processes)
         else:
             benchmark.run(named, chosen, seconds, out)
+
+
+@app.command()
+def agreement(
+    dtypes: Annotated[str, typer.Option(help="Of weights and computation.")] = "float32,bfloat16",
+    plot: Plot = None,
+) -> None:
+    """Say how far the trainer's log-probabilities are from the sampler's.
+
+    The bundled model samples with each of its adapters and without, a token at a time. Then one
+    forward over the whole sequences, as a training step runs it, reads the same tokens. Tokens of
+    rows without an adapter tell what the base model's own rounding gives.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import agreement as benchmark
+        from benchmarks.pictures import check_path
+
+        if plot is not None:
+            check_path(plot)
+        if unknown := {*dtypes.split(",")} - {"float32", "bfloat16", "float16"}:
+            raise ValueError(f"--dtypes takes float32, bfloat16 and float16, got {sorted(unknown)}")
+        found = [benchmark.run(dtype, progress) for dtype in dtypes.split(",")]
+        if plot is not None:
+            benchmark.draw(found, plot)
+    for one in found:
+        print(one.line)
+    print(f"deltas of both phases: {benchmark.delta_ulps():.2f} bfloat16 ulp apart, at most")
 
 
 @app.command()

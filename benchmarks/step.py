@@ -447,12 +447,12 @@ def steady_us(step: Callable[[], jax.Array]) -> tuple[float, float]:
     return us, statistics.median(host for (_, host), _ in runs) * 1e6
 
 
-def traced_kernels(step: Callable[[], jax.Array], steps: int = 3) -> tuple[Kernel, ...]:
+def traced_kernels(step: Callable[[], object], steps: int = 3) -> tuple[Kernel, ...]:
     """What a step launches on all GPUs, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
-                step().block_until_ready()
+                jax.block_until_ready(step())
         [file] = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
     times: dict[str, list[float]] = collections.defaultdict(list)
@@ -465,7 +465,7 @@ def traced_kernels(step: Callable[[], jax.Array], steps: int = 3) -> tuple[Kerne
     return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
 
 
-def _random(
+def random_array(
     shape: tuple[int, ...], dtype: Any, seed: int, sharding: Sharding | None = None
 ) -> jax.Array:
     make = jax.jit(_normal, static_argnums=(1, 2), out_shardings=sharding)
@@ -493,7 +493,7 @@ def random_model(
     made = []
     for seed, (path, value) in enumerate(nnx.to_flat_state(nnx.state(model))):
         sharding = None if sharding_of is None else sharding_of(path, len(value.shape))
-        made.append((path, value.replace(_random(value.shape, value.dtype, seed, sharding))))
+        made.append((path, value.replace(random_array(value.shape, value.dtype, seed, sharding))))
     nnx.update(model, nnx.from_flat_state(made))
     return model
 
@@ -531,9 +531,9 @@ def inputs_of(shape: Shape, phase: str) -> tuple[KVCache, tuple[jax.Array, ...]]
     size = (rows, config.num_key_value_heads, length, config.head_dim)
     layers = config.num_hidden_layers
     keys, values = (
-        _random((layers, *size), jnp.bfloat16, part)
+        random_array((layers, *size), jnp.bfloat16, part)
         if shape.scan
-        else tuple(_random(size, jnp.bfloat16, 2 * layer + part) for layer in range(layers))
+        else tuple(random_array(size, jnp.bfloat16, 2 * layer + part) for layer in range(layers))
         for part in range(2)
     )
     tokens_shape = (rows,) if phase == "decode" else (rows, length)

@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import mesh, serve, soak, step, torch_calls
+    from benchmarks import mesh, serve, soak, step, torch_calls, train
 
 _stdout = Console()
 
@@ -69,6 +69,42 @@ def _say_rates(report: Report) -> None:
             f"{report.matmul_rate / 1e12:.0f} TFLOP/s. Floors take {COPY_RATE / 1e12:.2f} TB/s, "
             f"and those of this device {here / 1e12:.2f}: the same share of what it copies at."
         )
+
+
+def print_train(report: "train.Report") -> None:
+    """A row per way to train, what publishing takes, and the profiles."""
+    from benchmarks.train import MORE_BYTES, TARGETS, WAYS
+
+    names = ["step", "ms", "x frozen", "target", "", "GB", "adapters", "optimizer", "more"]
+    table = _table(names, (1, 2, 3, 5, 6, 7, 8))
+    on_gpu = report.device != "cpu"
+    for row in report.rows:
+        ratio, target, more = report.ratio(row), TARGETS.get(row.way), report.more_bytes(row)
+        met = ""
+        if on_gpu and target and ratio and more is not None:
+            met = _verdict(ratio <= target and more <= MORE_BYTES)
+        sizes = (row.peak, row.adapters, row.optimizer, more)
+        table.add_row(
+            WAYS[row.way],
+            f"{row.ms:,.1f}",
+            *("-" if value is None else f"{value:.2f}" for value in (ratio, target)),
+            met,
+            *("-" if size is None else f"{size / 1e9:.2f}" for size in sizes),
+        )
+    Console(width=max(_stdout.width, 140)).print(table)
+    layers, tokens = report.shape.config.num_hidden_layers, report.shape.tokens
+    _say(f"{layers} layers, {tokens} tokens; {report.device}, {report.date}.")
+    for row in report.rows:
+        if row.way == "frozen":
+            rate = report.shape.product_flops / row.ms / 1e9
+            _say(f"The frozen step's products with weights alone make {rate:.1f} TFLOP/s of it.")
+        if row.kernels:
+            _say(f"Kernels of {WAYS[row.way]}:")
+        for kernel in row.kernels[:20]:
+            _say(f"    {kernel.us:10,.0f} us in {kernel.launches:6g} launches  {kernel.name:.100}")
+    if report.publish_us is not None:
+        host, whole = report.publish_us
+        _say(f"publish takes the host {host:,.0f} us, and {whole:,.0f} us until the copy is there.")
 
 
 def print_step(report: "step.Report") -> None:

@@ -137,7 +137,10 @@ class AdapterBatch:
       weights: `[B, K]` float32, or None. Those of entries without adapter are not used.
       lengths: `[B]` int32 tokens of each row, or None.
       ranges: `(bucket, slots)` of each rank bucket of the model, in the order of ids (static).
-      phase: "decode" or "prefill" (static).
+      phase: "decode" or "prefill" (static). Or "exact": a token's delta then has the same bits in a
+        batch of any size, as where a decode step samples what a training step reads. 64 tokens are
+        computed at a time, by one program: a batch of fewer takes as long as one of 64, and one of
+        more takes its share of 64 by turns. Gradients are computed as ever.
       guard: of the bank that made it (static). Layers of another bank's model refuse the batch.
         None, for a batch made by hand, is any model's.
 
@@ -167,7 +170,8 @@ class AdapterBatch:
     ) -> None:
         indices, lengths = _own(indices), _own(lengths)
         self.indices, self.lengths, self._lease, self.guard = indices, lengths, lease, guard
-        self.ranges, self.phase = _check_ranges(ranges), check_phase(phase)
+        self.ranges = _check_ranges(ranges)
+        self.phase = phase if phase == "exact" else check_phase(phase)
         for name, array in (("indices", indices), ("lengths", lengths)):
             dtype = getattr(array, "dtype", type(array))
             if array is not None and getattr(dtype, "kind", "") not in ("i", "u"):

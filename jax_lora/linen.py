@@ -114,7 +114,7 @@ class _Dense(LoRALayer, _Base):  # type: ignore[misc]
         )
         self.guard = self.placement = None
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         in_features, out_features = self.kernel.shape[-2:]
         return in_features, out_features
 
@@ -344,7 +344,8 @@ class AdapterBank(bank.AdapterBank):
           ValueError: it is not of the structure and shapes of `variables["lora"]`, or arrays in it
             are deleted.
           RuntimeError: the thread holds `stepping`.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         stacks = {k: v for k, v in nnx.to_flat_state(self.state) if k[-1] != "scales"}
         new = {path: _own(value) for path, value in flatten_dict(lora).items()}

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from pallas_kernels import derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import compiled, varying
+from pallas_kernels.exact import in_chunks
 from pallas_kernels.routing import AnyIds, Mix, TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
 
@@ -115,7 +116,8 @@ _add_lora.defvjp(_add_lora_fwd, _add_lora_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
-    return compiled("lora_delta", call)(x, parts, ids)
+    delta = compiled("lora_delta", call)
+    return in_chunks(delta, x, parts, ids) if call.exact else delta(x, parts, ids)
 
 
 def _lora_delta_fwd(

@@ -21,6 +21,7 @@ class Call(NamedTuple):
       widths, dtype: of what `lora_delta` makes.
       config: how the Mosaic kernels cut their work, if the caller says so.
       compact: slots of which gradients are made, of those in use; None for all slots.
+      exact: whether `lora_delta` has the same bits in calls of any size; see `exact.in_chunks`.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     dtype: DTypeLike | None = None
     config: Config | None = None
     compact: int | None = None
+    exact: bool = False
 
 
 @runtime_checkable

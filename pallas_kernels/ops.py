@@ -449,8 +449,11 @@ def add_lora_multi(
     Returns:
       `[T, Ny]` in y's dtype; a tuple of them where y is one.
 
-    Raises: as `add_lora`; ValueError where a part's columns leave y, where ranges of slots overlap,
-      or where `Segments` don't cover them; TypeError where the arrays of a tuple differ in dtype.
+    Raises:
+      ValueError: a part's columns leave y, ranges of slots overlap, or `Segments` don't cover them.
+      TypeError: the arrays of a tuple differ in dtype.
+
+    The others are those of `add_lora`.
     """
     is_tuple = isinstance(y, tuple)
     given = y if isinstance(y, tuple) else (y,)
@@ -654,19 +657,20 @@ def add_in_step(
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
     That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
-    does not work inside `jax.shard_map`.
+    does not work inside `jax.shard_map`. In the phase "exact" it is the form of `exact.in_chunks`.
     """
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
-    how = _How(None, None)
+    is_exact, how = phase == "exact", _How(None, None)
+    phase = "decode" if is_exact else phase
     checked = _check_parts("add_lora", x, parts, _Adapters(indices), phase, shapes, how)
-    call = checked.call
+    call = checked.call._replace(exact=is_exact)
     if not (checked.parts and x.shape[0] * sum(call.widths)):
         return ys
     by_kernels = call.implementation == "auto" and makes_delta_at_once(
         x, checked.parts, call.widths, ys[0].dtype, len(columns_of(checked.ids))
     )
-    if not (by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
+    if not (is_exact or by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
     if isinstance(checked.ids, Mix):  # which is a sum of float32 anyway
         call = call._replace(dtype=jnp.dtype(jnp.float32))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from jax_lora.adapters.files import DTYPES
@@ -156,15 +157,15 @@ class LoRAWeights:
     embedding, x are tokens: `y += scale * a[:, x].T @ b.T`.
 
     Args:
-      a: `[r, H]`, the down-projection; of an embedding, H is the vocabulary.
-      b: `[N, r]`, the up-projection.
+      a: `[r, H]`, the down-projection; of an embedding, H is the vocabulary. NumPy's, or JAX's.
+      b: `[N, r]`, the up-projection; likewise.
       scale: `LoRAConfig.scale_of` the module.
       is_embedding: whether it is that of an embedding.
       magnitude: `[N]` with DoRA, else None.
     """
 
-    a: np.ndarray
-    b: np.ndarray
+    a: np.ndarray | jax.Array
+    b: np.ndarray | jax.Array
     scale: float
     is_embedding: bool = False
     magnitude: np.ndarray | None = None
@@ -296,7 +297,7 @@ class Adapter:
       tokens: the embeddings and output layers of which it has some rows.
 
     Raises:
-      TypeError: weights that are not NumPy arrays.
+      TypeError: weights that are neither NumPy's nor JAX's arrays.
       ValueError: weights that don't fit each other or the config; the message names the module.
     """
 
@@ -342,9 +343,9 @@ class Adapter:
 def _check_weights(config: LoRAConfig, module: str, weights: LoRAWeights) -> None:
     check_module(module)
     a, b = weights.a, weights.b
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+    if not all(isinstance(half, np.ndarray | jax.Array) for half in (a, b)):
         raise TypeError(
-            f"{module}: LoRA weights must be NumPy arrays, got {type(a).__name__} and "
+            f"{module}: LoRA weights must be NumPy's or JAX's arrays, got {type(a).__name__} and "
             f"{type(b).__name__}; np.asarray converts them"
         )
     check_halves(config, module, a, b)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -15,14 +15,14 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import digest
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
+from jax_lora.bank.publish import Filling, is_on_device, values_on_device
 from jax_lora.bank.reader import AdapterReader
-from jax_lora.bank.sites import find_sites
-from jax_lora.bank.slots import Entry
+from jax_lora.bank.sites import Site, find_sites
 from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots, slot_values
 from jax_lora.batch import AdapterBatch, Lease, host_int32
@@ -76,14 +76,13 @@ class AdapterBank(AdapterReader):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
-    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
-    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
-    agree on all of them, or the load fails on all and changes nothing. The first process saves.
-    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
-    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+    Several processes of `jax.distributed` may hold a model's stacks together. Each has a bank, and
+    all load, create, save and merge the same in one order. Names, weights and slots agree on all,
+    or the load fails on all and changes nothing. If a process dies, JAX ends the others,
+    `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
-    An optimizer's state belongs to slots, not to adapters: an adapter in a reused slot inherits the
-    moments of the one before it. Make a new optimizer state, or zero that slot's, before training.
+    A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
+    the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
 
     Args:
       model: what `apply_lora` prepared.
@@ -115,7 +114,7 @@ class AdapterBank(AdapterReader):
         peft_names = getattr(model, "peft_names", {})
         paths = [path_name(path) for path, _ in nnx.iter_modules(model) if path]
         names = self._own_names()
-        self._sites = find_sites(self._layers, peft_names, names, paths)
+        self._sites: dict[str, Site] = find_sites(self._layers, peft_names, names, paths)
         layers = list(self._layers.values())
         first = first_ids(self._slots.items())
         self._writers = {b: SlotWriter(b, first[b], layers) for b in self._slots}
@@ -140,8 +139,11 @@ class AdapterBank(AdapterReader):
 
         Args:
           name: any text without `/`, `\\` and control characters.
-          adapter: a PEFT folder; or an `Adapter`, whose arrays are read before `load` returns; or
-            what `prepare` made of one, which takes the least time.
+          adapter: a PEFT folder, or an `Adapter`. NumPy arrays are read before `load` returns.
+            Where all are JAX's, they go from device to device, without the host, by a program that
+            the first adapter of these shapes compiles; it reads them when the device comes to it,
+            so copy before (`jnp.copy`) what another library goes on writing. Or what `prepare`
+            made of one, which takes the least time.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
@@ -155,7 +157,8 @@ class AdapterBank(AdapterReader):
           BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
             whole, are pinned or leased.
           RuntimeError: the thread holds `stepping`; or another process does not load the same.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
@@ -189,7 +192,10 @@ class AdapterBank(AdapterReader):
         bucket = self.check(name, adapter)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
-        values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if is_on_device(adapter):
+            values = values_on_device(adapter, writer, self._sites, layers)
+        else:
+            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
         if adapter.config.dora:
             dora.put_rescale(values, adapter, self._sites, layers)
         return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
@@ -202,11 +208,10 @@ class AdapterBank(AdapterReader):
         B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
         A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
-        lacks are exactly zero. Momentum and weight decay still move an adapter with zero gradient,
-        so give them a mask, or train the adapters of one optimizer together. An adapter in a reused
-        slot inherits the optimizer's moments of the one before it: make a new optimizer state, or
-        zero that slot's. `nnx.update` writes all slots: load nothing between `nnx.split` and the
-        `nnx.update` that ends a training run.
+        lacks are exactly zero. Momentum and weight decay of a plain optimizer still move these, and
+        an adapter in a reused slot inherits the moments of the one before it:
+        `jax_lora.training.per_adapter` makes an optimizer that does neither. `nnx.update` writes
+        all slots: load nothing between `nnx.split` and the `nnx.update` that ends a training run.
 
         An optimizer that moves what has no gradient at all (`optax.yogi`, `optax.noisy_sgd`) also
         fills the columns between an adapter's rank and its bucket, which then count: `save` writes
@@ -220,8 +225,11 @@ class AdapterBank(AdapterReader):
             trained.
           rngs: the stream `params` seeds it.
 
-        Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
-          `target_modules` names no layer.
+        Raises:
+          TypeError: a `config` or `rngs` of another type.
+          ValueError: `target_modules` names no layer.
+
+        The others are those of `load`.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
@@ -247,7 +255,7 @@ class AdapterBank(AdapterReader):
             which may be negative: PEFT's `add_weighted_adapter(combination_type="cat")`. A bank
             takes up to `adapters_per_row` of them; the weight of a name alone is 1.
           lengths: tokens of each row, if `x` is flat, `[T, H]`.
-          phase: "decode" or "prefill".
+          phase: "decode" or "prefill", or "exact" (see `AdapterBatch`).
 
         Raises:
           KeyError: an adapter is not loaded.
@@ -288,8 +296,7 @@ class AdapterBank(AdapterReader):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
-        Where several processes hold the model together, the first writes the folder. The others
-        return when it has.
+        Where several processes hold the model, the first writes the folder, and the others wait.
 
         Raises:
           KeyError: it is not loaded.
@@ -315,37 +322,16 @@ class AdapterBank(AdapterReader):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _install(
-        self, name: str, prepared: PreparedAdapter, replace: bool, agree: Callable[[str], None]
-    ) -> None:
+    def _install(self, name: str, prepared: PreparedAdapter, replace: bool, agree: Agree) -> None:
         if prepared.guard is not self._guard:
             raise ValueError(f"adapter {name!r} was prepared for another model")
         adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
-        writer = self._writers[bucket]
         # On the device before anything changes: what follows allocates nothing to speak of.
-        placed = jax.block_until_ready(writer.place(prepared.values))
+        placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
         full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
-        modules = frozenset(adapter.modules)
+        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
-
-        def commit() -> None:
-            self._check_name(name, replace)  # another thread may have taken it
-            leases = list(self._guard.leases)
-            slot, evicted = self._table.find(bucket, name, leases)
-            place = self._full.find(name, full, self._table, evicted, leases)
-            agree(f"{what} into slot {slot} of bucket {bucket}, evicting {evicted!r}")
-            try:
-                writer.write(slot, placed, place.slots)
-                self._full.put(self._table.id_of(bucket, slot), place, full)
-            finally:
-                self._guard.writes += 1
-            for other in (evicted, *place.evicted):
-                if other is not None:
-                    self._table.forget(other, evicted_by=name)
-            self._table.put(name, Entry(bucket, slot, adapter.config, modules))
-
-        self._write(commit)
-        self._tell()
+        self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=replace)
 
     def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""

@@ -95,6 +95,14 @@ class FullSlots:
                     "base model's; it takes a row of its own, with weight 1"
                 )
 
+    def check_none(self, name: str, id_: int) -> None:
+        """ValueError if an adapter, which has this id, has whole weights."""
+        if any(table[id_] >= 0 for table in self._tables.values()):
+            raise ValueError(
+                f"adapter {name!r} has whole weights (modules_to_save), which publish does not "
+                "copy; save it and load the folder"
+            )
+
     def place(self, name: str, adapter: Adapter, *, is_own: bool) -> dict[str, list[Array]]:
         """An adapter's whole weights on the device. Copies what is the caller's.
 

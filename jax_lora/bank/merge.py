@@ -132,7 +132,7 @@ def _merged_kernel(
     for site, weights in adapted:
         wide = np.zeros((weights.rank, matrix.shape[1]), np.float32)
         wide[:, site.columns] = weights.b.T
-        a, b = _placed(matrix, weights.a.T.astype(np.float32), wide)
+        a, b = _placed(matrix, np.asarray(weights.a).T.astype(np.float32), wide)
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         matrix += delta * jnp.float32(weights.scale)
         if weights.magnitude is not None:

@@ -206,6 +206,20 @@ def _check_full(name: str, module: str, full: FullShape, site: Site | None) -> N
         )
 
 
+def check_same(sites: Mapping[str, Site], others: Mapping[str, Site]) -> None:
+    """ValueError unless two models have the same LoRA layers, which hold the same modules."""
+    mine, theirs = (
+        [(module, site.features, site.nth, site.index) for module, site in found.items()]
+        for found in (sites, others)
+    )
+    if mine != theirs:
+        odd = sorted({(name, features) for name, features, *_ in {*mine} ^ {*theirs}})
+        raise ValueError(
+            "the two banks' models must have the same LoRA layers, stacked alike; they differ in "
+            f"{some((f'{name} {list(features)}' for name, features in odd), str)}"
+        )
+
+
 def some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:
     """The names, or the first of many, for a message."""
     shown = [f"{show(name):.80}" for name in names]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,9 @@ from jax_lora.tokens import first_ids
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
 
+# Of all banks of the process: an optimizer's state may outlive the bank that it began with.
+_SERIALS = itertools.count(1)
+
 
 class BankFullError(RuntimeError):
     """Every slot of a bucket is pinned or leased, so nothing may be evicted."""
@@ -20,13 +24,18 @@ class BankFullError(RuntimeError):
 
 @dataclasses.dataclass
 class Entry:
-    """A loaded adapter: where it lives, and what the stacks don't tell of it."""
+    """A loaded adapter: where it lives, and what the stacks don't tell of it.
+
+    Attributes:
+      serial: a number that no other load has, by which an optimizer knows its own state of it.
+    """
 
     bucket: int
     slot: int
     config: LoRAConfig
     modules: frozenset[str]
     pinned: bool = False
+    serial: int = dataclasses.field(default_factory=lambda: next(_SERIALS))
 
     @property
     def rank(self) -> int:

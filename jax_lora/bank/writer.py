@@ -34,14 +34,27 @@ class _Held(NamedTuple):
 # One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
-_OfLayers = list[tuple[Array, list[Array]]]
+OfLayers = list[tuple[Array, list[Array]]]
 
 
 class _Arrays(NamedTuple):
     """What a write changes: the layers' scales and stacks, and the tables of their full slots."""
 
-    layers: _OfLayers
+    layers: OfLayers
     tables: list[Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What one slot of each layer of a bucket is.
+
+    Attributes:
+      shapes: its scales and arrays, as `_Held` has them, and where they go.
+      firsts: where the scales of each stack start in the layer's.
+    """
+
+    shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
+    firsts: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,9 +105,14 @@ class SlotWriter:
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
-        self._shapes = _slot_shapes(self._arrays().layers, of_layers)
+        self.layout = Layout(_slot_shapes(self.arrays, of_layers), _scales_offsets(of_layers))
         self._programs: list[_Program] = []
         self._program(self._arrays())
+
+    @property
+    def arrays(self) -> OfLayers:
+        """The layers' scales and stacks, as the variables hold them now."""
+        return self._arrays().layers
 
     def _arrays(self) -> _Arrays:
         tables = [table.get_value() for table in self._tables]
@@ -113,7 +131,7 @@ class SlotWriter:
         """One slot of each layer, all zeros."""
         return [
             (np.zeros(scales.shape, scales.dtype), [np.zeros(a.shape, a.dtype) for a in arrays])
-            for scales, arrays in self._shapes
+            for scales, arrays in self.layout.shapes
         ]
 
     def place(self, values: list[SlotOfLayer]) -> list[SlotOfLayer]:
@@ -195,7 +213,7 @@ def _without_slots(array: Array, slots_axis: int) -> Sharding | None:
 
 
 def _slot_shapes(
-    arrays: _OfLayers, of_layers: list[list[LoRAStack]]
+    arrays: OfLayers, of_layers: list[list[LoRAStack]]
 ) -> list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]:
     """What one slot of each layer is, and where it goes: scales, and A and B of each stack."""
     return [
@@ -216,8 +234,13 @@ def _slot_shapes(
     ]
 
 
+def _scales_offsets(of_layers: list[list[LoRAStack]]) -> list[np.ndarray]:
+    """Where the scales of each stack start in its layer's."""
+    return [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
+
+
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
-    firsts = [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
+    firsts = _scales_offsets(of_layers)
 
     def write_slot(
         arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
@@ -279,12 +302,13 @@ def slot_values(
 
 
 def as_stored(
-    name: str, module: str, weights: Sequence[np.ndarray], dtype: np.dtype
+    name: str, module: str, weights: Sequence[np.ndarray | Array], dtype: np.dtype
 ) -> list[np.ndarray]:
     """An adapter's weights in the stacks' dtype."""
+    given = [np.asarray(t) for t in weights]
     with np.errstate(over="ignore"):
-        stored = [t.astype(dtype, copy=False) for t in weights]
-    for new, old in zip(stored, weights):
+        stored = [t.astype(dtype, copy=False) for t in given]
+    for new, old in zip(stored, given):
         if new.dtype != old.dtype and np.any(np.isinf(new) & ~np.isinf(old)):
             raise ValueError(
                 f"adapter {name!r}: weights of {module} overflow the stacks' {dtype}; give "

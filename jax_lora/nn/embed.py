@@ -165,6 +165,11 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
     def _add_by(
         self, y: Array, x: Array, adapters: AdapterBatch, implementation: Implementation | None
     ) -> Array:
+        if adapters.phase == "exact":
+            raise ValueError(
+                "the phase 'exact' does not cover LoRA of embeddings; give apply_lora a target "
+                "without them"
+            )
         tokens, out = x.reshape(-1), y.reshape(-1, y.shape[-1])
         stacks = list(zip(self.stacks, self.parts(adapters)))
         columns = columns_of(adapters.segments(x.shape))

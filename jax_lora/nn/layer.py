@@ -327,6 +327,11 @@ class LoRALayer(nnx.Module):
                 "layers whose ranks are divided over a mesh take one adapter per row, not mixes; "
                 "give apply_lora no fully_sharded=True"
             )
+        elif adapters.phase == "exact":
+            raise ValueError(
+                "the phase 'exact' does not cover layers whose ranks are divided over a mesh; give "
+                "apply_lora no fully_sharded=True"
+            )
         else:
             out = add_by_ranks(rows, x, parts, segments, adapters.phase, shards)
         return self.y_tensor(out.reshape(y_matrix.shape), y)

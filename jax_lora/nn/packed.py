@@ -42,7 +42,7 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
     # more than launches.
     if (
         batch is None
-        or batch.phase == "prefill"
+        or batch.phase != "decode"
         or not any(isinstance(layer, LoRADense) for layer in layers)
         or any(
             isinstance(layer, LoRADense)

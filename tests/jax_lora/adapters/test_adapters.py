@@ -717,7 +717,7 @@ def test_bad_config_arguments(arguments, error):
         ({"q": weights(scale=math.nan)}, ValueError, "the weights nan"),
         ({"q": weights(dtype=np.int32)}, ValueError, "lora_A has dtype int32"),
         ({"q/k": weights()}, ValueError, "'q/k' is not a module's name"),
-        ({"q": LoRAWeights([[1.0]], [[1.0]], 2.0)}, TypeError, "must be NumPy arrays, got list"),
+        ({"q": LoRAWeights([[1.0]], [[1.0]], 2.0)}, TypeError, "NumPy's or JAX's arrays, got list"),
     ],
 )
 def test_adapters_in_memory_are_checked(modules, error, message):

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from tiny import FEATURES, Mlp, expected, forward, make_adapter, tokens
+from tiny import Mlp, expected, forward, make_adapter, tokens
+from torch_mlp import TorchMlp, peft_run
 
 import jax_lora
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, load_peft, use
@@ -86,35 +87,6 @@ def slots_of(state, bank, name):
     }
 
 
-class TorchMlp(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        for name, (h, n) in FEATURES.items():
-            linear = torch.nn.Linear(h, n)
-            source = getattr(model, name)
-            with torch.no_grad():
-                linear.weight.copy_(torch.tensor(np.asarray(source.kernel[...]).T))
-                linear.bias.copy_(torch.tensor(np.asarray(source.bias[...])))
-            setattr(self, name, linear)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-def peft_run(model, folder, name, optimizer, steps):
-    """The same training of one adapter alone, over its own rows."""
-    rows = [n for n, other in enumerate(NAMES) if other == name]
-    run = peft.PeftModel.from_pretrained(TorchMlp(model), folder, is_trainable=True)
-    tx = optimizer(p for p in run.parameters() if p.requires_grad)
-    x, targets = torch.tensor(X[rows]), torch.tensor(TARGETS[rows])
-    for _ in range(steps):
-        tx.zero_grad()
-        loss = ((run(x) - targets) ** 2).mean(-1).mean()
-        loss.backward()
-        tx.step()
-    return run
-
-
 OPTIMIZERS = {
     "sgd": (optax.sgd(0.1), lambda p: torch.optim.SGD(p, 0.1)),
     "adam": (optax.adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),
@@ -138,7 +110,9 @@ def test_one_mixed_step_equals_two_peft_runs(pair, tmp_path, optimizer, phase, s
         bank.save(name, tmp_path / f"{name} before")
     train(model, bank.batch(NAMES, phase=phase), tx, steps)
     for name in CONFIGS:
-        run = peft_run(model, tmp_path / f"{name} before", name, torch_tx, steps)
+        rows = [n for n, other in enumerate(NAMES) if other == name]
+        folder = tmp_path / f"{name} before"
+        run = peft_run(model, folder, torch_tx, steps, X[rows], TARGETS[rows])
         run.save_pretrained(tmp_path / f"{name} peft")
         bank.save(name, tmp_path / f"{name} after")
         got, right, before = (

@@ -1,0 +1,243 @@
+"""Slots filled from what is on a device already, without the host."""
+
+import functools
+import weakref
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig
+from jax_lora.bank import dora
+from jax_lora.bank.agreement import Agree
+from jax_lora.bank.full import FullSlots
+from jax_lora.bank.roster import Roster
+from jax_lora.bank.sites import Site, check_fit, check_same
+from jax_lora.bank.slots import Entry
+from jax_lora.bank.tokens import check_tokens
+from jax_lora.bank.writer import Layout, OfLayers, SlotOfLayer, SlotWriter
+from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.stacks import get_slot
+
+# An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
+# it the module that it has, if any.
+_Made = tuple[tuple[int, ...], np.dtype, int, tuple[str | None, ...]]
+
+
+def is_on_device(adapter: Adapter) -> bool:
+    """Whether all of its weights are JAX's, and A and B alone."""
+    if adapter.config.dora or adapter.full or adapter.tokens:
+        return False
+    halves = (half for weights in adapter.modules.values() for half in (weights.a, weights.b))
+    return all(isinstance(half, jax.Array) for half in halves)
+
+
+def values_on_device(
+    adapter: Adapter,
+    writer: SlotWriter,
+    sites: Mapping[str, Site],
+    layers: list[LoRALayer],
+) -> list[SlotOfLayer]:
+    """What `slot_values` makes, of an adapter on a device; one program for all that are shaped so.
+
+    Raises:
+      ValueError: weights may overflow the stacks' dtype.
+    """
+    of_layer: dict[int, dict[tuple[int, tuple[int, ...]], str]] = {}
+    for module in adapter.modules:
+        site = sites[module]
+        of_layer.setdefault(id(site.layer), {})[site.nth, site.index] = module
+    made: list[_Made] = []
+    slots: list[tuple[np.ndarray, int]] = []
+    for layer, (scales, arrays) in zip(layers, writer.layout.shapes):
+        modules = of_layer.get(id(layer), {})
+        own_scales = np.zeros(scales.shape, scales.dtype)
+        for (nth, index), module in modules.items():
+            own_scales[*index, nth] = adapter.modules[module].scale
+        slots.append((own_scales, len(arrays)))
+        for number, array in enumerate(arrays):
+            nth, half = divmod(number, 2)
+            there = tuple(modules.get((nth, index)) for index in np.ndindex(*layer.lead))
+            made.append((array.shape, array.dtype, half, there))
+    halves = {module: (weights.a, weights.b) for module, weights in adapter.modules.items()}
+    for module, both in halves.items():
+        dtype = sites[module].variables[0].dtype
+        _check_cast({half.dtype for half in both}, dtype)
+    flat = iter(_assembled(halves, tuple(made)))
+    return [(scales, [next(flat) for _ in range(count)]) for scales, count in slots]
+
+
+@functools.partial(jax.jit, static_argnames="made")
+def _assembled(halves: Mapping[str, tuple[Array, Array]], made: tuple[_Made, ...]) -> list[Array]:
+    out = []
+    for shape, dtype, half, modules in made:
+        size = shape[-2:]
+        parts = [
+            jnp.zeros(size, dtype) if module is None else _padded(halves[module][half], size, dtype)
+            for module in modules
+        ]
+        out.append(jnp.stack(parts).reshape(shape))
+    return out
+
+
+def _padded(array: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """`array` in the front of zeros of another shape."""
+    return jnp.pad(array.astype(dtype), [(0, size - own) for own, size in zip(array.shape, shape)])
+
+
+def _check_cast(dtypes: set[np.dtype], dtype: np.dtype) -> None:
+    if dtype == jnp.float16 and dtypes != {dtype}:
+        raise ValueError(
+            f"an adapter of {', '.join(sorted(map(str, dtypes)))} on a device may overflow the "
+            "stacks' float16, which only the host could tell; cast it before, or give apply_lora "
+            "another dtype="
+        )
+
+
+def copied_slot(source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotOfLayer]:
+    """A slot of `source`, as one of `target` holds it: zeros behind the rank, in its dtype.
+
+    Raises:
+      ValueError: weights may overflow the dtype of `target`.
+    """
+    return _copied(source.arrays, np.int32(slot), source.layout, target.layout)
+
+
+@functools.partial(jax.jit, static_argnames=("source", "target"))
+def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> list[SlotOfLayer]:
+    copied: list[SlotOfLayer] = []
+    for (scales, stacks), firsts, (_, wanted) in zip(arrays, source.firsts, target.shapes):
+        if len(stacks) != len(wanted):
+            raise ValueError(
+                "one of the two models has room for DoRA and the other has none; give both "
+                "apply_lora(dora=True), or none"
+            )
+        halves = []
+        for stack, shape in zip(stacks, wanted):
+            _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
+            halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
+        copied.append((scales[..., firsts + slot], list[np.ndarray | Array](halves)))
+    return copied
+
+
+class Filling(NamedTuple):
+    """What a slot of a bucket is to hold, on the device, and what the stacks don't tell of it.
+
+    Attributes:
+      full: the whole weights that go into full slots, by module.
+    """
+
+    bucket: int
+    values: list[SlotOfLayer]
+    config: LoRAConfig
+    modules: frozenset[str]
+    full: Mapping[str, list[Array]]
+
+
+class Publisher(Roster):
+    """What fills the slots of a bank: the base of `AdapterBank`, which makes what it needs."""
+
+    _sites: dict[str, Site]
+    _writers: dict[int, SlotWriter]
+    _full: FullSlots
+
+    def __init__(self, model: nnx.Module) -> None:
+        super().__init__(model)
+        self._alike: weakref.WeakSet[Publisher] = weakref.WeakSet([self])
+
+    def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
+        """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
+
+            bank.publish("policy", "policy in training")
+            serving.publish("policy", "policy", bank=training)     # of another model's bank
+
+        The copy is made on the device. It takes the place of the adapter of this name: in its slot,
+        or in another one where a batch leases that. Requests under way so go on with the old
+        version, and the next batch that names it has the new one. `source` keeps its slot.
+
+        Neither the host nor the caller waits for the device. The first copy between two buckets
+        compiles a small program, the following compile nothing.
+
+        Args:
+          name: of the copy, as in `load`; loaded or not.
+          source: the adapter to copy, of another name where it is one of this bank.
+          bank: which has `source`; None for this one. Its model must have the same LoRA layers.
+            The copy has this model's dtype, and a bucket that holds all of the source's.
+
+        Raises:
+          KeyError: `source` is not loaded.
+          TypeError: `bank` is none.
+          ValueError: `name` is malformed or that of the source; the models differ, or this one
+            lacks the bucket; weights may overflow its dtype; the source has whole weights.
+          BankFullError: all slots of the bucket but the source's are pinned or leased.
+          RuntimeError: as in `load`.
+          In each case the bank is as it was.
+        """
+        other = self if bank is None else bank
+        if not isinstance(other, Publisher):
+            raise TypeError(f"bank must be an AdapterBank, got {type(bank).__name__}")
+        with self._agreement.turn() as agree:
+            self._check_name(name, replace=True)
+            if other is self and name == source:
+                raise ValueError(f"publish {name!r} under another name than that of its training")
+            lease, (entry,) = other._lease([source])  # lest the copy take its slot
+            other._full.check_none(source, other._table.id(entry))
+            if other not in self._alike:
+                check_same(self._sites, other._sites)
+                self._alike.add(other)
+            bucket = self._bucket_for(name, entry.bucket)
+            with other.stepping:
+                slot = other._writers[entry.bucket], entry.slot
+                values = copied_slot(*slot, self._writers[bucket])
+            filling = Filling(bucket, values, entry.config, entry.modules, {})
+            what = f"publish {source!r} as {name!r}"
+            self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=True)
+            lease.is_open = False
+
+    def _check_header(self, name: str, header: AdapterHeader) -> int:
+        """The bucket of an adapter, before its weights are read, if the model has room for it."""
+        check_fit(name, header, self._sites)
+        check_tokens(name, header, self._sites)
+        features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
+        dora.check_room(name, header.config.dora, features, self._sites)
+        if header.config.dora or header.full or header.tokens:
+            self._agreement.check_alone(f"{name!r} has DoRA, whole weights or trained tokens")
+        return self._bucket_for(name, header.rank)
+
+    def _base_weight(self, module: str) -> np.ndarray:
+        """The model's own weight of a PEFT module, as PEFT stores it."""
+        if module not in self._sites:
+            raise ValueError(
+                f"the files have a copy of the base model's weight of {module}, which has no LoRA "
+                "in this model to be compared with; name it in apply_lora's target, or save the "
+                "adapter with save_pretrained(path, save_embedding_layers=False)"
+            )
+        self._agreement.check_alone(f"{module} has a copy of its base weight")
+        return np.asarray(self._sites[module].base_weight())
+
+    def _fill(self, name: str, filling: "Filling", agree: Agree, *, replace: bool) -> None:
+        """Writes what a slot is to hold, which is on the device, and gives it the name."""
+        bucket, values, config, modules, full = filling
+
+        def commit() -> None:
+            self._check_name(name, replace)  # another thread may have taken it
+            leases = list(self._guard.leases)
+            slot, evicted = self._table.find(bucket, name, leases)
+            place = self._full.find(name, full, self._table, evicted, leases)
+            agree(f"into slot {slot} of bucket {bucket}, evicting {evicted!r}")
+            try:
+                self._writers[bucket].write(slot, values, place.slots)
+                self._full.put(self._table.id_of(bucket, slot), place, full)
+            finally:
+                self._guard.writes += 1
+            for other in (evicted, *place.evicted):
+                if other is not None:
+                    self._table.forget(other, evicted_by=name)
+            self._table.put(name, Entry(bucket, slot, config, modules))
+
+        self._write(commit)
+        self._tell()
