@@ -20,11 +20,10 @@ from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
-from jax_lora.bank.publish import Filling, is_on_device, values_on_device
+from jax_lora.bank.publish import Filling
 from jax_lora.bank.reader import AdapterReader
 from jax_lora.bank.sites import Site, find_sites
-from jax_lora.bank.tokens import with_whole_tokens
-from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots, slot_values
+from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
 from jax_lora.tokens import first_ids
@@ -178,27 +177,6 @@ class AdapterBank(AdapterReader):
             elif rename is not None:
                 adapter = renamed(adapter, rename)
             self._install(name, self.prepare(name, adapter, is_own=is_own), replace, agree)
-
-    def prepare(self, name: str, adapter: Adapter, *, is_own: bool = False) -> PreparedAdapter:
-        """An adapter as its slot will hold it, for `load`. No slot changes.
-
-        Args:
-          name: what messages call it.
-          is_own: nobody writes the adapter's arrays any more, so they need not be copied.
-
-        Raises:
-          ValueError: as `load`.
-        """
-        bucket = self.check(name, adapter)
-        adapter = with_whole_tokens(adapter, self._sites)
-        layers, writer = list(self._layers.values()), self._writers[bucket]
-        if is_on_device(adapter):
-            values = values_on_device(adapter, writer, self._sites, layers)
-        else:
-            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
-        if adapter.config.dora:
-            dora.put_rescale(values, adapter, self._sites, layers)
-        return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False

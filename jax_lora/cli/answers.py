@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_lora.cli.programs import keep_programs
-from jax_lora.cli.terminal import stderr
+from jax_lora.cli.terminal import start_jax, stderr
 
 if TYPE_CHECKING:
     from jax_lora.serving.jobs import JobProgress
@@ -35,6 +35,7 @@ def answer_file(
         if not jax.sharding.get_abstract_mesh().empty:
             raise ValueError("--requests takes no --mesh: its engine runs on one device")
         keep_programs()
+        start_jax()
         from jax_lora.serving.jobs import Job, run_job
 
         answers = requests.with_name(f"{requests.name}.answers")

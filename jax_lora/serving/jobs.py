@@ -20,6 +20,7 @@ from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
 from jax_lora.nn.apply import apply_lora
+from jax_lora.plan import room_for
 from jax_lora.serving.chat import chat_prompt
 from jax_lora.serving.engine import AdapterLimits, Engine, Generation, RequestError, SamplingParams
 from jax_lora.serving.engine.shape import StepShape
@@ -252,11 +253,12 @@ def _engine(job: Job, base: Path, lines: list[_Line]) -> Engine:
     names = sorted({line.adapter for line in lines if line.adapter is not None})
     sources = {name: local_folder(job.adapters[name]) for name in names}
     links = {name: job.allow_links or is_hub_name(job.adapters[name]) for name in names}
-    ranks = [peft_header(sources[n], allow_links=links[n]).rank for n in names]
+    headers = [peft_header(sources[name], allow_links=links[name]) for name in names]
     model, bank = Llama.from_pretrained(base, dtype=job.dtype), None
     if names:
-        slots = {b: min(n, _MAX_SLOTS) for b, n in fitting_slots(ranks).items()}
-        apply_lora(model, slots=slots, buckets=tuple(slots))
+        fitting = fitting_slots([header.rank for header in headers])
+        slots = {bucket: min(count, _MAX_SLOTS) for bucket, count in fitting.items()}
+        apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
         bank = AdapterBank(model)
     longest = max(len(line.prompt) + (line.params.max_tokens or 0) for line in lines)
     shape = StepShape(
