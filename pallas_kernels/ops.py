@@ -646,6 +646,57 @@ def _arrays(part: LoRAPart) -> tuple[Array, Array, Array]:
     return jnp.asarray(part.lora_a), jnp.asarray(part.lora_b), jnp.asarray(part.scales)
 
 
+def delta_ahead(
+    base_x: Array,
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    indices: ArrayLike | Segments | Mix,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    *,
+    phase: str,
+) -> tuple[Array, tuple[Array, ...] | None]:
+    """What a decode step is to add to the ys, launched ahead of the product that makes them.
+
+    What reads the `base_x` that comes back is scheduled behind the launch, but does not wait for
+    it: XLA takes the barrier away once the order stands. A launch behind a product that fills the
+    GPU starts when that ends. H200, Llama-3-8B's decode step, 64 rows, 8 adapters of R=16: 280 us a
+    layer ahead, 292 behind.
+
+    Args:
+      base_x: what the product reads; `x` is it as a matrix.
+      shapes: of the ys.
+
+    Returns:
+      `base_x`, and the deltas; None for these where another form is faster.
+    """
+    x = checks.floats("x", x, "T H")
+    if phase != "decode" or not parts or not _by_kernels(x, parts, indices, shapes):
+        return base_x, None
+    widths, dtype = tuple(y.shape[1] for y in shapes), shapes[0].dtype
+    wide = jnp.float32 if isinstance(indices, Mix) else dtype  # which is such a sum anyway
+    deltas = lora_delta(x, parts, indices, widths, dtype=wide, phase=phase)
+    behind: tuple[Array, tuple[Array, ...]] = jax.lax.optimization_barrier((base_x, deltas))
+    return behind
+
+
+def _by_kernels(
+    x: Array,
+    parts: Sequence[LoRAPart],
+    indices: ArrayLike | Segments | Mix,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+) -> bool:
+    """Whether `lora_delta` is the fastest form."""
+    checked = _check_parts(
+        "add_lora", x, parts, _Adapters(indices), "decode", shapes, _How(None, None)
+    )
+    call = checked.call
+    if not x.shape[0] * sum(call.widths) or call.implementation != "auto":
+        return False
+    return makes_delta_at_once(
+        x, checked.parts, call.widths, shapes[0].dtype, len(columns_of(checked.ids))
+    )
+
+
 def add_in_step(
     ys: tuple[Array, ...],
     x: ArrayLike,
@@ -653,12 +704,16 @@ def add_in_step(
     indices: ArrayLike | Segments | Mix,
     *,
     phase: str,
+    deltas: tuple[Array, ...] | None = None,
 ) -> tuple[Array, ...]:
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
     That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
     does not work inside `jax.shard_map`. In the phase "exact" it is the form of `exact.in_chunks`.
+    `deltas` are those of `delta_ahead`, if it made some.
     """
+    if deltas is not None:
+        return _sums(ys, deltas)
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys]
     is_exact, how = phase == "exact", _How(None, None)
@@ -674,7 +729,10 @@ def add_in_step(
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
     if isinstance(checked.ids, Mix):  # which is a sum of float32 anyway
         call = call._replace(dtype=jnp.dtype(jnp.float32))
-    deltas = autodiff.lora_delta(call, x, checked.parts, checked.ids)
+    return _sums(ys, autodiff.lora_delta(call, x, checked.parts, checked.ids))
+
+
+def _sums(ys: tuple[Array, ...], deltas: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(
         (y.astype(jnp.float32) + delta.astype(jnp.float32)).astype(y.dtype)
         for y, delta in zip(ys, deltas)

@@ -155,8 +155,16 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
             )
         return self._add_by(nnx.Embed.__call__(self, x), x, adapters, "xla")
 
+    def _ahead(self, x: Array, adapters: AdapterBatch) -> tuple[Array, None]:
+        return x, None  # there is no product
+
     def _add_lora(
-        self, y: Array, x: Array, adapters: AdapterBatch, shards: Shards | None = None
+        self,
+        y: Array,
+        x: Array,
+        adapters: AdapterBatch,
+        shards: Shards | None = None,
+        deltas: tuple[Array, ...] | None = None,
     ) -> Array:
         # A kernel that writes in place does not work inside of a shard_map.
         is_manual = bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -36,7 +36,7 @@ from jax_lora.sharding import (
     shards_of,
 )
 from pallas_kernels import LoRAPart
-from pallas_kernels.ops import add_in_step
+from pallas_kernels.ops import add_in_step, delta_ahead
 from pallas_kernels.routing import Mix, Segments, ids_of
 from pallas_kernels.stacks import LayerStacks
 
@@ -235,12 +235,34 @@ class LoRALayer(nnx.Module):
         if adapters is not None and (shards := shards_of(self, jnp.asarray(x))):
             y = self._on_shards(shards, jnp.asarray(x), adapters)
             return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
-        y = self._base(x, out_sharding)
         if adapters is None:
-            return y
+            return self._base(x, out_sharding)
+        base_x, deltas = self._ahead(x, adapters)
+        y = self._base(base_x, out_sharding)
         if hasattr(self, "full"):
             y = self._with_full(y, jnp.asarray(x), adapters)
-        return self._add_lora(y, x, adapters)
+        return self._add_lora(y, x, adapters, deltas=deltas)
+
+    def _ahead(self, x: Array, adapters: AdapterBatch) -> tuple[Array, tuple[Array, ...] | None]:
+        """`delta_ahead` of the layer."""
+        if adapters.phase != "decode":
+            return x, None
+        y = jax.eval_shape(self._base, x)
+        shape = jax.eval_shape(self._rows_of_y, y)
+        matrix, parts, segments = self._operands(x, y.dtype, adapters)
+        return delta_ahead(x, matrix, parts, segments, (shape,), phase=adapters.phase)
+
+    def _operands(
+        self, x: Array, dtype: DTypeLike, adapters: AdapterBatch
+    ) -> tuple[Array, list[LoRAPart], Segments | Mix]:
+        """x as a matrix, the parts, and the adapters of its rows."""
+        (x,) = cast(Any, self).promote_dtype((x,), dtype=dtype)
+        x = self.x_matrix(x)
+        segments = adapters.segments(x.shape[:-1])
+        return x.reshape(-1, self.matrix_shape()[0]), self.parts(adapters), segments
+
+    def _rows_of_y(self, y: Array) -> Array:
+        return self.y_matrix(y).reshape(-1, self.matrix_shape()[1])
 
     def by_full(self, weights: FullWeights, x: Array) -> Array:
         """The layer's output with other weights."""
@@ -310,31 +332,33 @@ class LoRALayer(nnx.Module):
         )
 
     def _add_lora(
-        self, y: Array, x: Array, adapters: AdapterBatch, shards: Shards | None = None
+        self,
+        y: Array,
+        x: Array,
+        adapters: AdapterBatch,
+        shards: Shards | None = None,
+        deltas: tuple[Array, ...] | None = None,
     ) -> Array:
-        """`shards`: of a layer that is fully sharded, inside of its `shard_map`."""
-        (x,) = cast(Any, self).promote_dtype((x,), dtype=y.dtype)
-        in_features, out_features = self.matrix_shape()
-        x = self.x_matrix(x)
-        segments, parts = adapters.segments(x.shape[:-1]), self.parts(adapters)
-        y_matrix, x = self.y_matrix(y), x.reshape(-1, in_features)
-        rows = y_matrix.reshape(-1, out_features)
+        """`shards`: of a layer that is fully sharded, inside of its `shard_map`. `deltas`: of
+        `_ahead`."""
+        matrix, parts, segments = self._operands(x, y.dtype, adapters)
+        rows, phase = self._rows_of_y(y), adapters.phase
         if shards is None:
-            [out] = add_in_step((rows,), x, parts, segments, phase=adapters.phase)
+            [out] = add_in_step((rows,), matrix, parts, segments, phase=phase, deltas=deltas)
             out = rescaled(self, out, parts, segments)
         elif isinstance(segments, Mix):
             raise ValueError(
                 "layers whose ranks are divided over a mesh take one adapter per row, not mixes; "
                 "give apply_lora no fully_sharded=True"
             )
-        elif adapters.phase == "exact":
+        elif phase == "exact":
             raise ValueError(
                 "the phase 'exact' does not cover layers whose ranks are divided over a mesh; give "
                 "apply_lora no fully_sharded=True"
             )
         else:
-            out = add_by_ranks(rows, x, parts, segments, adapters.phase, shards)
-        return self.y_tensor(out.reshape(y_matrix.shape), y)
+            out = add_by_ranks(rows, matrix, parts, segments, phase, shards)
+        return self.y_tensor(out.reshape(self.y_matrix(y).shape), y)
 
 
 def _name(path: ModulePath) -> Hashable:

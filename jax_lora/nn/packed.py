@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -13,7 +14,7 @@ from jax_lora.batch import current, use
 from jax_lora.nn.dora import rescaled
 from jax_lora.nn.linear import LoRADense
 from jax_lora.sharding import shards_of
-from pallas_kernels.ops import add_in_step
+from pallas_kernels.ops import add_in_step, delta_ahead
 
 
 def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
@@ -51,9 +52,13 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         )
     ):
         return tuple(layer(x) for layer in layers)
-    with use(None):
-        ys = [layer(x) for layer in layers]
-    (x,) = layers[0].promote_dtype((x,), dtype=ys[0].dtype)
+
+    def base(x: Array) -> list[Array]:
+        with use(None):
+            return [layer(x) for layer in layers]
+
+    shapes = jax.eval_shape(base, x)
+    (matrix,) = layers[0].promote_dtype((x,), dtype=shapes[0].dtype)
     ends = list(itertools.accumulate(layer.out_features for layer in layers))
     parts_of = [layer.parts(batch) if isinstance(layer, LoRADense) else [] for layer in layers]
     parts = [
@@ -61,9 +66,13 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         for mine, start in zip(parts_of, [0, *ends])
         for part in mine
     ]
+    segments = batch.segments(matrix.shape[:-1])
+    matrix = matrix.reshape(-1, matrix.shape[-1])
+    rows = [jax.ShapeDtypeStruct((matrix.shape[0], y.shape[-1]), y.dtype) for y in shapes]
+    x, deltas = delta_ahead(x, matrix, parts, segments, rows, phase=batch.phase)
+    ys = base(x)
     matrices = tuple(y.reshape(-1, y.shape[-1]) for y in ys)
-    segments = batch.segments(x.shape[:-1])
-    out = add_in_step(matrices, x.reshape(-1, x.shape[-1]), parts, segments, phase=batch.phase)
+    out = add_in_step(matrices, matrix, parts, segments, phase=batch.phase, deltas=deltas)
     out = tuple(
         rescaled(layer, new, mine, segments) if mine else new
         for layer, new, mine in zip(layers, out, parts_of)

@@ -323,6 +323,17 @@ def test_a_model_without_room_names_the_mend(saved):
         bank.create("x", config, rngs=nnx.Rngs(0))
 
 
+def test_an_embedding_is_refused_by_name():
+    model = nnx.Module()
+    model.embed = nnx.Embed(WIDTH, 8, rngs=nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8,), target="embed", dora=True)
+    bank = AdapterBank(model)
+    adapter = with_magnitudes(make_adapter(1, 3, features={"embed": (WIDTH, 8)}))
+    weights = dataclasses.replace(adapter.modules["embed"], is_embedding=True)
+    with pytest.raises(ValueError, match=r"uses DoRA, .* no room: 'embed'; .* in nnx\.Linear"):
+        bank.load("a", Adapter(adapter.config, {"embed": weights}))
+
+
 def test_room_for_dora_is_counted_and_needs_no_weights():
     sizes = []
     for dora in (False, True):
