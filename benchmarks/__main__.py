@@ -186,6 +186,99 @@ def step(
         tables.print_step(report)
 
 
+Layers = Annotated[int | None, typer.Option(min=1, help="Of the model; default: 32.")]
+
+
+@app.command()
+def serve(
+    layers: Layers = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of each workload.")] = 500,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time, of S-LoRA's.")] = 64,
+    adapters: Annotated[
+        str, typer.Option(help="Numbers of adapters, of S-LoRA's workloads.")
+    ] = "5,100,1000,2000",
+    slots: Annotated[
+        int,
+        typer.Option(min=1, help="Of each rank bucket; 64 of 8, 16, 32 and 64 each take 40 GB."),
+    ] = 64,
+    only: Annotated[
+        str, typer.Option(help="Workloads whose name has this: `Punica`, `rank 8`, ...")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Serve the workloads of Punica and S-LoRA by the engine, in a closed loop.
+
+    A model shaped like Llama-3-8B with random bfloat16 weights, LoRA on all seven projections, an
+    engine of 64 rows. Names of adapters stand for 50 distinct ones on the host, or fewer names for
+    themselves; each load is uploaded. Each workload stands beside the base model's in the same
+    lengths. Without a GPU a small model runs.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import serve as benchmark
+        from benchmarks import tables
+
+        counts = [int(count) for count in adapters.split(",")]
+        options = benchmark.Options(layers, requests, slots, steps=benchmark.steps_here())
+        report = benchmark.run(benchmark.workloads(in_flight, counts, only), options, progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_serve(report)
+
+
+@app.command()
+def engine(layers: Layers = None, as_json: Json = False) -> None:
+    """Time the engine's decode steps: 64 rows of a model shaped like Llama-3-8B, 1,024 tokens each.
+
+    Sampling and blocks of keys and values included. Without LoRA, also beside chunks of prompts;
+    then with 8 adapters of rank 16, 8 of ranks 8 to 128, and one of rank 16 for each row. Beside
+    each stands its target. Without a GPU a small model runs, and no target is held against it.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import engine_steps, tables
+        from benchmarks.step import Shape
+
+        report = engine_steps.run(Shape.of_this_machine(layers), progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_step(report)
+
+
+@app.command()
+def soak(
+    layers: Annotated[
+        int, typer.Option(min=1, help="Of the model. With 32, the adapters take 50 GB of disk.")
+    ] = 2,
+    requests: Annotated[int, typer.Option(min=2, help="Requests.")] = 2000,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="What all is drawn by.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Put a long mixed load on the engine, and ask each request once more alone.
+
+    Adapters of ranks 1 to 256 share 16 slots; 5 % of them are broken in different ways. Requests
+    have random lengths, some are cancelled, and adapters are replaced throughout. Each sound
+    request must have the bits that it has alone, nothing may compile, and all must have ended.
+    Exits with 1 where that is not so.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import soak as endurance
+        from benchmarks import tables
+
+        load = endurance.Load(adapters=adapters, requests=requests, seed=seed)
+        summary = endurance.run(load, progress, layers=layers)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    else:
+        tables.print_soak(summary)
+    if not summary.ok:
+        raise typer.Exit(1)
+
+
 @app.command()
 def train(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,

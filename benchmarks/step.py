@@ -498,7 +498,7 @@ def random_model(
     return model
 
 
-def random_adapter(model: Llama, rank: int) -> Adapter:
+def random_adapter(model: Llama, rank: int, seed: int = 0) -> Adapter:
     found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, LoRALayer)}
     names = numbered_names(array_shapes(model), {path: m.lead for path, m in found.items()})
     layers = {
@@ -507,7 +507,7 @@ def random_adapter(model: Llama, rank: int) -> Adapter:
         for name in with_numbers(names[path_name(path)], module.lead).values()
     }
     size = rank * max(map(max, layers.values()))
-    noise = np.random.default_rng(rank).normal(0, 0.02, size).astype(jnp.bfloat16)
+    noise = np.random.default_rng((rank, seed)).normal(0, 0.02, size).astype(jnp.bfloat16)
     config = LoRAConfig(rank, 2.0 * rank)
     modules = {
         name: LoRAWeights(

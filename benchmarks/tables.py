@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import mesh, step, torch_calls, train
+    from benchmarks import mesh, serve, soak, step, torch_calls, train
 
 _stdout = Console()
 
@@ -184,3 +184,39 @@ def _say(text: str) -> None:
 
 def _verdict(met: bool) -> str:
     return "met" if met else "missed"
+
+
+def print_serve(report: "serve.Report") -> None:
+    """A row per workload."""
+    names = ["workload", "tokens/s", "of base", "with prompts", "first ms", "p99", "next ms", "p99"]
+    table = _table([*names, "step ms", "loads"], range(1, 10))
+    for row in report.rows:
+        share = "" if row.of_base is None else f"{row.of_base:.1%}"
+        table.add_row(
+            row.name,
+            f"{row.tokens_per_s:,.0f}",
+            share,
+            f"{row.total_per_s:,.0f}",
+            *(f"{ms:.1f}" for ms in (*row.first_ms, *row.next_ms, row.step_ms)),
+            f"{row.loads}",
+        )
+    Console(width=max(_stdout.width, 140)).print(table)
+    _say(
+        f"{report.device}, {report.date}; {report.rows[0].requests} requests each; compiled and "
+        f"run once in {report.warmup_s:.1f} s; {report.shape}"
+    )
+
+
+def print_soak(summary: "soak.Summary") -> None:
+    """What came of the requests, and what is wrong."""
+    _say(
+        f"{summary.requests} requests: {summary.answered} answered, {summary.cancelled} cancelled, "
+        f"{summary.failed} failed as they should; {summary.replacements} adapters replaced; "
+        f"{summary.tokens} tokens in {summary.steps} steps and {summary.seconds:.0f} s; "
+        f"{summary.compilations} programs compiled."
+    )
+    for what, (half, end) in (("arrays", summary.device_bytes), ("process", summary.host_bytes)):
+        _say(f"Bytes of the {what}: {half:,} halfway, {end:,} at the end.")
+    for wrong in summary.wrong:
+        _say(f"wrong: {wrong}")
+    _say(f"{summary.device}: {'all right' if summary.ok else 'WRONG'}")

@@ -1,7 +1,6 @@
 """`AdapterBank`: loads, evicts, trains and saves the adapters of a model."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 
@@ -12,7 +11,6 @@ from jax_lora.adapters import (
     Adapter,
     LoRAConfig,
     Rename,
-    load_peft,
     renamed,
     save_peft,
 )
@@ -22,17 +20,17 @@ from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
-from jax_lora.bank.publish import Filling, Publisher, is_on_device, values_on_device
+from jax_lora.bank.publish import Filling
+from jax_lora.bank.reader import AdapterReader
 from jax_lora.bank.sites import Site, find_sites
-from jax_lora.bank.tokens import with_whole_tokens
-from jax_lora.bank.writer import SlotWriter, read_slots, slot_values
+from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
 from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
 
 
-class AdapterBank(Publisher):
+class AdapterBank(AdapterReader):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -128,7 +126,7 @@ class AdapterBank(Publisher):
     def load(
         self,
         name: str,
-        adapter: str | os.PathLike[str] | Adapter,
+        adapter: str | os.PathLike[str] | Adapter | PreparedAdapter,
         *,
         replace: bool = False,
         max_bytes: int | None = None,
@@ -143,7 +141,8 @@ class AdapterBank(Publisher):
           adapter: a PEFT folder, or an `Adapter`. NumPy arrays are read before `load` returns.
             Where all are JAX's, they go from device to device, without the host, by a program that
             the first adapter of these shapes compiles; it reads them when the device comes to it,
-            so copy before (`jnp.copy`) what another library goes on writing.
+            so copy before (`jnp.copy`) what another library goes on writing. Or what `prepare`
+            made of one, which takes the least time.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
@@ -162,12 +161,14 @@ class AdapterBank(Publisher):
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
+            if isinstance(adapter, PreparedAdapter):
+                self._install(name, adapter, replace, agree)
+                return
             is_own = not isinstance(adapter, Adapter)
             if not isinstance(adapter, Adapter):
-                adapter = load_peft(
+                adapter = self.read(
+                    name,
                     adapter,
-                    check=functools.partial(self._check_header, name),
-                    base_weight=self._base_weight,
                     max_bytes=max_bytes,
                     rename=rename,
                     allow_links=allow_links,
@@ -175,7 +176,7 @@ class AdapterBank(Publisher):
                 )
             elif rename is not None:
                 adapter = renamed(adapter, rename)
-            self._install(name, adapter, replace, agree, is_own=is_own)
+            self._install(name, self.prepare(name, adapter, is_own=is_own), replace, agree)
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
@@ -211,7 +212,7 @@ class AdapterBank(Publisher):
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
             adapter = new_adapter(config, rngs, self._sites)
-            self._install(name, adapter, replace, agree, is_own=True)
+            self._install(name, self.prepare(name, adapter, is_own=True), replace, agree)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -299,21 +300,12 @@ class AdapterBank(Publisher):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _install(
-        self, name: str, adapter: Adapter, replace: bool, agree: Agree, *, is_own: bool
-    ) -> None:
-        bucket = self._check_header(name, adapter.header)
-        adapter = with_whole_tokens(adapter, self._sites)
-        layers = list(self._layers.values())
-        writer = self._writers[bucket]
-        if is_on_device(adapter):
-            values = values_on_device(adapter, writer, self._sites, layers)
-        else:
-            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
-        if adapter.config.dora:
-            dora.put_rescale(values, adapter, self._sites, layers)
+    def _install(self, name: str, prepared: PreparedAdapter, replace: bool, agree: Agree) -> None:
+        if prepared.guard is not self._guard:
+            raise ValueError(f"adapter {name!r} was prepared for another model")
+        adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
         # On the device before anything changes: what follows allocates nothing to speak of.
-        placed = jax.block_until_ready(writer.place(values))
+        placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
         full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
         filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"

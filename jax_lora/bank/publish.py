@@ -236,7 +236,8 @@ class Publisher(Roster):
                 self._guard.writes += 1
             for other in (evicted, *place.evicted):
                 if other is not None:
-                    self._table.forget(other, f"evicted by the load of {name!r}")
+                    self._table.forget(other, evicted_by=name)
             self._table.put(name, Entry(bucket, slot, config, modules))
 
         self._write(commit)
+        self._tell()

@@ -1,14 +1,14 @@
 """Which adapters a model holds, in which slots, and which of them must stay."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.owner import StackOwner
-from jax_lora.bank.slots import Entry, SlotTable
+from jax_lora.bank.slots import BankEvent, BucketUsage, Entry, SlotTable
 from jax_lora.bank.trainees import Trainees, Turns, checked_rates
 from jax_lora.batch import Lease
 from jax_lora.messages import shown
@@ -24,6 +24,7 @@ class Roster(StackOwner):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         self._table = SlotTable(self._slots)
+        self._watchers: list[Callable[[BankEvent], None]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -35,6 +36,20 @@ class Roster(StackOwner):
     def slots(self) -> dict[int, int]:
         """Slots of each rank bucket."""
         return dict(self._slots)
+
+    def usage(self) -> dict[int, BucketUsage]:
+        """Of each rank bucket: who is pinned, leased and idle, and how many slots are free."""
+        with self._lock:
+            leases = list(self._guard.leases)
+            return {bucket: self._table.usage(bucket, leases) for bucket in self._slots}
+
+    def watch(self, callback: Callable[[BankEvent], None]) -> None:
+        """Has `callback` told of each adapter that is loaded, evicted or unloaded from now on.
+
+        It is called in the thread that did so, when that is done: it may use the bank.
+        """
+        with self._lock:
+            self._watchers.append(callback)
 
     def config(self, name: str) -> LoRAConfig:
         """Ranks and scales of a loaded adapter. KeyError if it is not loaded."""
@@ -56,7 +71,8 @@ class Roster(StackOwner):
         """
         with self._lock:
             self._entry(name)
-            self._table.forget(name, "unloaded")
+            self._table.forget(name)
+        self._tell()
 
     def pin(self, name: str) -> None:
         """Keeps an adapter from being evicted. KeyError if it is not loaded."""
@@ -105,12 +121,22 @@ class Roster(StackOwner):
             self._guard.leases.add(lease)
         return lease, entries
 
+    def _tell(self) -> None:
+        """Tells the watchers what has happened."""
+        with self._lock:
+            events, self._table.events = self._table.events, []
+            watchers = tuple(self._watchers)
+        for event in events:
+            for watcher in watchers:
+                watcher(event)
+
     def _entry(self, name: str) -> Entry:
         with self._lock:
             self._check_current()
             return self._table.entry(name)
 
-    def _check_name(self, name: str, replace: bool) -> None:
+    def check_name(self, name: str) -> None:
+        """Whether an adapter may be called so; else TypeError or ValueError."""
         if not isinstance(name, str):
             raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
         if not _NAME.fullmatch(name):
@@ -118,6 +144,9 @@ class Roster(StackOwner):
                 f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
                 f"characters, got {name!r:.300}"
             )
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        self.check_name(name)
         if name in self._table and not replace:
             raise ValueError(f"adapter {name!r} is loaded; unload it first, or give replace=True")
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
 
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.sites import some
@@ -41,12 +42,47 @@ class Entry:
         return max(map(self.config.rank_of, self.modules))
 
 
+@dataclasses.dataclass(frozen=True)
+class BucketUsage:
+    """The slots of a rank bucket, as whoever runs a bank sees them.
+
+    Attributes:
+      slots: how many there are.
+      room: those that a load could take now: free, or of an idle adapter.
+      free: those that hold no adapter and that no batch leases.
+      pinned, leased, idle: the adapters, the least recently used first. One may be pinned and
+        leased. An idle one is neither, so a load may evict it.
+      hits: how often a batch found an adapter here. loads, evictions: of adapters. All since the
+        bank was made.
+    """
+
+    slots: int
+    room: int
+    free: int
+    pinned: tuple[str, ...]
+    leased: tuple[str, ...]
+    idle: tuple[str, ...]
+    hits: int
+    loads: int
+    evictions: int
+
+
+class BankEvent(NamedTuple):
+    """What became of an adapter."""
+
+    kind: Literal["loaded", "evicted", "unloaded"]
+    name: str
+    bucket: int
+
+
 class SlotTable:
     """The adapters that are loaded. Not for several threads at once: the bank holds its lock."""
 
     def __init__(self, slots: Mapping[int, int]) -> None:
         self._slots = dict(slots)
         self._first_ids = first_ids(slots.items())
+        self._hits, self._loads, self._evictions = (collections.Counter[int]() for _ in range(3))
+        self.events: list[BankEvent] = []  # for the bank to tell
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
         self.entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
 
@@ -73,6 +109,7 @@ class SlotTable:
         """They are the most recently used, the last of them above all."""
         for name in names:
             self.entries.move_to_end(name)
+            self._hits[self.entries[name].bucket] += 1
 
     def put(self, name: str, entry: Entry) -> None:
         """Names a slot that holds the adapter. One of the same name gives way, but stays pinned."""
@@ -80,13 +117,41 @@ class SlotTable:
         entry.pinned = old is not None and old.pinned
         self.entries[name] = entry
         self._gone.pop(name, None)
+        self._loads[entry.bucket] += 1
+        self.events.append(BankEvent("loaded", name, entry.bucket))
 
-    def forget(self, name: str, why: str) -> None:
-        del self.entries[name]
+    def forget(self, name: str, evicted_by: str | None = None) -> None:
+        """Of an adapter that is evicted by the load of another one, or unloaded."""
+        bucket = self.entries.pop(name).bucket
+        self._evictions[bucket] += evicted_by is not None
+        self.events.append(BankEvent("evicted" if evicted_by else "unloaded", name, bucket))
+        why = f"evicted by the load of {evicted_by!r}" if evicted_by else "unloaded"
         self._gone[name] = why
         self._gone.move_to_end(name)
         if len(self._gone) > _MAX_GONE:
             self._gone.popitem(last=False)
+
+    def usage(self, bucket: int, leases: Iterable[Lease]) -> BucketUsage:
+        """Who has the bucket's slots."""
+        busy = _leased(leases)
+        here = {name: e for name, e in self.entries.items() if e.bucket == bucket}
+        taken = {entry.slot for entry in here.values()}
+        slots = range(self._slots[bucket])
+        free = sum(slot not in taken and (bucket, slot) not in busy for slot in slots)
+        pinned = tuple(name for name, entry in here.items() if entry.pinned)
+        leased = tuple(name for name, entry in here.items() if (bucket, entry.slot) in busy)
+        idle = tuple(name for name in here if name not in {*pinned, *leased})
+        return BucketUsage(
+            len(slots),
+            free + len(idle),
+            free,
+            pinned,
+            leased,
+            idle,
+            self._hits[bucket],
+            self._loads[bucket],
+            self._evictions[bucket],
+        )
 
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
@@ -94,7 +159,7 @@ class SlotTable:
         Raises:
           BankFullError: all slots of the bucket are pinned or leased.
         """
-        leased = {slot for lease in leases if lease.is_open for slot in lease.slots}
+        leased = _leased(leases)
         here = {other: e for other, e in self.entries.items() if e.bucket == bucket}
         usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
         taken = {entry.slot for entry in here.values()}
@@ -112,3 +177,8 @@ class SlotTable:
             f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
             f"({some(pinned)}); drop batches, unpin, or give apply_lora more slots="
         )
+
+
+def _leased(leases: Iterable[Lease]) -> set[tuple[int, int]]:
+    """The slots `(bucket, slot)` that batches lease."""
+    return {slot for lease in leases if lease.is_open for slot in lease.slots}

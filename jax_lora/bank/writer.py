@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from jax_lora.adapters import Adapter
 from jax_lora.bank.sites import Site
+from jax_lora.batch import Guard
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
 from jax_lora.sharding import put, whole
@@ -54,6 +55,36 @@ class Layout:
 
     shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
     firsts: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter on the host as a slot of its bucket holds it: a load has it to copy, no more.
+
+    Attributes:
+      is_own: nobody else writes the adapter's arrays.
+      guard: of the model that it is for.
+    """
+
+    adapter: Adapter
+    bucket: int
+    values: list[SlotOfLayer]
+    is_own: bool
+    guard: Guard
+
+    @property
+    def nbytes(self) -> int:
+        """Of a slot, however small the adapter's rank in its bucket is, and of whole weights."""
+        return sum(array.nbytes for array in self._arrays())
+
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        words = (np.asarray(array).astype(np.float32, copy=False) for array in self._arrays())
+        return all(np.isfinite(array).all() for array in words)
+
+    def _arrays(self) -> list[np.ndarray | Array]:
+        whole = [array for full in self.adapter.full.values() for array in full.arrays]
+        return whole + [array for scales, arrays in self.values for array in (scales, *arrays)]
 
 
 class SlotWriter:

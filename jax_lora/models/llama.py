@@ -23,6 +23,7 @@ from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
+from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages
 from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.embed import tie_head
@@ -76,8 +77,10 @@ class RMSNorm(nnx.Module):
 Memory = tuple[Array, Array]
 # What all layers have: one array with an axis of layers in front, or a tuple if not stacked.
 OfLayers = Array | tuple[Array, ...]
-# What tokens see: cosine and sine of their positions, and a mask `[#B, S, T]`.
-View = tuple[tuple[Array, Array], Array]
+# A mask `[#B, S, T]`; of pages, one for each kind of lanes.
+Mask = Array | tuple[Array, ...]
+# What tokens see: cosine and sine of their positions, and a mask.
+View = tuple[tuple[Array, Array], Mask]
 # What a layer has of its own: the past tokens, and which of the views (None: there is one).
 Own = tuple[Memory | None, int | Array | None]
 
@@ -126,11 +129,12 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B S H"],
         rope: tuple[Array, Array],
-        mask: Bool[Array, "#B S T"],
-        past: Memory | None,
-    ) -> tuple[Float[Array, "B S H"], Memory]:
+        mask: Mask,
+        past: Memory | LayerPages | None,
+    ) -> tuple[Float[Array, "B S H"], Memory | LayerPages]:
         """Attends to the `past` tokens, if any, and to those of x; also returns the latter's keys
-        and values. `mask` says which: all of the past ones, then those of x."""
+        and values. `mask` says which: all of the past ones, then those of x. Of pages it returns
+        those with the tokens of x, `[T, 1, H]`."""
         batch, length, _ = x.shape
         q, k, v = self._heads(x)
         q, k = rotate(q, rope), rotate(k, rope)
@@ -139,20 +143,37 @@ class Attention(nnx.Module):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         # Query head n reads key-value head n // G.
         q = q.reshape(batch, length, k.shape[1], -1, self.config.head_dim)
-        # The past is read where it stands: who adds to it first has to copy the layer's.
-        memories = [(k, v)] if past is None else [past, (k, v)]
-        scores = [self._scores(q, keys) for keys, _ in memories]
-        score = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
-        weights = jax.nn.softmax(score, axis=-1).astype(v.dtype)
-        each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
-        attended = [
-            jnp.einsum("bngst,bntd->bsngd", some, values, precision=_precision(x.dtype))
-            for some, (_, values) in zip(each, memories)
-        ]
-        out = sum(attended[1:], attended[0])
+        memory: Memory | LayerPages
+        if isinstance(past, LayerPages):
+            memory = past.with_tokens(k[:, :, 0], v[:, :, 0])
+            parts = zip(past.tokens.split(q[:, 0]), past.tokens.lanes, mask, strict=True)
+            read = [self._attended(own, [memory.of_lanes(ls)], m) for own, (ls, _), m in parts]
+            out = jnp.concatenate([part.reshape(-1, *q.shape[1:]) for part in read])
+        else:
+            memory = (k, v)
+            # The past is read where it stands: who adds to it first has to copy the layer's.
+            memories = [memory] if past is None else [past, memory]
+            out = self._attended(q, memories, cast(Array, mask))
         # Else XLA transposes the product once for each that reads it: the projection, its adapters.
         out = jax.lax.optimization_barrier(out.reshape(batch, length, -1))
-        return self.o_proj(out), (k, v)
+        return self.o_proj(out), memory
+
+    def _attended(
+        self,
+        q: Float[Array, "B S N G D"],
+        memories: list[Memory],
+        mask: Bool[Array, "#B S T"],
+    ) -> Float[Array, "B S N G D"]:
+        """What the queries see of the memories, which stand behind each other in the mask."""
+        scores = [self._scores(q, keys) for keys, _ in memories]
+        score = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), -jnp.inf)
+        weights = jax.nn.softmax(score, axis=-1).astype(q.dtype)
+        each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
+        attended = [
+            jnp.einsum("bngst,bntd->bsngd", some, values, precision=_precision(q.dtype))
+            for some, (_, values) in zip(each, memories)
+        ]
+        return sum(attended[1:], attended[0])
 
 
 class MLP(nnx.Module):
@@ -201,9 +222,9 @@ class DecoderLayer(nnx.Module):
         self,
         x: Array,
         rope: tuple[Array, Array],
-        mask: Array,
-        past: Memory | None,
-    ) -> tuple[Array, Memory]:
+        mask: Mask,
+        past: Memory | LayerPages | None,
+    ) -> tuple[Array, Memory | LayerPages]:
         attended, memory = self.self_attn(self.input_layernorm(x), rope, mask, past)
         if not self.is_sandwich:
             x = x + attended
@@ -288,31 +309,85 @@ class Decoder(nnx.Module):
             is_seen = jnp.pad(distances > 0, own, constant_values=True)
             distances = jnp.pad(distances, own)
         room = room or (tokens.shape[1] if cache is None else cache.size)
-        views = [
+        views: list[View] = [
             (
                 waves(kind.rope, config.head_dim, positions, room),
                 is_seen if kind.window is None else is_seen & (distances < kind.window),
             )
             for kind in config.attention_kinds
         ]
-        x = self.embed_tokens(tokens)
-        if config.scaled_embeddings:
-            x *= jnp.asarray(config.hidden_size**0.5, x.dtype)
         past = None if cache is None else (cache.keys, cache.values)
-        x, memories = self._run_layers(x, views, past)
+        x, memories = self._run_layers(self._embedded(tokens), views, past)
         return self.norm(x), memories
+
+    def _embedded(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S H"]:
+        x = self.embed_tokens(tokens)
+        if self.config.scaled_embeddings:
+            x *= jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        return x
+
+    def paged(
+        self,
+        tokens: Int[Array, " T"],
+        pages: Pages,
+        lanes: tuple[tuple[Lanes[Array], int], ...],
+        *,
+        room: int,
+    ) -> tuple[Float[Array, "T H"], Pages]:
+        """The tokens of all lanes, kind after kind; each sees what its request has in the blocks.
+
+        Args:
+          lanes: kinds of lanes, and how many tokens a lane of each kind has.
+          room: positions that scaled rotary embeddings are for.
+
+        Returns:
+          The last hidden states, and the blocks with the tokens.
+        """
+        config, step = self.config, PagedTokens.of(lanes, pages)
+        views: list[View] = [
+            (
+                waves(kind.rope, config.head_dim, step.positions[:, None], room),
+                step.masks(pages.block, kind.window),
+            )
+            for kind in config.attention_kinds
+        ]
+        view_of_kind = jax.tree.map(lambda *each: jnp.stack(each), *views)
+
+        def run(
+            layer: DecoderLayer, carry: tuple[Array, Pages], own: tuple[Array | int, ...] | None
+        ) -> tuple[tuple[Array, Pages], None]:
+            (x, pages), (number, kind) = carry, own or ()
+            is_only = len(views) == 1
+            rope, masks = views[0] if is_only else jax.tree.map(lambda t: t[kind], view_of_kind)
+            x, memory = layer(x, rope, masks, LayerPages(pages, number, step))
+            return (x, cast(LayerPages, memory).pages), None
+
+        carry, kinds = (self._embedded(tokens[:, None]), pages), self._kinds()
+        if self.scan:
+            own = jnp.arange(len(kinds), dtype=jnp.int32), jnp.array(kinds, jnp.int32)
+            carry, _ = scan_layers(run, cast(DecoderLayer, self.layers), carry, own)
+        else:
+            for each in zip(cast(nnx.List[DecoderLayer], self.layers), enumerate(kinds)):
+                carry, _ = run(each[0], carry, each[1])
+        x, pages = carry
+        return self.norm(x)[:, 0], pages
+
+    def _kinds(self) -> list[int]:
+        """Which of the config's kinds of attention each layer has."""
+        return [self.config.attention_kinds.index(k) for k in self.config.kinds_of_layers]
 
     def _run_layers(
         self, x: Array, views: list[View], past: tuple[OfLayers, OfLayers] | None
     ) -> tuple[Array, tuple[OfLayers, OfLayers]]:
-        kinds = [self.config.attention_kinds.index(k) for k in self.config.kinds_of_layers]
+        kinds = self._kinds()
         view_of_kind = jax.tree.map(lambda *each: jnp.stack(each), *views)
 
         def run(layer: DecoderLayer, x: Array, own: Own | None) -> tuple[Array, Memory]:
             past, kind = own or (None, None)
             # In a scan the kind is data: its view is one of several that stand side by side.
             rope, mask = views[0] if kind is None else jax.tree.map(lambda t: t[kind], view_of_kind)
-            return layer(x, rope, mask, past)
+            x, memory = layer(x, rope, mask, past)
+            return x, cast(Memory, memory)
 
         if self.scan:
             numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None

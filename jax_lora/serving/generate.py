@@ -1,75 +1,26 @@
 """Greedy completions of a batch: one compiled prefill, one compiled decode step."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jax_lora.bank import guard_of
 from jax_lora.batch import AdapterBatch, use
 from jax_lora.models.config import LlamaConfig, end_tokens
 from jax_lora.models.llama import KVCache, Llama, decode, prefill
 from jax_lora.process import check_process
+from jax_lora.serving.live import LiveModel, Structure
 from jax_lora.serving.options import step_options
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Structure:
-    """What a model is but for its arrays, hashed once: jit looks at it at every step."""
-
-    graphdef: nnx.GraphDef[Llama]
-    treedef: jax.tree_util.PyTreeDef
-    digest: int
-
-    @classmethod
-    def of(cls, graphdef: nnx.GraphDef[Llama], treedef: jax.tree_util.PyTreeDef) -> Self:
-        return cls(graphdef, treedef, hash((graphdef, treedef)))
-
-    def merge(self, leaves: list[Array]) -> Llama:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-
-    def __hash__(self) -> int:
-        return self.digest
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, _Structure)
-            and (self.digest, self.treedef, self.graphdef)
-            == (other.digest, other.treedef, other.graphdef)
-        )
-
 
 _Stepped = tuple[KVCache, Array, Array]  # the cache, each row's token, and whether it has ended
 
 
-class _LiveModel:
-    """A model whose stacks other threads may load while it steps."""
-
-    def __init__(self, model: Llama) -> None:
-        self.guard = guard_of(model)
-        with self.guard.lock:
-            graphdef, self.state = nnx.split(model)  # holds the model's own variables
-            self.writes = self.guard.writes
-            self.leaves, treedef = jax.tree.flatten(self.state)
-        self.structure = _Structure.of(graphdef, treedef)
-
-    def call(self, step: Callable[..., _Stepped], *args: object) -> _Stepped:
-        """`step` of the arrays that the variables hold now; a load waits until it is launched."""
-        with self.guard.lock:
-            if self.guard.writes != self.writes:
-                self.writes, self.leaves = self.guard.writes, jax.tree.leaves(self.state)
-            return step(self.structure, self.leaves, *args)
-
-
 def _first_token(
-    structure: _Structure,
+    structure: Structure,
     leaves: list[Array],
     tokens: Array,
     lengths: Array,
@@ -87,7 +38,7 @@ def _first_token(
 
 
 def _next_token(
-    structure: _Structure,
+    structure: Structure,
     leaves: list[Array],
     cache: KVCache,
     token: Array,
@@ -203,7 +154,7 @@ def generate(
             for phase in ("prefill", "decode")
         }
     )
-    live = _LiveModel(model)
+    live = LiveModel(model)
     first_token, next_token = _steps()
     cache, token, done = live.call(
         functools.partial(first_token, max_length=cache_size(prompts.shape[1] + max_new_tokens)),

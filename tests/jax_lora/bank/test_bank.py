@@ -1276,3 +1276,62 @@ def test_layers_stacked_along_a_later_axis_are_refused_by_name():
     message = r"up: its stacks are \[2, 3, 8, 16\] and should be \[3, 2, 8, 16\]; of layers stacked"
     with pytest.raises(ValueError, match=message):
         AdapterBank(model)
+
+
+def test_whoever_runs_a_bank_sees_what_becomes_of_adapters():
+    _, bank = make_bank(slots=1, buckets=(8, 16))
+    told = []
+    bank.watch(told.append)
+    bank.watch(lambda event: bank.usage())  # it may ask
+    bank.load("a", make_adapter(0, 4))
+    bank.load("b", make_adapter(1, 4))
+    bank.load("b", make_adapter(2, 16), replace=True)
+    bank.batch(["b", None, "b"])
+    bank.batch(["b"])
+    bank.unload("b")
+    assert [(*event,) for event in told] == [
+        ("loaded", "a", 8),
+        ("evicted", "a", 8),
+        ("loaded", "b", 8),
+        ("loaded", "b", 16),
+        ("unloaded", "b", 16),
+    ]
+    use = bank.usage()
+    assert [(use[n].hits, use[n].loads, use[n].evictions) for n in (8, 16)] == [
+        (0, 2, 1),
+        (2, 1, 0),
+    ]
+
+
+def test_a_prepared_adapter_is_loaded_as_the_adapter_is():
+    model, bank = make_bank()
+    adapter = make_adapter(0, 4)
+    prepared = bank.prepare("x", adapter)
+    for weights in adapter.modules.values():  # its arrays are the caller's still
+        weights.a[:] = np.nan
+    bank.load("x", prepared)
+    bank.load("y", prepared)
+    bank.load("z", make_adapter(0, 4), replace=True)
+    x = tokens(1)
+    right = expected(model, x, [make_adapter(0, 4)])
+    for name in ("y", "z"):
+        np.testing.assert_allclose(forward(model, x, bank.batch([name])), right, atol=1e-5)
+    assert prepared.bucket == bank.bucket("z") == 8 and bank.rank("y") == 4
+    _, other = make_bank()
+    with pytest.raises(ValueError, match="adapter 'x' was prepared for another model"):
+        other.load("x", prepared)
+    with pytest.raises(ValueError, match="rank 17 and needs bucket 32"):
+        bank.prepare("x", make_adapter(0, 17))
+
+
+def test_a_folder_is_checked_by_its_headers_alone(tmp_path):
+    _, bank = make_bank()
+    save_peft(filled_with(np.nan, 12), tmp_path)
+    assert bank.check_folder("x", tmp_path) == 16  # weights are not read
+    assert bank.names == ()
+    save_peft(make_adapter(0, 17), tmp_path)
+    with pytest.raises(ValueError, match="adapter 'x' has rank 17 and needs bucket 32"):
+        bank.check_folder("x", tmp_path)
+    save_peft(make_adapter(0, 4, features={"side": (4, 6)}), tmp_path)
+    with pytest.raises(ValueError, match="adapts modules without LoRA in this model: side"):
+        bank.check_folder("x", tmp_path)

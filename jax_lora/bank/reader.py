@@ -1,0 +1,80 @@
+"""Reading and preparing adapters for a model: what does not fit it is refused before it is read."""
+
+import os
+
+from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft, peft_header
+from jax_lora.bank import dora
+from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
+from jax_lora.bank.tokens import with_whole_tokens
+from jax_lora.bank.writer import PreparedAdapter, slot_values
+
+
+class AdapterReader(Publisher):
+    """What a bank does with an adapter before any slot is touched: a base of `AdapterBank`."""
+
+    def read(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        rename: Rename | None = None,
+        allow_links: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> Adapter:
+        """What `load` would put into a slot, for one that comes later. No slot changes.
+
+        Arguments and errors are those of `load`.
+        """
+
+        def check(header: AdapterHeader) -> None:
+            self._check_header(name, header)
+
+        return load_peft(
+            path,
+            check=check,
+            base_weight=self._base_weight,
+            max_bytes=max_bytes,
+            rename=rename,
+            allow_links=allow_links,
+            allow_nonfinite=allow_nonfinite,
+        )
+
+    def prepare(self, name: str, adapter: Adapter, *, is_own: bool = False) -> PreparedAdapter:
+        """An adapter as its slot will hold it, for `load`. No slot changes.
+
+        Args:
+          name: what messages call it.
+          is_own: nobody writes the adapter's arrays any more, so they need not be copied.
+
+        Raises:
+          ValueError: as `load`.
+        """
+        bucket = self.check(name, adapter)
+        adapter = with_whole_tokens(adapter, self._sites)
+        layers, writer = list(self._layers.values()), self._writers[bucket]
+        if is_on_device(adapter):
+            values = values_on_device(adapter, writer, self._sites, layers)
+        else:
+            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+        if adapter.config.dora:
+            dora.put_rescale(values, adapter, self._sites, layers)
+        return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
+
+    def check(self, name: str, adapter: Adapter) -> int:
+        """Whether the model has room for an adapter; the bucket that it goes to.
+
+        Raises:
+          ValueError: a module is not in the model or has other shapes; the model lacks the bucket.
+        """
+        return self._check_header(name, adapter.header)
+
+    def check_folder(
+        self, name: str, path: str | os.PathLike[str], *, allow_links: bool = False
+    ) -> int:
+        """What `check` says of a PEFT folder, by its config and the headers of its files alone.
+
+        Raises:
+          FileNotFoundError, ValueError: as `load`, but for what only weights can tell.
+        """
+        return self._check_header(name, peft_header(path, allow_links=allow_links))

@@ -1,0 +1,107 @@
+"""The engine's adapters without a model that says anything: who has a slot, and for how long."""
+
+import queue
+
+import pytest
+from tiny import make_adapter, make_bank
+
+from jax_lora.serving import AdapterLimits
+from jax_lora.serving.engine.adapters import AdapterDesk, Waiting
+
+
+class Desk:
+    """A desk over one slot of each bucket, and what its loop would do."""
+
+    def __init__(self):
+        _, self.bank = make_bank(slots=1)
+        self.messages, self.failed = queue.SimpleQueue(), []
+        fail = lambda name, reason: self.failed.append((name, reason))  # noqa: E731
+        self.desk = AdapterDesk(self.bank, AdapterLimits(), self.messages.put, fail)
+        for n, name in enumerate("abc"):
+            self.desk.add(name, make_adapter(n, 4), replace=False)
+
+    def pump(self, wanted, messages=1):
+        for _ in range(messages):
+            self.messages.get(timeout=30)()
+        self.desk.drop_idle(wanted)
+        self.desk.advance(wanted)
+
+    def bring(self, name, arrival):
+        """The adapter for a request, once it is there."""
+        assert self.desk.take(name, arrival) is None
+        wanted = {name: Waiting(arrival, None)}
+        self.pump(wanted)  # read
+        self.pump(wanted)  # uploaded
+        return self.desk.take(name, arrival)
+
+    def leased(self):
+        return self.bank.usage()[8].leased
+
+
+@pytest.fixture
+def desk():
+    desk = Desk()
+    yield desk
+    desk.desk.close()
+
+
+def test_an_adapter_keeps_its_slot_until_the_last_request_has_ended(desk):
+    first = desk.bring("a", 0)
+    second = desk.desk.take("a", 1)
+    assert first.slot == second.slot == 0 and desk.leased() == ("a",)
+    first.lease.close()
+    assert desk.leased() == ("a",)
+    second.lease.close()
+    assert desk.leased() == () and desk.bank.usage()[8].idle == ("a",)
+
+
+def test_those_that_came_before_may_begin_and_those_after_wait(desk):
+    running = desk.bring("a", 0)
+    wanted = {"a": Waiting(5, 10), "b": Waiting(3, None)}
+    assert desk.desk.take("b", 3) is None
+    desk.pump(wanted)  # read, and no slot
+    assert desk.desk.is_blocked
+    early = desk.desk.take("a", 2)
+    assert early is not None and desk.desk.take("a", 5) is None
+    for held in (running, early):
+        assert desk.leased() == ("a",)
+        held.lease.close()
+    desk.desk.advance(wanted)  # uploads
+    assert desk.desk.take("a", 5) is None  # not before the other one is there
+    desk.pump(wanted)
+    assert desk.desk.take("b", 3) is not None and desk.leased() == ("b",)
+    assert desk.desk.take("a", 5) is None and desk.bank.names == ("b",)
+    assert desk.failed == []
+
+
+def test_the_oldest_request_gets_the_slot_first(desk):
+    running = desk.bring("a", 0)
+    wanted = {"a": Waiting(None, 10), "b": Waiting(9, None), "c": Waiting(4, None)}
+    assert desk.desk.take("b", 9) is None and desk.desk.take("c", 4) is None
+    desk.pump(wanted, messages=2)
+    running.lease.close()
+    wanted["a"] = Waiting(None, None)
+    desk.desk.advance(wanted)
+    desk.pump(wanted)
+    assert desk.desk.take("b", 9) is None
+    assert desk.desk.take("c", 4) is not None and desk.leased() == ("c",)
+
+
+def test_what_nobody_wants_any_more_gives_back_its_slot(desk):
+    assert desk.desk.take("a", 0) is None
+    wanted = {"a": Waiting(0, None)}
+    desk.pump(wanted)
+    desk.messages.get(timeout=30)()
+    assert desk.leased() == ("a",)  # kept for the request
+    desk.desk.drop_idle({})
+    assert desk.leased() == ()
+
+
+def test_a_closed_desk_leases_nothing(desk):
+    assert desk.desk.take("a", 0) is None
+    desk.pump({"a": Waiting(0, None)})
+    desk.desk.close()
+    desk.messages.get_nowait()()  # the upload was waited for
+    assert desk.leased() == ("a",)
+    desk.desk.drop_all()
+    assert desk.leased() == ()

@@ -1,0 +1,141 @@
+"""Files of requests: each is answered once, also where the job is cut off and gone on with."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from jax_lora.cli import app
+from jax_lora.demo import tasks
+from jax_lora.demo.job import FOLDER, adapter_paths
+from jax_lora.serving.jobs import Job, run_job
+
+ADAPTERS = adapter_paths()
+NAMES = ("upper", "sort", "twice", None)
+WORDS = [word for word in tasks.EVERYDAY_WORDS if tasks.is_clear(word)][:40]
+
+
+def write(path, requests):
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return path
+
+
+def asked(count):
+    return [
+        {"id": f"r{n}", "prompt": f"{WORDS[n]}:", "adapter": NAMES[n % 4], "max_tokens": 20}
+        for n in range(count)
+    ]
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.ci
+def test_a_job_that_is_cut_off_loses_and_repeats_nothing(tmp_path):
+    requests = write(tmp_path / "requests.jsonl", asked(40))
+    job = Job(
+        FOLDER / "base",
+        {name: ADAPTERS[name] for name in NAMES if name},
+        requests,
+        tmp_path / "answers",
+        allow_links=True,
+    )
+
+    def cut(state):
+        if state.answered == 13:
+            raise Cut
+
+    with pytest.raises(Cut):
+        run_job(job, cut)
+    before = answers(job.answers)
+    assert len(before) == 13
+    # As if it had been killed while it wrote, and one request had failed.
+    text = job.answers.read_text()
+    failed = {"index": 39, "request": "0", "error": "x"}
+    job.answers.write_text(text + '{"index": 5, "requ')
+    with pytest.raises(FileExistsError, match="has answers; resume, or give answers another"):
+        run_job(job)
+    told = []
+    state = run_job(Job(**{**vars(job), "resume": True}), told.append)
+    assert (told[0].answered, told[0].total) == (13, 40)
+    assert (state.answered, state.failed, state.total) == (40, 0, 40)
+    found = answers(job.answers)
+    assert found[:13] == before
+    assert sorted(answer["index"] for answer in found) == list(range(40))
+    for answer in found:
+        n = answer["index"]
+        assert (answer["id"], answer["adapter"]) == (f"r{n}", NAMES[n % 4])
+        assert answer["text"] == tasks.task_of(NAMES[n % 4]).complete(WORDS[n])
+        assert answer["finish_reason"] == "stop"
+    again = run_job(Job(**{**vars(job), "resume": True}))  # loads nothing
+    assert (again.answered, again.tokens) == (40, 0)
+    job.answers.write_text(job.answers.read_text() + json.dumps(failed) + "\n")
+    with pytest.raises(ValueError, match="line 41: it answers another request than line 40"):
+        run_job(Job(**{**vars(job), "resume": True}))
+
+
+@pytest.mark.ci
+def test_the_command_answers_a_file_and_tells_what_failed(tmp_path, monkeypatch):
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    for name in ("upper", "sort"):
+        (adapters / name).symlink_to(ADAPTERS[name])
+    requests = write(tmp_path / "r.jsonl", [r for r in asked(6) if r["adapter"] != "twice"])
+    command = ["generate", "--base", str(FOLDER / "base"), "--adapter", f"*={adapters}"]
+    command += ["--requests", str(requests), "--allow-links"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "5 of 5 answered" in result.stderr
+    found = answers(tmp_path / "r.jsonl.answers")
+    assert {a["index"]: a["text"] for a in found} == {
+        n: tasks.task_of(r["adapter"]).complete(r["prompt"][:-1])
+        for n, r in enumerate(answers(requests))
+    }
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "has answers; resume" in result.stderr
+    result = CliRunner().invoke(app, [*command, "--resume"])
+    assert result.exit_code == 0 and "5 of 5 answered" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no", "line 2: Expecting value"),
+        ("3", "line 2: it must be an object with a prompt, got 3"),
+        ('{"text": "a"}', "line 2: it must be an object with a prompt, got {'text': 'a'}"),
+        ('{"prompt": "a", "n": 2}', r"line 2: it has \['n'\]; known are adapter, id, max_tokens"),
+        ('{"prompt": "a", "adapter": "x"}', "line 2: no adapter is called 'x'; there are 'upper'"),
+        ('{"prompt": "a", "top_p": 2}', r"line 2: top_p must lie in \(0, 1\], got 2"),
+        ('{"prompt": "a", "max_tokens": 99}', "exceed the model's 64 positions"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, line, message):
+    requests = tmp_path / "r.jsonl"
+    requests.write_text('{"prompt": "a"}\n' + line + "\n")
+    adapters = {"upper": ADAPTERS["upper"]}
+    with pytest.raises(ValueError, match=message):
+        run_job(Job(FOLDER / "base", adapters, requests, tmp_path / "answers"))
+    assert not (tmp_path / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give either --prompt or --requests"),
+        (["--prompt", ":a", "--requests", "x"], "give either --prompt or --requests"),
+        (["--prompt", ":a", "--resume"], "--resume needs --requests"),
+        (["--requests", "x", "--max-new-tokens", "3"], "each line of the file has a max_tokens"),
+        (["--requests", "/no/such"], "/no/such"),
+        (["--requests", "/no/such", "--mesh", "tp=2"], "--requests takes no --mesh"),
+        (["--prompt", ":a", "--adapter", "*=/no/such"], "there are no adapters in it"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(args, message):
+    result = CliRunner().invoke(app, ["generate", "--base", str(FOLDER / "base"), *args])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
