@@ -114,7 +114,7 @@ class _Dense(LoRALayer, _Base):  # type: ignore[misc]
         )
         self.guard = self.placement = None
 
-    def features(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         in_features, out_features = self.kernel.shape[-2:]
         return in_features, out_features
 
