@@ -68,8 +68,8 @@ class Row:
       gpus: the world size.
       us: microseconds of a step. base_us: those of the step without LoRA.
       target_us: microseconds at most; None where there is no target, or no GPU.
-      exchanges: the program's collectives, as it lists them: a scan's turn once. exchange_us: what
-        they take in a step, of a profile; None without a GPU.
+      exchanges: the program's collectives, as it lists them: a scan's turn once.
+      exchange_us: what they take in a step, of a profile; None without a GPU.
       error: the largest difference of a logit from one GPU's, over the largest logit.
     """
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header
 from jax_lora.messages import printable
-from jax_lora.models.parallel import bytes_per_device
-from pallas_kernels import (
+from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
     padded_rank,
     rank_bucket,
@@ -180,6 +179,8 @@ def _adapter_folders(path: Path) -> list[Path]:
 
 def _mesh(header: AdapterHeader, devices: int) -> list[str]:
     """What each device holds of a slot with the adapter, in either form."""
+    from jax_lora.models.parallel import bytes_per_device  # imports JAX, which few reports need
+
     rank, item = header.rank, header.dtype.itemsize
     lines = []
     for form, bucket, fully in (

@@ -344,7 +344,8 @@ class AdapterBank(bank.AdapterBank):
           ValueError: it is not of the structure and shapes of `variables["lora"]`, or arrays in it
             are deleted.
           RuntimeError: the thread holds `stepping`.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         stacks = {k: v for k, v in nnx.to_flat_state(self.state) if k[-1] != "scales"}
         new = {path: _own(value) for path, value in flatten_dict(lora).items()}

@@ -4,12 +4,16 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from flax import nnx
+
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
 from jax_lora.messages import shown
+from jax_lora.nn.embed import TiedHead
+from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import stack_dtype
 from pallas_kernels.ranks import rank_bucket
 
@@ -159,3 +163,41 @@ def _headers(adapters: Any, allow_links: bool) -> list[AdapterHeader]:
     if not headers:
         raise ValueError("there are no adapters to plan for")
     return headers
+
+
+class Room(TypedDict, total=False):
+    """Keyword arguments of `apply_lora`, beside slots and buckets."""
+
+    target: tuple[str, ...]
+    full_slots: dict[str, int]
+
+
+def room_for(model: nnx.Module, headers: Iterable[AdapterHeader]) -> Room:
+    """What `apply_lora` must be told, so that the model has room for these adapters at once.
+
+    Nothing, unless one of them adapts an embedding or a tied output layer, has whole weights, or
+    trained tokens. Layers that the model lacks are left out, for the bank to name them.
+    """
+    names: Mapping[str, object] = getattr(model, "peft_names", {})
+    known: dict[str, nnx.Module] = {}
+    linear: list[str] = []
+    for path, module in nnx.iter_modules(model):
+        name = path_name(path)
+        known[str(names.get(name, name))] = module
+        if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+            linear.append(name)
+    whole: Counter[str] = Counter()
+    tied: set[str] = set()
+    for header in headers:
+        tied |= {m for m in header.modules if isinstance(known.get(m), nnx.Embed | TiedHead)}
+        own = {*header.full, *header.tokens}
+        for name in own:
+            head = getattr(known.get(name), "head", None) if name in header.tokens else None
+            heads = {other for other, layer in known.items() if layer is head}
+            whole.update(m for m in (name, *(heads - own)) if m in known)
+    room: Room = {}
+    if tied:
+        room["target"] = tuple(map(re.escape, (*linear, *sorted(tied))))
+    if whole:
+        room["full_slots"] = {re.escape(module): count for module, count in whole.items()}
+    return room

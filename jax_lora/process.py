@@ -2,10 +2,9 @@
 
 import _thread
 import os
+import sys
 import threading
 from collections.abc import Callable
-
-from jax._src import xla_bridge  # whether JAX has started its threads; there is no public getter
 
 _started_before_fork = False
 _is_orphan = False
@@ -13,7 +12,9 @@ _is_orphan = False
 
 def _before_fork() -> None:
     global _started_before_fork
-    _started_before_fork = xla_bridge.backends_are_initialized()
+    # Whether JAX has started its threads; there is no public getter. This module imports no JAX.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    _started_before_fork = bridge is not None and bridge.backends_are_initialized()
 
 
 def _after_fork() -> None:

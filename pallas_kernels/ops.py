@@ -449,8 +449,11 @@ def add_lora_multi(
     Returns:
       `[T, Ny]` in y's dtype; a tuple of them where y is one.
 
-    Raises: as `add_lora`; ValueError where a part's columns leave y, where ranges of slots overlap,
-      or where `Segments` don't cover them; TypeError where the arrays of a tuple differ in dtype.
+    Raises:
+      ValueError: a part's columns leave y, ranges of slots overlap, or `Segments` don't cover them.
+      TypeError: the arrays of a tuple differ in dtype.
+
+    The others are those of `add_lora`.
     """
     is_tuple = isinstance(y, tuple)
     given = y if isinstance(y, tuple) else (y,)

@@ -9,11 +9,12 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 MIN_SGMV_RANK = 8
 MIN_RANK_CUSTOM = 16
@@ -147,7 +148,11 @@ def pad_rank[T: (np.ndarray, jax.Array)](t: T, dim: int, world_size: int = 1) ->
     rank = t.shape[dim]
     widths = [(0, 0)] * t.ndim
     widths[dim] = (0, padded_rank(rank, world_size) - rank)
-    return np.pad(t, widths) if isinstance(t, np.ndarray) else jnp.pad(t, widths)
+    if isinstance(t, np.ndarray):
+        return np.pad(t, widths)
+    import jax.numpy as jnp  # what reads adapters' files alone need not wait for it
+
+    return jnp.pad(t, widths)
 
 
 def use_cutlass_shrink(rank: int) -> bool:

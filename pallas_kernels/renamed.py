@@ -1,8 +1,7 @@
 """Names that are gone: using one is an error that names the new form."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NoReturn
+from collections.abc import Callable
 
 
 def removed_keywords[**P, T](**gone: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -19,14 +18,3 @@ def removed_keywords[**P, T](**gone: str) -> Callable[[Callable[P, T]], Callable
         return call
 
     return decorate
-
-
-def removed_names(module: str, gone: Mapping[str, str]) -> Callable[[str], NoReturn]:
-    """A module's `__getattr__`; `gone` says of each name what to write instead."""
-
-    def getattr_(name: str) -> NoReturn:
-        if name in gone:
-            raise AttributeError(f"{module}.{name} is gone: {gone[name]}")
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return getattr_

@@ -1,6 +1,7 @@
 """The arrows between the packages: benchmarks -> interop -> jax_lora -> pallas_kernels -> jax."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -12,12 +13,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "jax_lora", "interop")
 
 
-def modules_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after `statement`."""
-    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+MODULES = "print(*{name.partition('.')[0] for name in __import__('sys').modules})\n"
+
+
+def output_of(code: str) -> str:
+    """What a fresh interpreter prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return done.stdout
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -32,18 +35,40 @@ def imports(path: pathlib.Path) -> set[str]:
     return {name.partition(".")[0] for name in found}
 
 
-@pytest.mark.parametrize(
-    ("package", "forbidden"),
-    [
-        ("pallas_kernels", {"flax", "torch", "jax_lora", "interop", "benchmarks"}),
-        ("jax_lora", {"torch", "interop", "benchmarks"}),
-        ("interop", {"benchmarks"}),
-    ],
-)
-def test_importing_a_package_stays_below_it(package, forbidden):
-    loaded = modules_after(f"import {package}")
-    assert package in loaded
-    assert not loaded & forbidden
+def test_importing_a_package_stays_below_it():
+    """One interpreter imports one after the other, from below, with all their names."""
+    above = {
+        "pallas_kernels": {"flax", "torch", "jax_lora", "interop", "benchmarks"},
+        "jax_lora": {"torch", "interop", "benchmarks"},
+        "interop": {"benchmarks"},
+    }
+    code = "".join(f"import {package}; dir({package})\n{MODULES}" for package in above)
+    lines = output_of(code).splitlines()
+    for (package, forbidden), line in zip(above.items(), lines, strict=True):
+        loaded = set(line.split())
+        assert {package, "jax"} <= loaded
+        assert not loaded & forbidden
+
+
+def test_importing_a_package_waits_for_nothing():
+    """Their names are imported at first use, so that the command line starts at once."""
+    loaded = set(output_of(f"import jax_lora, pallas_kernels\n{MODULES}").split())
+    assert {"jax_lora", "pallas_kernels"} <= loaded
+    assert not loaded & {"jax", "jaxlib", "numpy", "flax"}
+
+
+@pytest.mark.parametrize("name", ["jax_lora", "pallas_kernels"])
+def test_a_package_has_the_names_of_its_api(name):
+    package, api = (importlib.import_module(module) for module in (name, f"{name}.api"))
+    public = {name for name in vars(api) if not name.startswith("_")}
+    assert public <= {*dir(package)}
+    assert all(getattr(package, name) is getattr(api, name) for name in public)
+    starred: dict[str, object] = {}
+    exec(f"from {name} import *", starred)
+    assert public <= {*starred}
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        _ = package.nothing
+    assert not hasattr(package, "no name") and not hasattr(package, "a.b")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from jax_lora.messages import printable
 # Of the slowest process's reading of an adapter. One that has died ends the others sooner.
 TIMEOUT_S = 300
 
+Agree = Callable[[str], None]
+
 _numbers = itertools.count()  # of the banks that several processes have: the same in each of them
 
 
@@ -48,8 +50,17 @@ class Agreement:
         """Whether this process is the first of those that have the bank."""
         return not self.is_shared or jax.process_index() == self._members[0]
 
+    def check_alone(self, what: str) -> None:
+        """ValueError where several processes have the bank, for adapters whose loads read the base
+        model's weights: each process has shards of them, and not all may come to read them."""
+        if self.is_shared:
+            raise ValueError(
+                f"{what}; such adapters take a model that one process holds, not "
+                f"{len(self._members)}"
+            )
+
     @contextlib.contextmanager
-    def turn(self) -> Iterator[Callable[[str], None]]:
+    def turn(self) -> Iterator[Agree]:
         """A block that each process runs, and changes nothing in before it calls what it gets.
 
         That takes what the process is about to do, and returns once all are about to do the same.

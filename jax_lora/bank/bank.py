@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -17,7 +17,7 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import digest
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
@@ -77,11 +77,10 @@ class AdapterBank(Publisher):
     the stacks, RuntimeError says that they are lost; a step then finds deleted arrays, never
     another adapter's.
 
-    Several processes of `jax.distributed` may hold a model's stacks together, each its shards. Each
-    has a bank, and all load, create, save and merge the same in one order. Names, weights and slots
-    agree on all of them, or the load fails on all and changes nothing. The first process saves.
-    What the bank asks the others goes through JAX's coordination service. If a process dies, JAX
-    ends the others, `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
+    Several processes of `jax.distributed` may hold a model's stacks together. Each has a bank, and
+    all load, create, save and merge the same in one order. Names, weights and slots agree on all,
+    or the load fails on all and changes nothing. If a process dies, JAX ends the others,
+    `heartbeat_timeout_seconds` of `jax.distributed.initialize` later.
 
     A plain optimizer's state belongs to slots: an adapter in a reused slot inherits the moments of
     the one before it. Wrap the optimizer in `jax_lora.training.per_adapter`.
@@ -158,7 +157,8 @@ class AdapterBank(Publisher):
           BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
             whole, are pinned or leased.
           RuntimeError: the thread holds `stepping`; or another process does not load the same.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
@@ -202,8 +202,11 @@ class AdapterBank(Publisher):
             trained.
           rngs: the stream `params` seeds it.
 
-        Raises: as `load`; TypeError for a `config` or `rngs` of another type; ValueError if
-          `target_modules` names no layer.
+        Raises:
+          TypeError: a `config` or `rngs` of another type.
+          ValueError: `target_modules` names no layer.
+
+        The others are those of `load`.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
@@ -270,8 +273,7 @@ class AdapterBank(Publisher):
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`).
 
-        Where several processes hold the model together, the first writes the folder. The others
-        return when it has.
+        Where several processes hold the model, the first writes the folder, and the others wait.
 
         Raises:
           KeyError: it is not loaded.
@@ -298,13 +300,7 @@ class AdapterBank(Publisher):
     # ------------------------------------------------------------------------------------- private
 
     def _install(
-        self,
-        name: str,
-        adapter: Adapter,
-        replace: bool,
-        agree: Callable[[str], None],
-        *,
-        is_own: bool,
+        self, name: str, adapter: Adapter, replace: bool, agree: Agree, *, is_own: bool
     ) -> None:
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig
 from jax_lora.bank import dora
+from jax_lora.bank.agreement import Agree
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, check_same
@@ -203,6 +204,8 @@ class Publisher(Roster):
         check_tokens(name, header, self._sites)
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         dora.check_room(name, header.config.dora, features, self._sites)
+        if header.config.dora or header.full or header.tokens:
+            self._agreement.check_alone(f"{name!r} has DoRA, whole weights or trained tokens")
         return self._bucket_for(name, header.rank)
 
     def _base_weight(self, module: str) -> np.ndarray:
@@ -213,16 +216,10 @@ class Publisher(Roster):
                 "in this model to be compared with; name it in apply_lora's target, or save the "
                 "adapter with save_pretrained(path, save_embedding_layers=False)"
             )
-        if self._agreement.is_shared:  # not all processes may come to read it
-            raise ValueError(
-                f"the adapter has a copy of the base model's weight of {module}, which several "
-                "processes hold together; save it with save_embedding_layers=False"
-            )
+        self._agreement.check_alone(f"{module} has a copy of its base weight")
         return np.asarray(self._sites[module].base_weight())
 
-    def _fill(
-        self, name: str, filling: "Filling", agree: Callable[[str], None], *, replace: bool
-    ) -> None:
+    def _fill(self, name: str, filling: "Filling", agree: Agree, *, replace: bool) -> None:
         """Writes what a slot is to hold, which is on the device, and gives it the name."""
         bucket, values, config, modules, full = filling
 

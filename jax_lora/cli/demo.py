@@ -4,7 +4,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from jax_lora.cli.terminal import Json, print_json, show_progress, stdout
+from jax_lora.cli.terminal import (
+    Json,
+    input_errors,
+    print_json,
+    show_progress,
+    start_jax,
+    stdout,
+)
 
 
 def demo(as_json: Json = False) -> None:
@@ -17,8 +24,9 @@ def demo(as_json: Json = False) -> None:
 
     Status 1 if anything is wrong.
     """
-    with show_progress() as progress:
+    with input_errors(), show_progress() as progress:
         progress("starting JAX")
+        start_jax()
         from jax_lora.demo import job
 
         report = job.run(progress)

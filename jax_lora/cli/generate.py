@@ -10,7 +10,15 @@ from rich.text import Text
 
 from jax_lora.cli.mesh import on_mesh
 from jax_lora.cli.programs import keep_programs
-from jax_lora.cli.terminal import Json, Links, input_errors, print_json, show_progress, stdout
+from jax_lora.cli.terminal import (
+    Json,
+    Links,
+    input_errors,
+    print_json,
+    show_progress,
+    start_jax,
+    stdout,
+)
 from jax_lora.messages import shown, without_controls
 
 if TYPE_CHECKING:
@@ -88,6 +96,7 @@ def generate(
         progress("starting JAX")
         if place := keep_programs():
             progress(f"keeping compiled programs in {place}")
+        start_jax()
         from jax_lora.generation import complete
 
         completions = complete(

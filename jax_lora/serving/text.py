@@ -16,6 +16,7 @@ from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
 from jax_lora.nn.apply import apply_lora
+from jax_lora.plan import room_for
 from jax_lora.serving.chat import chat_prompt
 from jax_lora.serving.generate import check_prompts
 from jax_lora.serving.generate import generate as generate_tokens
@@ -201,7 +202,7 @@ def complete(
     batch = None
     if headers:
         slots = fitting_slots([header.rank for header in headers])
-        apply_lora(model, slots=slots, buckets=tuple(slots))
+        apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
         bank = AdapterBank(model)
         for name, source in sources.items():
             progress(f"loading adapter {name}")

@@ -37,6 +37,7 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.ci
 def test_opcheck_with_gradients():
     y, x, a, b, ids, *_ = arguments("add_lora")
     tensors = (y.float(), x.float().requires_grad_(), *(w.float().requires_grad_() for w in (a, b)))
@@ -79,6 +80,7 @@ def test_compile_of_a_whole_module_gives_equal_results(backend):
         assert torch._dynamo.explain(layer)(t.x, t.ids).graph_break_count == 0
 
 
+@pytest.mark.ci
 def test_compile_with_gradients():
     t = Case(x_dtype=torch.float32, weight_dtype=torch.float32, y_dtype=torch.float32).tensors()
 

@@ -244,6 +244,7 @@ def test_rows_are_padded_to_few_sizes():
     assert len(set(sizes)) == 40
 
 
+@pytest.mark.ci
 def test_many_token_counts_compile_few_programs_of_equal_results():
     t = Case(num_tokens=40, features=48, width=24, **FLOAT32).tensors()
     delta = products(products_of(t), t.b, t.ids)

@@ -284,6 +284,7 @@ def test_fan_in_fan_out(tmp_path, inputs):
         bank.load("a", tmp_path)
 
 
+@pytest.mark.ci
 def test_saved_adapters_compute_the_same_in_peft(served, saved, inputs, tmp_path):
     bank, _ = served
     root, right = saved

@@ -20,6 +20,7 @@ from jax_lora import (
     load_peft,
     tie_head,
 )
+from jax_lora.plan import room_for
 
 V, H, LABELS = 11, 6, 3
 
@@ -383,3 +384,30 @@ def test_packed_projections_take_whole_weights_too():
         got = np.asarray(model(x))
     np.testing.assert_allclose(got[0, :4], x[0] @ weight.T + weight[:, 0], atol=1e-5)
     np.testing.assert_allclose(got[1], np.asarray(model(x))[1], atol=1e-6)
+
+
+def test_whole_weights_take_a_row_of_their_own():
+    served = Served()
+    served.bank = AdapterBank(served.model, adapters_per_row=2)
+    served.load("head", "plain")
+    served.check("head", None, "plain")
+    served.check("head", "plain", batch=served.bank.batch([{"head": 1.0}, "plain"]))
+    for row in {"head": 0.5}, {"plain": 0.5, "head": 1.0}:
+        with pytest.raises(ValueError, match=r"row 1: 'head' has whole weights, which take the pl"):
+            served.bank.batch(["plain", row])
+
+
+def test_room_for_adapters():
+    """What `jax-lora generate` gives apply_lora: room for all of the adapters at once."""
+    adapters = [*ADAPTERS.values(), trained("embed", [3]), trained("lm_head", [2])]
+    model = Net(nnx.Rngs(0))
+    assert room_for(model, [adapter(0).header]) == {}
+    assert room_for(model, [whole(np.ones((2, H), np.float32), module="other").header]) == {}
+    room = room_for(model, [own.header for own in adapters])
+    assert room["full_slots"] == {"score": 2, "lm_head": 3, "embed": 2}
+    assert set(room["target"]) == {"mid", "score", "embed", "lm_head"}
+    apply_lora(model, slots=6, buckets=(8, 16), **room)
+    bank = AdapterBank(model)
+    for n, own in enumerate(adapters):
+        bank.load(f"{n}", own)
+    assert len(bank.names) == len(adapters)

@@ -1,5 +1,6 @@
 """Several processes hold a model together: they compute what one does, and load the same."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 import processes
 import pytest
+from flax import nnx
 
-from jax_lora import load_peft
+from jax_lora import Adapter, AdapterBank, apply_lora, load_peft
 from jax_lora.bank import agreement
 
 ROOT = Path(__file__).parents[3]
@@ -195,3 +197,22 @@ def test_a_bank_of_one_process_asks_nobody(monkeypatch):
     _, bank = processes.model_and_bank()
     bank.load("a", processes.adapter(0, 4))
     assert bank.names == ("a",)
+
+
+def test_what_reads_base_weights_takes_one_process(monkeypatch):
+    """DoRA, and copies of an output layer: they would wait for each other's shards."""
+    model = processes.Wide(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8,), dora=True)
+    bank = AdapterBank(model)
+    plain = processes.adapter(0, 4)
+    modules = {
+        name: dataclasses.replace(weights, magnitude=np.ones(weights.b.shape[0], np.float32))
+        for name, weights in plain.modules.items()
+    }
+    adapter = Adapter(dataclasses.replace(plain.config, dora=True), modules)
+    bank.load("one", adapter)
+    monkeypatch.setattr(bank._agreement, "_members", [0, 1])
+    with pytest.raises(ValueError, match=r"'two' has DoRA, whole .* one process holds, not 2"):
+        bank._check_header("two", adapter.header)
+    with pytest.raises(ValueError, match=r"up has a copy of its base weight; .* not 2"):
+        bank._base_weight("up")

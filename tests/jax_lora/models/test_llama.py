@@ -479,6 +479,7 @@ def test_threads_may_load_while_others_generate(pair):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.ci
 def test_generate_takes_what_is_loaded_between_its_calls(pair):
     model = nnx.clone(pair[1])
     jax_lora.apply_lora(model, slots=1, buckets=(8,))

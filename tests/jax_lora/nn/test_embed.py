@@ -1,6 +1,8 @@
 """LoRA of embeddings, and of the output layers that are tied to them."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,15 @@ from flax import nnx
 from tiny import make_adapter
 
 import jax_lora
-from jax_lora import AdapterBank, LoRAConfig, LoRAEmbed, apply_lora, plan_slots, tie_head
+from jax_lora import (
+    AdapterBank,
+    LoRAConfig,
+    LoRAEmbed,
+    LoRAWeights,
+    apply_lora,
+    plan_slots,
+    tie_head,
+)
 
 V, H = 11, 6
 FEATURES = {"embed": (V, H), "lm_head": (H, V)}
@@ -234,8 +244,10 @@ def test_a_token_that_is_none_has_no_column():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("spec", [(None, "x"), ("x", None)])
-def test_on_a_mesh(spec):
+@pytest.mark.parametrize(
+    ("spec", "fully_sharded"), [((None, "x"), False), (("x", None), False), (("x", None), True)]
+)
+def test_on_a_mesh(spec, fully_sharded):
     """The embedding divided over features or over the vocabulary."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     model = Tied(nnx.Rngs(0))
@@ -243,7 +255,7 @@ def test_on_a_mesh(spec):
     model.embed = tie_head(nnx.Embed(v, h, rngs=nnx.Rngs(0)))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     model.embed.embedding.set_value(jax.device_put(model.embed.embedding[...], sharding))
-    apply_lora(model, **BOTH)
+    apply_lora(model, **BOTH | {"buckets": (16,)}, fully_sharded=fully_sharded)
     bank = AdapterBank(model)
     features = {"embed": (v, h), "lm_head": (h, v)}
     own = make_adapter(0, 3, features=features, embeddings=("embed",))
@@ -287,3 +299,33 @@ def test_hopper_runs_both_by_kernels(phase, length):
     of_b = {"decode": "lora_decode_expand", "prefill": "lora_expand"}[phase]
     assert {f"{of_b}_r16", f"{of_b}_r64"} < names
     assert any("r16_r64" in name for name in names)  # of the head
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_row_of_several_adapters_has_the_sum_of_their_shares(phase):
+    model = Tied(nnx.Rngs(0))
+    apply_lora(model, **BOTH)
+    bank = AdapterBank(model, adapters_per_row=2)
+    for name, own in ADAPTERS.items():
+        bank.load(name, own)
+    tokens = tokens_of(3, 4)
+    rows = [{"a": 0.7, "b": -0.3}, "a", {"b": 2.0}]
+    got = forward(model, tokens, bank.batch(rows, phase=phase))
+
+    def weighted(*shares):
+        modules = [
+            (name, dataclasses.replace(w, b=w.b * np.float32(weight)))
+            for own, weight in shares
+            for name, w in ADAPTERS[own].modules.items()
+        ]
+        joined = {}
+        for name, w in modules:
+            if name in joined:
+                one = joined[name]
+                b = np.concatenate([one.b * one.scale, w.b * w.scale], axis=1)
+                w = LoRAWeights(np.concatenate([one.a, w.a]), b, 1.0, w.is_embedding)
+            joined[name] = w
+        return SimpleNamespace(modules=joined)
+
+    own = [weighted(("a", 0.7), ("b", -0.3)), ADAPTERS["a"], weighted(("b", 2.0))]
+    np.testing.assert_allclose(got, expected(model, tokens, own), atol=1e-5)

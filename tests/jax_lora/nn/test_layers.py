@@ -813,6 +813,7 @@ def test_use_around_a_compiled_function_is_refused(served, transform):
     np.testing.assert_array_equal(step(X), base)
 
 
+@pytest.mark.ci
 def test_use_around_transformations_that_do_not_compile(served):
     model, bank, _ = served
     batch = bank.batch(NAMES)

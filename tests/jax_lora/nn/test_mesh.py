@@ -76,10 +76,8 @@ def value_and_grads(layer, x, adapters):
     return y, grads
 
 
-@pytest.mark.parametrize(
-    "devices, phase, lead",
-    [(1, "decode", (8,)), pytest.param(8, "prefill", (8, 3), marks=pytest.mark.ci)],
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("devices, phase, lead", [(1, "decode", (8,)), (8, "prefill", (8, 3))])
 def test_tokens_over_an_explicit_mesh(devices, phase, lead):
     """`jax.make_mesh`'s default, each device with its part of the batch."""
     want = value_and_grads(dense(), tokens(*lead), batch(phase=phase))
@@ -185,7 +183,10 @@ def _step(model, x, adapters):
         return model(x)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto, None])
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Explicit, *(pytest.param(k, marks=pytest.mark.ci) for k in (AxisType.Auto, None))],
+)
 def test_a_bank_writes_where_a_step_has_moved_the_stacks(kind, tmp_path):
     """To a mesh, or to another device; from then on loads compile nothing."""
     model, bank = make_bank()

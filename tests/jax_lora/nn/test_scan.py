@@ -83,7 +83,11 @@ class Model(nnx.Module):
         return x
 
 
-HOWS = ["unrolled", "scan_layers", "nnx.scan", "lax.scan", "remat"]
+def slow(how):
+    return pytest.param(how, marks=pytest.mark.ci)
+
+
+HOWS = ["unrolled", "scan_layers", "nnx.scan", slow("lax.scan"), slow("remat")]
 FEATURES = {"first": (H, H), "head": (H, H)} | {
     f"layers.{n}.{name}": size
     for n in range(LAYERS)
@@ -172,10 +176,6 @@ def gradients(how):
 
     found = nnx.to_flat_state(gradient(model, bank.batch(NAMES)))
     return {path: np.asarray(variable[...]) for path, variable in found}
-
-
-def slow(how):
-    return pytest.param(how, marks=pytest.mark.ci)
 
 
 @pytest.mark.parametrize("how", ["scan_layers", slow("nnx.scan"), slow("lax.scan"), slow("remat")])

@@ -115,11 +115,11 @@ TINY = [
     ci(Case(1, 128, 64, 64, 2, "identical")),
     ci(Case(10, 64, 64, 48, 3, "out_of_range")),
     slow(Case(7, 384, 72, 272, 2, "uniform")),
-    Case(3, 128, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"),
+    ci(Case(3, 128, 64, 16, 2, "uniform", "float32", "bfloat16", "float32")),
     ci(Case(9, 64, 64, 8, 2, "uniform", "float32", "float16", "float16")),
     ci(Case(4, 64, 64, 16, 2, "uniform", "float16", "bfloat16", "bfloat16")),
     slow(Case(4, 64, 64, 16, 2, "uniform", "bfloat16", "float16", "bfloat16")),
-    Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16),
+    ci(Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16)),
 ]
 
 
@@ -224,7 +224,7 @@ def test_the_shrink_takes_any_number_of_stages(stages: int, interpreted: None) -
         slow(Case(140, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
         slow(Case(130, 64, 64, 16, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
         slow(Case(70, 1024, 64, 64, 2, "uniform", "float32", "bfloat16", "float32"), dict(split=1)),
-        (Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
+        ci(Case(70, 64, 64, 16, 140, "identical"), {}),  # a route in two copies
         slow(Case(130, 64, 64, 16, 3, "none"), {}),
     ],
     ids=str,
@@ -260,7 +260,7 @@ def take_parts_in_turn(monkeypatch: pytest.MonkeyPatch, *, in_turn: bool = True)
     monkeypatch.setattr(module, "MULTIPROCESSORS", 1 if in_turn else 1000)
 
 
-@pytest.mark.parametrize("planes", [1, slow(3)])
+@pytest.mark.parametrize("planes", [ci(1), slow(3)])
 def test_shrink_has_more_stages_where_a_tile_has_one_adapter(
     planes: int, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,201 @@
+"""README and the site: each block of Python runs, each command is one that `jax-lora` takes, and
+each error that the troubleshooting page lists stands in the code."""
+
+import ast
+import functools
+import pathlib
+import re
+import shlex
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer
+from flax import nnx
+
+from jax_lora import Adapter, LoRAConfig, LoRAWeights, cli, save_peft
+from jax_lora.demo.job import FOLDER
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+FENCES = re.compile(r"^## ([^\n]*)$|^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a language, each with the heading that it stands under."""
+    heading, found = "", []
+    for title, kind, text in FENCES.findall(PAGES[page]):
+        if title:
+            heading = title
+        elif kind == language:
+            found.append((heading, text))
+    return found
+
+
+# --------------------------------------------------------------------------------- blocks of Python
+
+
+class Net(nnx.Module):
+    """The reader's own model."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.q_proj, self.v_proj = nnx.Linear(64, 64, rngs=rngs), nnx.Linear(64, 64, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.v_proj(nnx.gelu(self.q_proj(x)))
+
+
+def step_of(model: Net, cache: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = model(cache[tokens])
+    return y, cache + 1
+
+
+def write_adapters(folder: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, rank in (("french", 8), ("legal", 40)):
+        config = LoRAConfig(rank, 2.0 * rank)
+        modules = {}
+        for module in ("q_proj", "v_proj"):
+            a, b = (rng.normal(size=s).astype(np.float32) / 64 for s in ((rank, 64), (64, rank)))
+            modules[module] = LoRAWeights(a, b, config.scale_of(module))
+        save_peft(Adapter(config, modules), folder / name)
+
+
+def model_and_rows() -> dict[str, object]:
+    return {
+        "functools": functools,
+        "jax": jax,
+        "nnx": nnx,
+        "model": Net(),
+        "base": Net(),  # as it was before `apply_lora`
+        "x": np.ones((4, 64), np.float32),
+        "target": np.zeros((4, 64), np.float32),
+        "model_step": step_of,
+        "cache": jnp.ones((9, 64)),
+        "tokens": np.arange(4),
+    }
+
+
+def stacks() -> dict[str, object]:
+    rng = np.random.default_rng(1)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
+
+    return {
+        "x": draw(8, 64), "y": draw(8, 64), "ids": jnp.asarray([0, 3, -1, 1, 2, 0, 3, 1]),
+        "lora_a": draw(4, 16, 64), "lora_b": draw(4, 64, 16), "scales": draw(4),
+        "a16": draw(4, 16, 64), "b16": draw(4, 64, 16), "scales16": draw(4),
+        "a64": draw(2, 64, 64), "b64": draw(2, 64, 64), "scales64": draw(2),
+    }  # fmt: skip
+
+
+def tensors() -> dict[str, object]:
+    import torch
+
+    linear = torch.nn.Linear(64, 64)
+    ids = torch.tensor([0, 3, -1, 1], dtype=torch.int32)
+    a, b = torch.randn(4, 16, 64), torch.randn(4, 64, 16, requires_grad=True)
+    return {
+        "x": torch.randn(4, 64), "y": torch.randn(4, 64), "buffer": torch.zeros(4, 16),
+        "lora_a": a, "lora_b": b, "token_lora_indices": ids, "ids": ids, "scale": 0.5,
+        "base": linear, "loss": torch.sum,
+    }  # fmt: skip
+
+
+def bundled() -> dict[str, object]:
+    adapters = FOLDER / "adapters"
+    return {"base": FOLDER / "base", "adapters": adapters, "upper": adapters / "upper"}
+
+
+def language_model() -> dict[str, object]:
+    from jax_lora import AdapterBank, apply_lora
+    from jax_lora.llama import Llama
+
+    pathlib.Path("llama").symlink_to(FOLDER / "base")
+    return {"jax": jax, "Llama": Llama, "apply_lora": apply_lora, "AdapterBank": AdapterBank}
+
+
+# What a page takes as given, or from a heading on.
+GIVEN = {
+    ("README.md", ""): model_and_rows,
+    ("README.md", "From PyTorch"): tensors,
+    ("docs/index.md", ""): model_and_rows,
+    ("docs/guides/flax.md", ""): model_and_rows,
+    ("docs/guides/loop.md", ""): model_and_rows,
+    ("docs/guides/loop.md", "With the ops alone"): stacks,
+    ("docs/guides/training.md", ""): model_and_rows,
+    ("docs/guides/serving.md", ""): bundled,
+    ("docs/scaling.md", ""): language_model,
+    ("docs/torch.md", ""): tensors,
+}
+# `tests/jax_lora/bank/test_processes.py` does what it shows, in several processes.
+NOT_RUN = {("docs/scaling.md", "Several hosts")}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_blocks_of_python_run(page: str, tmp_path: pathlib.Path, monkeypatch) -> None:
+    write_adapters(tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    given = {heading: make for (name, heading), make in GIVEN.items() if name == page}
+    with jax.numpy_dtype_promotion("standard"):  # as the reader has it
+        for heading, text in [("", ""), *blocks(page, "python")]:
+            names |= given.pop(heading, dict)()
+            code = compile(text, f"{page}, {heading or 'top'}", "exec")
+            if (page, heading) not in NOT_RUN:
+                exec(code, names)
+    assert not given  # a heading that the page has no more
+
+
+def test_pages_are_found() -> None:
+    """The runner would run nothing if fences were written in another way."""
+    assert sum(len(blocks(page, "python")) for page in PAGES) > 15
+    assert all(text.count("```") % 2 == 0 for text in PAGES.values())
+    languages = {kind for text in PAGES.values() for title, kind, _ in FENCES.findall(text)}
+    assert languages <= {"", "python"}
+
+
+# --------------------------------------------------------------------------------- commands, errors
+
+
+def commands() -> list[str]:
+    shell = re.compile(r"^(?:.*&& )?(?:uv run --no-dev )?(jax-lora .*)$", re.MULTILINE)
+    texts = [text for page in PAGES for _, text in blocks(page, "")]
+    lines = [line for text in texts for line in shell.findall(text.replace("\\\n", " "))]
+    return sorted({line.partition("  #")[0].strip() for line in lines})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_taken(command: str) -> None:
+    """The parser takes them; nothing runs."""
+    _, *args = shlex.split(command)
+    group = typer.main.get_command(cli.app)
+    if args == ["--version"]:
+        return
+    name, found, rest = group.resolve_command(click.Context(group), args)
+    assert found is not None
+    found.make_context(name, rest).close()
+
+
+def test_errors_of_the_troubleshooting_page_are_in_the_code() -> None:
+    texts = {
+        node.value
+        for package in ("jax_lora", "pallas_kernels", "interop")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    page = PAGES["docs/troubleshooting.md"]
+    rows = re.findall(r"^\| (`.*?`) ?(?:\(.*?\) )?\|", page, re.MULTILINE)
+    assert len(rows) > 60
+    for row in rows:
+        for part in row.strip("` ").split("..."):
+            assert any(part.strip() in text for text in texts), row
