@@ -64,12 +64,7 @@ def apply_lora(
     the name of one of them ("layers.0.q_proj" of the path "layers.q_proj"), all have room.
 
     The stacks take `slots * bucket * (H + N)` elements per layer and bucket: the defaults come to
-    about 10 GB on an 8B Llama in bfloat16. Name the buckets and slots that you need
-    (`plan_slots` proposes them from a folder of adapters).
-
-    An adapter may have a whole weight of its own for a layer, which PEFT calls `modules_to_save`:
-    an output layer, an embedding, a classifier. `full_slots` says how many adapters may at once.
-    Each such slot takes as much as the layer's own weight.
+    about 10 GB on an 8B Llama in bfloat16. Name those that you need (`plan_slots` proposes them).
 
     Example::
 
@@ -88,18 +83,17 @@ def apply_lora(
         float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
         ranks in a column-parallel layer and B's in a row-parallel one, of which each device
-        otherwise holds all. For large stacks and many devices: a call then has one small exchange
-        more, of `[tokens, ranks]`. Buckets are multiples of 8 times the devices, as
-        `pallas_kernels.padded_rank` pads a rank. Without a mesh it changes nothing.
+        otherwise holds all. A call then has one small exchange more, of `[tokens, ranks]`. Buckets
+        are multiples of 8 times the devices, as `pallas_kernels.padded_rank` pads a rank.
       full_slots: from an expression, as in `target`, to the full slots of the layers that match it:
-        `{"lm_head": 2}`. These layers have room for LoRA too, besides those of `target`.
+        `{"lm_head": 2}`. So many adapters may have a whole weight of their own at once, which PEFT
+        calls `modules_to_save`. These layers have room for LoRA too.
 
     Returns:
       The bytes that stacks and full slots take.
 
     Raises:
-      TypeError: `target` is of another type, or one of its expressions matches layers of other
-        types alone.
+      TypeError: `target` is of another type, or an expression matches other layers alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
         a matrix product, its kernel has an unexpected shape or dtype, or what it has does not
         divide over its mesh; full slots of a layer that is no `nnx.Linear`, embedding or head of

@@ -1,10 +1,14 @@
 """Whole weights of a layer's own for a few adapters: what PEFT calls `modules_to_save`."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.nn.stacks import LoRAScale
+from pallas_kernels.routing import Mix, Segments, ids_of
 
 
 class FullTable(LoRAScale):
@@ -44,6 +48,23 @@ class FullRoom(nnx.Module):
         self.slots = nnx.List([FullWeights(shape, has_bias, dtype) for _ in range(count)])
         self.table = FullTable(jnp.full(ids, -1, jnp.int32))
 
-    def slot_of(self, ids: Array) -> Array:
-        """The full slot of each id, -1 for none."""
-        return jnp.where(ids >= 0, self.table[...][jnp.maximum(ids, 0)], -1)
+    def put_in(
+        self, y: Array, segments: Segments | Mix, output: Callable[[FullWeights], Array]
+    ) -> Array:
+        """y, but the `output` of their own weights in rows whose adapters have some.
+
+        A row with several adapters has none that has whole weights.
+        """
+        first = segments.columns[0] if isinstance(segments, Mix) else segments
+        ids = ids_of(first).reshape(y.shape[:-1])[..., None]
+        slot = jnp.where(ids >= 0, self.table[...][jnp.maximum(ids, 0)], -1)
+        for n, weights in enumerate(self.slots):
+
+            def replaced(
+                y: Array, weights: FullWeights = weights, rows: Array = slot == n
+            ) -> Array:
+                return jnp.where(rows, output(weights).astype(y.dtype), y)
+
+            # Weights that no row has are not read: they may be those of a whole vocabulary.
+            y = jax.lax.cond(jnp.any(slot == n), replaced, lambda y: y, y)
+        return y

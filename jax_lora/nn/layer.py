@@ -1,5 +1,6 @@
 """What the LoRA layers share."""
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from jax_lora.sharding import (
 )
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step, delta_ahead
-from pallas_kernels.routing import Mix, Segments, ids_of
+from pallas_kernels.routing import Mix, Segments
 from pallas_kernels.stacks import LayerStacks
 
 
@@ -52,8 +53,7 @@ class LoRALayer(nnx.Module):
     of the tokens are gathered for each call. The types of explicit axes say how x is divided;
     automatic axes over which no weights are divided are left to XLA.
 
-    Like layers may be stacked for a scan: one module, as `nnx.vmap` makes it, whose arrays have
-    axes of layers in front. `scan_layers` runs it.
+    Like layers may be stacked for a scan: their arrays have axes in front (`scan_layers`).
 
     Attributes:
       fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
@@ -240,7 +240,8 @@ class LoRALayer(nnx.Module):
         base_x, deltas = self._ahead(x, adapters)
         y = self._base(base_x, out_sharding)
         if hasattr(self, "full"):
-            y = self._with_full(y, jnp.asarray(x), adapters)
+            ids = adapters.segments(y.shape[:-1])
+            y = self.full.put_in(y, ids, functools.partial(self.by_full, x=jnp.asarray(x)))
         return self._add_lora(y, x, adapters, deltas=deltas)
 
     def _ahead(self, x: Array, adapters: AdapterBatch) -> tuple[Array, tuple[Array, ...] | None]:
@@ -267,23 +268,6 @@ class LoRALayer(nnx.Module):
     def by_full(self, weights: FullWeights, x: Array) -> Array:
         """The layer's output with other weights."""
         raise NotImplementedError
-
-    def _with_full(self, y: Array, x: Array, adapters: AdapterBatch) -> Array:
-        """y, but that of their own weights in rows whose adapters have some."""
-        lead = y.shape[:-1]
-        segments = adapters.segments(lead)
-        first = segments.columns[0] if isinstance(segments, Mix) else segments
-        slot = self.full.slot_of(ids_of(first).reshape(lead))[..., None]
-        for n, weights in enumerate(self.full.slots):
-
-            def replaced(
-                y: Array, weights: FullWeights = weights, rows: Array = slot == n
-            ) -> Array:
-                return jnp.where(rows, self.by_full(weights, x).astype(y.dtype), y)
-
-            # Weights that no row has are not read: they may be those of a whole vocabulary.
-            y = jax.lax.cond(jnp.any(slot == n), replaced, lambda y: y, y)
-        return y
 
     def _base(self, x: Array, out_sharding: object = None) -> Array:
         """The base layer's output."""
@@ -339,8 +323,7 @@ class LoRALayer(nnx.Module):
         shards: Shards | None = None,
         deltas: tuple[Array, ...] | None = None,
     ) -> Array:
-        """`shards`: of a layer that is fully sharded, inside of its `shard_map`. `deltas`: of
-        `_ahead`."""
+        """`shards`: of a layer whose ranks are divided, in its `shard_map`. `deltas`: of `_ahead`."""
         matrix, parts, segments = self._operands(x, y.dtype, adapters)
         rows, phase = self._rows_of_y(y), adapters.phase
         if shards is None:
