@@ -323,7 +323,7 @@ class LoRALayer(nnx.Module):
         shards: Shards | None = None,
         deltas: tuple[Array, ...] | None = None,
     ) -> Array:
-        """`shards`: of a layer whose ranks are divided, in its `shard_map`. `deltas`: of `_ahead`."""
+        """`shards`: of a layer whose ranks are divided too. `deltas`: of `_ahead`."""
         matrix, parts, segments = self._operands(x, y.dtype, adapters)
         rows, phase = self._rows_of_y(y), adapters.phase
         if shards is None:
