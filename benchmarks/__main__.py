@@ -358,6 +358,12 @@ def mesh(
 def compile_steps(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
     unrolled: Unrolled = False,
+    for_h200: Annotated[
+        bool,
+        typer.Option(
+            "--for-h200", help="Compile for an H200 that is not there, by JAX's CUDA plugin."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time how long the steps of a model shaped like SmolLM2-135M take to compile.
@@ -367,9 +373,10 @@ def compile_steps(
     """
     with input_errors():
         progress("starting JAX")
-        from benchmarks import compiling
+        from benchmarks import compiling, targets
 
-        rows = compiling.run(layers, progress, scan=not unrolled)
+        device = targets.h200() if for_h200 else None
+        rows = compiling.run(layers, progress, scan=not unrolled, device=device)
     if as_json:
         print_json({"rows": [dataclasses.asdict(row) for row in rows]})
         return

@@ -51,11 +51,19 @@ class Row:
 
 
 def run(
-    layers: int, progress: Callable[[str], None], *, scan: bool, config: LlamaConfig = SMOLLM2_135M
+    layers: int,
+    progress: Callable[[str], None],
+    *,
+    scan: bool,
+    config: LlamaConfig = SMOLLM2_135M,
+    device: jax.Device | None = None,
 ) -> list[Row]:
-    """Compiles prefill, decode, and the gradient of a prefill in the stacks; nothing is run."""
+    """Compiles prefill, decode, and the gradient of a prefill in the stacks; nothing is run.
+
+    `device`: to compile for; None for JAX's default. It need not be there (`targets.h200`).
+    """
     config = dataclasses.replace(config, num_hidden_layers=layers)
-    steps = _Steps(config, scan)
+    steps = _Steps(config, scan, device)
     rows = []
     for name in ("prefill", "decode", "gradient"):
         progress(f"compiling {name}")
@@ -76,7 +84,9 @@ def _now() -> tuple[float, float]:
 class _Steps:
     """The steps of a model whose arrays are shapes alone."""
 
-    def __init__(self, config: LlamaConfig, scan: bool) -> None:
+    def __init__(self, config: LlamaConfig, scan: bool, device: jax.Device | None = None) -> None:
+        self._device = device
+
         def make() -> Llama:
             model = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), scan=scan)
             apply_lora(model, slots=SLOTS, buckets=tuple(SLOTS))
@@ -112,11 +122,24 @@ class _Steps:
 
         given = self.stacks, self.rest, batch
         if name == "gradient":
-            lowered = jax.jit(jax.grad(loss)).lower(*given, tokens)
+            lowered = jax.jit(jax.grad(loss)).lower(*self._placed((*given, tokens)))
         else:
             inputs = (rows,) if name == "decode" else (tokens, rows)
-            lowered = jax.jit(step, donate_argnums=3).lower(*given, self.cache, *inputs)
-        return lowered.compile(step_options()).as_text() or ""
+            arguments = self._placed((*given, self.cache, *inputs))
+            lowered = jax.jit(step, donate_argnums=3).lower(*arguments)
+        if self._device is None:
+            options = step_options()
+        else:  # which can't be asked what is fastest
+            options = step_options(self._device.platform) | {"xla_gpu_autotune_level": 0}
+        return lowered.compile(options).as_text() or ""
+
+    def _placed[T](self, shapes: T) -> T:
+        if self._device is None:
+            return shapes
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+        placed: T = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), shapes)
+        return placed
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:

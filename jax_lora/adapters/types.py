@@ -2,17 +2,24 @@
 
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 import numpy as np
 
 from jax_lora.adapters.files import DTYPES
 from jax_lora.adapters.patterns import MAX_PATTERNS, Expression, Names, Patterns
 from jax_lora.messages import shown
+
+if TYPE_CHECKING:
+    import jax
+
+    Half = np.ndarray | jax.Array
+else:
+    Half = object  # `inspect` reads adapters without JAX; `_is_array` checks what is given
 
 MAX_RANK = 4096
 """Largest rank of an adapter; a LoRA beyond it would be larger than the weights that it adapts."""
@@ -164,8 +171,8 @@ class LoRAWeights:
       magnitude: `[N]` with DoRA, else None.
     """
 
-    a: np.ndarray | jax.Array
-    b: np.ndarray | jax.Array
+    a: Half
+    b: Half
     scale: float
     is_embedding: bool = False
     magnitude: np.ndarray | None = None
@@ -340,10 +347,17 @@ class Adapter:
         return self.header.nbytes
 
 
+def _is_array(half: object) -> bool:
+    if isinstance(half, np.ndarray):
+        return True
+    jax = sys.modules.get("jax")  # who has one of its arrays has imported it
+    return jax is not None and isinstance(half, jax.Array)
+
+
 def _check_weights(config: LoRAConfig, module: str, weights: LoRAWeights) -> None:
     check_module(module)
     a, b = weights.a, weights.b
-    if not all(isinstance(half, np.ndarray | jax.Array) for half in (a, b)):
+    if not all(map(_is_array, (a, b))):
         raise TypeError(
             f"{module}: LoRA weights must be NumPy's or JAX's arrays, got {type(a).__name__} and "
             f"{type(b).__name__}; np.asarray converts them"

@@ -18,9 +18,13 @@ _OPTIONS: dict[str, str | bool | int] = {
 }
 
 
-def step_options() -> dict[str, str | bool | int]:
-    """For `jax.jit(step, compiler_options=step_options())`; empty where JAX runs on no GPU.
+def step_options(platform: str | None = None) -> dict[str, str | bool | int]:
+    """For `jax.jit(step, compiler_options=step_options())`; empty for other platforms than GPUs.
 
     Without them a GPU copies the weights of each layer that a scan runs, in each step.
+
+    Args:
+      platform: for which the step is compiled, "gpu" or "cuda"; None for JAX's default.
     """
-    return dict(_OPTIONS) if jax.default_backend() == "gpu" else {}
+    platform = jax.default_backend() if platform is None else platform
+    return dict(_OPTIONS) if platform in ("gpu", "cuda") else {}

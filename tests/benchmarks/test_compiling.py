@@ -55,10 +55,12 @@ def test_no_step_copies_stacks() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     row = compiling.Row("decode", 2.0, 3.0, [], ["[64,64] by copy"])
-    monkeypatch.setattr(compiling, "run", lambda layers, progress, scan: [row])
+    monkeypatch.setattr(compiling, "run", lambda *args, **how: [row])
     result = CliRunner().invoke(app, ["compile"])
     assert result.exit_code == 0, result.output
     assert "decode      2.0 s, of the CPU    3.0 s" in result.stdout
     assert "copies of stacks in the loop: none" in result.stdout
     assert "copies of weights, cache in the loop: [64,64] by copy" in result.stdout
+    refused = CliRunner().invoke(app, ["compile", "--for-h200"])  # no plugin is installed here
+    assert refused.exit_code == 2 and "install JAX's CUDA plugin" in refused.stderr
     assert '"weights": [' in CliRunner().invoke(app, ["compile", "--json"]).stdout
