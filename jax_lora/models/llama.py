@@ -441,13 +441,17 @@ class Llama(nnx.Module):
     ) -> None:
         self.config = config
         self.model = Decoder(config, dtype, rngs, scan=scan)
-        if config.tie_word_embeddings:
-            self.peft_names = nnx.static({"model.embed_tokens.head": "lm_head"})
-        else:
+        if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
         if num_labels is not None:
             self.score = _linear(config.hidden_size, num_labels, False, dtype, rngs)
             self.score.kernel.set_value(jnp.zeros_like(self.score.kernel[...]))
+
+    @property
+    def peft_names(self) -> dict[str, str]:
+        """PEFT's name of the output layer, where its weights are those of the embedding."""
+        # No attribute of the module: a dict there would keep its structure from being hashed.
+        return {"model.embed_tokens.head": "lm_head"} if self.config.tie_word_embeddings else {}
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""

@@ -64,10 +64,11 @@ def tie_head(embed: nnx.Embed) -> TiedEmbed:
 
     Example::
 
-        self.embed = jax_lora.tie_head(nnx.Embed(vocabulary, features, rngs=rngs))
-        self.peft_names = nnx.static({"embed.head": "lm_head"})
-        ...
-        logits = self.embed.attend(x)
+        class Model(nnx.Module):
+            peft_names = {"embed.head": "lm_head"}  # of the class, so that the model stays hashable
+
+            def __init__(self, rngs):
+                self.embed = jax_lora.tie_head(nnx.Embed(vocabulary, features, rngs=rngs))
 
     Raises:
       TypeError: `embed` is no `nnx.Embed`, or has a head or LoRA already.
