@@ -372,6 +372,22 @@ def test_caches_have_few_sizes():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_models_structure_is_a_key_for_jit(is_tied):
+    config = llama.LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=is_tied,
+    )
+    structures = [nnx.split(llama.Llama(config, rngs=nnx.Rngs(n)))[0] for n in range(2)]
+    assert len(set(structures)) == 1
+
+
 def test_only_a_gpu_gets_compiler_options(monkeypatch):
     assert step_options() == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
