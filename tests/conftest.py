@@ -1,7 +1,10 @@
 """Strict numbers for every test: no silent dtype promotion; backends' array shapes are checked."""
 
+import contextlib
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 # The command line would keep what it compiles in the home of whoever runs the tests.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -19,6 +22,21 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
+
+
+# Linux lets a process map 65,530 areas of memory. XLA maps some for each program that it compiles
+# for a CPU, and is killed where it gets no more.
+_MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Drops compiled programs behind a module, where there are very many."""
+    yield
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        if sum(1 for _ in maps) > _MOST_MAPS:
+            gc.collect()
+            jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
