@@ -185,17 +185,77 @@ def test_commands_are_taken(command: str) -> None:
     found.make_context(name, rest).close()
 
 
+@functools.cache
+def modules() -> dict[pathlib.Path, ast.Module]:
+    packages = ("jax_lora", "pallas_kernels", "interop")
+    paths = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path: ast.parse(path.read_text()) for path in paths}
+
+
+def listed() -> list[list[str]]:
+    """The parts of each error that the troubleshooting page lists, between its values."""
+    cells = re.findall(
+        r"^\| (`.*?`) ?(?:\(.*?\) )?\|", PAGES["docs/troubleshooting.md"], re.MULTILINE
+    )
+    errors = [error.strip("` ") for cell in cells for error in cell.split("<br>")]
+    return [[part.strip() for part in error.split("...")] for error in errors]
+
+
 def test_errors_of_the_troubleshooting_page_are_in_the_code() -> None:
     texts = {
         node.value
-        for package in ("jax_lora", "pallas_kernels", "interop")
-        for path in (ROOT / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for module in modules().values()
+        for node in ast.walk(module)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    page = PAGES["docs/troubleshooting.md"]
-    rows = re.findall(r"^\| (`.*?`) ?(?:\(.*?\) )?\|", page, re.MULTILINE)
-    assert len(rows) > 60
-    for row in rows:
-        for part in row.strip("` ").split("..."):
-            assert any(part.strip() in text for text in texts), row
+    errors = listed()
+    assert len(errors) > 200
+    assert len(set(map(tuple, errors))) == len(errors), "an error stands on the page twice"
+    for parts in errors:
+        assert all(any(part in text for text in texts) for part in parts), parts
+
+
+def wording(message: ast.expr) -> str:
+    """What a message says, with a space for each value."""
+    match message:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(map(wording, parts))
+        case ast.BinOp(left=left, right=right):
+            return wording(left) + wording(right)
+    return " "
+
+
+def raised() -> dict[str, str]:
+    """Where an error or a warning of the user's doing is made, and what it says.
+
+    An `AttributeError` is Python's own protocol, and what the emulator of a GPU refuses is code of this
+    project. A message that holds no word here is made elsewhere; the page lists those too.
+    """
+    said = {}
+    for path, module in modules().items():
+        for node in ast.walk(module):
+            match node:
+                case ast.Raise(exc=ast.Call(func=kind, args=[message, *_])):
+                    own = ast.unparse(kind) == "AttributeError" or path.name == "emulator.py"
+                case ast.Call(func=ast.Attribute(attr="warn"), args=[message, *_]):
+                    own = False
+                case _:
+                    continue
+            text = wording(message)
+            if not own and re.search(r"[a-z]{4}", text):
+                said[f"{path.relative_to(ROOT)}:{node.lineno}"] = text
+    return said
+
+
+def test_errors_of_the_code_are_on_the_troubleshooting_page() -> None:
+    patterns = [re.compile(".*".join(map(re.escape, parts)), re.DOTALL) for parts in listed()]
+    errors = raised()
+    assert len(errors) > 400
+    missing = [
+        f"{where}: {text}"
+        for where, text in errors.items()
+        if not any(pattern.search(text) for pattern in patterns)
+    ]
+    assert not missing, "\n".join(missing)
