@@ -185,6 +185,17 @@ def test_commands_are_taken(command: str) -> None:
     found.make_context(name, rest).close()
 
 
+def test_each_option_of_the_command_line_says_what_it_does() -> None:
+    shown = [
+        (name, option.name, option.help)
+        for name, command in typer.main.get_command(cli.app).commands.items()
+        for option in command.params
+        if name != "bench"  # hidden: it says where the benchmarks are
+    ]
+    assert len(shown) > 20
+    assert not [what for what in shown if not what[-1]]
+
+
 @functools.cache
 def modules() -> dict[pathlib.Path, ast.Module]:
     packages = ("jax_lora", "pallas_kernels", "interop")
@@ -230,8 +241,8 @@ def wording(message: ast.expr) -> str:
 def raised() -> dict[str, str]:
     """Where an error or a warning of the user's doing is made, and what it says.
 
-    An `AttributeError` is Python's own protocol, and what the emulator of a GPU refuses is code of this
-    project. A message that holds no word here is made elsewhere; the page lists those too.
+    An `AttributeError` is Python's own protocol, and what the emulator of a GPU refuses is code of
+    this project. A message that holds no word here is made elsewhere; the page lists those too.
     """
     said = {}
     for path, module in modules().items():

@@ -51,7 +51,10 @@ def on_mesh(command: Callable[..., None]) -> Callable[..., None]:
             with jax.set_mesh(_mesh_of(devices)):
                 command(**options)
 
-    option = inspect.signature(run, follow_wrapped=False).parameters["mesh"]
+    # Not of run's own signature: `wraps` has given it the annotations of `command`.
+    option = inspect.Parameter(
+        "mesh", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=MeshOption
+    )
     signature = inspect.signature(command)
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), option]
