@@ -127,7 +127,6 @@ GIVEN = {
     ("README.md", ""): model_and_rows,
     ("README.md", "From PyTorch"): tensors,
     ("docs/index.md", ""): model_and_rows,
-    ("docs/guides/flax.md", ""): model_and_rows,
     ("docs/guides/loop.md", ""): model_and_rows,
     ("docs/guides/loop.md", "With the ops alone"): stacks,
     ("docs/guides/training.md", ""): model_and_rows,
