@@ -36,9 +36,13 @@ def load_tokenizer(base: Path) -> Tokenizer:
     """The `tokenizer.json` of a model's folder, without the padding and truncation stored in it.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is none, or no such folder.
       ValueError: it is a pointer of Git LFS, or can't be parsed.
     """
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(base)!r}; give one, or OWNER/MODEL of Hugging Face's hub"
+        )
     file = base / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{str(base)!r} has no tokenizer.json; {_tokenizer_remedy(base)}")
@@ -57,8 +61,6 @@ _CONVERTIBLE = ("tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def _tokenizer_remedy(base: Path) -> str:
-    if not base.is_dir():
-        return "it is no folder; give one, or OWNER/MODEL of Hugging Face's hub"
     if found := next((name for name in _CONVERTIBLE if (base / name).is_file()), None):
         folder = str(base)
         return (
