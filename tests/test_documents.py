@@ -1,8 +1,9 @@
-"""README and the site: each block of Python runs, each command is one that `jax-lora` takes, and
-each error that the troubleshooting page lists stands in the code."""
+"""README, the site and the notebooks: each block of Python runs, each command is one that `jax-lora`
+takes, and the troubleshooting page and the code have the same errors."""
 
 import ast
 import functools
+import json
 import pathlib
 import re
 import shlex
@@ -115,11 +116,8 @@ def bundled() -> dict[str, object]:
 
 
 def language_model() -> dict[str, object]:
-    from jax_lora import AdapterBank, apply_lora
-    from jax_lora.llama import Llama
-
     pathlib.Path("llama").symlink_to(FOLDER / "base")
-    return {"jax": jax, "Llama": Llama, "apply_lora": apply_lora, "AdapterBank": AdapterBank}
+    return {}
 
 
 # What a page takes as given, or from a heading on.
@@ -160,6 +158,15 @@ def test_pages_are_found() -> None:
     assert all(text.count("```") % 2 == 0 for text in PAGES.values())
     languages = {kind for text in PAGES.values() for title, kind, _ in FENCES.findall(text)}
     assert languages <= {"", "python"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_have_pictures_and_end_in_an_assertion(path: pathlib.Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert any("plt.show()" in source for source in sources)
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(sources[-1])))
 
 
 # --------------------------------------------------------------------------------- commands, errors
