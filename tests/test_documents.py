@@ -1,5 +1,5 @@
-"""README, the site and the notebooks: each block of Python runs, each command is one that `jax-lora`
-takes, and the troubleshooting page and the code have the same errors."""
+"""README, the site and the notebooks: each block of Python runs, `jax-lora` takes each command
+that they show, and the troubleshooting page and the code have the same errors."""
 
 import ast
 import functools
