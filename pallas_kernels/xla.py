@@ -337,11 +337,26 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    place = {"first": part.first, "transposed": part.transposed}
-    v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv", **place)
-    v = weighted(v, part.weights)
-    how = {"add_inputs": True, "is_bgmv": True}
-    return _expand(v, part.lora_b, part.segments, y, part.columns, **how, **place)
+    v = _shrink(
+        x,
+        part.lora_a,
+        part.segments,
+        part.scales,
+        kernel="bgmv",
+        first=part.first,
+        transposed=part.transposed,
+    )
+    return _expand(
+        weighted(v, part.weights),
+        part.lora_b,
+        part.segments,
+        y,
+        part.columns,
+        add_inputs=True,
+        is_bgmv=True,
+        first=part.first,
+        transposed=part.transposed,
+    )
 
 
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
