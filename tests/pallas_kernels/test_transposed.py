@@ -28,13 +28,14 @@ def parts_of(a, b, scales, transposed):
     return part, dataclasses.replace(part, first_slot=4).with_layout(transposed=False)
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
 @pytest.mark.parametrize(
     "implementation, phase",
     [
         ("xla", "prefill"),
-        pytest.param("xla", "decode", marks=pytest.mark.ci),
-        pytest.param("loop", "decode", marks=pytest.mark.ci),
+        ("xla", "decode"),
+        ("loop", "decode"),
     ],
 )
 def test_values_and_gradients_are_those_of_the_other_layout(implementation, phase):

@@ -70,7 +70,7 @@ def call(model, x, batch):
         return model(x)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_each_row_gets_what_qwix_gives_it_alone(remat):
     provider = MultiLoraProvider(**RULE, slots=SLOTS)
     model, single = filled(provider, remat), filled(qwix.LoraProvider(**RULE))
@@ -93,7 +93,8 @@ def test_each_row_gets_what_qwix_gives_it_alone(remat):
     np.testing.assert_array_equal(model(x()), Net()(x()))  # without a batch
 
 
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("remat", [False, True])
 def test_gradients_stay_with_the_slots_of_the_rows(remat):
     provider = MultiLoraProvider(**RULE, slots=SLOTS)
     model, batch = filled(provider, remat), provider.batch(ROWS)
@@ -131,6 +132,7 @@ def test_rows_in_the_models_state():
     assert_equal(call(nnx.clone(model), x(), provider.batch(ROWS)), want[0])
 
 
+@pytest.mark.ci
 def test_slots_have_numbers_of_their_own_as_large_as_qwixs():
     """He's bound depends on the size of one A, not of all slots'."""
     many = MultiLoraProvider(**RULE, slots=50)
