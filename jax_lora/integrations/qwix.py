@@ -247,7 +247,7 @@ def _of_einsum(einsum_str: str, lhs: Array, rhs: Array, rank: int) -> _Matrix | 
 def _of_dot_general(
     lhs: Array, rhs: Array, dimension_numbers: jax.lax.DotDimensionNumbers, rank: int
 ) -> _Matrix | None:
-    """None where it is no product with one matrix."""
+    """None where it is no product with one matrix, with its axes in order."""
     (lhs_summed, rhs_summed), (lhs_batch, _) = dimension_numbers
     of_x, of_kernel = (list(string.ascii_letters[:26]), list(string.ascii_letters[26:]))
     of_x, of_kernel = of_x[: lhs.ndim], of_kernel[: rhs.ndim]
@@ -256,7 +256,8 @@ def _of_dot_general(
     lead = [label for label in of_x if label not in of_kernel]
     kept = [label for label in of_kernel if label not in of_x]
     full = "".join([*of_x, ",", *of_kernel, "->", *lead, *kept])
-    if lhs_batch or not _is_matrix(full):
+    # qwix lays A out in the order in which axes are named, which need not be the parameter's.
+    if lhs_batch or [*rhs_summed] != sorted(rhs_summed) or not _is_matrix(full):
         return None
     behind = [axis for axis in range(rhs.ndim) if axis not in rhs_summed]
     sizes = [[rhs.shape[axis] for axis in axes] for axes in (rhs_summed, behind)]

@@ -151,10 +151,20 @@ class Experts(nnx.Module):
         return jnp.einsum("BTD,BDF->BTF", x, self.w[...])
 
 
+class OutOfOrder(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((D, S, D)))
+
+    def __call__(self, x):
+        return jax.lax.dot_general(x, self.w[...], (((1, 2), (1, 0)), ((), ())))
+
+
 def test_what_no_row_can_have_an_adapter_of_its_own_in():
     apply = qwix.apply_lora_to_model
     with pytest.raises(ValueError, match="slots=3: the einsum of the model with w is no product"):
         apply(Experts(), MultiLoraProvider(**RULE, slots=3), x(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the dot_general of the model with w is no product"):
+        apply(OutOfOrder(), MultiLoraProvider(**RULE, slots=3), x(), rngs=nnx.Rngs(0))
     one = apply(Experts(), MultiLoraProvider(**RULE), x(), rngs=nnx.Rngs(0))  # left to qwix
     assert one.w_lora_b.shape == (2, D)
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
