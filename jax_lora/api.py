@@ -12,6 +12,7 @@ from jax_lora.bank import BankFullError as BankFullError
 from jax_lora.batch import AdapterBatch as AdapterBatch
 from jax_lora.batch import use as use
 from jax_lora.nn.apply import apply_lora as apply_lora
+from jax_lora.nn.apply import left_alone as left_alone
 from jax_lora.nn.einsum import LoRAEinsum as LoRAEinsum
 from jax_lora.nn.embed import LoRAEmbed as LoRAEmbed
 from jax_lora.nn.embed import tie_head as tie_head

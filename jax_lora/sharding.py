@@ -296,7 +296,7 @@ def _kernel_axes(layer: Placed) -> list[MeshAxes]:
     own = _explicit(layer.kernel.get_value())[len(layer.lead) :]
     if any(own):
         return own
-    spec = _annotated(layer.kernel) if layer.placement is None else layer.placement.spec
+    spec = annotated(layer.kernel) if layer.placement is None else layer.placement.spec
     return _per_axis(spec, len(own))
 
 
@@ -309,7 +309,7 @@ def _per_axis(spec: PartitionSpec, ndim: int) -> list[MeshAxes]:
     return list(map(_names, _whole(spec, ndim)))[-ndim:]
 
 
-def _annotated(kernel: nnx.Variable[Array]) -> PartitionSpec:
+def annotated(kernel: nnx.Variable[Array]) -> PartitionSpec:
     """What Flax's metadata say, by the axes of the mesh."""
     if not kernel.has_metadata("out_sharding") or not kernel.out_sharding:
         return PartitionSpec()
@@ -324,7 +324,7 @@ def placement_of(layer: Placed, lead: int, buckets: Sequence[int], *, fully: boo
       ValueError: features, or the ranks of fully sharded stacks, do not divide over the mesh.
     """
     kernel = layer.kernel.get_value()
-    mesh, spec = _mesh_of(kernel), _annotated(layer.kernel)
+    mesh, spec = _mesh_of(kernel), annotated(layer.kernel)
     if mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()
     elif (known := _sharding_of(kernel)) is not None:

@@ -158,11 +158,17 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
     """The nth part with arrays that fit x of `features` and y of `y_shape`."""
     if not isinstance(given, LoRAPart):
         raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(given).__name__}")
-    a = stack(f"parts[{n}].lora_a", given.lora_a, "L R H")
-    b = stack(f"parts[{n}].lora_b", given.lora_b, "L N R")
-    same(f"x and parts[{n}].lora_a differ in features H", features, a.shape[2])
+    transposed = bool(given.transposed)
+    a = stack(f"parts[{n}].lora_a", given.lora_a, "L H R" if transposed else "L R H")
+    b = stack(f"parts[{n}].lora_b", given.lora_b, "L R N" if transposed else "L N R")
+    found = LoRAPart(a, b, transposed=transposed)
+    same(f"x and parts[{n}].lora_a differ in features H", features, found.features)
     same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
-    same(f"parts[{n}]: lora_a and lora_b differ in rank R", a.shape[1], b.shape[2])
+    same(
+        f"parts[{n}]: lora_a and lora_b differ in rank R",
+        found.rank,
+        b.shape[1 if transposed else 2],
+    )
     first_slot = static(f"parts[{n}].first_slot", given.first_slot)
     if not 0 <= first_slot <= jnp.iinfo(jnp.int32).max - a.shape[0]:
         raise ValueError(
@@ -170,10 +176,12 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
             f"{first_slot}"
         )
     factors, offset = _part_scales(f"parts[{n}]", given, a.shape[0])
-    y_offset = columns(y_shape, given.y_offset, b.shape[1])
+    y_offset = columns(y_shape, given.y_offset, found.width)
     if (layers := given.layers) is not None:
+        if transposed:
+            raise ValueError(f"parts[{n}] is transposed, so it can't have layers")
         _check_layers(f"parts[{n}]", layers, (a, b, factors), offset)
-    return LoRAPart(a, b, factors, first_slot, y_offset, offset, layers)
+    return LoRAPart(a, b, factors, first_slot, y_offset, offset, layers, transposed)
 
 
 def _check_layers(

@@ -22,6 +22,7 @@ from pallas_kernels.xla import (
     dot,
     local_parts,
     touches,
+    turned,
     weighted,
 )
 from pallas_kernels.xla import add_lora_grad as add_lora_grad
@@ -41,7 +42,8 @@ def shrink(
 def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
     """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
     segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
-    return _expand(v, lora_b, segments, y, call.y_offset, add_inputs=call.add_inputs)
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
+    return _expand(v, lora_b, segments, y, columns, add_inputs=call.add_inputs)
 
 
 def add_lora(
@@ -74,43 +76,46 @@ def _select(mask: Array, new: Array, old: Array) -> Array:
 
 def _shrink(
     x: Float[Array, "T H"],
-    lora_a: Float[Array, "L R H"],
+    lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
+    transposed: bool = False,
 ) -> Float[Array, "T R"]:
     def adapter(i: Array, v: Array) -> Array:
-        out = dot("th,rh->tr", x, lora_a[i]) * (scale if scale.ndim == 0 else scale[i])
-        return _select(segments.indices == i, out, v)
+        out = dot("th,rh->tr", x, turned(lora_a[i], transposed))
+        return _select(segments.indices == i, out * (scale if scale.ndim == 0 else scale[i]), v)
 
-    v = jnp.zeros((x.shape[0], lora_a.shape[1]), jnp.float32)
+    v = jnp.zeros((x.shape[0], lora_a.shape[2 if transposed else 1]), jnp.float32)
     return lax.fori_loop(0, lora_a.shape[0], adapter, v)
 
 
 def _expand(
     v: Float[Array, "T R"],
-    lora_b: Float[Array, "L N R"],
+    lora_b: Float[Array, "L _ _"],
     segments: Segments,
     y: Float[Array, "T Ny"],
-    y_offset: int,
+    columns: slice,
     *,
     add_inputs: bool,
+    transposed: bool = False,
 ) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
-    old = y[:, y_offset : y_offset + lora_b.shape[1]]
+    old = y[:, columns]
 
     def adapter(i: Array, new: Array) -> Array:
-        delta = dot("tr,nr->tn", v, lora_b[i])
+        delta = dot("tr,nr->tn", v, turned(lora_b[i], transposed))
         out = (old.astype(jnp.float32) + delta if add_inputs else delta).astype(y.dtype)
         return _select(segments.indices == i, out, new)
 
     new = lax.fori_loop(0, lora_b.shape[0], adapter, old)
-    return lax.dynamic_update_slice_in_dim(y, new, y_offset, axis=1)
+    return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
 
 
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart]) -> tuple[Array, Array]:
     touched = jnp.zeros(acc.shape, bool)
     for part in parts:
-        v = weighted(_shrink(x, part.lora_a, part.segments, part.scales), part.weights)
-        acc = _expand(v, part.lora_b, part.segments, acc, part.y_offset, add_inputs=True)
+        v = _shrink(x, part.lora_a, part.segments, part.scales, part.transposed)
+        v, how = weighted(v, part.weights), {"add_inputs": True, "transposed": part.transposed}
+        acc = _expand(v, part.lora_b, part.segments, acc, part.columns, **how)
         touched |= touches(part, acc.shape[1])
     return acc, touched

@@ -316,7 +316,7 @@ def _check_parts(
     ids = checks.shared_ids(*adapters, x.shape[0], ranges)
     missing = support.missing_parts(parts, widths, dtype)
     implementation, config = choose(how.implementation, how.config, missing)
-    kernels = tuple(xla_kernel(jnp.shape(part.lora_a)[1], phase) for part in parts)
+    kernels = tuple(xla_kernel(part.rank, phase) for part in parts)
     call = Call(op, implementation, kernels, widths=widths, dtype=dtype, config=config)
     check_on_no_mesh(
         call, x, *(jnp.asarray(t) for part in parts for t in (part.lora_a, part.lora_b))
@@ -628,7 +628,7 @@ def lora_gradients(
         dx, found, _ = compiled("add_lora_grad", call)(dy, x, found, token_ids)
     gradients = []
     for part, (a, b, scales) in zip(checked.parts, map(_arrays, found)):
-        slots = SlotRange(part.first_slot, jnp.shape(part.lora_a)[0])
+        slots = SlotRange(part.first_slot, part.slots)
         rows = jnp.arange(slots.slots, dtype=jnp.int32)
         if compact is not None:
             rows = slots_in_use(token_ids, slots, compact)

@@ -49,7 +49,7 @@ class LayerStacks:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("lora_a", "lora_b", "scales", "layers"),
-    meta_fields=("first_slot", "y_offset", "scales_offset"),
+    meta_fields=("first_slot", "y_offset", "scales_offset", "transposed"),
 )
 @dataclasses.dataclass(frozen=True)
 class LoRAPart:
@@ -69,6 +69,9 @@ class LoRAPart:
       layers: where the part's arrays stand among those of several layers, if they are slices of
         them; else None. `lora_a` and `lora_b` are then `[L, R, H]` and `[L, N, R]`, and `scales`
         has its `scales_offset`.
+      transposed: whether `lora_a` is `[L, H, R]` and `lora_b` `[L, R, N]`, as Flax lays kernels out
+        (static). "xla" and "loop" read them as they stand. "mosaic_gpu", which loads rows of H,
+        reads a copy that each call makes. Such a part has no `layers`.
     """
 
     lora_a: ArrayLike
@@ -78,11 +81,34 @@ class LoRAPart:
     y_offset: int = 0
     scales_offset: int | None = None
     layers: LayerStacks | None = None
+    transposed: bool = False
 
     @property
     def slots(self) -> int:
         """L."""
         return jnp.shape(self.lora_a)[0]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return jnp.shape(self.lora_a)[2 if self.transposed else 1]
+
+    @property
+    def features(self) -> int:
+        """H."""
+        return jnp.shape(self.lora_a)[1 if self.transposed else 2]
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return jnp.shape(self.lora_b)[2 if self.transposed else 1]
+
+    def with_layout(self, *, transposed: bool) -> "LoRAPart":
+        """The part with its stacks in a layout."""
+        if self.transposed == transposed:
+            return self
+        a, b = (jnp.asarray(t).swapaxes(1, 2) for t in (self.lora_a, self.lora_b))
+        return dataclasses.replace(self, lora_a=a, lora_b=b, transposed=transposed)
 
     def without_slices(self) -> "LoRAPart":
         """The part as a gradient keeps it: a loop would store the slices of all of its turns."""

@@ -77,19 +77,23 @@ class LocalPart(NamedTuple):
 
     They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers. What a
     token's adapter adds is multiplied by the token's weight, if tokens have weights.
+
+    `lora_a` is `[M, R, H]` and `lora_b` `[M, N, R]`; if `transposed`, `[M, H, R]` and `[M, R, N]`.
     """
 
-    lora_a: Float[Array, "M R H"]
-    lora_b: Float[Array, "M N R"]
+    lora_a: Float[Array, "M _ _"]
+    lora_b: Float[Array, "M _ _"]
     scales: Scale
     segments: Segments
     y_offset: int
     first: Place = 0
     weights: Float[Array, " T"] | None = None
+    transposed: bool = False
 
     @property
     def columns(self) -> slice:
-        return slice(self.y_offset, self.y_offset + self.lora_b.shape[1])
+        width = self.lora_b.shape[2 if self.transposed else 1]
+        return slice(self.y_offset, self.y_offset + width)
 
 
 def local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
@@ -105,8 +109,15 @@ def local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
         if (layers := part.layers) is not None:
             place = layers.layer * part.slots
             a, b, _ = layers.flat
-        found.append(LocalPart(a, b, scales, segments, part.y_offset, place, weights))
+        how = part.y_offset, place, weights, part.transposed
+        found.append(LocalPart(a, b, scales, segments, *how))
     return found
+
+
+def turned(matrices: Array, transposed: bool) -> Array:
+    """The matrices with their two axes in the other order, if so. XLA has it done by the product
+    that reads them, or makes them."""
+    return matrices.swapaxes(-1, -2) if transposed else matrices
 
 
 def touches(part: LocalPart, width: int) -> Bool[Array, "T width"]:
@@ -181,16 +192,21 @@ def shrink(
 
 def _shrink(
     x: Float[Array, "T H"],
-    lora_a: Float[Array, "L R H"],
+    lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
     *,
     kernel: str,
     first: Place = 0,
+    transposed: bool = False,
 ) -> Float[Array, "T R"]:
     if kernel == "bgmv":
         ids = slots_of(segments.indices, lora_a, first)
-        v = _per_token(lambda xs, a: dot("th,trh->tr", xs, a), lora_a, x, ids)
+
+        def some(xs: Array, a: Array) -> Array:
+            return dot("th,trh->tr", xs, turned(a, transposed))
+
+        v = _per_token(some, lora_a, x, ids)
         if scale.ndim:
             scale = take(scale, slots_of(segments.indices, scale))[:, None]
         return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
@@ -208,22 +224,23 @@ def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -
     """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
     segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
     how = {"add_inputs": call.add_inputs, "is_bgmv": call.kernels[0] == "bgmv"}
-    return _expand(v, lora_b, segments, y, call.y_offset, **how)
+    columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
+    return _expand(v, lora_b, segments, y, columns, **how)
 
 
 def _expand(
     v: Float[Array, "T R"],
-    lora_b: Float[Array, "L N R"],
+    lora_b: Float[Array, "L _ _"],
     segments: Segments,
     y: Float[Array, "T Ny"],
-    y_offset: int,
+    columns: slice,
     *,
     add_inputs: bool,
     is_bgmv: bool,
     first: Place = 0,
+    transposed: bool = False,
 ) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
-    columns = slice(y_offset, y_offset + lora_b.shape[1])
 
     def update(old: Array, delta: Array) -> Array:
         new = old.astype(jnp.float32) + delta if add_inputs else delta
@@ -231,7 +248,11 @@ def _expand(
 
     if is_bgmv:
         ids = slots_of(segments.indices, lora_b, first)
-        delta = _per_token(lambda vs, b: dot("tr,tnr->tn", vs, b), lora_b, v, ids)
+
+        def some(vs: Array, b: Array) -> Array:
+            return dot("tr,tnr->tn", vs, turned(b, transposed))
+
+        delta = _per_token(some, lora_b, v, ids)
         old = y[:, columns]
         new = jnp.where(segments.indices[:, None] < 0, old, update(old, delta))
         if new.shape == y.shape:
@@ -239,7 +260,7 @@ def _expand(
         # Fused with the update, XLA's CPU compiler selects bfloat16 through float32, which quiets
         # the signalling NaNs in bytes that are not ours.
         new = lax.optimization_barrier(new)
-        return lax.dynamic_update_slice_in_dim(y, new, y_offset, axis=1)
+        return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
 
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
         delta = dot("tr,nr->tn", take(v, rows), lora_b[first + adapter])
@@ -316,18 +337,35 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    first = part.first
-    v = _shrink(x, part.lora_a, part.segments, part.scales, kernel="bgmv", first=first)
-    v = weighted(v, part.weights)
-    how = {"add_inputs": True, "is_bgmv": True}
-    return _expand(v, part.lora_b, part.segments, y, part.y_offset, **how, first=first)
+    v = _shrink(
+        x,
+        part.lora_a,
+        part.segments,
+        part.scales,
+        kernel="bgmv",
+        first=part.first,
+        transposed=part.transposed,
+    )
+    return _expand(
+        weighted(v, part.weights),
+        part.lora_b,
+        part.segments,
+        y,
+        part.columns,
+        add_inputs=True,
+        is_bgmv=True,
+        first=part.first,
+        transposed=part.transposed,
+    )
 
 
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
-        v = dot("th,rh->tr", take(x, rows), part.lora_a[part.first + adapter])
-        v = cast_v(v * _factors(part, rows, adapter), part.lora_b)
-        delta = dot("tr,nr->tn", v, part.lora_b[part.first + adapter])
+        stacks = part.lora_a, part.lora_b
+        a, b = (turned(stack[part.first + adapter], part.transposed) for stack in stacks)
+        v = dot("th,rh->tr", take(x, rows), a)
+        v = cast_v(v * _factors(part, rows, adapter), b)
+        delta = dot("tr,nr->tn", v, b)
         new = _rows(y, rows, part.columns).astype(jnp.float32) + delta
         return y.at[rows, part.columns].set(new.astype(y.dtype), mode="drop")
 
@@ -431,8 +469,8 @@ class _PartGrad(NamedTuple):
     """Gradients in x and in what a part holds, float32; of tokens without weights none in these."""
 
     x: Float[Array, "T H"]
-    lora_a: Float[Array, "L R H"]
-    lora_b: Float[Array, "L N R"]
+    lora_a: Float[Array, "L _ _"]
+    lora_b: Float[Array, "L _ _"]
     scales: Scale
     weights: Float[Array, " T"]
 
@@ -443,13 +481,15 @@ def _part_grad(dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart
     def tile(sums: _PartGrad, rows: Array, adapter: Array) -> _PartGrad:
         xs, factors = take(x, rows), _factors(part, rows, adapter)
         dys, place = _rows(dy, rows, part.columns), part.first + adapter
-        a, b = lora_a[place], lora_b[place]
+        a, b = (turned(stack[place], part.transposed) for stack in (lora_a, lora_b))
         u = dot("th,rh->tr", xs, a)
         dvs = dot("tn,nr->tr", dys, b)
-        db = _add_at(sums.lora_b, adapter, dot("tn,tr->nr", dys, cast_v(u * factors, b)))
+        of_b = dot("tn,tr->nr", dys, cast_v(u * factors, b))
+        db = _add_at(sums.lora_b, adapter, turned(of_b, part.transposed))
         du = dvs * factors
         dx = sums.x.at[rows].set(dot("tr,rh->th", du, a), mode="drop")
-        da = _add_at(sums.lora_a, adapter, dot("tr,th->rh", du, xs))
+        of_a = dot("tr,th->rh", du, xs)
+        da = _add_at(sums.lora_a, adapter, turned(of_a, part.transposed))
         terms, dw = dvs * u, sums.weights
         if part.weights is not None:
             own = jnp.sum(terms, axis=1) * _scale_of(scales, adapter)

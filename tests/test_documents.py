@@ -134,6 +134,10 @@ GIVEN = {
 }
 # `tests/jax_lora/bank/test_processes.py` does what it shows, in several processes.
 NOT_RUN = {("docs/scaling.md", "Several hosts")}
+# Other projects, of which `tests/peers` runs what it shows.
+NOT_RUN |= {
+    ("docs/guides/frameworks.md", name) for name in ("qwix and Tunix", "SkyRL-tx", "sglang-jax")
+}
 
 
 @pytest.mark.ci

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
@@ -122,6 +123,23 @@ def apply_lora(
     return sum(layer.room_bytes for layer in layers.values())
 
 
+def left_alone(model: nnx.Module) -> dict[str, str]:
+    """The modules that hold a matrix and have no LoRA, each with its type, by dotted path.
+
+    They are layers that `apply_lora`'s `target` did not match, and modules of types that it does
+    not know. `jax_lora.integrations.qwix` gives those LoRA too.
+    """
+    return {
+        path_name(path): type(module).__name__
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, LoRALayer | LoRAStack | FullWeights)
+        and any(
+            isinstance(value, nnx.Param) and len(jnp.shape(value.get_value())) >= 2
+            for value in vars(module).values()
+        )
+    }
+
+
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     fitting = {name for name, module in modules.items() if type(module) in _LORA_CLASS}
@@ -217,7 +235,7 @@ def _matched(
         name, module = next(iter(layers.items()))
         raise TypeError(
             f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral, "
-            "nnx.Einsum and nnx.Embed"
+            "nnx.Einsum and nnx.Embed; jax_lora.integrations.qwix covers modules of your own"
         )
     return linear
 

@@ -10,7 +10,7 @@ from jax_lora.nn.layer import LoRALayer
 from jax_lora.sharding import Label, Labels
 
 
-def _einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
+def einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
     """Labels of kernel and output; of the tokens, of H and of N."""
     operands, _, out = (einsum_str or "").partition("->")
     lhs, _, kernel = operands.partition(",")
@@ -34,7 +34,7 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
     """
 
     def matrix_shape(self) -> tuple[int, int]:
-        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
         size = dict(zip(kernel, self.kernel_shape))
         return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
 
@@ -53,29 +53,29 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         self.kernel_shape = self.kernel.shape
 
     def x_matrix(self, x: Array) -> Array:
-        _, _, lead, summed, _ = _einsum_labels(self.einsum_str)
+        _, _, lead, summed, _ = einsum_labels(self.einsum_str)
         lhs = (self.einsum_str or "").partition(",")[0]
         x = jnp.einsum(f"{lhs}->{lead}{summed}", x)
         return x.reshape(*x.shape[: x.ndim - len(summed)], -1)
 
     def y_matrix(self, y: Array) -> Array:
-        _, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        _, out, lead, _, kept = einsum_labels(self.einsum_str)
         y = jnp.einsum(f"{out}->{lead}{kept}", y)
         return y.reshape(*y.shape[: y.ndim - len(kept)], -1)
 
     def y_tensor(self, y_matrix: Array, y: Array) -> Array:
-        kernel, out, lead, _, kept = _einsum_labels(self.einsum_str)
+        kernel, out, lead, _, kept = einsum_labels(self.einsum_str)
         size = dict(zip(kernel, self.kernel_shape))
         y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
         return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
 
     def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
-        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
         matrix = jnp.einsum(f"{kernel}->{summed}{kept}", self.kernel[index])
         return matrix.reshape(self.matrix_shape())
 
     def kernel_tensor(self, matrix: Array) -> Array:
-        kernel, _, _, summed, kept = _einsum_labels(self.einsum_str)
+        kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
         size = dict(zip(kernel, self.kernel_shape))
         tensor = matrix.reshape([size[c] for c in summed + kept])
         return jnp.einsum(f"{summed}{kept}->{kernel}", tensor)

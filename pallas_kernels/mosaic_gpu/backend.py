@@ -137,7 +137,7 @@ def add_lora(
 ) -> tuple[Array, ...]:
     """The ys plus both halves of every part: in one launch where the decode kernel takes them all,
     else in one or two launches for some of the parts at a time."""
-    x = _needs_hopper(x)
+    x, parts = _needs_hopper(x), _by_rows(parts)
     widths = tuple(one.shape[1] for one in ys)
     if isinstance(ids, Mix):
         sums = _mixed_at_once(call, widths, x, parts, ids)
@@ -160,7 +160,7 @@ def add_lora(
 
 def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:
     """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
-    x = _needs_hopper(x)
+    x, parts = _needs_hopper(x), _by_rows(parts)
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), call.dtype) for width in call.widths)
     if isinstance(ids, Mix):
         sums = _mixed_at_once(call, call.widths, x, parts, ids)
@@ -177,6 +177,11 @@ def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -
     return add_lora(call, zeros, x, parts, ids)
 
 
+def _by_rows(parts: tuple[LoRAPart, ...]) -> tuple[LoRAPart, ...]:
+    """The parts as the kernels load them, by rows of H and of R."""
+    return tuple(part.with_layout(transposed=False) for part in parts)
+
+
 def makes_delta_at_once(
     x: Array,
     parts: tuple[LoRAPart, ...],
@@ -189,7 +194,8 @@ def makes_delta_at_once(
     call = Call("lora_delta", "mosaic_gpu", ())
     rows, dtype = x.shape[0] * columns, dtype if columns == 1 else jnp.float32
     shapes = tuple(jax.ShapeDtypeStruct((rows, width), dtype) for width in widths)
-    sizes = _plan(shapes, x, _decode_parts(parts).parts, call, add_inputs=False, seated=True)
+    operands = _decode_parts(_by_rows(parts)).parts
+    sizes = _plan(shapes, x, operands, call, add_inputs=False, seated=True)
     return sizes is not None
 
 
@@ -332,7 +338,7 @@ def _changed(
     for part in parts:
         slots = SlotRange(part.first_slot, part.slots)
         columns = covered.setdefault(slots, np.zeros(edges[-1], bool))
-        columns[part.y_offset :][: jnp.shape(part.lora_b)[1]] = True
+        columns[part.y_offset :][: part.width] = True
     changed = [jnp.zeros((1, 1), bool)] * len(widths)
     for slots, columns in covered.items():
         used = slots.holds(ids)[:, None]
@@ -351,7 +357,7 @@ _MOST_PARTS = 6
 
 def _launches(parts: tuple[LoRAPart, ...]) -> list[tuple[LoRAPart, ...]]:
     """The parts, those of the same columns together, up to `_MOST_PARTS` per launch if they fit."""
-    spans = tuple((p.y_offset, p.y_offset + jnp.shape(p.lora_b)[1]) for p in parts)
+    spans = tuple((p.y_offset, p.y_offset + p.width) for p in parts)
     together: list[set[int]] = []
     for cut in cuts(spans):
         touching = [group for group in together if group & set(cut.parts)]
@@ -547,7 +553,7 @@ def add_lora_grad(
     dtypes = [jnp.result_type(part.lora_a) for part in parts]
     if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
         return xla.add_lora_grad(call, dy, x, parts, ids)
-    x = _needs_hopper(x)
+    x, layouts, parts = _needs_hopper(x), [part.transposed for part in parts], _by_rows(parts)
     token_ids = ids.as_tokens() if isinstance(ids, Mix) else ids
     weights = ids.flat_weights() if isinstance(ids, Mix) else None
     kernel_parts = []
@@ -567,8 +573,8 @@ def add_lora_grad(
     if dweights is not None:
         dweights = dweights.reshape(-1, x.shape[0]).T
     dparts = []
-    for part, (da, db, ds) in zip(parts, found):
+    for part, transposed, (da, db, ds) in zip(parts, layouts, found):
         ds = ds if jnp.asarray(part.scales).ndim else jnp.sum(ds)
         gradient = dataclasses.replace(part, lora_a=da, lora_b=db, scales=ds, layers=None)
-        dparts.append(gradient)
+        dparts.append(gradient.with_layout(transposed=transposed))
     return dx, tuple(dparts), dweights

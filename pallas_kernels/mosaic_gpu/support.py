@@ -51,15 +51,15 @@ def missing_parts(
     lacks = []
     for part in parts:
         a, b = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b)
-        _, rank, features = a.shape
+        sizes = part.rank, part.features, part.width
         lacks += [
-            missing(weights.dtype, rank, features, b.shape[1], y_dtype, width, part.y_offset)
+            missing(weights.dtype, *sizes, y_dtype, width, part.y_offset)
             for weights in (a, b)
             for width in (*widths, sum(widths))
         ]
         if a.dtype != b.dtype:
             lacks.append(f"{a.dtype} lora_a beside {b.dtype} lora_b (it takes both in one dtype)")
-    spans = tuple((p.y_offset, p.y_offset + jnp.shape(p.lora_b)[1]) for p in parts)
+    spans = tuple((p.y_offset, p.y_offset + p.width) for p in parts)
     lacks.append(missing_together(spans))
     return next(filter(None, lacks), None)
 

@@ -21,6 +21,7 @@ from jax_lora import (
     LoRAEinsum,
     apply_lora,
     call_packed,
+    left_alone,
     use,
 )
 from jax_lora.nn import layer as one_layer
@@ -386,6 +387,14 @@ def test_target_matches_ends_of_paths(target, matched):
     model = Zoo(nnx.Rngs(0))
     apply_lora(model, slots=1, buckets=(8,), target=target)
     assert paths(model) == matched
+
+
+def test_what_apply_lora_left_alone():
+    model = Zoo(nnx.Rngs(0))
+    apply_lora(model, slots=1, buckets=(8,), target="proj|head")
+    others = {"wide": "LinearGeneral", "mix": "Einsum", "conv": "Conv"}
+    blocks = {f"blocks.{n}.{name}": kind for n in range(2) for name, kind in others.items()}
+    assert left_alone(model) == {"embed": "Embed", **blocks}
 
 
 def stacked():

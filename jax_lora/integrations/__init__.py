@@ -1,0 +1,1 @@
+"""Other projects' own interfaces over these kernels; each module imports its project."""
