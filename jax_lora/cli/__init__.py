@@ -1,11 +1,11 @@
-"""The command line: `jax-lora demo`, `generate`, `inspect`, `convert`, `doctor`."""
+"""The command line: `jax-lora demo`, `generate`, `serve`, `inspect`, `convert`, `doctor`."""
 
 from typing import Annotated
 
 import typer
 
 # The commands import what they need themselves: `--help` need not wait for the model.
-from jax_lora.cli import convert, demo, doctor, generate, inspect
+from jax_lora.cli import convert, demo, doctor, generate, inspect, serve
 from jax_lora.cli.terminal import input_errors
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(inspect.inspect)
 app.command()(convert.convert)
 app.command()(doctor.doctor)

@@ -299,6 +299,16 @@ class Engine:
         return self._loop.steps
 
     @property
+    def num_open(self) -> int:
+        """Requests that run or wait."""
+        return self._num_open
+
+    @property
+    def end(self) -> str | None:
+        """Why it takes no requests: it was closed, or its device has failed; else None."""
+        return self._end
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Those that requests may ask for."""
         return () if self._desk is None else self._desk.names

@@ -1,0 +1,1 @@
+"""OpenAI's API over an engine: HTTP, streams, adapters that come and go, limits and metrics."""

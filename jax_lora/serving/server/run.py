@@ -1,0 +1,144 @@
+"""From folders to a server that runs."""
+
+import dataclasses
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from jax_lora.adapters import AdapterHeader, peft_header
+from jax_lora.bank import AdapterBank
+from jax_lora.messages import printable
+from jax_lora.models.hub import check_format, is_hub_name, local_folder
+from jax_lora.models.llama import Llama
+from jax_lora.nn.apply import apply_lora
+from jax_lora.plan import room_for
+from jax_lora.serving.engine import AdapterLimits, Engine, StepShape
+from jax_lora.serving.server.adapters import folder_adapters
+from jax_lora.serving.server.app import Server
+from jax_lora.serving.server.asking import Served
+from jax_lora.serving.text import fitting_slots, load_tokenizer
+from pallas_kernels import padded_rank
+
+Told = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the engine.
+
+    Attributes:
+      slots: adapters of a rank bucket that are on the device at a time.
+      max_rank: the largest that a client may have loaded; None for the folder's largest, or 64.
+      max_length, rows: as in `StepShape`. max_waiting: as in `Engine`.
+    """
+
+    slots: int = 16
+    max_rank: int | None = None
+    max_length: int | None = None
+    rows: int = 64
+    max_waiting: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is served.
+
+    Attributes:
+      base: folder, or name on the hub. name: for requests; None for the folder's or the hub's.
+      adapters: the folder whose folders are adapters.
+      dtype: of weights and arithmetic; None for the stored one.
+    """
+
+    base: str | Path
+    name: str | None = None
+    adapters: Path | None = None
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    dtype: str | None = None
+
+
+def load(model: Model, told: Told) -> Served:
+    """The engine, compiled.
+
+    Raises:
+      FileNotFoundError, ValueError: as `complete`; or an adapter has the base model's name.
+    """
+    base, sizes = local_folder(model.base), model.sizes
+    check_format(base)
+    name = model.name or (str(model.base) if is_hub_name(model.base) else base.resolve().name)
+    folders = _fitting(model, told)
+    if name in folders:
+        raise ValueError(f"the model and an adapter are both called {name!r}; give --name")
+    told(f"loading {base}")
+    llama, bank = Llama.from_pretrained(base, dtype=model.dtype), None
+    if model.adapters is not None:
+        headers = [header for _, header in folders.values()]
+        slots = _slots(sizes, [header.rank for header in headers])
+        apply_lora(llama, slots=slots, buckets=tuple(slots), **room_for(llama, headers))
+        bank = AdapterBank(llama)
+    engine = Engine(
+        llama,
+        bank,
+        load_tokenizer(base),
+        adapters={name: folder for name, (folder, _) in folders.items()},
+        shape=StepShape(rows=sizes.rows, max_length=sizes.max_length),
+        limits=AdapterLimits(),
+        max_waiting=sizes.max_waiting,
+    )
+    told("compiling")
+    engine.warmup()
+    return Served(engine, base, name)
+
+
+def serve(
+    served: Served, server: Server, host: str, port: int, drain_seconds: int, told: Told
+) -> None:
+    """Answers until SIGTERM or SIGINT: then it takes no more, and ends what is under way."""
+    # What uvicorn writes of requests would be text of clients.
+    config = uvicorn.Config(
+        server.app(),
+        host=host,
+        port=port,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    # Uvicorn raises the signal once more behind its end, which would be no orderly one.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    names = ", ".join(served.engine.adapters[:10]) or "none"
+    told(f"serving {served.name} at http://{host}:{port}, adapters: {names}")
+    uvicorn.Server(config).run()
+
+
+def _fitting(model: Model, told: Told) -> dict[str, tuple[Path, AdapterHeader]]:
+    """The folder's adapters; one that can't be read is told, and left out."""
+    found: dict[str, tuple[Path, AdapterHeader]] = {}
+    if model.adapters is None:
+        return found
+    if not model.adapters.is_dir():
+        raise FileNotFoundError(f"there is no folder {printable(model.adapters)}")
+    for name, folder in folder_adapters(model.adapters).items():
+        try:
+            found[name] = folder, peft_header(folder)
+        except (ValueError, OSError) as error:
+            told(f"leaving out {printable(name)}: {printable(str(error))}")
+    return found
+
+
+def _slots(sizes: Sizes, ranks: Sequence[int]) -> dict[int, int]:
+    counts = fitting_slots(ranks)
+    largest = max(counts, default=padded_rank(64))
+    if sizes.max_rank is not None:
+        largest = max(largest, padded_rank(sizes.max_rank))
+    # The largest bucket takes any adapter that is loaded later.
+    return {bucket: min(n, sizes.slots) for bucket, n in counts.items()} | {largest: sizes.slots}
+
+
+def demo(sizes: Sizes) -> Model:
+    """The bundled model and its adapters."""
+    from jax_lora.demo import job
+
+    return Model(job.FOLDER / "base", "demo", job.FOLDER / "adapters", sizes)

@@ -1,0 +1,224 @@
+"""The server's routes, as clients see them, over the bundled model."""
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+
+from jax_lora.demo import job
+from jax_lora.serving.server import run
+from jax_lora.serving.server.app import Server
+from jax_lora.serving.server.limits import Limits
+
+pytestmark = pytest.mark.ci
+
+KEY = {"Authorization": "Bearer secret"}
+WINDOW = {"prompt": "window:", "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The demo's model with a chat template, three of its adapters, and one that is a link out."""
+    root = tmp_path_factory.mktemp("served")
+    base, adapters = root / "base", root / "adapters"
+    shutil.copytree(job.FOLDER / "base", base)
+    (base / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}")
+    (base / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    for name in ("upper", "reverse", "stars"):
+        shutil.copytree(job.FOLDER / "adapters" / name, adapters / name)
+    shutil.copytree(job.FOLDER / "adapters" / "twice", root / "twice")
+    shutil.copytree(job.FOLDER / "adapters" / "twice", adapters / ".later" / "twice")
+    (adapters / "link").symlink_to(root / "twice")
+    model = run.Model(base, "demo", adapters, run.Sizes(slots=2, rows=4, max_rank=160))
+    served = run.load(model, print)
+    yield served
+    served.engine.close()
+
+
+@pytest.fixture(scope="module")
+def folder(served):
+    return served.base.parent / "adapters"
+
+
+@pytest.fixture(scope="module")
+def address(served, folder):
+    """A running server with a key."""
+    server = Server(served, folder, ["secret"], Limits(body_bytes=4000, rows_per_key=6))
+    config = uvicorn.Config(server.app(), port=0, log_level="error")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield running.servers[0].sockets[0].getsockname()
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(address):
+    with httpx.Client(base_url="http://{}:{}".format(*address), headers=KEY, timeout=60) as client:
+        yield client
+
+
+def events(response):
+    lines = [line[6:] for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_each_adapter_is_a_model(client):
+    cards = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["demo", "reverse", "stars", "upper"]
+    for name, text in {"demo": "window", "reverse": "wodniw", "upper": "WINDOW"}.items():
+        answer = client.post("/v1/completions", json={**WINDOW, "model": name}).json()
+        assert answer["object"] == "text_completion" and answer["model"] == name
+        assert answer["choices"][0]["text"] == text
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        use = answer["usage"]
+        assert use["total_tokens"] == use["prompt_tokens"] + use["completion_tokens"] > 0
+
+
+def test_a_stream_adds_up_to_the_answer(client):
+    asked = {**WINDOW, "model": "upper", "n": 2, "stream": True, "logprobs": 1}
+    asked["stream_options"] = {"include_usage": True}
+    response = client.post("/v1/completions", json=asked)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, last = events(response)
+    for index in (0, 1):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in own) == "WINDOW"
+        assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == ["stop"]
+        told = [v for c in own if c["logprobs"] for v in c["logprobs"]["token_logprobs"]]
+        assert told and all(value <= 0 for value in told)
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 2 * len(told)
+
+
+def test_a_chat(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "window:"}]}]
+    asked = {"model": "reverse", "messages": messages, "temperature": 0, "logprobs": True}
+    answer = client.post("/v1/chat/completions", json=asked).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"] == "wodniw"
+    chunks = events(client.post("/v1/chat/completions", json={**asked, "stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0]["role"] == "assistant"
+    assert "".join(delta.get("content", "") for delta in deltas) == "wodniw"
+
+
+def test_parameters_reach_the_engine(client):
+    def ask(**more):
+        asked = {**WINDOW, "model": "upper", **more}
+        return client.post("/v1/completions", json=asked).json()["choices"]
+
+    assert ask(stop="D")[0]["text"] == "WIN"
+    assert ask(max_tokens=2)[0]["finish_reason"] == "length"
+    long = ask(ignore_eos=True, max_tokens=30, logprobs=0)[0]
+    assert len(long["logprobs"]["tokens"]) == 30 and long["finish_reason"] == "length"
+    drawn = [ask(temperature=5.0, seed=seed, n=2) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0]["text"] != drawn[0][1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("status", "change"),
+    [
+        (404, {"model": "nobody"}),
+        (400, {"temperature": -1}),
+        (400, {"temperature": "\x1b[2J"}),
+        (400, {"prompt": []}),
+        (400, {"prompt": [1, 10**9]}),
+        (400, {"prompt": "\ud800"}),
+        (400, {"max_tokens": 1000}),
+        (400, {"stop": [""]}),
+        (400, {"logit_bias": {"5": 1}}),
+        (400, {"logprobs": 5}),
+        (400, {"n": 65}),
+        (400, {"stream": 1}),
+        (413, {"prompt": "a" * 5000}),
+        (429, {"n": 7}),
+    ],
+)
+def test_a_malformed_body_gets_an_error_in_openais_form(client, status, change):
+    body = json.dumps({**WINDOW, "model": "upper", **change})
+    headers = {"Content-Type": "application/json"}
+    response = client.post("/v1/completions", content=body, headers=headers)
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert {*error} == {"message", "type", "param", "code"} and error["message"].isprintable()
+
+
+def test_what_is_no_request_gets_an_error_too(client):
+    assert client.post("/v1/completions", content=b"{}").status_code == 415
+    headers = {"Content-Type": "application/json"}
+    for body in (b"", b"{", b"\xff", b"[1]", b"[" * 3000):
+        assert client.post("/v1/completions", content=body, headers=headers).status_code == 400
+    assert client.get("/nothing").json()["error"]["type"] == "not_found_error"
+    assert client.get("/v1/completions").status_code == 405
+    for path in ("/v1/models", "/v1/models/upper"):
+        assert client.get(path, headers={"Authorization": "Bearer x"}).status_code == 401
+    assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
+
+
+def test_adapters_load_from_below_the_folder_alone(client, folder):
+    def load(path, name="new", **more):
+        body = {"lora_name": name, "lora_path": path, **more}
+        return client.post("/v1/load_lora_adapter", json=body).status_code
+
+    for outside in ("../twice", str(folder.parent / "twice"), "link", "", ".", "/etc", "a\0b"):
+        assert load(outside) == 400, outside
+    assert load("nothing") == 404
+    assert load("upper", "demo") == load("upper", "upper") == 409
+    assert load(".later/twice") == 200 and load(".later/twice") == 409
+    asked = {**WINDOW, "model": "new"}
+    answer = client.post("/v1/completions", json=asked).json()
+    assert answer["choices"][0]["text"] == "wwiinnddooww"
+    unload = {"lora_name": "new"}
+    statuses = [client.post("/v1/unload_lora_adapter", json=unload).status_code for _ in "ab"]
+    assert statuses == [200, 404]
+    assert client.post("/v1/completions", json=asked).status_code == 404
+
+
+def test_without_keys_nobody_loads(served, folder):
+    transport = httpx.ASGITransport(Server(served, folder, [], Limits()).app())
+
+    async def statuses():
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            paths = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+            posts = [(await client.post(path, json={})).status_code for path in paths]
+            return [*posts, (await client.get("/v1/models")).status_code]
+
+    assert asyncio.run(statuses()) == [403, 403, 200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_rows(served, address, client, stream):
+    """The model's longest answers take some 50 steps; these end a few after the client has left."""
+    asked = {**WINDOW, "model": "upper", "n": 4, "ignore_eos": True, "max_tokens": 50}
+    body = json.dumps({**asked, "stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+    before = served.engine.steps
+    with socket.create_connection(address) as peer:
+        peer.sendall(head.encode() + body)
+        while served.engine.steps < before + 3:
+            time.sleep(0.001)
+    while served.engine.num_open:
+        time.sleep(0.001)
+    assert served.engine.steps - before < 45
+    assert client.post("/v1/completions", json={**WINDOW, "model": "upper"}).status_code == 200
+
+
+def test_health_metrics_and_page(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    text = client.get("/metrics").text
+    assert "jax_lora_generation_tokens_total" in text and 'jax_lora_bucket_slots{rank="' in text
+    page = client.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http" not in page.text  # it needs nothing from elsewhere
