@@ -38,6 +38,7 @@ from jax_lora.models.rope import rotate, waves
 from jax_lora.nn.apply import apply_lora
 from jax_lora.nn.scan import scan_layers
 from jax_lora.nn.stacks import LoRAScale
+from jax_lora.serving.options import step_options
 from jax_lora.training import per_adapter
 
 ROWS = len(MIXED_RANKS)  # sequences, and adapters: one each
@@ -322,7 +323,7 @@ class Step:
             sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
             for tree in (self.masters, self.state)
         )
-        compiled = self.lower().compile()
+        compiled = self.lower().compile(step_options())
 
         def step() -> Array:
             masters, self.state, loss = compiled(*self._arguments)

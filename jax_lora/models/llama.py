@@ -389,11 +389,17 @@ class Decoder(nnx.Module):
             x, memory = layer(x, rope, mask, past)
             return x, cast(Memory, memory)
 
+        def run_stacked(layer: DecoderLayer, x: Array, own: Own | None) -> tuple[Array, Array]:
+            # As one array: a GPU would copy the weights of v and multiply twice, once for the
+            # layer and once to write all layers' values.
+            x, memory = run(layer, x, own)
+            return x, jnp.stack(memory)
+
         if self.scan:
             numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None
             stacked, own = cast(DecoderLayer, self.layers), cast(Own, (past, numbers))
-            x, memory = scan_layers(run, stacked, x, own)
-            return x, memory
+            x, memory = scan_layers(run_stacked, stacked, x, own)
+            return x, (memory[:, 0], memory[:, 1])
         layers = cast(nnx.List[DecoderLayer], self.layers)
         each = [None] * len(layers) if past is None else zip(*past, strict=True)
         memories = []

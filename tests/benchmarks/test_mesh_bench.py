@@ -12,8 +12,10 @@ from benchmarks.__main__ import app
 SHAPE = step.Shape(mesh.SMALL, 16, 8, 16)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize(
+    "fully_sharded",
+    [pytest.param(False, marks=pytest.mark.ci), pytest.param(True, marks=pytest.mark.slow)],
+)
 def test_two_devices_compute_what_one_does(
     fully_sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def test_one_launch_for_few_tokens(columns: int, sorted_once: bool, emulated: No
     "case",
     [
         pytest.param(GradientCase(9, 64, (64,), ((16, 3),), "shuffled"), marks=pytest.mark.ci),
-        pytest.param(GradientCase(80, 128, (64, 72), ((8, 2), (16, 2))), marks=pytest.mark.ci),
+        pytest.param(GradientCase(80, 128, (64, 72), ((8, 2), (16, 2))), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -49,7 +49,7 @@ def test_two_launches_for_many_tokens(case: GradientCase, interpreted: None) -> 
     [
         pytest.param(GradientCase(9, 64, (64,), ((8, 3),), "gaps"), marks=pytest.mark.ci),
         pytest.param(GradientCase(70, 128, (64, 72), ((8, 2), (16, 2))), marks=pytest.mark.ci),
-        pytest.param(GradientCase(130, 64, (64,), ((16, 1),)), marks=pytest.mark.ci),
+        pytest.param(GradientCase(130, 64, (64,), ((16, 1),)), marks=pytest.mark.slow),
     ],
     ids=str,
 )
