@@ -279,7 +279,7 @@ def test_help_names_the_commands() -> None:
 STEP = ["step", "--layers", "1", "--batch", "16", "--context", "8", "--prefill", "16"]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_step_times_a_small_model_without_a_gpu_and_holds_it_against_nothing() -> None:
     result = CliRunner().invoke(app, [*STEP, "--json"])
     assert result.exit_code == 0, result.output

@@ -138,7 +138,7 @@ def test_what_is_wrong_with_tokenizer_json_and_what_helps(tmp_path, files, error
 
 
 def test_a_base_that_is_no_folder():
-    with pytest.raises(FileNotFoundError, match="is no folder; give one, or OWNER/MODEL"):
+    with pytest.raises(FileNotFoundError, match="nowhere'; give one, or OWNER/MODEL"):
         load_tokenizer(FOLDER / "nowhere")
 
 
