@@ -8,7 +8,7 @@ import pytest
 from benchmarks import agreement
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_trainer_and_sampler_agree_as_far_as_the_base_model_does(tmp_path: Path) -> None:
     found = [
         agreement.run(dtype, lambda _: None, ("stars", "twice"), rounds=2)

@@ -30,7 +30,7 @@ def test_every_case_uses_all_of_its_adapters() -> None:
         assert set(case.ids()) == set(range(case.D)), case
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_it_runs_without_a_gpu(tmp_path) -> None:
     out = tmp_path / "results.jsonl"
     cases = [Case(12, 3, 8, 64, 64, order="shuffled", L=5)]

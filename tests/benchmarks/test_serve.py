@@ -57,7 +57,7 @@ def test_popularity():
     assert (trace("Punica, zipf").adapters != trace("Punica, zipf", seed=1).adapters).any()
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_small_workload_is_served():
     steps = StepShape(rows=4, max_length=32, chunk=16, lanes=(1,), block=16)
     options = serve.Options(requests=12, slots=2, steps=steps)
@@ -69,7 +69,7 @@ def test_a_small_workload_is_served():
     assert all(0 < median <= high for median, high in (ours.first_ms, ours.next_ms))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_steps_are_timed():
     report = engine_steps.run(Shape(SMALL, 8, 16, 64), lambda text: None)
     assert len(report.rows) == 6 and all(row.us > 0 for row in report.rows)

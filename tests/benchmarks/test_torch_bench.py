@@ -23,7 +23,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_command_times_every_op_and_path(on_cpu):
     result = CliRunner().invoke(app, ["torch", "--json"])
     assert result.exit_code == 0

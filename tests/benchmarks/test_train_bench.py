@@ -20,7 +20,7 @@ def base():
     return step.random_model(step.Shape(step.SMALL, 8, 1, 8))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_command_times_what_it_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     options = ["--layers", "1", "--tokens", "16", "--ways", "frozen,ragged,one"]
@@ -40,7 +40,7 @@ def test_the_command_times_what_it_is_asked_for(tmp_path: Path) -> None:
     assert 2 * ragged["adapters"] <= ragged["optimizer"] < 2 * ragged["adapters"] + 100
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_ragged_dot_and_ours_train_alike(base) -> None:
     """By the same adapters, so that both time the same work."""
     ours, ragged = (train.Step(way, SMALL, base) for way in ("adapters", "ragged"))
@@ -60,7 +60,7 @@ def test_ragged_dot_and_ours_train_alike(base) -> None:
     assert abs(loss - losses[0]) > 0.02
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_step_lowers_for_a_gpu_with_kernels(base) -> None:
     text = train.Step("adapters", train.Shape(step.SMALL, 512), base).lower("cuda").as_text()
     assert "mosaic_gpu" in text

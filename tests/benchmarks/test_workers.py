@@ -77,7 +77,7 @@ def run(tmp_path: Path, cases: list[Case], *args: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_several_processes_make_one_report(tmp_path: Path) -> None:
     cases = [
         Case(300, 2, 8, 64, 64, 8, lengths=(299, 1), shuffle=True),
@@ -102,7 +102,7 @@ json.dump(dict(rows=rows), open(sys.argv[4], "w"))""")
     assert all(result.xla > 0 for result in report.results)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_process_that_fails_loses_its_own_cases_alone(tmp_path: Path) -> None:
     peers = tmp_path / "peers"
     peers.mkdir()
@@ -120,7 +120,7 @@ json.dump(dict(rows=[{}]), open(sys.argv[4], "w"))""")
     assert [row["case"]["T"] for row in json.loads(done.stdout)["results"]] == [16]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_process_and_what_it_started_end_with_the_one_that_started_it() -> None:
     code = """
 import subprocess, sys, time

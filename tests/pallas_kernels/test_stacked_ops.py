@@ -70,7 +70,7 @@ def operands(dtype: str, tokens: int) -> tuple[Array, Array, Array]:
         ("loop", 7),
         ("decode", 7),
         pytest.param("prefill", 7, marks=pytest.mark.ci),
-        pytest.param("prefill", 70, marks=pytest.mark.ci),
+        pytest.param("prefill", 70, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
