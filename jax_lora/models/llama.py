@@ -398,8 +398,8 @@ class Decoder(nnx.Module):
         if self.scan:
             numbers = jnp.array(kinds, jnp.int32) if len(views) > 1 else None
             stacked, own = cast(DecoderLayer, self.layers), cast(Own, (past, numbers))
-            x, memory = scan_layers(run_stacked, stacked, x, own)
-            return x, (memory[:, 0], memory[:, 1])
+            x, both = scan_layers(run_stacked, stacked, x, own)
+            return x, (both[:, 0], both[:, 1])
         layers = cast(nnx.List[DecoderLayer], self.layers)
         each = [None] * len(layers) if past is None else zip(*past, strict=True)
         memories = []
