@@ -186,20 +186,20 @@ def step(
         tables.print_step(report)
 
 
-Layers = Annotated[int | None, typer.Option(min=1, help="Of the model; default: 32.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Layers of the model; default: 32.")]
 
 
 @app.command()
 def serve(
     layers: Layers = None,
-    requests: Annotated[int, typer.Option(min=1, help="Of each workload.")] = 500,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each workload.")] = 500,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time, of S-LoRA's.")] = 64,
     adapters: Annotated[
         str, typer.Option(help="Numbers of adapters, of S-LoRA's workloads.")
     ] = "5,100,1000,2000",
     slots: Annotated[
         int,
-        typer.Option(min=1, help="Of each rank bucket; 64 of 8, 16, 32 and 64 each take 40 GB."),
+        typer.Option(min=1, help="In each rank bucket; 64 of 8, 16, 32 and 64 each take 40 GB."),
     ] = 64,
     only: Annotated[
         str, typer.Option(help="Workloads whose name has this: `Punica`, `rank 8`, ...")
@@ -250,7 +250,7 @@ def engine(layers: Layers = None, as_json: Json = False) -> None:
 @app.command()
 def soak(
     layers: Annotated[
-        int, typer.Option(min=1, help="Of the model. With 32, the adapters take 50 GB of disk.")
+        int, typer.Option(min=1, help="Layers of the model. 32 take 50 GB of disk, for adapters.")
     ] = 2,
     requests: Annotated[int, typer.Option(min=2, help="Requests.")] = 2000,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters.")] = 200,
@@ -282,7 +282,9 @@ def soak(
 @app.command()
 def train(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of a step, in 8 rows; default: 8192.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step, in 8 rows; default: 8192.")
+    ] = None,
     ways: Annotated[
         str, typer.Option(help="What to time: some of frozen, adapters, mixed, exact, ragged, one.")
     ] = "frozen,adapters,mixed,ragged,one",
@@ -429,7 +431,9 @@ def gradients(
 
 @app.command()
 def agreement(
-    dtypes: Annotated[str, typer.Option(help="Of weights and computation.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="Types of weights and computation.")
+    ] = "float32,bfloat16",
     plot: Plot = None,
 ) -> None:
     """Say how far the trainer's log-probabilities are from the sampler's.

@@ -42,8 +42,8 @@ class Agreement:
     adapted: np.ndarray
 
     def difference(self, *, adapted: bool) -> np.ndarray:
-        """Of the tokens of rows with an adapter, or of those without, which tell what the base
-        model's own rounding gives."""
+        """How far the two are apart, token by token: in rows with an adapter, or in those without,
+        which tell what the base model's own rounding gives."""
         of_all: np.ndarray = np.abs(self.sampled - self.trained)
         return of_all[self.adapted == adapted]
 

@@ -283,7 +283,7 @@ def _begins(whole: Answer, answer: Answer) -> bool:
 
 
 def _bytes() -> tuple[int, int]:
-    """Of live arrays, and of the process."""
+    """Those that live arrays take, and those that the process takes."""
     device = sum(array.nbytes for array in jax.live_arrays())
     resident = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return device, int(resident[1]) << 10 if resident else 0

@@ -81,7 +81,8 @@ class Shape:
 
     @property
     def product_flops(self) -> float:
-        """Of the frozen step's products with weights: forward, forward again, and backward."""
+        """What the frozen step's products with weights take: forward, forward again, and
+        backward."""
         config = self.config
         attention = config.num_attention_heads + config.num_key_value_heads
         layer = 2 * attention * config.head_dim + 3 * config.intermediate_size

@@ -346,8 +346,8 @@ def add_lora(
       x: `[T, H]`.
       lora_a: `[L, R, H]` or `[L, 1, R, H]`.
       lora_b: `[L, N, R]` or `[L, 1, N, R]`.
-      indices: `[T]` integers, or the `Segments` of them, so that layers share one sort. Of several
-        adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
+      indices: `[T]` integers, or the `Segments` of them, so that layers share one sort. For
+        several adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
       weights: `[T, K]`, with such indices: y' is then y plus the sum of what a token's adapters
         add, each multiplied by its weight.
       scales: a number, `[L]`, or None for 1.
@@ -440,8 +440,8 @@ def add_lora_multi(
       x: `[T, H]`, shared by all parts.
       parts: see `LoRAPart`. Their ranges of slots are equal or disjoint.
       indices: `[T]` integers, the id of each token, -1 for none; or the `Segments` of them, whose
-        `num_adapters` covers all parts. An id in no part's range is none. Of several adapters per
-        token `[T, K]`, or the `Mix` of them and their weights.
+        `num_adapters` covers all parts. An id in no part's range is none. For several adapters
+        per token `[T, K]`, or the `Mix` of them and their weights.
       weights: `[T, K]`, as in `add_lora`. The float32 sum of a token's adapters is rounded once,
         or, by "mosaic_gpu" beyond the tokens of one launch, after each of them.
       phase, implementation, config: as in `add_lora`.

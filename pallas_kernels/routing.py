@@ -248,7 +248,7 @@ class Mix:
         return self.weights.T.reshape(-1)
 
 
-# Of ops that take several adapters of a token too.
+# What ops take that know several adapters of a token too.
 AnyIds = TokenIds | Mix
 
 

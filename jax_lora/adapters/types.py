@@ -160,8 +160,8 @@ class LoRAWeights:
     """One module's LoRA: `y += scale * (x @ a.T) @ b.T`.
 
     With DoRA the whole weight, `w + scale * b @ a`, has the direction of its rows alone from there:
-    `y = (magnitude / norm of each row) * (x @ w.T + scale * (x @ a.T) @ b.T) + bias`. Of an
-    embedding, x are tokens: `y += scale * a[:, x].T @ b.T`.
+    `y = (magnitude / norm of each row) * (x @ w.T + scale * (x @ a.T) @ b.T) + bias`. In
+    an embedding, x are tokens: `y += scale * a[:, x].T @ b.T`.
 
     Args:
       a: `[r, H]`, the down-projection; of an embedding, H is the vocabulary. NumPy's, or JAX's.
@@ -193,8 +193,8 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """A module's LoRA without its values. `dtype` is float32 where the halves differ. Of an
-    embedding, `in_features` is the vocabulary."""
+    """A module's LoRA without its values. `dtype` is float32 where the halves differ. For
+    an embedding, `in_features` is the vocabulary."""
 
     in_features: int
     out_features: int

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jax_lora.adapters import Adapter
 from jax_lora.messages import printable
 
-# Of the slowest process's reading of an adapter. One that has died ends the others sooner.
+# As long as the slowest process may read an adapter. One that has died ends the others sooner.
 TIMEOUT_S = 300
 
 Agree = Callable[[str], None]

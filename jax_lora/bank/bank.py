@@ -183,7 +183,7 @@ class AdapterBank(AdapterReader):
     ) -> None:
         """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
-        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). Of an embedding,
+        B is zero, and A uniform in ±1/sqrt(H) (kaiming uniform with a = sqrt(5)). In an embedding,
         A is zero, and B normal.
         Train by `nnx.LoRAParam` gradients of the whole stacks: those of adapters that a batch
         lacks are exactly zero. Momentum and weight decay of a plain optimizer still move these, and

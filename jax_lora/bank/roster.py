@@ -38,7 +38,7 @@ class Roster(StackOwner):
         return dict(self._slots)
 
     def usage(self) -> dict[int, BucketUsage]:
-        """Of each rank bucket: who is pinned, leased and idle, and how many slots are free."""
+        """For each rank bucket: who is pinned, leased and idle, and how many slots are free."""
         with self._lock:
             leases = list(self._guard.leases)
             return {bucket: self._table.usage(bucket, leases) for bucket in self._slots}

@@ -14,7 +14,7 @@ from jax_lora.tokens import first_ids
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
 
-# Of all banks of the process: an optimizer's state may outlive the bank that it began with.
+# Shared by all banks of the process: an optimizer's state may outlive the bank that it began with.
 _SERIALS = itertools.count(1)
 
 
@@ -121,7 +121,7 @@ class SlotTable:
         self.events.append(BankEvent("loaded", name, entry.bucket))
 
     def forget(self, name: str, evicted_by: str | None = None) -> None:
-        """Of an adapter that is evicted by the load of another one, or unloaded."""
+        """Takes out an adapter that is evicted by the load of another one, or unloaded."""
         bucket = self.entries.pop(name).bucket
         self._evictions[bucket] += evicted_by is not None
         self.events.append(BankEvent("evicted" if evicted_by else "unloaded", name, bucket))

@@ -13,7 +13,7 @@ from jax_lora.messages import shown
 
 
 class Turns(NamedTuple):
-    """Of each slot of a rank bucket, `[L]`.
+    """What a step does with each slot of a rank bucket; arrays are `[L]`.
 
     Attributes:
       serials: int32, the number of the adapter that the step moves; 0 where it moves none.

@@ -74,7 +74,7 @@ class PreparedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Of a slot, however small the adapter's rank in its bucket is, and of whole weights."""
+        """What a slot takes, however small its adapter's rank is, and what whole weights take."""
         return sum(array.nbytes for array in self._arrays())
 
     def is_finite(self) -> bool:

@@ -158,7 +158,7 @@ def _form(dtype: str, capability: str | None) -> Form:
 
 
 def _error_of_a_batch() -> float:
-    """Of three rows with two adapters and none, as the layers run them: the largest error."""
+    """The largest error of three rows with two adapters and none, as the layers run them."""
     import jax.numpy as jnp
     import numpy as np
 

@@ -90,7 +90,7 @@ def generate(
     chat: Chat = False,
     max_new_tokens: MaxNewTokens = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Of weights and arithmetic; default: as stored.")
+        DType | None, typer.Option(help="Type of weights and arithmetic; default: as stored.")
     ] = None,
     allow_links: Links = False,
     as_json: Json = False,

@@ -37,7 +37,8 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Adapters of a rank on the device.")] = 16,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, max=512, help="Of adapters that are loaded later.")
+        int | None,
+        typer.Option(min=1, max=512, help="Largest rank of adapters that are loaded later."),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")
@@ -52,7 +53,7 @@ def serve(
         int, typer.Option(min=0, help="Seconds that SIGTERM leaves to answers under way.")
     ] = 30,
     dtype: Annotated[
-        DType | None, typer.Option(help="Of weights and arithmetic; default: as stored.")
+        DType | None, typer.Option(help="Type of weights and arithmetic; default: as stored.")
     ] = None,
 ) -> None:
     """Serve **OpenAI's API**: the base model and each adapter is a `model`.

@@ -133,8 +133,8 @@ class Attention(nnx.Module):
         past: Memory | LayerPages | None,
     ) -> tuple[Float[Array, "B S H"], Memory | LayerPages]:
         """Attends to the `past` tokens, if any, and to those of x; also returns the latter's keys
-        and values. `mask` says which: all of the past ones, then those of x. Of pages it returns
-        those with the tokens of x, `[T, 1, H]`."""
+        and values. `mask` says which: all of the past ones, then those of x. Where `past` is
+        pages, it returns them with the tokens of x, `[T, 1, H]`."""
         batch, length, _ = x.shape
         q, k, v = self._heads(x)
         q, k = rotate(q, rope), rotate(k, rope)

@@ -47,7 +47,7 @@ class StackShape(NamedTuple):
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Of A `[L, R, H]` and of B `[L, n, R]`."""
+        """The shapes of A, `[L, R, H]`, and of B, `[L, n, R]`."""
         in_features, out_features = self.features
         return (self.slots, self.bucket, in_features), (self.slots, out_features, self.bucket)
 

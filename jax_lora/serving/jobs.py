@@ -213,7 +213,7 @@ def _sized(line: _Line, config: LlamaConfig) -> _Line:
 
 
 def _left(job: Job, lines: list[_Line]) -> list[_Line]:
-    """The requests that have no answer yet. Of the answers' file, the whole ones stay."""
+    """The requests that have no answer yet. Whole answers stay in their file."""
     if not job.answers.exists():
         return lines
     if not job.resume:

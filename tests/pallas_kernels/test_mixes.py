@@ -143,7 +143,7 @@ def test_half_precision_is_rounded_once() -> None:
     "way", [pytest.param(WAYS[0], marks=ci), pytest.param(WAYS[1], marks=ci), WAYS[2]], ids=str
 )
 def test_gradients_are_those_of_the_oracle(way: tuple[Any, Any]) -> None:
-    """Of y, x, stacks, scales and weights; zero for slots and entries that are not used."""
+    """Those of y, x, stacks, scales and weights; zero for slots and entries that are not used."""
     z = mixed(some_ids(19, 3))
     used = (z.ids >= 0) & (z.ids < 6)
     z = jax.tree.map(lambda t: jnp.nan_to_num(jnp.asarray(t), nan=0.5), z)

@@ -159,7 +159,7 @@ class Server:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    """Of a path or method that there is not."""
+    """What a client is told of a path or method that there is not."""
     assert isinstance(error, HTTPException)
     what = f"{error.detail}: {request.method} {printable(request.url.path)}"
     return ApiError(error.status_code, what).response

@@ -52,12 +52,12 @@ class _EngineCollector(Collector):
             return
         usage = engine.bank.usage()
         for name in ("slots", "free"):
-            gauge = GaugeMetricFamily(f"jax_lora_bucket_{name}", "Of a rank.", labels=["rank"])
+            gauge = GaugeMetricFamily(f"jax_lora_bucket_{name}", "By rank.", labels=["rank"])
             for rank, use in usage.items():
                 gauge.add_metric([str(rank)], getattr(use, name))
             yield gauge
         for name in ("hits", "loads", "evictions"):
-            counter = CounterMetricFamily(f"jax_lora_bucket_{name}", "Of a rank.", labels=["rank"])
+            counter = CounterMetricFamily(f"jax_lora_bucket_{name}", "By rank.", labels=["rank"])
             for rank, use in usage.items():
                 counter.add_metric([str(rank)], getattr(use, name))
             yield counter

@@ -26,7 +26,7 @@ Told = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the engine.
+    """Sizes of the engine.
 
     Attributes:
       slots: adapters of a rank bucket that are on the device at a time.

@@ -55,7 +55,7 @@ class AskBody(_Body):
 
 
 class CompletionBody(AskBody):
-    """Of `/v1/completions`. A prompt is text or tokens; several are answered in their order."""
+    """Asks `/v1/completions`. A prompt is text or tokens; several are answered in their order."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0)
@@ -91,7 +91,7 @@ class Message(_Body):
 
 
 class ChatBody(AskBody):
-    """Of `/v1/chat/completions`."""
+    """Asks `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -100,7 +100,7 @@ class ChatBody(AskBody):
 
 
 class LoadBody(_Body):
-    """Of `/v1/load_lora_adapter`, as vLLM has it."""
+    """Asks `/v1/load_lora_adapter`, as vLLM has it."""
 
     lora_name: str
     lora_path: str
@@ -108,7 +108,7 @@ class LoadBody(_Body):
 
 
 class UnloadBody(_Body):
-    """Of `/v1/unload_lora_adapter`."""
+    """Asks `/v1/unload_lora_adapter`."""
 
     lora_name: str
 

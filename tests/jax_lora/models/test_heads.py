@@ -97,7 +97,7 @@ TRAINED = {
     [("Llama-3.2", ["list"]), ("Llama-3.2", ["apart"]), ("Llama-1", ["both", "apart"])],
 )
 def test_trained_tokens_equal_peft(tmp_path: Path, family: str, names: list[str]) -> None:
-    """Of a tied model, the output layer has them too, unless it has others."""
+    """In a tied model, the output layer has them too, unless it has others."""
     options = dict(slots=2, buckets=(8,), target=["q_proj", "v_proj"])
     adapters = {name: TRAINED[name] for name in names}
     full = {"lm_head": 2, "embed_tokens": 2}

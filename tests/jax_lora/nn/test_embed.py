@@ -194,7 +194,7 @@ def test_gradients_equal_those_of_dense_weights():
     )
     assert made == ["scatter"] * 2
     gradients = {p: np.asarray(v[...]) for p, v in nnx.to_flat_state(gradient(lora, batch))}
-    # Of a's A of the embedding, by what the product says: dA = s B^T dx onehot^T.
+    # The gradient of a's A of the embedding, by what the product says: dA = s B^T dx onehot^T.
     own = ADAPTERS["a"].modules
     head = np.float64(model.embed.embedding[...])
     head += own["lm_head"].scale * np.float64(own["lm_head"].b) @ np.float64(own["lm_head"].a)
@@ -271,7 +271,7 @@ def test_on_a_mesh(spec, fully_sharded):
 
 
 class Wide(nnx.Module):
-    """Of widths that the kernels take."""
+    """Has widths that the kernels take."""
 
     def __init__(self):
         embed = nnx.Embed(512, 64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

@@ -18,7 +18,7 @@ from pallas_kernels.routing import make_mix
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [16, 144])
 def test_rows_have_the_same_bits_in_batches_of_any_size(dtype, rank):
-    """Of one token to several chunks, anywhere in them; rank 144 takes XLA's other form."""
+    """One token to several chunks, anywhere in them; rank 144 takes XLA's other form."""
     check_exact(*rows_of_two_ranks(200, 96, 80, (8, rank), dtype), sizes=(1, 8, 64, 130))
 
 

@@ -317,7 +317,7 @@ def test_seating_gives_each_leader_its_clusters(tokens: int, data: st.DataObject
 
 
 def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:
-    """Of 16 clusters, one block on a multiprocessor, some would wait for others to end."""
+    """With 16 clusters, one block on a multiprocessor, some would wait for others to end."""
 
     def plan_of(tokens: int, *ranks: int) -> Plan:
         x = jnp.zeros((tokens, 4096), jnp.bfloat16)

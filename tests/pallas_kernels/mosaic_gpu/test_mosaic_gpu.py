@@ -249,7 +249,7 @@ def test_two_tiles_share_what_a_block_loads(
 
 
 def ids_of_three_parts() -> np.ndarray:
-    """Of 200 tokens, in tiles where none, one, all and two of the parts have adapters."""
+    """For 200 tokens, in tiles where none, one, all and two of the parts have adapters."""
     ids = np.random.default_rng(1).integers(-1, 4, (3, 4, 64))
     ids[:, 0], ids[::2, 1], ids[1, 3] = -1, -1, -1
     return ids.reshape(3, -1)[:, :200].astype(np.int32)
