@@ -19,7 +19,7 @@ from qwix._src.providers import ptq
 from qwix._src.utils import flax_util
 
 from jax_lora.batch import AdapterBatch, current, use
-from jax_lora.nn.einsum import einsum_labels
+from jax_lora.nn.einsum import einsum_labels, x_as_matrix, y_from_matrix
 from pallas_kernels import LoRAPart, Mix, Segments, lora_delta, rank_bucket
 
 _Initializer = Callable[[Array, Sequence[int], DTypeLike], Array]
@@ -170,10 +170,8 @@ class MultiLoraProvider(qwix.LoraProvider):  # type: ignore[misc]
         if rule.dropout > 0:
             rngs = flax_util.make_rng("dropout")
             x = nnx.Dropout(rule.dropout, deterministic=False)(x, rngs=rngs)
-        lhs = einsum.partition(",")[0]
-        _, out, lead, summed, kept = einsum_labels(einsum)
-        matrix = jnp.einsum(f"{lhs}->{lead}{summed}", x)
-        lead_shape = matrix.shape[: len(lead)]
+        matrix = x_as_matrix(einsum, x)
+        lead_shape = matrix.shape[:-1]
         slots, rank = self.slots or 1, rule.rank
         part = LoRAPart(
             lora_a.reshape(slots, -1, rank),
@@ -193,9 +191,8 @@ class MultiLoraProvider(qwix.LoraProvider):  # type: ignore[misc]
             )
         matrix = matrix.reshape(-1, part.features)
         delta = lora_delta(matrix, [part], ids, part.width, dtype=y.dtype)
-        sizes = dict(zip(out, y.shape))
-        delta = delta.reshape(*lead_shape, *(sizes[label] for label in kept))
-        return y + jnp.einsum(f"{lead}{kept}->{out}", delta)
+        size = dict(zip(einsum_labels(einsum)[1], y.shape))
+        return y + y_from_matrix(einsum, delta.reshape(*lead_shape, -1), size)
 
     def _parameters(self, product: _Product) -> tuple[Array, Array]:
         """A and B, which the first call makes, beside the parameter."""

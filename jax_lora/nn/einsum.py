@@ -1,6 +1,7 @@
 """LoRA over `nnx.Einsum`."""
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +25,20 @@ def einsum_labels(einsum_str: str | None) -> tuple[str, str, str, str, str]:
             f"LoRA covers einsums that are a product with a matrix, not {einsum_str!r}"
         )
     return kernel, out, lead, summed, kept
+
+
+def x_as_matrix(einsum_str: str | None, x: Array) -> Array:
+    """The einsum's left operand as `[..., H]`, with the tokens in front."""
+    lhs, (_, _, lead, summed, _) = (einsum_str or "").partition(",")[0], einsum_labels(einsum_str)
+    x = jnp.einsum(f"{lhs}->{lead}{summed}", x)
+    return x.reshape(*x.shape[: x.ndim - len(summed)], -1)
+
+
+def y_from_matrix(einsum_str: str | None, y: Array, size: Mapping[str, int]) -> Array:
+    """`[..., N]` as the einsum's result; `size`: of its labels."""
+    _, out, lead, _, kept = einsum_labels(einsum_str)
+    y = y.reshape(*y.shape[:-1], *(size[label] for label in kept))
+    return jnp.einsum(f"{lead}{kept}->{out}", y)
 
 
 class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
@@ -53,10 +68,7 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         self.kernel_shape = self.kernel.shape
 
     def x_matrix(self, x: Array) -> Array:
-        _, _, lead, summed, _ = einsum_labels(self.einsum_str)
-        lhs = (self.einsum_str or "").partition(",")[0]
-        x = jnp.einsum(f"{lhs}->{lead}{summed}", x)
-        return x.reshape(*x.shape[: x.ndim - len(summed)], -1)
+        return x_as_matrix(self.einsum_str, x)
 
     def y_matrix(self, y: Array) -> Array:
         _, out, lead, _, kept = einsum_labels(self.einsum_str)
@@ -64,10 +76,8 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         return y.reshape(*y.shape[: y.ndim - len(kept)], -1)
 
     def y_tensor(self, y_matrix: Array, y: Array) -> Array:
-        kernel, out, lead, _, kept = einsum_labels(self.einsum_str)
-        size = dict(zip(kernel, self.kernel_shape))
-        y_matrix = y_matrix.reshape(*y_matrix.shape[:-1], *(size[c] for c in kept))
-        return jnp.einsum(f"{lead}{kept}->{out}", y_matrix)
+        kernel = einsum_labels(self.einsum_str)[0]
+        return y_from_matrix(self.einsum_str, y_matrix, dict(zip(kernel, self.kernel_shape)))
 
     def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         kernel, _, _, summed, kept = einsum_labels(self.einsum_str)

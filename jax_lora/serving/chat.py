@@ -1,5 +1,6 @@
 """Chat templates: what a model that was trained on conversations is to be asked."""
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jax_lora.adapters import read_json, refuse_pointer
@@ -37,23 +38,48 @@ def chat_prompt(folder: str | os.PathLike[str], messages: Sequence[Mapping[str, 
       FileNotFoundError: the model has no template.
       ValueError: a file is malformed, or the template refuses the messages.
     """
-    path = Path(folder)
-    config = read_json(path, _TOKENIZER) if (path / _TOKENIZER).exists() else {}
-    template = _template(path, config)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    environment.filters["tojson"] = _to_json
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **_special_tokens(config)
+    return ChatTemplate(folder).prompt(messages)
+
+
+class ChatTemplate:
+    """A model's chat template, read and compiled once, when the first prompt is asked for.
+
+    Args:
+      folder: as in `chat_prompt`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Template, dict[str, str]]:
+        """The template, and the special tokens that it may name."""
+        has_config = (self._folder / _TOKENIZER).exists()
+        config = read_json(self._folder, _TOKENIZER) if has_config else {}
+        text = _template(self._folder, config)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-    except Exception as error:  # a template is a program, and fails in any way
-        raise ValueError(
-            f"the chat template of {printable(path)} fails: {type(error).__name__}: "
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        environment.filters["tojson"] = _to_json
+        try:
+            return environment.from_string(text), _special_tokens(config)
+        except Exception as error:
+            raise self._failure(error) from None
+
+    def prompt(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """As `chat_prompt`, which says what is raised."""
+        template, tokens = self._compiled
+        try:
+            return template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except Exception as error:  # a template is a program, and fails in any way
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"the chat template of {printable(self._folder)} fails: {type(error).__name__}: "
             f"{printable(str(error))}"
-        ) from None
+        )
 
 
 def _template(folder: Path, config: Json) -> str:

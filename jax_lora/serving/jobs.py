@@ -14,17 +14,14 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from jax_lora.adapters import Adapter, load_peft, peft_header
-from jax_lora.bank import AdapterBank
 from jax_lora.messages import printable, shown
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
-from jax_lora.nn.apply import apply_lora
-from jax_lora.plan import room_for
-from jax_lora.serving.chat import chat_prompt
+from jax_lora.serving.chat import ChatTemplate
 from jax_lora.serving.engine import AdapterLimits, Engine, Generation, RequestError, SamplingParams
 from jax_lora.serving.engine.shape import StepShape
-from jax_lora.serving.text import encode, fitting_slots, load_tokenizer
+from jax_lora.serving.text import bank_for, encode, fitting_slots, load_tokenizer
 
 _SAMPLING = frozenset({"max_tokens", "temperature", "top_k", "top_p", "seed", "stop"})
 _KEYS = _SAMPLING | {"prompt", "adapter", "id"}
@@ -115,7 +112,7 @@ def run_job(
     base = local_folder(job.base)
     check_format(base)
     config, tokenizer = LlamaConfig.from_json(base), load_tokenizer(base)
-    lines = [_sized(line, config) for line in _read_lines(job, base, tokenizer)]
+    lines = [_sized(line, config) for line in _read_lines(job, ChatTemplate(base), tokenizer)]
     left = _left(job, lines)
     state = JobProgress(len(lines) - len(left), 0, len(lines), 0)
     told(state)
@@ -165,18 +162,18 @@ def _write(out: TextIO, line: _Line, generation: Generation, state: JobProgress)
     return dataclasses.replace(state, answered=answered, failed=failed, tokens=tokens)
 
 
-def _read_lines(job: Job, base: Path, tokenizer: Tokenizer) -> Iterator[_Line]:
+def _read_lines(job: Job, chat: ChatTemplate, tokenizer: Tokenizer) -> Iterator[_Line]:
     with job.requests.open(encoding="utf-8") as file:
         for index, text in enumerate(file):
             try:
-                yield _read_line(index, text, job, base, tokenizer)
+                yield _read_line(index, text, job, chat, tokenizer)
             except (ValueError, TypeError, KeyError) as error:
                 reason = error.args[0] if isinstance(error, KeyError) else error
                 where = f"{printable(job.requests)}, line {index + 1}"
                 raise ValueError(f"{where}: {printable(str(reason), 1000)}") from None
 
 
-def _read_line(index: int, text: str, job: Job, base: Path, tokenizer: Tokenizer) -> _Line:
+def _read_line(index: int, text: str, job: Job, chat: ChatTemplate, tokenizer: Tokenizer) -> _Line:
     given = json.loads(text)
     if not isinstance(given, dict) or not isinstance(prompt := given.get("prompt"), str):
         raise ValueError(f"it must be an object with a prompt, got {shown(given)}")
@@ -191,7 +188,7 @@ def _read_line(index: int, text: str, job: Job, base: Path, tokenizer: Tokenizer
         sampling["stop"] = (stop,)
     params = SamplingParams(**sampling)
     if job.chat:
-        prompt = chat_prompt(base, [{"role": "user", "content": prompt}])
+        prompt = chat.prompt([{"role": "user", "content": prompt}])
     tokens = encode(tokenizer, [prompt], special_tokens=not job.chat)[0][0]
     digest = hashlib.sha256(text.strip().encode(errors="surrogatepass")).hexdigest()[:16]
     return _Line(index, digest, tokens, adapter, given.get("id"), params)
@@ -258,8 +255,7 @@ def _engine(job: Job, base: Path, lines: list[_Line]) -> Engine:
     if names:
         fitting = fitting_slots([header.rank for header in headers])
         slots = {bucket: min(count, _MAX_SLOTS) for bucket, count in fitting.items()}
-        apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
-        bank = AdapterBank(model)
+        bank = bank_for(model, headers, slots)
     longest = max(len(line.prompt) + (line.params.max_tokens or 0) for line in lines)
     shape = StepShape(
         rows=min(_MAX_ROWS, len(lines)), max_length=longest, contexts=(longest,), lanes=(0, 4)

@@ -10,14 +10,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from jax_lora.adapters import peft_header, refuse_pointer
+from jax_lora.adapters import AdapterHeader, peft_header, refuse_pointer
 from jax_lora.bank import AdapterBank
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
 from jax_lora.nn.apply import apply_lora
 from jax_lora.plan import room_for
-from jax_lora.serving.chat import chat_prompt
+from jax_lora.serving.chat import ChatTemplate
 from jax_lora.serving.generate import check_prompts
 from jax_lora.serving.generate import generate as generate_tokens
 from pallas_kernels import padded_rank
@@ -157,6 +157,14 @@ def fitting_slots(ranks: Sequence[int]) -> dict[int, int]:
     return {bucket: padded.count(bucket) for bucket in dict.fromkeys(padded)}
 
 
+def bank_for(
+    model: Llama, headers: Sequence[AdapterHeader], slots: Mapping[int, int]
+) -> AdapterBank:
+    """Gives a model room for adapters of these headers, in `{bucket: slots}`."""
+    apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
+    return AdapterBank(model)
+
+
 def complete(
     base: str | Path,
     adapters: Mapping[str, str | Path],
@@ -192,7 +200,8 @@ def complete(
     tokenizer = load_tokenizer(base)
     texts = [text for _, text in prompts]
     if chat:
-        texts = [chat_prompt(base, [{"role": "user", "content": text}]) for text in texts]
+        template = ChatTemplate(base)
+        texts = [template.prompt([{"role": "user", "content": text}]) for text in texts]
     tokens, lengths = encode(tokenizer, texts, special_tokens=not chat)
     config = LlamaConfig.from_json(base)
     max_new_tokens = _new_tokens(config, lengths, max_new_tokens)
@@ -204,8 +213,7 @@ def complete(
     batch = None
     if headers:
         slots = fitting_slots([header.rank for header in headers])
-        apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
-        bank = AdapterBank(model)
+        bank = bank_for(model, headers, slots)
         for name, source in sources.items():
             progress(f"loading adapter {name}")
             bank.load(name, source.folder, allow_links=source.allow_links)

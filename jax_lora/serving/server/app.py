@@ -73,8 +73,10 @@ class Server:
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
 
     def _route(self, path: str, endpoint: Endpoint, method: str) -> Route:
+        run = guarded(endpoint)
+
         async def counted(request: Request) -> Response:
-            response = await guarded(endpoint)(request)
+            response = await run(request)
             if response.status_code >= 400:
                 self._metrics.errors.labels(str(response.status_code)).inc()
             return response

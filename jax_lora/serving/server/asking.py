@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jax_lora.messages import shown
-from jax_lora.serving.chat import chat_prompt
+from jax_lora.serving.chat import ChatTemplate
 from jax_lora.serving.engine import (
     Answer,
     Engine,
@@ -48,6 +48,10 @@ class Served:
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None
         return self.engine.tokenizer
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(self.base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ def no_model(name: str) -> ApiError:
 def _prompts(served: Served, body: CompletionBody | ChatBody) -> list[np.ndarray]:
     if isinstance(body, ChatBody):
         messages = [message.plain for message in body.messages]
-        text = chat_prompt(served.base, messages)
+        text = served.chat.prompt(messages)
         return [encode(served.tokenizer, [text], special_tokens=False)[0][0]]
     return [
         encode(served.tokenizer, [prompt])[0][0] if isinstance(prompt, str) else _ids(prompt)

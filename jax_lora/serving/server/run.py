@@ -8,17 +8,14 @@ from pathlib import Path
 import uvicorn
 
 from jax_lora.adapters import AdapterHeader, peft_header
-from jax_lora.bank import AdapterBank
 from jax_lora.messages import printable
 from jax_lora.models.hub import check_format, is_hub_name, local_folder
 from jax_lora.models.llama import Llama
-from jax_lora.nn.apply import apply_lora
-from jax_lora.plan import room_for
 from jax_lora.serving.engine import AdapterLimits, Engine, StepShape
 from jax_lora.serving.server.adapters import folder_adapters
 from jax_lora.serving.server.app import Server
 from jax_lora.serving.server.asking import Served
-from jax_lora.serving.text import fitting_slots, load_tokenizer
+from jax_lora.serving.text import bank_for, fitting_slots, load_tokenizer
 from pallas_kernels import padded_rank
 
 Told = Callable[[str], None]
@@ -75,8 +72,7 @@ def load(model: Model, told: Told) -> Served:
     if model.adapters is not None:
         headers = [header for _, header in folders.values()]
         slots = _slots(sizes, [header.rank for header in headers])
-        apply_lora(llama, slots=slots, buckets=tuple(slots), **room_for(llama, headers))
-        bank = AdapterBank(llama)
+        bank = bank_for(llama, headers, slots)
     engine = Engine(
         llama,
         bank,
