@@ -186,34 +186,36 @@ def shrink(
 ) -> Array:
     """v[t] + scale * x[t] @ lora_a[i].T, rounded once; rows of -1 keep v. None is zeros."""
     segments = local_segments(token_ids, SlotRange(0, lora_a.shape[0]))
-    new = _shrink(x, lora_a, segments, scale, kernel=call.kernels[0])
+    run = _shrink_bgmv if call.kernels[0] == "bgmv" else _shrink_sgmv
+    new = run(x, lora_a, segments, scale)
     return new if v is None else add_rows(v, new, segments)
 
 
-def _shrink(
+def _shrink_bgmv(
     x: Float[Array, "T H"],
     lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
     *,
-    kernel: str,
     first: Place = 0,
     transposed: bool = False,
 ) -> Float[Array, "T R"]:
-    if kernel == "bgmv":
-        ids = slots_of(segments.indices, lora_a, first)
+    ids = slots_of(segments.indices, lora_a, first)
 
-        def some(xs: Array, a: Array) -> Array:
-            return dot("th,trh->tr", xs, turned(a, transposed))
+    def some(xs: Array, a: Array) -> Array:
+        return dot("th,trh->tr", xs, turned(a, transposed))
 
-        v = _per_token(some, lora_a, x, ids)
-        if scale.ndim:
-            scale = take(scale, slots_of(segments.indices, scale))[:, None]
-        return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
+    v = _per_token(some, lora_a, x, ids)
+    if scale.ndim:
+        scale = take(scale, slots_of(segments.indices, scale))[:, None]
+    return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
 
+
+def _shrink_sgmv(
+    x: Float[Array, "T H"], lora_a: Float[Array, "L R H"], segments: Segments, scale: Scale
+) -> Float[Array, "T R"]:
     def tile(v: Array, rows: Array, adapter: Array) -> Array:
-        a = lora_a[first + adapter]
-        out = dot("th,rh->tr", take(x, rows), a) * _scale_of(scale, adapter)
+        out = dot("th,rh->tr", take(x, rows), lora_a[adapter]) * _scale_of(scale, adapter)
         return v.at[rows].set(out, mode="drop")
 
     v = _zeros((x.shape[0], lora_a.shape[1]), x, lora_a, segments.indices, scale)
@@ -223,12 +225,17 @@ def _shrink(
 def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
     """y[t, columns] (+)= v[t] @ lora_b[i].T, rounded once; rows of -1 keep y."""
     segments = local_segments(token_ids, SlotRange(0, lora_b.shape[0]))
-    how = {"add_inputs": call.add_inputs, "is_bgmv": call.kernels[0] == "bgmv"}
+    run = _expand_bgmv if call.kernels[0] == "bgmv" else _expand_sgmv
     columns = slice(call.y_offset, call.y_offset + lora_b.shape[1])
-    return _expand(v, lora_b, segments, y, columns, **how)
+    return run(v, lora_b, segments, y, columns, add_inputs=call.add_inputs)
 
 
-def _expand(
+def _updated(old: Array, delta: Array, *, add_inputs: bool) -> Array:
+    new = old.astype(jnp.float32) + delta if add_inputs else delta
+    return new.astype(old.dtype)
+
+
+def _expand_bgmv(
     v: Float[Array, "T R"],
     lora_b: Float[Array, "L _ _"],
     segments: Segments,
@@ -236,35 +243,41 @@ def _expand(
     columns: slice,
     *,
     add_inputs: bool,
-    is_bgmv: bool,
     first: Place = 0,
     transposed: bool = False,
 ) -> Float[Array, "T Ny"]:
+    ids = slots_of(segments.indices, lora_b, first)
+
+    def some(vs: Array, b: Array) -> Array:
+        return dot("tr,tnr->tn", vs, turned(b, transposed))
+
+    delta = _per_token(some, lora_b, cast_v(v, lora_b), ids)
+    old = y[:, columns]
+    new = _updated(old, delta, add_inputs=add_inputs)
+    new = jnp.where(segments.indices[:, None] < 0, old, new)
+    if new.shape == y.shape:
+        return new
+    # Fused with the update, XLA's CPU compiler selects bfloat16 through float32, which quiets
+    # the signalling NaNs in bytes that are not ours.
+    new = lax.optimization_barrier(new)
+    return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
+
+
+def _expand_sgmv(
+    v: Float[Array, "T R"],
+    lora_b: Float[Array, "L N R"],
+    segments: Segments,
+    y: Float[Array, "T Ny"],
+    columns: slice,
+    *,
+    add_inputs: bool,
+) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
 
-    def update(old: Array, delta: Array) -> Array:
-        new = old.astype(jnp.float32) + delta if add_inputs else delta
-        return new.astype(y.dtype)
-
-    if is_bgmv:
-        ids = slots_of(segments.indices, lora_b, first)
-
-        def some(vs: Array, b: Array) -> Array:
-            return dot("tr,tnr->tn", vs, turned(b, transposed))
-
-        delta = _per_token(some, lora_b, v, ids)
-        old = y[:, columns]
-        new = jnp.where(segments.indices[:, None] < 0, old, update(old, delta))
-        if new.shape == y.shape:
-            return new
-        # Fused with the update, XLA's CPU compiler selects bfloat16 through float32, which quiets
-        # the signalling NaNs in bytes that are not ours.
-        new = lax.optimization_barrier(new)
-        return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
-
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
-        delta = dot("tr,nr->tn", take(v, rows), lora_b[first + adapter])
-        return y.at[rows, columns].set(update(_rows(y, rows, columns), delta), mode="drop")
+        delta = dot("tr,nr->tn", take(v, rows), lora_b[adapter])
+        new = _updated(_rows(y, rows, columns), delta, add_inputs=add_inputs)
+        return y.at[rows, columns].set(new, mode="drop")
 
     return _over_tiles(segments, _block(segments), tile, y)
 
@@ -337,25 +350,17 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    v = _shrink(
-        x,
-        part.lora_a,
-        part.segments,
-        part.scales,
-        kernel="bgmv",
-        first=part.first,
-        transposed=part.transposed,
-    )
-    return _expand(
+    first, transposed = part.first, part.transposed
+    v = _shrink_bgmv(x, part.lora_a, part.segments, part.scales, first=first, transposed=transposed)
+    return _expand_bgmv(
         weighted(v, part.weights),
         part.lora_b,
         part.segments,
         y,
         part.columns,
         add_inputs=True,
-        is_bgmv=True,
-        first=part.first,
-        transposed=part.transposed,
+        first=first,
+        transposed=transposed,
     )
 
 
