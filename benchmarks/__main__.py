@@ -190,6 +190,36 @@ Layers = Annotated[int | None, typer.Option(min=1, help="Layers of the model; de
 
 
 @app.command()
+def forms(
+    layers: Layers = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a decode step; default: 64.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each row; default: 1024.")] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all steps are timed.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time the steps of a scanned model beside those of its layers one by one.
+
+    Shapes and cases are those of `step`. All programs are in one process and are timed in turn; a
+    row tells the medians. By `jax.lax.scan` the same model runs in JAX's own loop, which slices
+    each layer's adapters out of those of all layers. A scanned step may take 3 % longer.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import forms as benchmark
+        from benchmarks import step, tables
+
+        shape = step.Shape.of_this_machine(layers, batch, context, prefill)
+        report = benchmark.run(shape, progress, rounds=rounds)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_forms(report)
+
+
+@app.command()
 def serve(
     layers: Layers = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each workload.")] = 500,

@@ -253,7 +253,7 @@ class _Bench:
 
     def add(
         self,
-        program: "_Program",
+        program: "Program",
         batch: AdapterBatch | None,
         name: str,
         target_us: Any,
@@ -267,11 +267,11 @@ class _Bench:
         self.rows.append(Row(name, us, host_us, limit, target, kernels))
         return us
 
-    def compile(self, model: Llama, phase: str, batch: AdapterBatch | None) -> "_Program":
+    def compile(self, model: Llama, phase: str, batch: AdapterBatch | None) -> "Program":
         self.progress(f"compiling a {phase} step")
-        return _Program(model, self.shape, phase, batch)
+        return Program(model, self.shape, phase, batch)
 
-    def add_launches(self, program: "_Program", name: str) -> None:
+    def add_launches(self, program: "Program", name: str) -> None:
         if program.thunks:
             self.launches.append(Launches.of_thunks(name, program.thunks))
 
@@ -336,7 +336,7 @@ class _Bench:
         name = f"{PROMPTS} adapters of ranks {ranks}"
         self.add(step, mixed, name, 1.12 * self.base_us, "1.12 x no LoRA")
 
-    def add_no_adapter(self, step: "_Program", none: AdapterBatch, buckets: str) -> None:
+    def add_no_adapter(self, step: "Program", none: AdapterBatch, buckets: str) -> None:
         name = f"no adapter in the batch, {buckets}"
         self.add(step, none, name, 1.01 * self.base_us, "1.01 x no LoRA")
 
@@ -385,10 +385,24 @@ class _Bench:
             self.rows.append(Row(name, us, None, target_us, f"{most:g} us"))
 
 
-class _Program:
-    """A compiled step: argmax of `decode`'s or `prefill`'s logits, on a cache of its own."""
+class Inputs:
+    """What the steps of a phase read beside the model. Each step gives the cache back."""
 
-    def __init__(self, model: Llama, shape: Shape, phase: str, batch: AdapterBatch | None) -> None:
+    def __init__(self, shape: Shape, phase: str) -> None:
+        self.cache, self.others = inputs_of(shape, phase)
+
+
+class Program:
+    """A compiled step: argmax of `decode`'s or `prefill`'s logits, on inputs that may be shared."""
+
+    def __init__(
+        self,
+        model: Llama,
+        shape: Shape,
+        phase: str,
+        batch: AdapterBatch | None,
+        inputs: Inputs | None = None,
+    ) -> None:
         # A list of arrays, since a call looks at each node of a tree.
         graphdef, state = nnx.split(model)
         self._arrays, treedef = jax.tree.flatten(state)
@@ -402,10 +416,9 @@ class _Program:
             after = dataclasses.replace(after, lengths=cache.lengths)
             return jnp.argmax(logits, axis=-1), after
 
-        self._cache, self._inputs = inputs_of(shape, phase)
-        lowered = jax.jit(step, donate_argnums=1).lower(
-            self._arrays, self._cache, batch, *self._inputs
-        )
+        self._inputs = inputs or Inputs(shape, phase)
+        given = self._inputs.cache, batch, *self._inputs.others
+        lowered = jax.jit(step, donate_argnums=1).lower(self._arrays, *given)
         # XLA tells what it launches, and captures into CUDA graphs, in its dump alone.
         with tempfile.TemporaryDirectory() as folder:
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
@@ -416,7 +429,8 @@ class _Program:
             )
 
     def __call__(self, batch: AdapterBatch | None) -> jax.Array:
-        tokens, self._cache = self._compiled(self._arrays, self._cache, batch, *self._inputs)
+        given = self._inputs.cache, batch, *self._inputs.others
+        tokens, self._inputs.cache = self._compiled(self._arrays, *given)
         return tokens
 
     def time(self, batch: AdapterBatch | None) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import mesh, serve, soak, step, torch_calls, train
+    from benchmarks import forms, mesh, serve, soak, step, torch_calls, train
 
 _stdout = Console()
 
@@ -134,6 +134,21 @@ def print_step(report: "step.Report") -> None:
             "No GPU: a small model ran, held against no target, and neither launches nor CUDA "
             "graphs were counted."
         )
+
+
+def print_forms(report: "forms.Report") -> None:
+    """A row per step, a column per form."""
+    names = list(report.rows[0].us)
+    table = _table(
+        ["step", *(f"{name}, us" for name in names), "scan / one by one", ""],
+        range(1, len(names) + 2),
+    )
+    for row in report.rows:
+        times = (f"{us:,.0f}" for us in row.us.values())
+        met = "" if row.is_met is None else _verdict(row.is_met)
+        table.add_row(row.name, *times, f"{row.ratio:.3f}", met)
+    _stdout.print(table)
+    _say(f"{report.device}, {report.date}; at most {report.rows[0].most:g} x is the aim.")
 
 
 def print_mesh(report: "mesh.Report") -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result as Output
 from typer.testing import CliRunner
 
-from benchmarks import kernels, launches, step, timing
+from benchmarks import forms, kernels, launches, step, timing
 from benchmarks.__main__ import app
 from benchmarks.cases import CASES, SETS, Case, cases_of
 from benchmarks.peer_runs import run_peers
@@ -356,6 +356,34 @@ def test_step_says_what_is_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "584 launches, 32 of them LoRA kernels of each layer; 1 CUDA graphs, 3 launches" in told
     assert "no LoRA: 9.0 us, 7 x gemm" in told
     assert "No GPU" not in told
+
+
+def test_forms_say_what_a_scan_takes_over_layers_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    us: dict[forms.Form, float] = {"scan_layers": 103.0, "lax.scan": 150.0, "one by one": 100.0}
+    rows = [
+        forms.Row("slow", us | {"scan_layers": 103.1}, on_gpu=True),
+        forms.Row("as fast", us, on_gpu=True),
+        forms.Row("on a CPU", us, on_gpu=False),
+    ]
+    report = forms.Report("H200", "2026-01-01", step.Shape.of_this_machine(), rows)
+    monkeypatch.setattr(forms, "run", lambda shape, progress, rounds: report)
+    lines = CliRunner().invoke(app, ["forms"]).stdout.splitlines()
+    for name, verdict in ("slow", "missed"), ("as fast", "met"), ("on a CPU", "1.030"):
+        assert next(line for line in lines if name in line).strip(" │┃").endswith(verdict)
+
+
+@pytest.mark.slow
+def test_forms_times_every_form_of_a_small_model() -> None:
+    size = ["--layers", "2", "--batch", "16", "--context", "8", "--prefill", "16", "--rounds", "1"]
+    result = CliRunner().invoke(app, ["forms", *size, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        assert list(row["us"]) == list(forms.FORMS)
+        assert min(row["us"].values()) > 0
 
 
 def test_steps_that_cannot_be() -> None:
