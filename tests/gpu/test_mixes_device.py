@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradient_cases import GradientCase
-from mix_cases import check_mix, check_mix_gradients, ids_and_weights
+from mix_cases import check_mix, check_mix_gradients, check_one_of_several, ids_and_weights
 from mosaic_cases import bits
 
 import pallas_kernels as pk
@@ -43,6 +43,11 @@ def test_against_float64(case: GradientCase, columns: int) -> None:
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_gradients_against_float64(case: GradientCase) -> None:
     check_mix_gradients(case)
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(case: GradientCase) -> None:
+    check_one_of_several(case)
 
 
 @pytest.mark.parametrize("num_tokens", [64, 3000])

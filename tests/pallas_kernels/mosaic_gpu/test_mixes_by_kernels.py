@@ -1,5 +1,6 @@
 """Several adapters per token by the Mosaic kernels: emulated, interpreted, and lowered for CUDA."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from gradient_cases import GradientCase
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from mix_cases import check_mix, check_mix_gradients
+from mix_cases import check_mix, check_mix_gradients, check_one_of_several
 
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu import Config
@@ -30,6 +31,11 @@ def emulated() -> Iterator[None]:
 @pytest.mark.parametrize("columns", [2, pytest.param(4, marks=pytest.mark.ci)])
 def test_one_launch_for_few_tokens(columns: int, sorted_once: bool, emulated: None) -> None:
     check_mix(BUCKETS, columns, DECODE, sorted_once=sorted_once)
+
+
+@pytest.mark.ci
+def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(emulated: None) -> None:
+    check_one_of_several(dataclasses.replace(BUCKETS, order="gaps"), DECODE)
 
 
 @pytest.mark.parametrize(
