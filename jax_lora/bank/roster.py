@@ -110,8 +110,8 @@ class Roster(StackOwner):
         lease, entries = self._lease(list(by_name))
         if dora := [name for name, entry in zip(by_name, entries) if entry.config.dora]:
             raise ValueError(
-                f"{shown(dora)} use DoRA, which is not trained here: a step would move A and B, and "
-                "not the magnitude; train them with PEFT"
+                f"{shown(dora)} use DoRA, which is not trained here: a step would move A and B, "
+                "and not the magnitude; train them with PEFT"
             )
         for name, entry in zip(by_name, entries):
             turns = by_bucket[entry.bucket]
