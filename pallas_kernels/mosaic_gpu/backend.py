@@ -334,13 +334,7 @@ def _plan(
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         ranges = {(part.first_slot, part.slots) for part in parts}
-        config = decode_config(
-            ys[0].shape[0],
-            width,
-            rank,
-            buckets=len(ranges),
-            delta=not add_inputs,
-        )
+        config = decode_config(x.shape[0], width, rank, buckets=len(ranges), delta=not add_inputs)
     return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
 
 

@@ -202,6 +202,8 @@ def test_a_mix_leases_and_uses_all_of_its_adapters():
     del batch
     bank.load("d", make_adapter(4, 8))
     assert bank.names == ("b", "d")
+    with pytest.raises(KeyError, match=r"no adapter 'c' \(evicted by the load of 'd'\)"):
+        bank.batch([{"c": 1, "b": 1}])
 
 
 def test_weights_are_trained():

@@ -87,3 +87,20 @@ def test_every_size_lowers(num_tokens: int, columns: int) -> None:
     few = num_tokens * columns <= 1024
     assert names_in(forward) == ({"lora_r16"} if few else {"lora_shrink_r16", "lora_expand_r16"})
     assert names_in(backward) == {"lora_narrow_r16", "lora_wide_r16", "lora_outer_r16"}
+
+
+@pytest.mark.ci
+def test_ranks_up_to_128_are_one_launch_of_decode() -> None:
+    """64 rows of 4 adapters, as without mixes."""
+    of, ranks = jax.ShapeDtypeStruct, (16, 128)
+    stacks = [(of((4, r, 256), jnp.bfloat16), of((4, 128, r), jnp.bfloat16)) for r in ranks]
+
+    @jax.jit
+    def delta(x: Any, stacks: Any, weights: Any, ids: Any) -> Any:
+        parts = [pk.LoRAPart(a, b, first_slot=4 * n) for n, (a, b) in enumerate(stacks)]
+        return pk.lora_delta(x, parts, ids, 128, weights=weights, implementation="mosaic_gpu")
+
+    x, ids = of((64, 256), jnp.bfloat16), of((64, 4), jnp.int32)
+    traced = delta.trace(x, stacks, of((64, 4), jnp.float32), ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"lora_?\w*_r\d+", text)) == {"lora_r16_r128"}
