@@ -19,6 +19,7 @@ CASES = [
     GradientCase(1, 4096, (4096,), ((16, 4),)),
     GradientCase(64, 4096, (4096, 1024, 1024), ((16, 8),)),
     GradientCase(64, 1024, (1024,), ((8, 3), (16, 3), (64, 2))),
+    GradientCase(64, 1024, (512,), ((16, 4), (128, 4))),
     GradientCase(200, 1024, (512,), ((16, 40),)),
     GradientCase(700, 1024, (1024,), ((128, 4),)),
     GradientCase(2000, 2048, (2048,), ((16, 8), (64, 3))),
@@ -45,7 +46,7 @@ def test_gradients_against_float64(case: GradientCase) -> None:
     check_mix_gradients(case)
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(case: GradientCase) -> None:
     check_one_of_several(case)
 
