@@ -539,7 +539,8 @@ def lora_delta(
       x: `[T, H]`.
       parts, indices, weights: as in `add_lora_multi`.
       widths: columns Ny of y, or a tuple of those of several ys, which count side by side.
-      dtype: of the result, to which a token's float32 sum is rounded; None for that of x.
+      dtype: of the result, to which a token's float32 sum is rounded; None for that of x. Kernels
+        round what each adapter of a mix adds so too, before its weight multiplies it.
       phase, implementation, config: as in `add_lora`.
 
     Returns:
@@ -673,8 +674,7 @@ def delta_ahead(
     if phase != "decode" or not parts or not _by_kernels(x, parts, indices, shapes):
         return base_x, None
     widths, dtype = tuple(y.shape[1] for y in shapes), shapes[0].dtype
-    wide = jnp.float32 if isinstance(indices, Mix) else dtype  # which is such a sum anyway
-    deltas = lora_delta(x, parts, indices, widths, dtype=wide, phase=phase)
+    deltas = lora_delta(x, parts, indices, widths, dtype=dtype, phase=phase)
     behind: tuple[Array, tuple[Array, ...]] = jax.lax.optimization_barrier((base_x, deltas))
     return behind
 
@@ -727,8 +727,6 @@ def add_in_step(
     )
     if not (is_exact or by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
-    if isinstance(checked.ids, Mix):  # which is a sum of float32 anyway
-        call = call._replace(dtype=jnp.dtype(jnp.float32))
     return _sums(ys, autodiff.lora_delta(call, x, checked.parts, checked.ids))
 
 

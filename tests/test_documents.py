@@ -164,6 +164,15 @@ def test_pages_are_found() -> None:
     assert languages <= {"", "python"}
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = set(re.findall(r"\btest_\w+(?!\w*\.py)\b", PAGES["docs/adapters.md"]))
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    there = {
+        name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    }
+    assert len(named) > 15 and named <= there, sorted(named - there)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_have_pictures_and_end_in_an_assertion(path: pathlib.Path) -> None:
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]

@@ -28,3 +28,4 @@ from jax_lora.adapters.types import LoRAConfig as LoRAConfig
 from jax_lora.adapters.types import LoRAShape as LoRAShape
 from jax_lora.adapters.types import LoRAWeights as LoRAWeights
 from jax_lora.adapters.types import TrainedTokens as TrainedTokens
+from jax_lora.adapters.types import finite_number as finite_number

@@ -7,7 +7,14 @@ from typing import Self
 
 from jax_lora.adapters.files import JsonObject
 from jax_lora.adapters.patterns import Expression, Names
-from jax_lora.adapters.types import OUTPUT_LAYERS, LoRAConfig, alpha_in, matcher, names_of, rank_in
+from jax_lora.adapters.types import (
+    OUTPUT_LAYERS,
+    LoRAConfig,
+    finite_number,
+    matcher,
+    names_of,
+    rank_in,
+)
 from jax_lora.messages import printable, shown
 
 _MAX_PARENTS = 16
@@ -78,7 +85,7 @@ def read_config(values: JsonObject) -> LoRAConfig:
         )
     return LoRAConfig(
         rank=rank_in(values["r"], "r"),
-        alpha=alpha_in(values["lora_alpha"], "lora_alpha"),
+        alpha=finite_number(values["lora_alpha"], "lora_alpha"),
         rslora=values.get("use_rslora") or False,
         target_modules=values.get("target_modules"),
         rank_pattern=values.get("rank_pattern") or {},

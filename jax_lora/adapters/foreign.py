@@ -20,7 +20,7 @@ from jax_lora.adapters.files import (
     read_json,
 )
 from jax_lora.adapters.names import config_of
-from jax_lora.adapters.types import Adapter, LoRAConfig, LoRAWeights, alpha_in
+from jax_lora.adapters.types import Adapter, LoRAConfig, LoRAWeights, finite_number
 from jax_lora.messages import printable, shown
 
 type Tree = ArrayLike | Mapping[str, Tree] | Mapping[int, Tree]
@@ -297,12 +297,12 @@ def _mlx_alpha(values: JsonObject, rank: int, alpha: float | None) -> float:
         return _needed(alpha, f"there are no lora_parameters in a {_CONFIG} of mlx-lm")
     if not isinstance(parameters, dict):
         raise ValueError(f"lora_parameters must be an object, got {shown(parameters)}")
-    scale = alpha_in(parameters.get("scale"), "scale of lora_parameters")
+    scale = finite_number(parameters.get("scale"), "scale of lora_parameters")
     early = parameters.get("alpha")
     if early is None or early == rank:
         _unneeded(alpha)
         return scale * rank
-    early = alpha_in(early, "alpha of lora_parameters")
+    early = finite_number(early, "alpha of lora_parameters")
     return _needed(
         alpha,
         f"its lora_parameters have an alpha. Early versions of mlx-lm used it, for a scale of "
@@ -372,7 +372,7 @@ def _of_diffusers(
 def _number(key: str, tensor: np.ndarray) -> float:
     if tensor.size != 1:
         raise ValueError(f"{shown(key)} must be a number, got {[*tensor.shape]}")
-    return alpha_in(float(tensor.reshape(())), printable(key))
+    return finite_number(float(tensor.reshape(())), printable(key))
 
 
 def _adapter(
@@ -396,7 +396,7 @@ def _adapter(
 def _needed(alpha: float | None, why: str) -> float:
     if alpha is None:
         raise ValueError(f"alpha is needed (--alpha), which makes the scale alpha / rank: {why}")
-    return alpha_in(alpha, "alpha")
+    return finite_number(alpha, "alpha")
 
 
 def _unneeded(alpha: float | None) -> None:

@@ -72,7 +72,7 @@ class LoRAConfig:
             object.__setattr__(self, name, value)
 
         put("rank", rank_in(self.rank, "rank"))
-        put("alpha", alpha_in(self.alpha, "alpha"))
+        put("alpha", finite_number(self.alpha, "alpha"))
         for name in ("rslora", "dora"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {shown(value)}")
@@ -84,7 +84,7 @@ class LoRAConfig:
                 f"modules_to_save must be at most {_MAX_SAVED} names, none of them empty, got "
                 f"{shown(self.modules_to_save)}"
             )
-        for name, check in (("rank_pattern", rank_in), ("alpha_pattern", alpha_in)):
+        for name, check in (("rank_pattern", rank_in), ("alpha_pattern", finite_number)):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping):
                 raise TypeError(f"{name} must map patterns to numbers, got {shown(patterns)}")
@@ -486,7 +486,7 @@ def rank_in(value: Any, what: str) -> int:
     return int(value)
 
 
-def alpha_in(value: Any, what: str) -> float:
+def finite_number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{what} must be a number, got {shown(value)}")
     if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:  # refuses NaN too

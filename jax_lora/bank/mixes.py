@@ -1,15 +1,14 @@
 """Which adapters the rows of a batch have, and with what weights, as a caller names them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jax_lora.adapters import finite_number
+
 # What a caller says of a row: an adapter, None, or several adapters, each with its weight.
 NamedRow = str | Mapping[str, float] | None
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class RowNames(NamedTuple):
@@ -91,8 +90,7 @@ def _check_row(n: int, row: Mapping[str, float], adapters_per_row: int) -> None:
             f"adapters_per_row={len(row)})"
         )
     for name, weight in row.items():
-        if not math.isfinite(weight) or abs(weight) > _LARGEST:
-            raise ValueError(f"row {n}: the weight of {name!r:.300} must be finite, got {weight}")
+        finite_number(weight, f"row {n}: the weight of {name!r:.300}")
         if adapters_per_row == 1 and weight != 1:
             raise ValueError(
                 f"row {n}: {name!r:.300} has weight {weight}, but the rows of this bank have no "

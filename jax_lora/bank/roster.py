@@ -96,7 +96,8 @@ class Roster(StackOwner):
 
         Raises:
           KeyError: an adapter is not loaded.
-          TypeError, ValueError: `names` or `rates` are malformed.
+          TypeError: `names` or `rates` are malformed.
+          ValueError: so are they, or an adapter uses DoRA: a step would hold its magnitude.
         """
         is_list = isinstance(names, Sequence) and not isinstance(names, str)
         if not is_list or not all(isinstance(name, str) for name in names):
@@ -107,6 +108,11 @@ class Roster(StackOwner):
             for bucket, slots in self._slots.items()
         }
         lease, entries = self._lease(list(by_name))
+        if dora := [name for name, entry in zip(by_name, entries) if entry.config.dora]:
+            raise ValueError(
+                f"{shown(dora)} use DoRA, which is not trained here: a step would move A and B, "
+                "and not the magnitude; train them with PEFT"
+            )
         for name, entry in zip(by_name, entries):
             turns = by_bucket[entry.bucket]
             turns.serials[entry.slot], turns.rates[entry.slot] = entry.serial, by_name[name]

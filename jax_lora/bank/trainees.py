@@ -1,6 +1,5 @@
 """Which adapters a training step moves, as data of the step."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -8,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jax_lora.adapters import finite_number
 from jax_lora.batch import Lease
 from jax_lora.messages import shown
 
@@ -61,9 +61,5 @@ def checked_rates(names: Sequence[str], rates: Mapping[str, float]) -> dict[str,
         raise ValueError(f"rates names {shown(unknown)}, which the step does not train")
     checked = dict.fromkeys(names, 1.0)
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
-            raise TypeError(f"the rate of {shown(name)} must be a number, got {shown(rate)}")
-        if not math.isfinite(rate):
-            raise ValueError(f"the rate of {shown(name)} must be finite, got {shown(rate)}")
-        checked[name] = float(rate)
+        checked[name] = finite_number(rate, f"the rate of {shown(name)}")
     return checked

@@ -143,7 +143,8 @@ def add_lora(
     x, parts = _needs_hopper(x), _by_rows(parts)
     widths = tuple(one.shape[1] for one in ys)
     if isinstance(ids, Mix):
-        sums = _mixed_at_once(call, widths, x, parts, ids)
+        wide = tuple(jax.ShapeDtypeStruct(y.shape, jnp.float32) for y in ys)
+        sums = _mixed_at_once(call, wide, x, parts, ids)
         if sums is not None:
             return tuple(map(_plus, ys, sums))
     elif (launch := _one_launch(ys, x, _decode_parts(parts), ids, call)) is not None:
@@ -166,7 +167,7 @@ def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -
     x, parts = _needs_hopper(x), _by_rows(parts)
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), call.dtype) for width in call.widths)
     if isinstance(ids, Mix):
-        sums = _mixed_at_once(call, call.widths, x, parts, ids)
+        sums = _mixed_at_once(call, shapes, x, parts, ids)
         if sums is not None:
             return tuple(total.astype(call.dtype) for total, _ in sums)
     else:
@@ -195,7 +196,7 @@ def makes_delta_at_once(
     """Whether one launch makes `lora_delta` of a case, which is then the fastest form in a step.
     `columns` counts the adapters of a token."""
     call = Call("lora_delta", "mosaic_gpu", ())
-    rows, dtype = x.shape[0] * columns, dtype if columns == 1 else jnp.float32
+    rows = x.shape[0] * columns
     shapes = tuple(jax.ShapeDtypeStruct((rows, width), dtype) for width in widths)
     operands = _decode_parts(_by_rows(parts)).parts
     sizes = _plan(shapes, x, operands, call, add_inputs=False, seated=True)
@@ -213,31 +214,45 @@ class _Sum(NamedTuple):
 
 
 def _mixed_at_once(
-    call: Call, widths: tuple[int, ...], x: Array, parts: tuple[LoRAPart, ...], mix: Mix
+    call: Call,
+    ys: tuple[jax.ShapeDtypeStruct, ...],
+    x: Array,
+    parts: tuple[LoRAPart, ...],
+    mix: Mix,
 ) -> list[_Sum] | None:
     """What a mix adds to each y; None where one launch does not make it.
 
     The decode kernel takes each column of the mix for tokens of their own, that read the same rows
-    of x. So no two clusters add to one row of y. XLA adds up the rows that they make, in the order
-    of the columns, together with what it does to y.
+    of x. So no two clusters add to one row of y. It rounds the rows that it makes to the dtype of
+    ys. XLA adds them up in float32, in the order of the columns, together with what it does to y.
     """
-    columns = columns_of(mix)
-    rows = x.shape[0] * len(columns)
-    shapes = tuple(jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in widths)
+    columns, count, widths = columns_of(mix), x.shape[0], tuple(y.shape[1] for y in ys)
+    shapes = tuple(
+        jax.ShapeDtypeStruct((count * len(columns), width), ys[0].dtype) for width in widths
+    )
     tokens = mix.as_tokens()
     launch = _one_launch(shapes, x, _decode_parts(parts), tokens, call, add_inputs=False)
     if launch is None:
         return None
     made = launch.run(shapes, x)  # undefined where no part adds anything
     sums = [_Sum(jnp.float32(-0.0), jnp.bool_(False))] * len(widths)
+    row = jnp.arange(count, dtype=jnp.int32)
     for n, (ids, weights) in enumerate(columns):
         assert weights is not None  # a mix has them
-        mine = slice(n * x.shape[0], (n + 1) * x.shape[0])
+        # XLA reads what it masks. So entries without adapter name the first column's row, which is
+        # in the cache then.
+        mine = jnp.where(ids_of(ids) >= 0, row + n * count, row)
         changed = _changed(widths, parts, ids)
         for i, (before, where, delta) in enumerate(zip(sums, changed, made)):
-            new = jnp.where(where, delta[mine] * weights[:, None], jnp.float32(-0.0))
+            own = delta[:count] if n == 0 else _rows_at(delta, mine)
+            share = own.astype(jnp.float32) * weights[:, None]
+            new = jnp.where(where, share, jnp.float32(-0.0))
             sums[i] = _Sum(before.total + new, before.changed | where)
     return sums
+
+
+def _rows_at(array: Array, rows: Int[Array, " T"]) -> Array:
+    return array.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _plus(y: Array, added: _Sum) -> Array:
@@ -322,13 +337,7 @@ def _plan(
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         ranges = {(part.first_slot, part.slots) for part in parts}
-        config = decode_config(
-            ys[0].shape[0],
-            width,
-            rank,
-            buckets=len(ranges),
-            delta=not add_inputs,
-        )
+        config = decode_config(x.shape[0], width, rank, buckets=len(ranges), delta=not add_inputs)
     return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
 
 

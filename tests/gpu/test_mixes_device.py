@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradient_cases import GradientCase
-from mix_cases import check_mix, check_mix_gradients, ids_and_weights
+from mix_cases import check_mix, check_mix_gradients, check_one_of_several, ids_and_weights
 from mosaic_cases import bits
 
 import pallas_kernels as pk
@@ -19,6 +19,7 @@ CASES = [
     GradientCase(1, 4096, (4096,), ((16, 4),)),
     GradientCase(64, 4096, (4096, 1024, 1024), ((16, 8),)),
     GradientCase(64, 1024, (1024,), ((8, 3), (16, 3), (64, 2))),
+    GradientCase(64, 1024, (512,), ((16, 4), (128, 4))),
     GradientCase(200, 1024, (512,), ((16, 40),)),
     GradientCase(700, 1024, (1024,), ((128, 4),)),
     GradientCase(2000, 2048, (2048,), ((16, 8), (64, 3))),
@@ -43,6 +44,11 @@ def test_against_float64(case: GradientCase, columns: int) -> None:
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_gradients_against_float64(case: GradientCase) -> None:
     check_mix_gradients(case)
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(case: GradientCase) -> None:
+    check_one_of_several(case)
 
 
 @pytest.mark.parametrize("num_tokens", [64, 3000])

@@ -45,7 +45,8 @@ def check_mix(
         mix = pk.Mix(tuple(jnp.asarray(ids.T)), jnp.asarray(weights))
     y = np.asarray(z.dy)
     ys = tuple(map(jnp.asarray, np.split(y, np.cumsum(case.widths)[:-1], axis=1)))
-    call = Call("add_lora", "mosaic_gpu", (), widths=case.widths, dtype=jnp.float32, config=config)
+    dtype = jnp.dtype(case.dtype)
+    call = Call("add_lora", "mosaic_gpu", (), widths=case.widths, dtype=dtype, config=config)
     x, parts = jax.tree.map(jnp.asarray, (z.x, z.parts))
     out, delta = jax.jit(
         lambda ys, *z: (backend.add_lora(call, ys, *z), backend.lora_delta(call, *z))
@@ -59,6 +60,26 @@ def check_mix(
     assert none.any() or case.num_tokens < 5
     np.testing.assert_array_equal(bits(got[none]), bits(y[none]))
     assert np.signbit(added[none]).all() and not added[none].any()
+
+
+def check_one_of_several(case: GradientCase, config: Config | None = None) -> None:
+    """A row that has one adapter, with weight 1, where it may have three: the bits of plain ids."""
+    z = case.arrays()
+    x, parts = jax.tree.map(jnp.asarray, (z.x, z.parts))
+    some = np.random.default_rng(0).permutation(case.num_tokens)[: case.num_tokens // 3]
+    ids = np.full((case.num_tokens, 3), -1, np.int32)
+    ids[:, 0] = z.ids
+    ids[some, 2], ids[some, 0] = z.ids[some], -1  # not the first column's either
+    mix = pk.make_mix(ids, jnp.where(jnp.asarray(ids) >= 0, 1.0, jnp.nan), case.slots)
+    dtype = jnp.dtype(case.dtype)
+    call = Call("add_lora", "mosaic_gpu", (), widths=case.widths, dtype=dtype, config=config)
+
+    @jax.jit
+    def run(ids: pk.Mix | pk.Segments) -> tuple[jax.Array, ...]:
+        return backend.lora_delta(call, x, parts, ids)
+
+    for got, want in zip(run(mix), run(pk.make_segments(z.ids, case.slots))):
+        np.testing.assert_array_equal(bits(np.asarray(got)), bits(np.asarray(want)))
 
 
 def _in_float64(z: GradientArrays, ids: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,8 +16,8 @@ def decode_config(
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
     is None where two launches are taken.
 
-    `buckets` counts the ranges of ids. `delta`: XLA adds what the kernel makes, so that it may run
-    beside the product that makes y.
+    A token that may have several adapters counts once. `buckets` counts the ranges of ids. `delta`:
+    XLA adds what the kernel makes, so that it may run beside the product that makes y.
     """
     if num_tokens > _most_tokens(rank, buckets):
         return Config()
@@ -34,7 +34,8 @@ def decode_config(
 
 
 def _most_tokens(rank: int, buckets: int) -> int:
-    """Up to how many tokens one launch is faster than two.
+    """Up to how many tokens one launch is faster than two. With up to K adapters of a token, one
+    launch is as long as that of K times the tokens, and there are two for each of the K.
 
     Each cluster of eight tokens reads its adapter from the L2 cache, tiles of 64 tokens read it
     once. But clusters take tokens in any order, and decode rows beside a prompt, without loss.

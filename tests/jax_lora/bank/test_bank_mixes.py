@@ -202,6 +202,8 @@ def test_a_mix_leases_and_uses_all_of_its_adapters():
     del batch
     bank.load("d", make_adapter(4, 8))
     assert bank.names == ("b", "d")
+    with pytest.raises(KeyError, match=r"no adapter 'c' \(evicted by the load of 'd'\)"):
+        bank.batch([{"c": 1, "b": 1}])
 
 
 def test_weights_are_trained():
@@ -314,8 +316,17 @@ def test_tokens_divided_over_a_mesh(lead):
     ("rows", "error", "message"),
     [
         ([{"a": 1, "b": 1, "c": 1}], ValueError, "row 0 has 3 adapters, ['a', 'b', 'c'], but the"),
-        (["a", {"b": float("nan")}], ValueError, "row 1: the weight of 'b' must be finite, got n"),
-        ([{"b": 1e39}], ValueError, "row 0: the weight of 'b' must be finite, got 1e+39"),
+        (["a", {"b": float("nan")}], ValueError, "row 1: the weight of 'b' must be finite in"),
+        (
+            [{"b": 1e39}],
+            ValueError,
+            "weight of 'b' must be finite in float32, got 1e+39",
+        ),
+        (
+            [{"b": -(10**400)}],
+            ValueError,
+            "weight of 'b' must be finite in float32, got -1000",
+        ),
         ([{"b": "1"}], TypeError, "a list of names, None and {name: weight}, got [{'b': '1'}]"),
         ([{"b": True}], TypeError, "a list of names, None and {name: weight}, got [{'b': True}]"),
         ([{1: 1.0}], TypeError, "a list of names, None and {name: weight}, got [{1: 1.0}]"),

@@ -284,6 +284,16 @@ def test_gradients_of_stacks_are_those_of_peft(saved):
             np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-4, rtol=1e-3)
 
 
+def test_a_step_trains_adapters_without_dora_alone(saved):
+    root, *_ = saved
+    _, bank = make()
+    for name in ("dora", "plain"):
+        bank.load(name, root / name)
+    with pytest.raises(ValueError, match=r"\['dora'\] use DoRA, which is not trained here: a step"):
+        bank.trainees(["plain", "dora"])
+    assert bank.trainees(["plain"]).by_bucket[8].serials.any()
+
+
 def test_on_a_mesh_tokens_may_be_divided_and_kernels_may_not():
     x = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32)
     adapter = with_magnitudes(make_adapter(1, 3, features={"proj": (WIDTH, 8)}))

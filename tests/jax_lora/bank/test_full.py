@@ -278,8 +278,10 @@ def test_a_new_classifier_learns(tmp_path):
 
     gradients = gradient(lora, batch)
     mine = {p: v[...] for p, v in nnx.to_flat_state(gradients) if p[:2] == ("score", "full")}
-    moved = {p[3] for p, v in mine.items() if p[-1] == "weight" and np.any(v)}
-    assert len(moved) == 1
+    [moved] = [v for p, v in mine.items() if p[-1] == "weight" and np.any(v)]
+    net = served.model
+    x = np.tanh(net.embed.embedding[0] @ net.mid.kernel[...] + net.mid.bias[...])
+    np.testing.assert_allclose(moved, 2 * 4 * np.outer(got[0, 0, V:], x), atol=1e-5)
     with pytest.raises(
         ValueError, match=r"modules_to_save=\('mid',\) names none of the layers with"
     ):
@@ -323,6 +325,9 @@ def test_trained_tokens_are_rows_of_the_base(monkeypatch):
     served.check("tokens", None)
     served.bank.load("head", trained("lm_head", [2]))
     assert served.bank.names == ("head",)
+    served.bank.load("tokens", own)
+    assert served.bank.names == ("tokens",)
+    served.check("tokens", None)
 
 
 def test_trained_tokens_without_room_are_refused():

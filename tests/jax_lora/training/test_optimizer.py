@@ -316,8 +316,10 @@ def test_mistakes_are_told():
         bank.trainees("first")
     with pytest.raises(ValueError, match=r"rates names \['second'\], which the step does not"):
         bank.trainees(["first"], {"second": 1.0})
-    with pytest.raises(ValueError, match="rate of 'first' must be finite, got nan"):
+    with pytest.raises(ValueError, match="rate of 'first' must be finite in float32, got nan"):
         bank.trainees(["first"], {"first": float("nan")})
+    with pytest.raises(ValueError, match=r"rate of 'first' must be finite in float32, got 1e\+39"):
+        bank.trainees(["first"], {"first": 1e39})
     with pytest.raises(TypeError, match="rate of 'first' must be a number, got 'fast'"):
         bank.trainees(["first"], {"first": "fast"})
     with pytest.raises(TypeError, match="rates must map names to numbers, got 2"):

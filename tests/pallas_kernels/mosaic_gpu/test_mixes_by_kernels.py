@@ -1,5 +1,6 @@
 """Several adapters per token by the Mosaic kernels: emulated, interpreted, and lowered for CUDA."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from gradient_cases import GradientCase
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from mix_cases import check_mix, check_mix_gradients
+from mix_cases import check_mix, check_mix_gradients, check_one_of_several
 
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu import Config
@@ -30,6 +31,11 @@ def emulated() -> Iterator[None]:
 @pytest.mark.parametrize("columns", [2, pytest.param(4, marks=pytest.mark.ci)])
 def test_one_launch_for_few_tokens(columns: int, sorted_once: bool, emulated: None) -> None:
     check_mix(BUCKETS, columns, DECODE, sorted_once=sorted_once)
+
+
+@pytest.mark.ci
+def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(emulated: None) -> None:
+    check_one_of_several(dataclasses.replace(BUCKETS, order="gaps"), DECODE)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +87,20 @@ def test_every_size_lowers(num_tokens: int, columns: int) -> None:
     few = num_tokens * columns <= 1024
     assert names_in(forward) == ({"lora_r16"} if few else {"lora_shrink_r16", "lora_expand_r16"})
     assert names_in(backward) == {"lora_narrow_r16", "lora_wide_r16", "lora_outer_r16"}
+
+
+@pytest.mark.ci
+def test_ranks_up_to_128_are_one_launch_of_decode() -> None:
+    """64 rows of 4 adapters, as without mixes."""
+    of, ranks = jax.ShapeDtypeStruct, (16, 128)
+    stacks = [(of((4, r, 256), jnp.bfloat16), of((4, 128, r), jnp.bfloat16)) for r in ranks]
+
+    @jax.jit
+    def delta(x: Any, stacks: Any, weights: Any, ids: Any) -> Any:
+        parts = [pk.LoRAPart(a, b, first_slot=4 * n) for n, (a, b) in enumerate(stacks)]
+        return pk.lora_delta(x, parts, ids, 128, weights=weights, implementation="mosaic_gpu")
+
+    x, ids = of((64, 256), jnp.bfloat16), of((64, 4), jnp.int32)
+    traced = delta.trace(x, stacks, of((64, 4), jnp.float32), ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"lora_?\w*_r\d+", text)) == {"lora_r16_r128"}
