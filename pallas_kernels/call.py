@@ -21,6 +21,8 @@ class Call(NamedTuple):
       widths, dtype: of what `lora_delta` makes.
       config: how the Mosaic kernels cut their work, if the caller says so.
       compact: slots of which gradients are made, of those in use; None for all slots.
+      unmasked: whether `lora_delta` of one adapter per token may hold anything where nothing is
+        added. The caller masks it, together with what else it does to the ys.
       exact: whether `lora_delta` has the same bits in calls of any size; see `exact.in_chunks`.
     """
 
@@ -33,6 +35,7 @@ class Call(NamedTuple):
     dtype: DTypeLike | None = None
     config: Config | None = None
     compact: int | None = None
+    unmasked: bool = False
     exact: bool = False
 
 

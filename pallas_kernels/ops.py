@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import (
     prefers_xla,
     xla_kernel,
 )
+from pallas_kernels.masks import masked
 from pallas_kernels.mosaic_gpu import support
 from pallas_kernels.mosaic_gpu.backend import makes_delta_at_once
 from pallas_kernels.mosaic_gpu.config import Config
@@ -670,31 +671,29 @@ def delta_ahead(
     Returns:
       `base_x`, and the deltas; None for these where another form is faster.
     """
-    x = checks.floats("x", x, "T H")
-    if phase != "decode" or not parts or not _by_kernels(x, parts, indices, shapes):
+    if phase != "decode" or not parts:
         return base_x, None
-    widths, dtype = tuple(y.shape[1] for y in shapes), shapes[0].dtype
-    deltas = lora_delta(x, parts, indices, widths, dtype=dtype, phase=phase)
+    x, how = checks.floats("x", x, "T H"), _How(None, None)
+    checked = _check_parts("lora_delta", x, parts, _Adapters(indices), phase, shapes, how)
+    if not _is_fastest_as_delta(checked, x, shapes[0].dtype):
+        return base_x, None
+    deltas = autodiff.lora_delta(
+        checked.call._replace(unmasked=True), x, checked.parts, checked.ids
+    )
     behind: tuple[Array, tuple[Array, ...]] = jax.lax.optimization_barrier((base_x, deltas))
-    return behind
-
-
-def _by_kernels(
-    x: Array,
-    parts: Sequence[LoRAPart],
-    indices: ArrayLike | Segments | Mix,
-    shapes: Sequence[jax.ShapeDtypeStruct],
-) -> bool:
-    """Whether `lora_delta` is the fastest form."""
-    checked = _check_parts(
-        "add_lora", x, parts, _Adapters(indices), "decode", shapes, _How(None, None)
+    base_x, deltas = behind
+    # A mask in front of the barrier would be a launch of its own, for which the product waits.
+    return base_x, deltas if isinstance(checked.ids, Mix) else masked(
+        deltas, checked.parts, checked.ids
     )
+
+
+def _is_fastest_as_delta(checked: _Parts, x: Array, dtype: DTypeLike) -> bool:
+    """Whether a step is fastest by `lora_delta`, which one launch makes."""
     call = checked.call
-    if not x.shape[0] * sum(call.widths) or call.implementation != "auto":
+    if not (checked.parts and x.shape[0] * sum(call.widths)) or call.implementation != "auto":
         return False
-    return makes_delta_at_once(
-        x, checked.parts, call.widths, shapes[0].dtype, len(columns_of(checked.ids))
-    )
+    return makes_delta_at_once(x, checked.parts, call.widths, dtype, len(columns_of(checked.ids)))
 
 
 def add_in_step(
@@ -722,9 +721,7 @@ def add_in_step(
     call = checked.call._replace(exact=is_exact)
     if not (checked.parts and x.shape[0] * sum(call.widths)):
         return ys
-    by_kernels = call.implementation == "auto" and makes_delta_at_once(
-        x, checked.parts, call.widths, ys[0].dtype, len(columns_of(checked.ids))
-    )
+    by_kernels = _is_fastest_as_delta(checked, x, ys[0].dtype)
     if not (is_exact or by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
     return _sums(ys, autodiff.lora_delta(call, x, checked.parts, checked.ids))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.call import Call
+from pallas_kernels.masks import changed, masked
 from pallas_kernels.mosaic_gpu import inference
 from pallas_kernels.mosaic_gpu.backward import (
     GradientPart,
@@ -163,7 +163,8 @@ def add_lora(
 
 
 def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:
-    """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added."""
+    """What `add_lora` adds, of `call.widths` and `call.dtype`; -0.0 where nothing is added, unless
+    the call is `unmasked`."""
     x, parts = _needs_hopper(x), _by_rows(parts)
     shapes = tuple(jax.ShapeDtypeStruct((x.shape[0], width), call.dtype) for width in call.widths)
     if isinstance(ids, Mix):
@@ -174,9 +175,7 @@ def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -
         launch = _one_launch(shapes, x, _decode_parts(parts), ids, call, add_inputs=False)
         if launch is not None:
             deltas = launch.run(shapes, x)  # undefined where no part adds anything
-            nothing = jnp.asarray(-0.0, call.dtype)
-            changed = _changed(call.widths, parts, ids)
-            return tuple(jnp.where(where, new, nothing) for where, new in zip(changed, deltas))
+            return deltas if call.unmasked else masked(deltas, parts, ids)
     zeros = tuple(jnp.full(s.shape, -0.0, s.dtype) for s in shapes)
     return add_lora(call, zeros, x, parts, ids)
 
@@ -242,8 +241,7 @@ def _mixed_at_once(
         # XLA reads what it masks. So entries without adapter name the first column's row, which is
         # in the cache then.
         mine = jnp.where(ids_of(ids) >= 0, row + n * count, row)
-        changed = _changed(widths, parts, ids)
-        for i, (before, where, delta) in enumerate(zip(sums, changed, made)):
+        for i, (before, where, delta) in enumerate(zip(sums, changed(widths, parts, ids), made)):
             own = delta[:count] if n == 0 else _rows_at(delta, mine)
             share = own.astype(jnp.float32) * weights[:, None]
             new = jnp.where(where, share, jnp.float32(-0.0))
@@ -339,25 +337,6 @@ def _plan(
         ranges = {(part.first_slot, part.slots) for part in parts}
         config = decode_config(x.shape[0], width, rank, buckets=len(ranges), delta=not add_inputs)
     return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
-
-
-def _changed(
-    widths: tuple[int, ...], parts: tuple[LoRAPart, ...], token_ids: TokenIds
-) -> list[Bool[Array, "T _"]]:
-    """For each y, which elements some part adds to; one column where all columns are alike."""
-    ids, edges = ids_of(token_ids), np.cumsum(widths)
-    covered: dict[SlotRange, np.ndarray] = {}  # the columns that parts of a range add to
-    for part in parts:
-        slots = SlotRange(part.first_slot, part.slots)
-        columns = covered.setdefault(slots, np.zeros(edges[-1], bool))
-        columns[part.y_offset :][: part.width] = True
-    changed = [jnp.zeros((1, 1), bool)] * len(widths)
-    for slots, columns in covered.items():
-        used = slots.holds(ids)[:, None]
-        for n, mine in enumerate(np.split(columns, edges[:-1])):
-            if mine.any():
-                changed[n] |= used if mine.all() else used & mine
-    return changed
 
 
 # --------------------------------------------------------------------------------- two launches

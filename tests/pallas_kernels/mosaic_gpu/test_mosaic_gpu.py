@@ -675,6 +675,29 @@ def lowered(
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_a_product_waits_neither_for_a_delta_nor_for_its_mask() -> None:
+    """XLA runs what is masked in front of the barrier as a launch of its own."""
+
+    def step(x: Any, w: Any, a: Any, b: Any, ids: Any) -> Any:
+        segments, part = pk.make_segments(ids, 4), pk.LoRAPart(a, b)
+        shape = jax.ShapeDtypeStruct((64, 256), x.dtype)
+        behind, deltas = ops.delta_ahead(x, x, [part], segments, [shape], phase="decode")
+        ys = (behind @ w,)
+        return ops.add_in_step(ys, x, [part], segments, phase="decode", deltas=deltas)
+
+    shapes = (64, 128), (128, 256), (4, 16, 128), (4, 256, 16)
+    operands = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    ids = jax.ShapeDtypeStruct((64,), "int32")
+    module = jax.jit(step).trace(*operands, ids).lower(lowering_platforms=("cuda",)).as_text()
+    [launch] = [f for f in module.split("func.func ") if "custom_call @mosaic_gpu_v2" in f]
+    _, behind_launch = launch.split("custom_call @mosaic_gpu_v2")
+    assert re.fullmatch(r".*\s+return %\d+ : tensor<64x256xbf16>\s+}\s*", behind_launch)
+    [(barrier, behind)] = re.findall(r"(%\d+):2 = stablehlo\.optimization_barrier(.*)", module)
+    assert behind.endswith(": tensor<64x128xbf16>, tensor<64x256xbf16>")
+    assert f"dot_general {barrier}#0" in module
+    assert re.search(rf"call @_where\S*\(%\d+, {barrier}#1", module)
+
+
 def test_layouts_are_inferred_from_groups_of_equal_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
