@@ -24,8 +24,10 @@ def scan_layers[M: nnx.Module, C, X, Y](
             carry, ys[n] = body(layers[n], carry, xs[n])
 
     Layers are stacked by `nnx.vmap` of what makes one, which gives each array an axis of layers in
-    front. In a plain `nnx.scan` or `jax.lax.scan` they compute the same; but there a GPU copies the
-    layer's stacks of adapters in each turn. Here each layer reads them where they stand.
+    front. In a plain `nnx.scan` or `jax.lax.scan` they compute the same. There a GPU reads the
+    stacks of adapters of a decode step in place too, if it is compiled with `step_options()`. But
+    it copies a layer's stacks in each turn of a prefill (B) and of gradients (A and B). Here each
+    layer reads them where they stand.
 
     Example::
 
