@@ -70,7 +70,14 @@ class MixCase:
 
 
 def cases() -> Iterator[MixCase]:
-    sizes = ((16, 16, 16), (64, 8, 16), (64, 8, 64), (256, 8, 16), (4096, 8, 16))
+    sizes = (
+        *((16, 16, r) for r in (16, 64)),
+        (32, 8, 16),
+        *((64, 8, r) for r in (8, 16, 64)),
+        (64, 64, 16),
+        (256, 8, 16),
+        (4096, 8, 16),
+    )
     for size in sizes:
         yield MixCase(*size, columns=None, used=1)
         for columns in (2, 4):

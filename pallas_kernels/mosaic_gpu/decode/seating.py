@@ -68,6 +68,8 @@ class Seating:
         tokens; and the cluster's number among those that deal these tokens' columns of y. Tokens
         whose id is in no range have no seat. Those with many clusters come first, as they take
         longest.
+
+        It is written for XLA to make few kernels of it: five up to 128 tokens of one range.
         """
         if ids.ndim == 2:
             ids = jnp.where(ids[:, 1] == 0, ids[:, 0], -1)
@@ -75,13 +77,15 @@ class Seating:
         for one, share in self.shares:
             is_in = (ids >= one.first) & (ids < one.stop)
             shares = jnp.where(is_in, share, shares)
-        ids = jnp.where(shares > 0, ids, -1)
+        has_seat = shares > 0
         token = jnp.arange(ids.shape[0], dtype=jnp.int32)[None]
         is_before = token < token.T
         number = jnp.sum((ids[None] == ids[:, None]) & is_before, axis=1, dtype=jnp.int32)
-        leads = (ids >= 0) & (number % TOKENS == 0)
+        leads = has_seat & (number & (TOKENS - 1) == 0)
         ids, number, leads, shares = (z[None] for z in (ids, number, leads, shares))
-        is_ahead = (shares > shares.T) | ((shares == shares.T) & is_before)
+        is_ahead = is_before
+        if len({share for _, share in self.shares}) > 1:
+            is_ahead = (shares > shares.T) | ((shares == shares.T) & is_before)
         start = jnp.sum(jnp.where(leads & is_ahead, shares, 0), axis=1, dtype=jnp.int32)[None]
         column = jnp.arange(self.clusters, dtype=jnp.int32)[:, None] - start
         is_leader = leads & (column >= 0) & (column < shares)
@@ -91,7 +95,7 @@ class Seating:
 
         adapter = of_leader(ids, -1)
         seat = of_leader(number, 0)[:, :, None] + jnp.arange(TOKENS, dtype=jnp.int32)[None, :, None]
-        is_mine = ((ids >= 0) & (ids == adapter))[:, None, :] & (number[None] == seat)
+        is_mine = (has_seat & (ids == adapter))[:, None, :] & (number[None] == seat)
         tokens = jnp.max(jnp.where(is_mine, token[None], -1), axis=2)
         return jnp.concatenate([tokens, adapter, of_leader(column, 0)], axis=1)
 
