@@ -7,7 +7,10 @@ only native kernels may run, and torch's own operations.
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import torch
 
 from interop import checks, functions, ops
@@ -28,7 +31,7 @@ def shrink(
 ) -> None:
     """output[t] += scaling * inputs[t] @ lora_a[ids[t]].T, as `interop.bgmv_shrink`."""
     rank, features = lora_a.shape[-2:]
-    lacks = missing(_name(lora_a), rank, features)
+    lacks = missing(_dtype(lora_a), rank, features)
     for rows in _launches(inputs, rank):
         if lacks and _is_captured(inputs):
             output[rows] += scaling * _products(inputs[rows], lora_a, ids[rows])
@@ -47,7 +50,7 @@ def expand(
     """output[t, offset:][:N] (+)= inputs[t] @ lora_b[ids[t]].T, as `interop.bgmv_expand_slice`."""
     width, rank = lora_b.shape[-2:]
     lacks = missing(
-        _name(lora_b), rank, width=width, y_dtype=_name(output), y_width=output.shape[1],
+        _dtype(lora_b), rank, width=width, y_dtype=_dtype(output), y_width=output.shape[1],
         y_offset=offset,
     )  # fmt: skip
     for rows in _launches(inputs, rank):
@@ -76,7 +79,7 @@ def linear(
     ranks, widths = [a.shape[-2] for a in lora_a], [b.shape[-2] for b in lora_b]
     offsets = tuple(itertools.accumulate(widths, initial=0))[:-1]
     if _is_captured(inputs) and any(
-        missing(_name(a), rank, a.shape[-1], width, _name(output), output.shape[1], offset)
+        missing(_dtype(a), rank, a.shape[-1], width, _dtype(output), output.shape[1], offset)
         for a, rank, width, offset in zip(lora_a, ranks, widths, offsets)
     ):
         for a, b, offset in zip(lora_a, lora_b, offsets):
@@ -111,8 +114,8 @@ def _is_captured(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype(tensor: torch.Tensor) -> np.dtype[Any]:
+    return jnp.dtype(str(tensor.dtype).removeprefix("torch."))
 
 
 def _has_adapter(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -10,24 +10,25 @@ Nothing here imports SGLang. An adapter of own rank r, in stacks of rank R, has 
 r: rows `[s r, (s + 1) r)` of A are its slice s, and so are these columns of what a shrink gives.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from interop import capture
+from interop import capture, internals
 
 
 class BatchInfo(Protocol):
-    """What is read of SGLang's `LoRABatchInfo`: int32 tensors on the GPU.
+    """What is read of SGLang's `LoRABatchInfo`: int32 tensors on the GPU, float32 scalings.
 
     Segment g is the rows permutation[seg_indptr[g]:seg_indptr[g + 1]], or, where permutation is
     None, these rows themselves. Its adapter is weight_indices[g]; one of rank 0 is the base model.
+    Without `use_cuda_graph` an object is of one step, and its tensors do not change.
     """
 
+    use_cuda_graph: bool
     seg_indptr: torch.Tensor
     weight_indices: torch.Tensor
     lora_ranks: torch.Tensor
@@ -60,7 +61,7 @@ def chunked_sgmv_lora_shrink_forward(
     """
     v = x.new_zeros(x.shape[0], weights.shape[1])
     if weights.numel():
-        capture.shrink(v, x, weights, token_adapters(batch_info, x.shape[0]), 1.0)
+        capture.shrink(v, x, weights, _token_adapters(batch_info, x.shape[0]), 1.0)
     return v
 
 
@@ -107,19 +108,60 @@ def chunked_sgmv_lora_expand_forward(
             )
         )  # fmt: skip
         return y
-    offsets = _on_host(slice_offsets, weights.shape[1], slice_offsets_cpu)
-    ids = token_adapters(batch_info, x.shape[0])
-    v = _unpacked(x, weights.shape[2], ids, batch_info)
+    rows, (_, width, rank) = x.shape[0], weights.shape
+    offsets = _on_host(slice_offsets, width, slice_offsets_cpu)
     # A slice of `[L, N, R]` is no stack in one piece. Blocks of columns are, of L adapters each.
     block = math.gcd(*offsets)
-    blocks = weights.shape[1] // block
-    stack = weights.reshape(-1, block, weights.shape[2])
-    numbers = torch.arange(blocks, dtype=torch.int32, device=x.device)[:, None]
-    block_ids = torch.where(ids >= 0, ids * blocks + numbers, -1)
-    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        for n in range(start // block, stop // block):
-            capture.expand(y, v[s], stack, block_ids[n], n * block, True)
+    stack, routes = weights.view(-1, block, rank), _kept(batch_info, _routes, rows, rank, offsets)
+    v = torch.gather(x.float()[:, None].expand(-1, width // block, -1), 2, routes.columns)
+    v = torch.where(routes.own, v * routes.scales, 0.0)
+    if routes.ids.numel() <= capture.MOST_TOKENS:  # each block of a row as a row of its own
+        flat = v.view(-1, rank), stack, routes.ids.view(-1)
+        capture.expand(y.view(-1, block), *flat, 0, True)
+    else:
+        for n in range(width // block):
+            capture.expand(
+                y, v[:, n].contiguous(), stack, routes.ids[:, n].contiguous(), n * block, True
+            )
     return y
+
+
+class _Routes(NamedTuple):
+    """How x reaches K blocks of y.
+
+    Attributes:
+      ids: `[T, K]`, of a stack of L K blocks.
+      columns: `[T, K, R]`, of x.
+      own: `[T, 1, R]`, whether these are within the adapter's own rank.
+      scales: `[T, 1, 1]`.
+    """
+
+    ids: torch.Tensor
+    columns: torch.Tensor
+    own: torch.Tensor
+    scales: torch.Tensor
+
+
+def _routes(batch_info: BatchInfo, rows: int, rank: int, offsets: Sequence[int]) -> _Routes:
+    block, slices = math.gcd(*offsets), len(offsets) - 1
+    ids = _token_adapters(batch_info, rows)[:, None, None]
+    numbers = torch.arange(offsets[-1] // block, dtype=ids.dtype, device=ids.device)[:, None]
+    slice_of = torch.zeros_like(numbers)
+    for edge in offsets[1:-1]:
+        slice_of += numbers >= edge // block
+    adapter, column = ids.clamp(min=0), torch.arange(rank, device=ids.device)
+    own_rank = batch_info.lora_ranks[adapter].clamp(max=rank)
+    return _Routes(
+        ids=torch.where(ids >= 0, ids * len(numbers) + numbers, -1)[..., 0].contiguous(),
+        columns=(slice_of * own_rank + column).clamp(max=slices * rank - 1).long(),
+        own=column < own_rank,
+        scales=batch_info.scalings[adapter],
+    )
+
+
+def _token_adapters(batch_info: BatchInfo, rows: int) -> torch.Tensor:
+    """`token_adapters`, once in a step for all layers."""
+    return _kept(batch_info, token_adapters, rows)
 
 
 def token_adapters(batch_info: BatchInfo, rows: int) -> torch.Tensor:
@@ -140,17 +182,31 @@ def token_adapters(batch_info: BatchInfo, rows: int) -> torch.Tensor:
     return ids.new_full((rows + 1,), -1).scatter_(0, row, ids)[:rows]
 
 
-def _unpacked(x: torch.Tensor, rank: int, ids: torch.Tensor, batch_info: BatchInfo) -> torch.Tensor:
-    """x of each slice, scaled, zero beyond an adapter's own rank: float32 `[S, T, R]`."""
-    slices = x.shape[1] // rank
-    adapter = ids.clamp(min=0)
-    own = batch_info.lora_ranks[adapter][:, None].clamp(max=rank)
-    column = torch.arange(rank, device=x.device)
-    first = own[None] * torch.arange(slices, device=x.device)[:, None, None]
-    where = (first + column).clamp(max=x.shape[1] - 1)
-    v = torch.gather(x.float().expand(slices, -1, -1), 2, where)
-    scaled = v * batch_info.scalings[adapter][:, None]
-    return torch.where(column < own, scaled, 0.0)
+# What was made in a step, by the tensor of its segments, with the number of its capture.
+_steps = WeakTensorKeyDictionary()
+
+
+def _kept[T](batch_info: BatchInfo, make: Callable[..., T], *args: Any) -> T:
+    """`make(batch_info, *args)`, once in a step for all layers.
+
+    A captured graph makes its own, and anew in each replay. Where nothing is captured and a batch's
+    tensors may change, each call does.
+    """
+    step, captured = batch_info.seg_indptr, 0
+    if capturing := step.is_cuda and torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(step.device).cuda_stream
+        captured = internals.capture_id(stream)
+    if not captured and (capturing or batch_info.use_cuda_graph):
+        return make(batch_info, *args)
+    of, made = _steps.get(step, (None, {}))
+    if of != captured:
+        made = {}
+        _steps[step] = captured, made
+    key = make, *args
+    if key not in made:
+        made[key] = make(batch_info, *args)
+    kept: T = made[key]
+    return kept
 
 
 # By tensor: layers keep theirs, and never change them.

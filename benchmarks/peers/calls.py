@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import stubs  # noqa: F401  (must come first)
 import torch
-from peer_bench import graph_us
+from peer_bench import forget_vllm, graph_us
 from sglang.kernels.ops.lora.dense import chunked_sgmv_expand, chunked_sgmv_shrink
 from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
@@ -159,6 +159,7 @@ def main() -> None:
                     row[whose] = round(timed([one[op][n] for one in sets]), 1)
                 print(json.dumps(row), flush=True)
             del sets
+            forget_vllm()  # what it keeps by the addresses of weights that are gone
             torch.cuda.empty_cache()
 
 

@@ -65,6 +65,7 @@ def test_a_graph_of_sglangs_functions_reads_new_segments(sizes):
     tokens, rank, width = len(t.x), t.a.shape[1], t.b.shape[1]
     ends = torch.tensor([0, 3, 5, 5, 8, 8, 8], device="cuda", dtype=torch.int32)
     info = types.SimpleNamespace(
+        use_cuda_graph=True,
         seg_indptr=ends,
         weight_indices=torch.tensor([4, 1, 0, 2, 0, 0], device="cuda", dtype=torch.int32),
         lora_ranks=torch.full((6,), rank, device="cuda", dtype=torch.int32),

@@ -3,12 +3,14 @@
 import itertools
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch_cases import Case, double, products, relative_error, same_bytes
 
-from interop import sglang, vllm
+from interop import capture, functions, native, sglang, vllm
 
 TRUE, FALSE = torch.tensor([True]), torch.tensor([False])
 
@@ -60,7 +62,7 @@ def test_vllms_flag_stops_all(slices):
     assert (v == 1).all() and (y == 1).all()
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_torch_compile_does_not_look_at_vllms_flag(slices):
     t, a, b = slices
     flag = FALSE.clone()
@@ -97,6 +99,7 @@ def batch(permuted=True):
     ends = np.cumsum([0, *map(len, segments)]).tolist()
     i32 = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     return types.SimpleNamespace(
+        use_cuda_graph=False,
         seg_indptr=i32([*ends, 24, 24]),  # a captured graph's buffers are longer
         weight_indices=i32([int(part[0]) for part in segments] + [0, 0]),
         lora_ranks=i32(RANKS),
@@ -139,6 +142,65 @@ def test_sglangs_halves_with_slices_packed_by_own_ranks(strided):
             own = double(v[t, s * rank : (s + 1) * rank])
             before[t, start:stop] += scale * (double(b[adapter, start:stop, :rank]) @ own)
     assert relative_error(y, before) < 1e-3
+
+
+@pytest.mark.ci
+def test_sglangs_blocks_of_columns_may_be_calls_of_their_own(monkeypatch):
+    info, offsets = batch(), torch.tensor(SLICES, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    v, b = (torch.randn(s, generator=generator).half() for s in ((24, 48), (4, 256, 16)))
+
+    def expand():
+        return sglang.chunked_sgmv_lora_expand_forward(v, b, info, offsets, 128, None)
+
+    at_once = expand()
+    monkeypatch.setattr(capture, "MOST_TOKENS", 23)
+    assert relative_error(expand(), double(at_once)) < 1e-6
+
+
+def test_what_was_made_of_a_batch_is_kept_while_the_batch_cannot_change():
+    info = batch()
+    kept = sglang._token_adapters(info, 24)
+    assert sglang._token_adapters(info, 24) is kept
+    assert sglang._token_adapters(info, 25) is not kept
+    info.use_cuda_graph = True
+    assert sglang._token_adapters(info, 24) is not kept
+    info.weight_indices[0] = 3
+    assert sglang._token_adapters(info, 24).tolist() != kept.tolist()
+
+
+def test_a_capture_gets_kernels_unless_they_lack_the_sizes(slices, monkeypatch):
+    t, a, b = slices
+
+    def refuse(*_):
+        raise AssertionError("torch's gather instead of a kernel")
+
+    products_by_torch = capture._products
+    monkeypatch.setattr(capture, "_is_captured", lambda _: True)
+    monkeypatch.setattr(capture, "_products", refuse)
+    v, y = torch.zeros(2, 13, 16), torch.zeros(13, 144).bfloat16()
+    vllm.lora_shrink(t.x, a, v, *meta(t.ids), 0.5)
+    vllm.lora_expand(v, b, y, *meta(t.ids), add_inputs=True)
+    vllm.add_lora_linear(y, t.x, a, b, t.ids, FALSE, 0.5)
+
+    monkeypatch.setattr(capture, "_products", products_by_torch)
+    odd = Case(features=50, rank=12, width=36).tensors()
+    y, used = odd.y.clone(), odd.ids >= 0
+    vllm.add_lora_linear(y, odd.x, [odd.a], [odd.b], odd.ids, FALSE, 0.5)
+    delta = products(torch.tensor(0.5 * products(odd.x, odd.a, odd.ids)), odd.b, odd.ids)
+    assert relative_error(y, double(odd.y) + delta) < 4e-3
+    vllm.lora_expand(odd.v[None], [odd.b], y, *meta(odd.ids))  # overwrites
+    assert relative_error(y[used], products(odd.v.bfloat16(), odd.b, odd.ids)[used]) < 4e-3
+    assert same_bytes(y[~used], odd.y[~used])
+
+
+@pytest.mark.ci
+def test_all_slices_of_a_projection_are_one_kernel():
+    shapes = [(16, 192), (16, 64), *[(3, 16, 64)] * 2, (3, 128, 16), (3, 64, 16)]
+    specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    specs += [jax.ShapeDtypeStruct((16,), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)]
+    call = functions.bound(functions.add_lora_slices, offsets=(0, 128))
+    assert len(native.plan(call, specs, donate=(0,)).kernels) == 1
 
 
 def test_sglangs_base_output_may_be_made_anew():

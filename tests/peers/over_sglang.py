@@ -7,6 +7,7 @@ import stubs  # benchmarks/peers: what SGLang's files import of SGLang and lack 
 
 for package in ("sglang.kernels.ops", "sglang.kernels.ops.gemm"):  # theirs imports all of SGLang
     stubs.put(package, [f"{path}/{package[7:].replace('.', '/')}" for path in sglang.__path__])
+stubs.put("sglang.srt.utils.common", is_pin_memory_available=lambda *_: False)
 stubs.put(
     "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin",
     ForwardBatchDeepSeekMHAMixin=object,
