@@ -31,9 +31,9 @@ def shrink(
 ) -> None:
     """output[t] += scaling * inputs[t] @ lora_a[ids[t]].T, as `interop.bgmv_shrink`."""
     rank, features = lora_a.shape[-2:]
-    lacks = missing(_dtype(lora_a), rank, features)
+    by_torch = _is_captured(inputs) and missing(_dtype(lora_a), rank, features)
     for rows in _launches(inputs, rank):
-        if lacks and _is_captured(inputs):
+        if by_torch:
             output[rows] += scaling * _products(inputs[rows], lora_a, ids[rows])
         else:
             ops.bgmv_shrink(inputs[rows], lora_a, output[rows], ids[rows], scaling)
@@ -49,12 +49,12 @@ def expand(
 ) -> None:
     """output[t, offset:][:N] (+)= inputs[t] @ lora_b[ids[t]].T, as `interop.bgmv_expand_slice`."""
     width, rank = lora_b.shape[-2:]
-    lacks = missing(
-        _dtype(lora_b), rank, width=width, y_dtype=_dtype(output), y_width=output.shape[1],
-        y_offset=offset,
-    )  # fmt: skip
+    y_dtype, y_width = _dtype(output), output.shape[1]
+    by_torch = _is_captured(inputs) and missing(
+        _dtype(lora_b), rank, None, width, y_dtype, y_width, offset
+    )
     for rows in _launches(inputs, rank):
-        if lacks and _is_captured(inputs):
+        if by_torch:
             columns = output[rows, offset : offset + width]
             delta = _products(inputs[rows].to(lora_b.dtype), lora_b, ids[rows])
             if add_inputs:
