@@ -1,8 +1,9 @@
 """LoRAX's ops on PyTorch tensors, computed by JAX's kernels in place. Needs `jax-lora[torch]`.
 
-    from interop import bgmv_expand, bgmv_shrink     # instead of LoRAX's or vLLM's
+    from interop import bgmv_expand, bgmv_shrink     # instead of LoRAX's
 
-`to_jax` and `to_torch` exchange arrays without a copy; `docs/torch.md` says which path does what.
+`interop.vllm` and `interop.sglang` have those projects' functions. `to_jax` and `to_torch` exchange
+arrays without a copy; `docs/torch.md` says which path does what.
 """
 
 try:

@@ -317,6 +317,12 @@ def add_lora(
         raise ValueError(f"phase must be 'decode' or 'prefill', got {phase!r}")
 
 
+def add_lora_slices(y: Any, x: Any, *others: Any) -> None:
+    *stacks, ids, offsets = others
+    for a, b, offset in zip(stacks[: len(offsets)], stacks[len(offsets) :], offsets):
+        add_lora(y, x, a, b, ids, None, offset, "decode")
+
+
 def columns(weights: Any, offset: Any, size: Any) -> int:
     """A slice's offset; its size must be the weights' N."""
     size = count("slice_size", size)

@@ -82,6 +82,14 @@ def add_lora(
     return kernels.add_lora_multi(y, x, [part], _ids(ids), phase=phase)
 
 
+def add_lora_slices(y: Array, x: Array, *others: Array, offsets: tuple[int, ...]) -> Array:
+    """The others are A of each slice, B of each, ids and the scale of all."""
+    *stacks, ids, scale = others
+    slices = zip(stacks[: len(offsets)], stacks[len(offsets) :], offsets)
+    parts = [kernels.LoRAPart(a, b, scale, y_offset=offset) for a, b, offset in slices]
+    return kernels.add_lora_multi(y, x, parts, _ids(ids))
+
+
 def add_lora_backward(
     dx: Array, da: Array, db: Array, dscales: Array, dy: Array,
     x: Array, lora_a: Array, lora_b: Array, ids: Array, scales: Array,

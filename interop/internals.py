@@ -153,6 +153,15 @@ def enter(index: int) -> None:
         call("cuCtxSetCurrent", context)
 
 
+def capture_id(stream: int) -> int:
+    """The number of the CUDA graph capture that a stream is part of, which no other one ever has; 0
+    where the driver does not tell."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    tell = getattr(_driver(), "cuStreamGetCaptureInfo_v2", None)
+    results = ctypes.byref(status), ctypes.byref(number), None, None, None
+    return 0 if tell is None or tell(handle(stream), *results) else number.value
+
+
 @functools.cache
 def _compiler() -> Any:
     """MosaicGpuCompile of JAX's CUDA plugin, a C function."""

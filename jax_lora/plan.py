@@ -12,6 +12,7 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
 from jax_lora.messages import shown
+from jax_lora.nn.einsum import own_einsum
 from jax_lora.nn.embed import TiedHead
 from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import stack_dtype
@@ -184,7 +185,7 @@ def room_for(model: nnx.Module, headers: Iterable[AdapterHeader]) -> Room:
     for path, module in nnx.iter_modules(model):
         name = path_name(path)
         known[str(names.get(name, name))] = module
-        if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+        if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum) or own_einsum(module):
             linear.append(name)
     whole: Counter[str] = Counter()
     tied: set[str] = set()

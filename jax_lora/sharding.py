@@ -153,7 +153,6 @@ class Shards(NamedTuple):
             "lora_a": (None, (self.fully and self.outputs) or None, self.inputs or None),
             "lora_b": (None, self.outputs or None, (self.fully and self.inputs) or None),
             "kernel": tuple(self.spec(self.labels.kernel)),
-            "embedding": tuple(self.spec(self.labels.kernel)),
             "bias": tuple(self.spec(x for x in self.labels.y if x in self.labels.kernel)),
         }
         end = ends.get(name, ())

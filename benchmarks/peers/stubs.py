@@ -92,10 +92,15 @@ class _Logger(logging.Logger):
 
 
 class _Platform:
+    device_type = "cuda"
+
     def is_cuda(self) -> bool:
         return True
 
     def is_rocm(self) -> bool:
+        return False
+
+    def is_xpu(self) -> bool:
         return False
 
     def _cc(self) -> tuple[int, int]:
@@ -117,7 +122,7 @@ vllm.envs = put(
     VLLM_LORA_ENABLE_DUAL_STREAM=False,
     VLLM_LORA_DISABLE_PDL=True,
 )
-put("vllm.triton_utils", tl=tl, triton=triton)
+put("vllm.triton_utils", tl=tl, triton=triton, HAS_TRITON=True)
 put("vllm.logger", init_logger=lambda name: _Logger(name))
 put("vllm.platforms", current_platform=_Platform())
 put("vllm.utils")
@@ -129,7 +134,7 @@ put(
         device
     ),
 )
-put("vllm.lora.ops.triton_ops", path=[os.path.join(HERE, "vllm/lora/ops/triton_ops")])
+put("vllm.lora.ops.triton_ops", path=[f"{path}/lora/ops/triton_ops" for path in vllm.__path__])
 
 
 class _Envs:

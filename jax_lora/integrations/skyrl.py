@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from jax_lora.sharding import annotated
 from pallas_kernels import LoRAPart, lora_delta
@@ -44,7 +44,8 @@ def apply_lora(
         `base_output` itself.
 
     Returns:
-      `[B, ..., N]` in base_output's dtype; a token's float32 sum is rounded once.
+      `[B, ..., N]` in base_output's dtype. What the adapters add is a float32 sum, rounded to that
+      dtype before it is added, as SkyRL-tx has it.
 
     Source: skyrl/tx/layers/lora.py.
     """
@@ -52,17 +53,18 @@ def apply_lora(
         return base_output
     scaling = None if self.lora_scaling is None else self.lora_scaling[...]
     operands = x, self.lora_A[...], self.lora_B[...], scaling, adapter_indices
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, dtype = jax.sharding.get_abstract_mesh(), base_output.dtype
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return base_output + _delta(*operands).astype(base_output.dtype)
+        return base_output + _delta(*operands, dtype=dtype)
     rows = "fsdp" if x.shape[0] % mesh.shape.get("fsdp", x.shape[0] + 1) == 0 else None
     summed, kept = (
         None if axis == rows else axis for axis in (_axis(self.lora_A, -2), _axis(self.lora_B, -1))
     )
 
     def local(*operands: Array) -> Array:
-        delta = _delta(*operands)
-        return delta if summed is None else jax.lax.psum(delta, summed)
+        if summed is None:
+            return _delta(*operands, dtype=dtype)
+        return jax.lax.psum(_delta(*operands, dtype=jnp.float32), summed).astype(dtype)
 
     between = [None] * (x.ndim - 2)
     run = jax.shard_map(
@@ -76,7 +78,7 @@ def apply_lora(
         ),
         out_specs=P(rows, *between, kept),
     )
-    return base_output + jax.jit(run)(*operands).astype(base_output.dtype)
+    return base_output + jax.jit(run)(*operands)
 
 
 def _delta(
@@ -85,12 +87,14 @@ def _delta(
     lora_b: Float[Array, "L R N"],
     scaling: Float[Array, " L"] | None,
     indices: Int[Array, " B"],
+    *,
+    dtype: DTypeLike,
 ) -> Float[Array, "B *S N"]:
-    """What the adapters add, float32."""
+    """What the adapters add. Its gradients are kernels where dtype is that of the stacks."""
     matrix = x.reshape(-1, x.shape[-1])
     ids = jnp.repeat(indices, len(matrix) // len(indices), total_repeat_length=len(matrix))
     part = LoRAPart(lora_a, lora_b, scaling, transposed=True)
-    delta = lora_delta(matrix, [part], ids, part.width, dtype=jnp.float32)
+    delta = lora_delta(matrix, [part], ids, part.width, dtype=dtype)
     return delta.reshape(*x.shape[:-1], part.width)
 
 

@@ -1,7 +1,8 @@
 """`apply_lora`: room for adapters in the linear layers of a model that knows none."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
 from jax_lora.batch import Guard
-from jax_lora.nn.einsum import LoRAEinsum
+from jax_lora.nn.einsum import EinsumLayer, LoRAEinsum, own_einsum
 from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
 from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
@@ -28,7 +29,6 @@ from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
-_Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 _Tied = nnx.Embed | TiedHead  # by name alone, as their stacks are as wide as a vocabulary
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRADense,
@@ -56,9 +56,11 @@ def apply_lora(
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `LoRADense`, `LoRADenseGeneral` and
     `LoRAEinsum`: the same objects with the same kernels under the same paths, and stacks of
-    `slots` adapters per rank bucket beside them, all zero. So do `nnx.Embed`, which becomes
-    `LoRAEmbed`, and the head of a tied embedding (`tie_head`), but only where `target` names them,
-    as their stacks are as wide as the vocabulary. Other layers stay untouched.
+    `slots` adapters per rank bucket beside them, all zero. So does a module of your own that holds
+    one matrix, if its attribute `einsum_str` says what its call returns, as that of `nnx.Einsum`
+    does: "...d,df->...f" for `x @ w`, by whatever function it computes that. So do `nnx.Embed`,
+    which becomes `LoRAEmbed`, and the head of a tied embedding (`tie_head`), but only where
+    `target` names them, as their stacks are as wide as the vocabulary. Other layers stay untouched.
 
     Layers may be stacked for a scan, by `nnx.vmap` of what makes one: their kernels, and so their
     stacks, have axes of layers in front. `jax_lora.scan_layers` runs them. Where a `target` matches
@@ -105,18 +107,18 @@ def apply_lora(
     full = _full_slots(model, full_slots or {})
     layers |= {name: layer for name, (layer, _) in full.items()}
     for name, layer in layers.items():
-        _check_layer(name, layer, dtype)
-        if dora and isinstance(layer, nnx.Einsum) and layer.bias is not None:
-            raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
-        _check_placement(name, layer, buckets, fully_sharded)
+        with _with_lora(layer):
+            _check_layer(name, layer, dtype, buckets, fully_sharded)
+            if dora and isinstance(layer, EinsumLayer) and layer.bias is not None:
+                raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
         lead = _lead(layer)
-        layer.__class__ = _LORA_CLASS[type(layer)]
+        layer.__class__ = _lora_class(layer)
         layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead, fully_sharded)
         layer.guard = guard
-        if dora and isinstance(layer, LoRADense | LoRADenseGeneral | LoRAEinsum):
+        if dora and isinstance(layer, LoRADense | LoRADenseGeneral | EinsumLayer):
             layer.add_rescales()
     for name, (_, count) in full.items():
         layers[name].add_full(count, sum(by_bucket.values()), dtype or layers[name].kernel.dtype)
@@ -142,7 +144,7 @@ def left_alone(model: nnx.Module) -> dict[str, str]:
 
 def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
-    fitting = {name for name, module in modules.items() if type(module) in _LORA_CLASS}
+    fitting = {name for name, module in modules.items() if _lora_class(module)}
     tied = [name for name in modules if name in fitting and isinstance(modules[name], _Tied)]
     linear = [name for name in modules if name in fitting.difference(tied)]
     if target is None:
@@ -164,20 +166,20 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
     return matched
 
 
-def _full_slots(
-    model: nnx.Module, given: Mapping[str, int]
-) -> dict[str, tuple[_Linear | _Tied, int]]:
+def _full_slots(model: nnx.Module, given: Mapping[str, int]) -> dict[str, tuple[Any, int]]:
     """The layers with full slots, and how many."""
     if not isinstance(given, Mapping):
         raise TypeError(f"full_slots must map expressions to numbers of slots, got {given!r:.300}")
-    found: dict[str, tuple[_Linear | _Tied, int]] = {}
+    found: dict[str, tuple[Any, int]] = {}
     for target, count in given.items():
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"full_slots[{target!r}] must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"full_slots[{target!r}] must be at least 1, got {count}")
         for name, layer in _matched_layers(model, target).items():
-            home = getattr(_kernel(layer).get_value(), "sharding", None)
+            with _with_lora(layer):
+                kernel = _kernel(layer)
+            home = getattr(kernel.get_value(), "sharding", None)
             if isinstance(home, NamedSharding) and home.mesh.size > 1:
                 raise ValueError(
                     f"full_slots[{target!r}] matches {name}, which is on a mesh of "
@@ -186,7 +188,7 @@ def _full_slots(
             if not isinstance(layer, nnx.Linear | _Tied) or _lead(layer):
                 raise ValueError(
                     f"full_slots[{target!r}] matches {name}, a {type(layer).__name__} of kernel "
-                    f"{list(_kernel(layer).shape)}; full slots are for nnx.Linear, embeddings and "
+                    f"{list(kernel.shape)}; full slots are for nnx.Linear, embeddings and "
                     "their heads, and not for layers stacked for a scan"
                 )
             found[name] = layer, count
@@ -206,7 +208,7 @@ def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
     leads: dict[ModulePath, Shape] = {
         path: lead
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, _Linear) and type(module) in _LORA_CLASS and (lead := _lead(module))
+        if _lora_class(module) and not isinstance(module, _Tied) and (lead := _lead(module))
     }
     names = numbered_names(array_shapes(model), leads) if leads else {}
     leads_by_name = {path_name(path): lead for path, lead in leads.items()}
@@ -229,13 +231,14 @@ def _matched(
     linear = {
         name
         for name, module in layers.items()
-        if type(module) in _LORA_CLASS or isinstance(module, LoRALayer)
+        if _lora_class(module) or isinstance(module, LoRALayer)
     }
     if layers and not linear:
         name, module = next(iter(layers.items()))
         raise TypeError(
             f"{name} is a {type(module).__name__}; LoRA covers nnx.Linear, nnx.LinearGeneral, "
-            "nnx.Einsum and nnx.Embed; jax_lora.integrations.qwix covers modules of your own"
+            "nnx.Einsum and nnx.Embed, and modules of one matrix and an attribute einsum_str; "
+            "jax_lora.integrations.qwix covers all others"
         )
     return linear
 
@@ -254,11 +257,34 @@ def _has_kernel(module: nnx.Module) -> bool:
     return any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
-def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
-    expected, lead, kernel = _kernel_shape(layer), _lead(layer), _kernel(layer)
+def _lora_class(module: nnx.Module) -> type[LoRALayer] | None:
+    """What `apply_lora` makes of a layer; None of those that it does not know."""
+    return _LORA_CLASS.get(type(module)) or own_einsum(module)
+
+
+@contextlib.contextmanager
+def _with_lora(layer: Any) -> Iterator[None]:
+    """Within, the layer is of its class with LoRA, which knows how features are axes."""
+    plain, with_lora = type(layer), _lora_class(layer)
+    layer.__class__ = with_lora
     try:
-        _LORA_CLASS[type(layer)].matrix_shape(layer)
+        yield
+    finally:
+        layer.__class__ = plain
+
+
+def _check_layer(
+    name: str, layer: Any, dtype: DTypeLike | None, buckets: Sequence[int], fully_sharded: bool
+) -> None:
+    """ValueError where a layer with LoRA is no matrix, its kernel has an unexpected shape, or is on
+    a mesh over which its stacks do not divide."""
+    expected, kernel = _kernel_shape(layer), _kernel(layer)
+    lead = _lead_of(kernel, expected)
+    try:
+        layer.matrix_shape()
         stack_dtype(dtype or kernel.dtype)
+        if kernel.shape == (*lead, *expected):
+            placement_of(layer, len(lead), buckets, fully=fully_sharded)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if kernel.shape != (*lead, *expected):
@@ -268,23 +294,11 @@ def _check_layer(name: str, layer: Any, dtype: DTypeLike | None) -> None:
         )
 
 
-def _check_placement(name: str, layer: Any, buckets: Sequence[int], fully_sharded: bool) -> None:
-    """ValueError where the layer's kernel is on a mesh over which its stacks do not divide."""
-    plain, lead = type(layer), _lead(layer)
-    layer.__class__ = _LORA_CLASS[plain]  # for a moment: it knows how features are axes
-    try:
-        placement_of(layer, len(lead), buckets, fully=fully_sharded)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    finally:
-        layer.__class__ = plain
-
-
-def _kernel(layer: _Linear | _Tied) -> nnx.Variable[Array]:
+def _kernel(layer: Any) -> nnx.Variable[Array]:
     return layer.embedding if isinstance(layer, _Tied) else layer.kernel
 
 
-def _kernel_shape(layer: _Linear | _Tied) -> tuple[int, ...]:
+def _kernel_shape(layer: Any) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
@@ -294,10 +308,15 @@ def _kernel_shape(layer: _Linear | _Tied) -> tuple[int, ...]:
         return layer.num_embeddings, layer.features
     if isinstance(layer, TiedHead):
         return tuple(layer.embedding.shape[-2:])
-    return tuple(layer.kernel_shape)
+    return tuple(layer.sizes().values())
 
 
-def _lead(layer: _Linear | _Tied) -> tuple[int, ...]:
+def _lead(layer: Any) -> tuple[int, ...]:
     """The axes of layers that are stacked for a scan."""
-    shape = tuple(_kernel(layer).shape)
-    return shape[: max(0, len(shape) - len(_kernel_shape(layer)))]
+    with _with_lora(layer):
+        return _lead_of(_kernel(layer), _kernel_shape(layer))
+
+
+def _lead_of(kernel: nnx.Variable[Array], expected: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tuple(kernel.shape)
+    return shape[: max(0, len(shape) - len(expected))]

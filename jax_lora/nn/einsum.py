@@ -1,10 +1,15 @@
-"""LoRA over `nnx.Einsum`."""
+"""LoRA over `nnx.Einsum`, and over modules of a user's own that are one."""
 
+import functools
 import math
+import operator
+import types
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jaxtyping import Array
 
 from jax_lora.nn.layer import LoRALayer
@@ -41,16 +46,21 @@ def y_from_matrix(einsum_str: str | None, y: Array, size: Mapping[str, int]) -> 
     return jnp.einsum(f"{lead}{kept}->{out}", y)
 
 
-class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
-    """`nnx.Einsum` with stacks of LoRA adapters, where it is a matrix product in disguise.
+class EinsumLayer(LoRALayer):
+    """A layer that is the einsum `einsum_str` of x and its kernel: a matrix product in disguise.
 
     Each axis of the kernel is either summed with the input (together they are H, in the kernel's
-    order) or appears in the output (together N). Made by `apply_lora`.
+    order) or appears in the output (together N).
     """
 
+    einsum_str: str | None
+
+    def sizes(self) -> dict[str, int]:
+        """Of the kernel's axes, of one layer, by label."""
+        raise NotImplementedError
+
     def matrix_shape(self) -> tuple[int, int]:
-        kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
-        size = dict(zip(kernel, self.kernel_shape))
+        (_, _, _, summed, kept), size = einsum_labels(self.einsum_str), self.sizes()
         return math.prod(size[c] for c in summed), math.prod(size[c] for c in kept)
 
     def labels(self, x_ndim: int) -> Labels:
@@ -64,9 +74,6 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
 
         return Labels(each(lhs), each(kernel), each(out))
 
-    def resize(self) -> None:
-        self.kernel_shape = self.kernel.shape
-
     def x_matrix(self, x: Array) -> Array:
         return x_as_matrix(self.einsum_str, x)
 
@@ -76,8 +83,7 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
         return y.reshape(*y.shape[: y.ndim - len(kept)], -1)
 
     def y_tensor(self, y_matrix: Array, y: Array) -> Array:
-        kernel = einsum_labels(self.einsum_str)[0]
-        return y_from_matrix(self.einsum_str, y_matrix, dict(zip(kernel, self.kernel_shape)))
+        return y_from_matrix(self.einsum_str, y_matrix, self.sizes())
 
     def kernel_matrix(self, index: tuple[int | Array, ...] = ()) -> Array:
         kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
@@ -86,6 +92,69 @@ class LoRAEinsum(LoRALayer, nnx.Einsum):  # type: ignore[misc]
 
     def kernel_tensor(self, matrix: Array) -> Array:
         kernel, _, _, summed, kept = einsum_labels(self.einsum_str)
-        size = dict(zip(kernel, self.kernel_shape))
+        size = self.sizes()
         tensor = matrix.reshape([size[c] for c in summed + kept])
         return jnp.einsum(f"{summed}{kept}->{kernel}", tensor)
+
+
+class LoRAEinsum(EinsumLayer, nnx.Einsum):  # type: ignore[misc]
+    """`nnx.Einsum` with stacks of LoRA adapters. Made by `apply_lora`."""
+
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(einsum_labels(self.einsum_str)[0], self.kernel_shape))
+
+    def resize(self) -> None:
+        self.kernel_shape = self.kernel.shape
+
+
+class _OwnEinsum(EinsumLayer):
+    """What a user's module that is an einsum becomes; its own class comes behind."""
+
+    bias = None
+    promote_dtype = staticmethod(dtypes.promote_dtype)
+
+    def sizes(self) -> dict[str, int]:
+        kernel = einsum_labels(self.einsum_str)[0]
+        return dict(zip(kernel, self.kernel.shape[-len(kernel) :]))
+
+    def resize(self) -> None:
+        """Nothing: it takes its sizes from the kernel."""
+
+    def _base(self, x: Array, out_sharding: object = None) -> Array:
+        y: Array = super(LoRALayer, self).__call__(x)
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+@functools.cache
+def _own_class(kind: type[nnx.Module], kernel_name: str) -> type[EinsumLayer]:
+    def fill(names: dict[str, object]) -> None:
+        names |= {"kernel_name": kernel_name, "__doc__": f"`{kind.__name__}` with LoRA adapters."}
+        if kernel_name != "kernel":
+            names["kernel"] = property(operator.attrgetter(kernel_name))
+
+    made: type[EinsumLayer] = types.new_class(f"LoRA{kind.__name__}", (_OwnEinsum, kind), {}, fill)
+    return made
+
+
+def own_einsum(module: nnx.Module) -> type[EinsumLayer] | None:
+    """The class with LoRA of a user's module that is an einsum; None for all others.
+
+    It is one whose attribute `einsum_str` says what its call returns of x and of its only
+    parameter, a matrix, as `nnx.Einsum` has it. Beside that it may have a `bias`.
+    """
+    einsum = getattr(module, "einsum_str", None)
+    params = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param) and name != "bias"
+    ]
+    if isinstance(module, LoRALayer | nnx.Einsum) or not isinstance(einsum, str):
+        return None
+    if len(params) != 1:
+        return None
+    try:
+        kernel = einsum_labels(einsum)[0]
+    except ValueError:
+        return None
+    fits = len(jnp.shape(vars(module)[params[0]].get_value())) >= len(kernel)
+    return _own_class(type(module), params[0]) if fits else None

@@ -280,7 +280,8 @@ class LoRALayer(nnx.Module):
             refuse_divided(self)
         graphdef, state = nnx.split(self)
         paths, variables = zip(*nnx.to_flat_state(state))
-        specs = [shards.of_variable(_name(path), v.ndim) for path, v in zip(paths, variables)]
+        names = ("kernel" if path == (self.kernel_name,) else _name(path) for path in paths)
+        specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
         of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
         tokens, labels = shards.tokens, shards.labels
         lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)

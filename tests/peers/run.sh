@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs another project's own tests over jax-lora: tests/peers/run.sh PROJECT [ARGUMENTS OF PYTEST]
 # Its sources, at a pinned commit, are put into .peers/, which git ignores. SOURCE (default: the
-# public repository) may be a local clone.
+# public repository) may be a local clone. vllm and sglang need a Hopper GPU; PYTHON names an
+# interpreter that has all packages, instead of this project's environment.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-project=${1:?which project: qwix, sglang-jax, skyrl, tunix}
+project=${1:?which project: qwix, sglang-jax, skyrl, tunix, vllm, sglang}
 shift
 tests=()
 case $project in
@@ -32,9 +33,25 @@ tunix) # it has no tests of several adapters: ours are of its model, trainer and
     commit=c7d8950f12a9c55a976bf2e1a0d8b447d71c20b3
     paths=(tunix)
     ;;
+vllm)
+    url=https://github.com/vllm-project/vllm
+    commit=v0.33.0
+    paths=(vllm/lora/__init__.py vllm/lora/lora_weights.py vllm/lora/ops vllm/lora/punica_wrapper)
+    paths+=(tests/__init__.py tests/lora/__init__.py tests/lora/utils.py tests/lora/test_punica_ops.py)
+    tests=(tests/lora/test_punica_ops.py)
+    ;;
+sglang)
+    url=https://github.com/sgl-project/sglang
+    commit=1428bc880cd929147601dad6dd4f229f0b27c695
+    test=test/registered/lora/test_chunked_sgmv_backend.py
+    paths=(python/sglang/kernels/ops/gemm python/sglang/srt/lora python/sglang/test/lora_utils.py)
+    paths+=(python/sglang/test/ci python/sglang/srt/layers/logits_processor.py)
+    paths+=(python/sglang/srt/model_executor/forward_batch_info.py "$test")
+    tests=("$test")
+    ;;
 *) echo "no such project: $project" >&2; exit 2 ;;
 esac
-home=.peers/$project
+home=.peers/projects/$project
 if [ "$(cat "$home/COMMIT" 2>/dev/null)" != "$commit" ]; then
     tmp=$(mktemp -d)
     trap 'rm -rf "$tmp"' EXIT
@@ -47,7 +64,9 @@ fi
 files=("${tests[@]/#/$home/}") plugins=() name=${project//-/_}
 [ ! -f "tests/peers/${name}_adapters.py" ] || files+=("tests/peers/${name}_adapters.py")
 [ ! -f "tests/peers/over_$name.py" ] || plugins=(-p "over_$name")
-export PYTHONPATH=tests/peers:$home:$home/python
+export PYTHONPATH=tests/peers:benchmarks/peers:$home:$home/python:. XLA_PYTHON_CLIENT_PREALLOCATE=false
+runner=(uv run --with-requirements "tests/peers/$project.txt" python)
+[ -z "${PYTHON:-}" ] || runner=("$PYTHON")
 # Their settings, not ours: no strict promotion, and warnings are theirs.
-uv run --with-requirements "tests/peers/$project.txt" python -m pytest -q -c /dev/null -W ignore \
-    --rootdir "$home" --confcutdir tests/peers -p no:cacheprovider "${plugins[@]}" "${files[@]}" "$@"
+"${runner[@]}" -m pytest -q -c /dev/null -W ignore --rootdir "$home" --confcutdir tests/peers \
+    -p no:cacheprovider "${plugins[@]}" "${files[@]}" "$@"

@@ -15,6 +15,7 @@ from tunix.models.qwen3 import model as qwen3
 from tunix.sft import peft_trainer, utils
 from tunix.tests import test_common
 
+import jax_lora
 from jax_lora.integrations.qwix import MultiLoraProvider, set_rows
 
 SLOTS, LENGTH, RANK = 4, 12, 8
@@ -92,6 +93,30 @@ def test_four_adapters(name, remat):
         np.testing.assert_allclose(mine[slot], theirs[slot], rtol=1e-4, atol=1e-4)
 
     sample(model, provider)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_apply_lora_itself(name):
+    """Tunix's Einsum says its product by `einsum_str`, so `apply_lora` covers it."""
+    module, kind = MODELS[name]
+    model, base = (kind(module.ModelConfig(**SIZES), rngs=nnx.Rngs(0)) for _ in range(2))
+    jax_lora.apply_lora(model, slots=2, buckets=(RANK,))
+    assert all(".embedder" in f".{path}" for path in jax_lora.left_alone(model))
+    bank, config = jax_lora.AdapterBank(model), jax_lora.LoRAConfig(RANK, alpha=16)
+    bank.create("one", config, rngs=nnx.Rngs(1))
+    for layer in (m for _, m in nnx.iter_modules(model) if hasattr(m, "stacks")):
+        layer.stacks[0].lora_b.set_value(layer.stacks[0].lora_b[...] + 0.02)
+
+    @nnx.jit
+    def run(model, tokens, batch):
+        with jax_lora.use(batch):
+            return model(**inputs(tokens), cache=None)[0]
+
+    got = run(model, tokens(), bank.batch([None, "one", None, "one"]))
+    want = logits_of(base, tokens())
+    np.testing.assert_array_equal(got[::2], want[::2])
+    nnx.update(base, bank.merge("one"))
+    np.testing.assert_allclose(got[1::2], logits_of(base, tokens())[1::2], rtol=1e-3, atol=1e-3)
 
 
 def sample(model, provider):

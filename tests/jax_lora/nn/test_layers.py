@@ -14,11 +14,14 @@ from tiny import Mlp, expected, forward, make_adapter, make_bank, tokens
 
 import jax_lora
 from jax_lora import (
+    Adapter,
     AdapterBank,
     AdapterBatch,
+    LoRAConfig,
     LoRADense,
     LoRADenseGeneral,
     LoRAEinsum,
+    LoRAWeights,
     apply_lora,
     call_packed,
     left_alone,
@@ -946,3 +949,90 @@ def test_on_a_gpu_xla_adds_what_the_kernel_makes(packed):
     module = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("custom_call @mosaic_gpu_v2") == (1 if packed else 2)
     assert "output_operand_alias<" not in module
+
+
+# ------------------------------------------------------------------------ modules of a user's own
+
+
+class OwnEinsum(nnx.Module):
+    """As Tunix writes it."""
+
+    def __init__(self, einsum_str, shape, rngs):
+        self.einsum_str, self.shape = einsum_str, shape
+        self.w = nnx.Param(rngs.params.normal(shape))
+
+    @jax.named_scope("einsum")
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
+class OwnDense(nnx.Module):
+    """By dot_general, with a bias; the class says which product it is."""
+
+    einsum_str = "...d,df->...f"
+
+    def __init__(self, rngs):
+        self.kernel, self.bias = nnx.Param(rngs.params.normal((8, 6))), nnx.Param(jnp.ones(6))
+
+    def __call__(self, x):
+        axes = ((x.ndim - 1,), (0,)), ((), ())
+        return jax.lax.dot_general(x, self.kernel[...], axes) + self.bias[...]
+
+
+class OwnModel(nnx.Module):
+    def __init__(self, rngs):
+        self.q_proj = OwnEinsum("BTD,DNH->BTNH", (6, 2, 4), rngs)
+        self.o_proj = OwnEinsum("BTNH,NHD->BTD", (2, 4, 8), rngs)
+        self.dense = OwnDense(rngs)
+        self.experts = OwnEinsum("ETD,EDF->ETF", (3, 6, 6), rngs)  # one matrix for each expert
+
+    def __call__(self, x):
+        return self.dense(self.o_proj(self.q_proj(x)))
+
+
+@pytest.mark.ci
+def test_modules_of_a_users_own_that_are_einsums():
+    model, reference = OwnModel(nnx.Rngs(0)), OwnModel(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    np.testing.assert_array_equal(model(x), reference(x))
+    apply_lora(model, slots=2, buckets=(8,))
+    assert [type(m).__name__ for m in (model.q_proj, model.dense)] == [
+        "LoRAOwnEinsum",
+        "LoRAOwnDense",
+    ]
+    assert isinstance(model.q_proj, OwnEinsum) and isinstance(model.q_proj.w, nnx.Param)
+    assert left_alone(model) == {"experts": "OwnEinsum"}
+    bank = AdapterBank(model)
+    sizes = {"q_proj": (6, 8), "o_proj": (8, 8), "dense": (8, 6)}
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    weights = {name: LoRAWeights(normal(4, h), normal(n, 4), 0.5) for name, (h, n) in sizes.items()}
+    bank.load("one", Adapter(LoRAConfig(4, alpha=2), weights))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, x, batch):
+        with use(batch):
+            return nnx.merge(graphdef, state)(x)
+
+    got = run(state, x, bank.batch([None, "one"]))
+    merged = bank.merge("one")
+    for name in sizes:
+        leaf = "kernel" if name == "dense" else "w"
+        getattr(getattr(reference, name), leaf).set_value(merged[name][leaf].get_value())
+    np.testing.assert_allclose(got[1], reference(x)[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(got[0], OwnModel(nnx.Rngs(0))(x)[0])
+
+
+def test_modules_that_do_not_say_their_product_are_refused_by_name():
+    model = OwnModel(nnx.Rngs(0))
+    del model.q_proj.einsum_str
+    with pytest.raises(TypeError, match=r"q_proj is a OwnEinsum.*an attribute einsum_str"):
+        apply_lora(model, target="q_proj")
+    with pytest.raises(TypeError, match="experts is a OwnEinsum"):
+        apply_lora(model, target="experts")
+    with pytest.raises(ValueError, match=r"full_slots\['dense'\] matches dense, a OwnDense"):
+        apply_lora(model, target="dense", full_slots={"dense": 1})
