@@ -228,6 +228,31 @@ def serve(
 
 
 @app.command()
+def http(
+    layers: Layers = None,
+    requests: Annotated[int, typer.Option(min=8, help="Requests of each turn.")] = 384,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Say what HTTP costs: the engine's tokens per second beside those through the server.
+
+    A model shaped like Llama-3-8B with random bfloat16 weights, 8 adapters of rank 16, 64 streams
+    in a closed loop with S-LoRA's lengths. The client is another process on this machine. The aim
+    is to lose at most 5 %. Without a GPU a small model runs with 8 streams, whose steps are too
+    short for the aim.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import endpoint, tables
+
+        report = endpoint.run(layers, requests, turns, progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_http(report)
+
+
+@app.command()
 def engine(layers: Layers = None, as_json: Json = False) -> None:
     """Time the engine's decode steps: 64 rows of a model shaped like Llama-3-8B, 1,024 tokens each.
 

@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import mesh, serve, soak, step, torch_calls, train
+    from benchmarks import endpoint, mesh, serve, soak, step, torch_calls, train
 
 _stdout = Console()
 
@@ -204,6 +204,20 @@ def print_serve(report: "serve.Report") -> None:
     _say(
         f"{report.device}, {report.date}; {report.rows[0].requests} requests each; compiled and "
         f"run once in {report.warmup_s:.1f} s; {report.shape}"
+    )
+
+
+def print_http(report: "endpoint.Report") -> None:
+    """A row per turn, and what is lost."""
+    table = _table(["way", "tokens/s", "first ms", "step ms", "HTTP's ms of a step"], range(1, 5))
+    for turn in report.turns:
+        numbers = (turn.first_ms, turn.step_ms, turn.http_ms)
+        table.add_row(turn.way, f"{turn.tokens_per_s:,.0f}", *(f"{ms:.2f}" for ms in numbers))
+    _stdout.print(table)
+    _say(
+        f"HTTP loses {report.lost:.1%} of the engine's tokens per second, by the medians. "
+        f"{report.device}, {report.date}; {report.layers} layers, {report.streams} streams, "
+        f"{report.requests} requests in each turn."
     )
 
 

@@ -1,6 +1,5 @@
 """From a body to the engine, and from its pieces to the response."""
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -25,11 +24,11 @@ from jax_lora.serving.engine import (
     RequestError,
     SamplingParams,
 )
-from jax_lora.serving.server.answers import Form, Kind
+from jax_lora.serving.server.answers import DONE, Form, Kind, event
 from jax_lora.serving.server.errors import ApiError
 from jax_lora.serving.server.metrics import Metrics
 from jax_lora.serving.server.schemas import AskBody, ChatBody, CompletionBody
-from jax_lora.serving.server.streams import DONE, Mailbox, event
+from jax_lora.serving.server.streams import Inbox, Mailbox
 from jax_lora.serving.text import encode
 
 _COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is what there is room for
@@ -169,8 +168,8 @@ class Asked:
         Raises:
           ApiError: 429, too many wait; 400 or 404, for what the engine refuses; 503, it has ended.
         """
-        self._question, self._metrics, self._mailbox = question, metrics, mailbox
-        self._told: asyncio.Queue[tuple[int, Piece | Generation]] = asyncio.Queue()
+        self._question, self._metrics = question, metrics
+        self._told: Inbox[tuple[int, Piece | Generation]] = Inbox(mailbox)
         self._start = time.monotonic()
         self._first: dict[int, float] = {}
         self.num_tokens = 0
@@ -197,7 +196,7 @@ class Asked:
         )
 
         def tell(told: Piece | Generation) -> None:
-            self._mailbox.post(functools.partial(self._told.put_nowait, (index, told)))
+            self._told.post((index, told))
 
         try:
             generation = engine.submit(prompt, params, adapter=question.adapter, on_piece=tell)
@@ -228,10 +227,7 @@ class Asked:
         left = len(self.generations)
         while left:
             turn: dict[int, list[Piece | Answer]] = {}
-            told = [await self._told.get()]
-            while not self._told.empty():
-                told.append(self._told.get_nowait())
-            for index, item in told:
+            for index, item in await self._told.take():
                 if isinstance(item, Generation):
                     left -= 1
                     turn.setdefault(index, []).append(self._ended(index, item))
@@ -286,7 +282,7 @@ class Asked:
             yield event(error.body)
         else:
             if form.usage:
-                yield event(form.usage_chunk(question.num_prompt_tokens, self.num_tokens))
+                yield form.usage_chunk(question.num_prompt_tokens, self.num_tokens)
         yield DONE
 
     def _chunks(
@@ -299,8 +295,8 @@ class Asked:
             is_first = index not in offsets
             if size or (pieces and (form.logprobs or is_first)):
                 offset = offsets.setdefault(index, 0)
-                chunks.append(event(form.chunk(index, pieces, offset, is_first)))
+                chunks.append(form.chunk(index, pieces, offset, is_first))
                 offsets[index] += size
             if isinstance(last := items[-1], Answer):
-                chunks.append(event(form.last_chunk(index, last.finish_reason)))
+                chunks.append(form.last_chunk(index, last.finish_reason))
         return chunks
