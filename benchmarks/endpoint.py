@@ -161,7 +161,7 @@ def _first_piece(seconds: list[float]) -> Callable[[Piece], None]:
 @contextlib.contextmanager
 def _served(engine: Engine) -> Iterator[tuple[int, Callable[[], float]]]:
     """The port of a server, and what says the processor time that its thread has taken."""
-    server = Server(Served(engine, Path(), "base"), None, [], Limits())
+    server = Server(Served(engine, Path(), "base"), [], Limits())
     config = uvicorn.Config(server.app(), port=0, log_level="error", access_log=False)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)

@@ -25,7 +25,7 @@ from jax_lora.serving.engine import (
     SamplingParams,
 )
 from jax_lora.serving.server.answers import DONE, Form, Kind, event
-from jax_lora.serving.server.errors import ApiError
+from jax_lora.serving.server.errors import ApiError, without_places
 from jax_lora.serving.server.metrics import Metrics
 from jax_lora.serving.server.schemas import AskBody, ChatBody, CompletionBody
 from jax_lora.serving.server.streams import Inbox, Mailbox
@@ -37,16 +37,26 @@ _MAX_STOPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What the server answers with: an engine with a tokenizer, and the model's folder and name."""
+    """What the server answers with: an engine with a tokenizer, and the base model's name.
+
+    Attributes:
+      base: the model's folder. adapters: that of its adapters, below which clients may have some
+        loaded; None for nowhere.
+    """
 
     engine: Engine
     base: Path
     name: str
+    adapters: Path | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None
         return self.engine.tokenizer
+
+    def told(self, error: Exception) -> str:
+        """An error's text for clients."""
+        return without_places(error, self.base, self.adapters)
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:
@@ -92,7 +102,7 @@ def read_question(served: Served, body: CompletionBody | ChatBody, max_answers: 
             )
         return Question(_form(served, body), adapter, prompts, body.n, _params(body))
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise ApiError(400, str(error)) from None
+        raise ApiError(400, served.told(error)) from None
 
 
 def no_model(name: str) -> ApiError:
@@ -168,7 +178,7 @@ class Asked:
         Raises:
           ApiError: 429, too many wait; 400 or 404, for what the engine refuses; 503, it has ended.
         """
-        self._question, self._metrics = question, metrics
+        self._served, self._question, self._metrics = served, question, metrics
         self._told: Inbox[tuple[int, Piece | Generation]] = Inbox(mailbox)
         self._start = time.monotonic()
         self._first: dict[int, float] = {}
@@ -177,7 +187,7 @@ class Asked:
         with contextlib.ExitStack() as undo:
             undo.callback(self.cancel)
             for index in range(question.num_answers):
-                self.generations.append(self._submit(served.engine, index))
+                self.generations.append(self._submit(index))
             undo.pop_all()
         metrics.prompt_tokens.labels(question.form.model).inc(question.num_prompt_tokens)
 
@@ -186,8 +196,8 @@ class Asked:
         for generation in self.generations:
             generation.cancel()
 
-    def _submit(self, engine: Engine, index: int) -> Generation:
-        question = self._question
+    def _submit(self, index: int) -> Generation:
+        engine, question = self._served.engine, self._question
         prompt, seed = question.prompts[index // question.n], question.params.seed
         params = dataclasses.replace(
             question.params,
@@ -242,7 +252,7 @@ class Asked:
             answer = generation.result()
         except RequestError as error:
             metrics.answers.labels(model, "error").inc()
-            raise ApiError(422, str(error), code="request_failed") from None
+            raise ApiError(422, self._served.told(error), code="request_failed") from None
         count = len(answer.tokens)
         metrics.answers.labels(model, answer.finish_reason.value).inc()
         metrics.tokens.labels(model).inc(count)
