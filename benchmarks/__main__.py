@@ -305,6 +305,34 @@ def soak(
 
 
 @app.command()
+def chaos(
+    seconds: Annotated[float, typer.Option(min=1, help="Of the mixed part.")] = 60,
+    connections: Annotated[int, typer.Option(min=1, help="Of a flood.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="What all is drawn by.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Be a thousand rude clients of `jax-lora serve`, and check each answer.
+
+    Floods; slow readers; half-closed connections; requests and answers that are left in the
+    middle; garbage; an adapter that is loaded, replaced and unloaded throughout; at last SIGKILL,
+    and a new start. Each answer must be the one that its adapter gives alone, or an error, and
+    memory must stay flat. Exits with 1 where that is not so.
+    """
+    with input_errors():
+        from benchmarks import chaos as endurance
+        from benchmarks import tables
+
+        load = endurance.Load(seconds=seconds, connections=connections, seed=seed)
+        summary = endurance.run(load, progress)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    else:
+        tables.print_chaos(summary)
+    if not summary.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: 32.")] = None,
     tokens: Annotated[

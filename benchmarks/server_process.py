@@ -3,6 +3,7 @@
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+
+from jax_lora.demo import job
 
 _SERVING = re.compile(r"serving .* at (http://\S+),")
 
@@ -116,3 +119,21 @@ class ServerProcess:
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         [value] = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
         return float(value)
+
+
+def demo_server(root: Path) -> ServerProcess:
+    """A server of the bundled model, of which `root` gets a copy.
+
+    It has the adapters upper, reverse and rot13 for two slots, and 8 rows for which 40 requests may
+    wait. Clients may load `.later/sort`; `link` is sort too, but leads out of the folder.
+    """
+    adapters = job.FOLDER / "adapters"
+    shutil.copytree(job.FOLDER / "base", root / "base")
+    for name in ("upper", "reverse", "rot13"):
+        shutil.copytree(adapters / name, root / "adapters" / name)
+    for place in (root, root / "adapters" / ".later"):
+        shutil.copytree(adapters / "sort", place / "sort")
+    (root / "adapters" / "link").symlink_to(root / "sort")
+    options = ["--base", str(root / "base"), "--adapters", str(root / "adapters")]
+    options += ["--name", "demo", "--slots", "2", "--rows", "8", "--max-waiting", "40"]
+    return ServerProcess([*options, "--max-body", "4000"], root / "programs")

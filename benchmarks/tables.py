@@ -11,7 +11,7 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import endpoint, mesh, serve, soak, step, torch_calls, train
+    from benchmarks import chaos, endpoint, mesh, serve, soak, step, torch_calls, train
 
 _stdout = Console()
 
@@ -219,6 +219,17 @@ def print_http(report: "endpoint.Report") -> None:
         f"{report.device}, {report.date}; {report.layers} layers, {report.streams} streams, "
         f"{report.requests} requests in each turn."
     )
+
+
+def print_chaos(summary: "chaos.Summary") -> None:
+    """How often what happened, and what is wrong."""
+    for what, count in sorted(summary.counts.items()):
+        _say(f"{count:8,} {what}")
+    behind_flood, end = summary.host_bytes
+    _say(f"Bytes of the process: {behind_flood:,} behind the first flood, {end:,} at the end.")
+    for wrong in summary.wrong:
+        _say(f"wrong: {wrong}")
+    _say("all right" if summary.ok else "WRONG")
 
 
 def print_soak(summary: "soak.Summary") -> None:

@@ -6,7 +6,7 @@ import subprocess
 import openai
 import pytest
 
-pytestmark = [pytest.mark.ci, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.ci
 
 # Its dependencies and those of development exclude each other, so it has an environment of its own.
 AIPERF = "aiperf==0.13.0"
@@ -83,7 +83,7 @@ def test_openai_errors(openai_client):
         openai_client.with_options(api_key="wrong").models.list()
 
 
-def test_aiperf(server, model, tmp_path):
+def test_aiperf(server, root, tmp_path):
     """Asks several models at random, with a tokenizer from a folder, and gets all answers."""
     prompts = tmp_path / "prompts.jsonl"
     words = ("window:", "river:", "candle:", "seven:")
@@ -91,7 +91,7 @@ def test_aiperf(server, model, tmp_path):
     command = ["uv", "tool", "run", "--no-config", "--from", AIPERF, "aiperf", "profile"]
     command += ["-m", "demo,upper,reverse,rot13", "--model-selection-strategy", "random"]
     command += ["--url", server.url, "--api-key", server.KEY, "--endpoint-type", "chat"]
-    command += ["--streaming", "--tokenizer", str(model / "base"), "--random-seed", "1"]
+    command += ["--streaming", "--tokenizer", str(root / "base"), "--random-seed", "1"]
     command += ["--input-file", str(prompts), "--custom-dataset-type", "single_turn"]
     command += ["--extra-inputs", "temperature:0", "--request-count", "24", "--concurrency", "6"]
     command += ["--ui", "none", "--no-gpu-telemetry", "--output-artifact-dir", str(tmp_path)]

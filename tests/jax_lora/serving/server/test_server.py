@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = [pytest.mark.ci, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.ci
 
 WINDOW = {"prompt": "window:", "temperature": 0}
 
@@ -108,12 +108,12 @@ def test_what_is_no_request_gets_an_error_too(client):
     assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
 
 
-def test_adapters_load_from_below_the_folder_alone(client, model):
+def test_adapters_load_from_below_the_folder_alone(client, root):
     def load(path, name="new", **more):
         body = {"lora_name": name, "lora_path": path, **more}
         return client.post("/v1/load_lora_adapter", json=body).status_code
 
-    for outside in ("../sort", str(model / "sort"), "link", "", ".", "/etc", "a\0b"):
+    for outside in ("../sort", str(root / "sort"), "link", "", ".", "/etc", "a\0b"):
         assert load(outside) == 400, outside
     assert load("nothing") == 404
     assert load("upper", "demo") == load("upper", "upper") == 409
