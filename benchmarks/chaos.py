@@ -127,6 +127,7 @@ class _Chaos:
         self.summary = Summary()
         self.alone: dict[tuple[str, str], str] = {}
         self.random = random.Random(load.seed)
+        self.num_lines = len(server.lines)
 
     def count(self, what: str) -> None:
         self.summary.counts[what] += 1
@@ -286,7 +287,9 @@ class _Chaos:
     # ---------------------------------------------------------------------------- the end of it
 
     async def settle(self) -> None:
-        """All rows must be free soon behind the last client."""
+        """All rows must be free soon behind the last client, and no log may tell of any."""
+        if said := self.server.lines[self.num_lines :]:
+            self.wrong(f"the server printed {said!r:.999}")
         for _ in range(100):
             if not self.server.metric("jax_lora_requests_open"):
                 return

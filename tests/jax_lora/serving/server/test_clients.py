@@ -1,6 +1,7 @@
 """The server as others' clients drive it, as they are."""
 
 import json
+import os
 import subprocess
 
 import openai
@@ -88,7 +89,8 @@ def test_aiperf(server, root, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     words = ("window:", "river:", "candle:", "seven:")
     prompts.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
-    command = ["uv", "tool", "run", "--no-config", "--from", AIPERF, "aiperf", "profile"]
+    uv = os.environ.get("UV", "uv")  # which runs the tests
+    command = [uv, "tool", "run", "--no-config", "--from", AIPERF, "aiperf", "profile"]
     command += ["-m", "demo,upper,reverse,rot13", "--model-selection-strategy", "random"]
     command += ["--url", server.url, "--api-key", server.KEY, "--endpoint-type", "chat"]
     command += ["--streaming", "--tokenizer", str(root / "base"), "--random-seed", "1"]
