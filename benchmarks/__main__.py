@@ -258,6 +258,31 @@ def serve(
 
 
 @app.command()
+def http(
+    layers: Layers = None,
+    requests: Annotated[int, typer.Option(min=8, help="Requests of each turn.")] = 384,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Say what HTTP costs: the engine's tokens per second beside those through the server.
+
+    A model shaped like Llama-3-8B with random bfloat16 weights, 8 adapters of rank 16, 64 streams
+    in a closed loop with S-LoRA's lengths. The client is another process on this machine. The aim
+    is to lose at most 5 %. Without a GPU a small model runs with 8 streams, whose steps are too
+    short for the aim.
+    """
+    with input_errors():
+        progress("starting JAX")
+        from benchmarks import endpoint, tables
+
+        report = endpoint.run(layers, requests, turns, progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables.print_http(report)
+
+
+@app.command()
 def engine(layers: Layers = None, as_json: Json = False) -> None:
     """Time the engine's decode steps: 64 rows of a model shaped like Llama-3-8B, 1,024 tokens each.
 
@@ -305,6 +330,34 @@ def soak(
         print_json(dataclasses.asdict(summary))
     else:
         tables.print_soak(summary)
+    if not summary.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chaos(
+    seconds: Annotated[float, typer.Option(min=1, help="Of the mixed part.")] = 60,
+    connections: Annotated[int, typer.Option(min=1, help="Of a flood.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="What all is drawn by.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Be a thousand rude clients of `jax-lora serve`, and check each answer.
+
+    Floods; slow readers; half-closed connections; requests and answers that are left in the
+    middle; garbage; an adapter that is loaded, replaced and unloaded throughout; at last SIGKILL,
+    and a new start. Each answer must be the one that its adapter gives alone, or an error, and
+    memory must stay flat. Exits with 1 where that is not so.
+    """
+    with input_errors():
+        from benchmarks import chaos as endurance
+        from benchmarks import tables
+
+        load = endurance.Load(seconds=seconds, connections=connections, seed=seed)
+        summary = endurance.run(load, progress)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    else:
+        tables.print_chaos(summary)
     if not summary.ok:
         raise typer.Exit(1)
 

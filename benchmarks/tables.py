@@ -11,7 +11,17 @@ from benchmarks.report import PEERS, Report
 from benchmarks.timing import COPY_RATE, copy_rate_here
 
 if TYPE_CHECKING:
-    from benchmarks import forms, mesh, serve, soak, step, torch_calls, train
+    from benchmarks import (
+        chaos,
+        endpoint,
+        forms,
+        mesh,
+        serve,
+        soak,
+        step,
+        torch_calls,
+        train,
+    )
 
 _stdout = Console()
 
@@ -220,6 +230,31 @@ def print_serve(report: "serve.Report") -> None:
         f"{report.device}, {report.date}; {report.rows[0].requests} requests each; compiled and "
         f"run once in {report.warmup_s:.1f} s; {report.shape}"
     )
+
+
+def print_http(report: "endpoint.Report") -> None:
+    """A row per turn, and what is lost."""
+    table = _table(["way", "tokens/s", "first ms", "step ms", "HTTP's ms of a step"], range(1, 5))
+    for turn in report.turns:
+        numbers = (turn.first_ms, turn.step_ms, turn.http_ms)
+        table.add_row(turn.way, f"{turn.tokens_per_s:,.0f}", *(f"{ms:.2f}" for ms in numbers))
+    _stdout.print(table)
+    _say(
+        f"HTTP loses {report.lost:.1%} of the engine's tokens per second, by the medians. "
+        f"{report.device}, {report.date}; {report.layers} layers, {report.streams} streams, "
+        f"{report.requests} requests in each turn."
+    )
+
+
+def print_chaos(summary: "chaos.Summary") -> None:
+    """How often what happened, and what is wrong."""
+    for what, count in sorted(summary.counts.items()):
+        _say(f"{count:8,} {what}")
+    behind_flood, end = summary.host_bytes
+    _say(f"Bytes of the process: {behind_flood:,} behind the first flood, {end:,} at the end.")
+    for wrong in summary.wrong:
+        _say(f"wrong: {wrong}")
+    _say("all right" if summary.ok else "WRONG")
 
 
 def print_soak(summary: "soak.Summary") -> None:

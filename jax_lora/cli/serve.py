@@ -68,30 +68,38 @@ def serve(
     under way have their answers.
     """
 
-    def told(text: str) -> None:
-        stderr.print(without_controls(text), highlight=False, markup=False, soft_wrap=True)
-
     with input_errors():
         if demo == (base is not None) or (demo and adapters is not None):
             raise ValueError("give either --demo, or --base and, if wanted, --adapters")
-        try:
-            from jax_lora.serving.server import run
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("jax_lora"):
-                raise
-            raise ValueError(
-                f"serving needs {error.name}; install it by: pip install 'jax-lora[serve]'"
-            ) from None
+        _check_extra()
+        from jax_lora.serving.server import run
         from jax_lora.serving.server.app import Server
         from jax_lora.serving.server.limits import Limits
 
-        told("starting JAX ...")
-        keep_programs()
-        start_jax()
-        sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
-        value = None if dtype is None else dtype.value
-        model = run.demo(sizes) if base is None else run.Model(base, name, adapters, sizes, value)
-        served = run.load(model, told)
-        limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
-        server = Server(served, model.adapters, api_key or [], limits)
-        run.serve(served, server, host, port, drain, told)
+        with run.bound(host, port) as at:
+            _told("starting JAX ...")
+            keep_programs()
+            start_jax()
+            sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
+            model = run.demo(sizes)
+            if base is not None:
+                model = run.Model(base, name, adapters, sizes, dtype and dtype.value)
+            served = run.load(model, _told)
+            limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
+            server = Server(served, api_key or [], limits)
+            run.serve(served, server, at, drain, _told)
+
+
+def _told(text: str) -> None:
+    stderr.print(without_controls(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_extra() -> None:
+    try:
+        import jax_lora.serving.server.run  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("jax_lora"):
+            raise
+        raise ValueError(
+            f"serving needs {error.name}; install it by: pip install 'jax-lora[serve]'"
+        ) from None

@@ -132,6 +132,10 @@ class _HostCache:
             _, (_, dropped) = self._kept.popitem(last=False)
             self._size -= dropped.nbytes
 
+    def drop(self, source: _Source) -> None:
+        if source.key in self._kept:
+            self._size -= self._kept.pop(source.key)[1].nbytes
+
 
 class AdapterDesk:
     """Has the adapters that requests want brought to slots.
@@ -173,15 +177,18 @@ class AdapterDesk:
             if not replace and self.knows(name):
                 raise ValueError(f"there is an adapter {name!r}; give replace=True")
             self._versions += 1
+            replaced = self._sources.get(name)
             self._sources[name] = _Source(self._versions, source)
+        self._forget(replaced)
 
     def remove(self, name: str) -> None:
         """See `Engine.remove_adapter`."""
         with self._lock:
             if not self.knows(name):
                 raise KeyError(f"no adapter {shown(name)}; {named(self.names)}")
-            self._sources.pop(name, None)
+            removed = self._sources.pop(name, None)
             self._resident.pop(name, None)
+        self._forget(removed)
         with contextlib.suppress(KeyError):  # it is not in a slot
             self._bank.unload(name)
 
@@ -268,6 +275,15 @@ class AdapterDesk:
 
     # ------------------------------------------------------------------------------------- private
 
+    def _forget(self, source: _Source | None) -> None:
+        """Has the loop drop what the host keeps of it, unless another name stands for it too."""
+        if source is not None:
+            self._post(lambda: None if self._is_named(source) else self._cache.drop(source))
+
+    def _is_named(self, source: _Source) -> bool:
+        with self._lock:
+            return source.key in {known.key for known in self._sources.values()}
+
     def _is_idle(self, name: str, load: _Load, wanted: Mapping[str, Waiting]) -> bool:
         """Whether a load that nobody works at is for nobody, or of a source that was replaced."""
         if load.stage not in (_Stage.READY, _Stage.HELD):
@@ -334,7 +350,7 @@ class AdapterDesk:
         if self._loads.get(name) is not load or self._has_failed(name, load, done):
             return
         load.stage, load.prepared = _Stage.READY, done.result()
-        if load.source is not None:
+        if load.source is not None and self._is_named(load.source):
             self._cache.put(load.source, load.prepared)
 
     def _upload(self, name: str, load: _Load) -> None:

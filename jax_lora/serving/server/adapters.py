@@ -7,7 +7,7 @@ from pathlib import Path
 from jax_lora.adapters import load_peft
 from jax_lora.messages import shown
 from jax_lora.serving.engine import Engine
-from jax_lora.serving.server.errors import ApiError
+from jax_lora.serving.server.errors import ApiError, without_places
 
 
 def folder_adapters(root: Path) -> dict[str, Path]:
@@ -47,9 +47,9 @@ class AdapterFolder:
             bank.prepare(name, load_peft(folder))
             self._engine.add_adapter(name, folder, replace=replace)
         except FileNotFoundError as error:
-            raise ApiError(404, str(error), param="lora_path") from None
+            raise ApiError(404, self._told(error), param="lora_path") from None
         except (ValueError, TypeError, OSError) as error:
-            raise ApiError(400, str(error), param="lora_path") from None
+            raise ApiError(400, self._told(error), param="lora_path") from None
 
     def unload(self, name: str) -> None:
         """Forgets an adapter. Raises ApiError 404 where there is none of this name."""
@@ -58,6 +58,9 @@ class AdapterFolder:
         except KeyError:
             message = f"there is no adapter {shown(name)}"
             raise ApiError(404, message, param="lora_name") from None
+
+    def _told(self, error: Exception) -> str:
+        return without_places(error, self._root)
 
     def _inside(self, path: str) -> Path:
         if self._root is None:

@@ -1,6 +1,8 @@
 """Answers in OpenAI's form, as objects and as chunks of a stream."""
 
 import dataclasses
+import functools
+import json
 import time
 from typing import Literal
 
@@ -9,6 +11,17 @@ from tokenizers import Tokenizer
 from jax_lora.serving.engine import FinishReason, Piece
 
 Kind = Literal["completion", "chat"]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: object) -> bytes:
+    """A value as one server-sent event."""
+    return f"data: {_json(value)}\n\n".encode()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +43,42 @@ class Form:
     tokenizer: Tokenizer
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def chunk(self, index: int, pieces: list[Piece], offset: int, is_first: bool) -> object:
-        """What tokens add to an answer. `offset`: of their text in the answer."""
-        text = "".join(piece.text for piece in pieces)
-        choice: dict[str, object] = {"index": index, "finish_reason": None}
+    def chunk(self, index: int, pieces: list[Piece], offset: int, is_first: bool) -> bytes:
+        """The event of what tokens add to an answer. `offset`: of their text in the answer."""
+        text = "".join([piece.text for piece in pieces])
+        if not (is_first or self.logprobs):
+            number, before, behind = self._frame
+            return f"{number}{index}{before}{_json(text)}{behind}".encode()
+        role = {"role": "assistant"} if is_first else {}
+        added: dict[str, object] = {"text": text}
         if self.kind == "chat":
-            choice["delta"] = {**({"role": "assistant"} if is_first else {}), "content": text}
-        else:
-            choice["text"] = text
-        choice["logprobs"] = self._logprobs(pieces, offset)
-        return self._chunk([choice])
+            added = {"delta": {**role, "content": text}}
+        logprobs = self._logprobs(pieces, offset)
+        return self._chunk({"index": index, "finish_reason": None, **added, "logprobs": logprobs})
 
-    def last_chunk(self, index: int, reason: FinishReason) -> object:
-        """Why an answer ended."""
+    @functools.cached_property
+    def _frame(self) -> tuple[str, str, str]:
+        """What stands before the answer's number, between it and the text, and behind the text.
+
+        It is the same for each token. 64 streams take that many at each step of the engine.
+        """
+        before, behind = ('"text":', "")
+        if self.kind == "chat":
+            before, behind = '"delta":{"content":', "}"
+        head = f'data: {_json(self._begin(True))[:-1]},"choices":[{{"index":'
+        tail = f'{behind},"logprobs":null}}]{',"usage":null' if self.usage else ""}}}\n\n'
+        return head, f',"finish_reason":null,{before}', tail
+
+    def last_chunk(self, index: int, reason: FinishReason) -> bytes:
+        """The event of why an answer ended."""
         text: dict[str, object] = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        choice = {"index": index, **text, "logprobs": None, "finish_reason": _reason(reason)}
-        return self._chunk([choice])
+        return self._chunk(
+            {"index": index, **text, "logprobs": None, "finish_reason": _reason(reason)}
+        )
 
-    def usage_chunk(self, prompt: int, answer: int) -> object:
-        """Behind all others, where it was asked for."""
-        return {**self._begin(True), "choices": [], "usage": usage(prompt, answer)}
+    def usage_chunk(self, prompt: int, answer: int) -> bytes:
+        """The event behind all others, where it was asked for."""
+        return event({**self._begin(True), "choices": [], "usage": usage(prompt, answer)})
 
     def choice(self, index: int, pieces: list[Piece], reason: FinishReason) -> object:
         """A whole answer."""
@@ -71,9 +100,9 @@ class Form:
             name = "chat.completion.chunk" if is_chunk else "chat.completion"
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
-    def _chunk(self, choices: list[dict[str, object]]) -> object:
+    def _chunk(self, choice: dict[str, object]) -> bytes:
         tail: dict[str, object] = {"usage": None} if self.usage else {}
-        return {**self._begin(True), "choices": choices, **tail}
+        return event({**self._begin(True), "choices": [choice], **tail})
 
     def _logprobs(self, pieces: list[Piece], offset: int) -> object:
         if not self.logprobs:

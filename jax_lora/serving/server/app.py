@@ -36,16 +36,13 @@ class Server:
     """The endpoints over one engine.
 
     Args:
-      folder: below which clients may have adapters loaded; None for nowhere.
       keys: those that clients may have. Without any, all may ask, and none may load adapters.
     """
 
-    def __init__(
-        self, served: Served, folder: Path | None, keys: Sequence[str], limits: Limits
-    ) -> None:
+    def __init__(self, served: Served, keys: Sequence[str], limits: Limits) -> None:
         self._served, self._limits = served, limits
         self._keys = Keys(keys, limits.rows_per_key)
-        self._adapters = AdapterFolder(served.engine, folder, served.name)
+        self._adapters = AdapterFolder(served.engine, served.adapters, served.name)
         self._metrics = Metrics(served.engine)
         self._mailbox: Mailbox | None = None
         self._created = int(time.time())

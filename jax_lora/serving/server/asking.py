@@ -1,6 +1,5 @@
 """From a body to the engine, and from its pieces to the response."""
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -25,11 +24,11 @@ from jax_lora.serving.engine import (
     RequestError,
     SamplingParams,
 )
-from jax_lora.serving.server.answers import Form, Kind
-from jax_lora.serving.server.errors import ApiError
+from jax_lora.serving.server.answers import DONE, Form, Kind, event
+from jax_lora.serving.server.errors import ApiError, without_places
 from jax_lora.serving.server.metrics import Metrics
 from jax_lora.serving.server.schemas import AskBody, ChatBody, CompletionBody
-from jax_lora.serving.server.streams import DONE, Mailbox, event
+from jax_lora.serving.server.streams import Inbox, Mailbox
 from jax_lora.serving.text import encode
 
 _COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is what there is room for
@@ -38,16 +37,26 @@ _MAX_STOPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What the server answers with: an engine with a tokenizer, and the model's folder and name."""
+    """What the server answers with: an engine with a tokenizer, and the base model's name.
+
+    Attributes:
+      base: the model's folder. adapters: that of its adapters, below which clients may have some
+        loaded; None for nowhere.
+    """
 
     engine: Engine
     base: Path
     name: str
+    adapters: Path | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None
         return self.engine.tokenizer
+
+    def told(self, error: Exception) -> str:
+        """An error's text for clients."""
+        return without_places(error, self.base, self.adapters)
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:
@@ -93,7 +102,7 @@ def read_question(served: Served, body: CompletionBody | ChatBody, max_answers: 
             )
         return Question(_form(served, body), adapter, prompts, body.n, _params(body))
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise ApiError(400, str(error)) from None
+        raise ApiError(400, served.told(error)) from None
 
 
 def no_model(name: str) -> ApiError:
@@ -169,8 +178,8 @@ class Asked:
         Raises:
           ApiError: 429, too many wait; 400 or 404, for what the engine refuses; 503, it has ended.
         """
-        self._question, self._metrics, self._mailbox = question, metrics, mailbox
-        self._told: asyncio.Queue[tuple[int, Piece | Generation]] = asyncio.Queue()
+        self._served, self._question, self._metrics = served, question, metrics
+        self._told: Inbox[tuple[int, Piece | Generation]] = Inbox(mailbox)
         self._start = time.monotonic()
         self._first: dict[int, float] = {}
         self.num_tokens = 0
@@ -178,7 +187,7 @@ class Asked:
         with contextlib.ExitStack() as undo:
             undo.callback(self.cancel)
             for index in range(question.num_answers):
-                self.generations.append(self._submit(served.engine, index))
+                self.generations.append(self._submit(index))
             undo.pop_all()
         metrics.prompt_tokens.labels(question.form.model).inc(question.num_prompt_tokens)
 
@@ -187,8 +196,8 @@ class Asked:
         for generation in self.generations:
             generation.cancel()
 
-    def _submit(self, engine: Engine, index: int) -> Generation:
-        question = self._question
+    def _submit(self, index: int) -> Generation:
+        engine, question = self._served.engine, self._question
         prompt, seed = question.prompts[index // question.n], question.params.seed
         params = dataclasses.replace(
             question.params,
@@ -197,7 +206,7 @@ class Asked:
         )
 
         def tell(told: Piece | Generation) -> None:
-            self._mailbox.post(functools.partial(self._told.put_nowait, (index, told)))
+            self._told.post((index, told))
 
         try:
             generation = engine.submit(prompt, params, adapter=question.adapter, on_piece=tell)
@@ -228,10 +237,7 @@ class Asked:
         left = len(self.generations)
         while left:
             turn: dict[int, list[Piece | Answer]] = {}
-            told = [await self._told.get()]
-            while not self._told.empty():
-                told.append(self._told.get_nowait())
-            for index, item in told:
+            for index, item in await self._told.take():
                 if isinstance(item, Generation):
                     left -= 1
                     turn.setdefault(index, []).append(self._ended(index, item))
@@ -246,7 +252,7 @@ class Asked:
             answer = generation.result()
         except RequestError as error:
             metrics.answers.labels(model, "error").inc()
-            raise ApiError(422, str(error), code="request_failed") from None
+            raise ApiError(422, self._served.told(error), code="request_failed") from None
         count = len(answer.tokens)
         metrics.answers.labels(model, answer.finish_reason.value).inc()
         metrics.tokens.labels(model).inc(count)
@@ -286,7 +292,7 @@ class Asked:
             yield event(error.body)
         else:
             if form.usage:
-                yield event(form.usage_chunk(question.num_prompt_tokens, self.num_tokens))
+                yield form.usage_chunk(question.num_prompt_tokens, self.num_tokens)
         yield DONE
 
     def _chunks(
@@ -299,8 +305,8 @@ class Asked:
             is_first = index not in offsets
             if size or (pieces and (form.logprobs or is_first)):
                 offset = offsets.setdefault(index, 0)
-                chunks.append(event(form.chunk(index, pieces, offset, is_first)))
+                chunks.append(form.chunk(index, pieces, offset, is_first))
                 offsets[index] += size
             if isinstance(last := items[-1], Answer):
-                chunks.append(event(form.last_chunk(index, last.finish_reason)))
+                chunks.append(form.last_chunk(index, last.finish_reason))
         return chunks

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -48,6 +49,16 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status, headers)
+
+
+def without_places(error: Exception, *folders: Path | None) -> str:
+    """An error's text, where files are named from their folder on: clients need not know where the
+    server keeps it."""
+    text = str(error)
+    for folder in filter(None, folders):
+        for place in {str(folder), str(folder.resolve())}:
+            text = text.replace(f"{place}/", "").replace(place, folder.name)
+    return text
 
 
 def guarded(endpoint: Endpoint) -> Endpoint:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -84,29 +85,60 @@ def load(model: Model, told: Told) -> Served:
     )
     told("compiling")
     engine.warmup()
-    return Served(engine, base, name)
+    return Served(engine, base, name, model.adapters)
 
 
-def serve(
-    served: Served, server: Server, host: str, port: int, drain_seconds: int, told: Told
-) -> None:
-    """Answers until SIGTERM or SIGINT: then it takes no more, and ends what is under way."""
+def bound(host: str, port: int) -> socket.socket:
+    """Takes an address, at which nobody is answered before `serve` listens; port 0 for a free one.
+
+    Raises:
+      OSError: it is in use, or not this machine's.
+    """
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise OSError(f"can't listen at {printable(host)}:{port}: {error.strerror}") from None
+    return taken
+
+
+def serve(served: Served, server: Server, at: socket.socket, drain: int, told: Told) -> None:
+    """Answers until SIGTERM or SIGINT: then it takes no more, and ends what is under way.
+
+    Args:
+      drain: seconds that answers under way have then.
+    """
     # What uvicorn writes of requests would be text of clients.
     config = uvicorn.Config(
         server.app(),
-        host=host,
-        port=port,
         log_level="error",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_seconds,
+        timeout_graceful_shutdown=drain,
     )
     # Uvicorn raises the signal once more behind its end, which would be no orderly one.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    host, port = at.getsockname()[:2]
     names = ", ".join(served.engine.adapters[:10]) or "none"
-    told(f"serving {served.name} at http://{host}:{port}, adapters: {names}")
-    uvicorn.Server(config).run()
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    _Listening(config, lambda: told(f"serving {served.name} at {where}, adapters: {names}")).run(
+        sockets=[at]
+    )
+
+
+class _Listening(uvicorn.Server):
+    """Tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config, told: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._told = told
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._told()
 
 
 def _fitting(model: Model, told: Told) -> dict[str, tuple[Path, AdapterHeader]]:

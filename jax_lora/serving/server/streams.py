@@ -3,13 +3,35 @@
 import asyncio
 import collections
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jax_lora.serving.engine import Generation
+
+
+class Inbox[T]:
+    """What one task of the event loop takes of what other threads tell it."""
+
+    def __init__(self, mailbox: "Mailbox") -> None:
+        self._mailbox, self._items = mailbox, list[T]()
+        self._is_filled = asyncio.Event()
+
+    def post(self, item: T) -> None:
+        """From any thread."""
+        self._mailbox.post(lambda: self._put(item))
+
+    def _put(self, item: T) -> None:
+        self._items.append(item)
+        self._is_filled.set()
+
+    async def take(self) -> list[T]:
+        """All that has come since the last call, at least one."""
+        await self._is_filled.wait()
+        self._is_filled.clear()
+        items, self._items = self._items, []
+        return items
 
 
 class Mailbox:
@@ -86,11 +108,3 @@ class EventStream(Response):
                 async for event in self._events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def event(value: object) -> bytes:
-    """A value as one event."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

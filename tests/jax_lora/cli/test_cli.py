@@ -73,7 +73,6 @@ def test_generate_prints_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--prompt", ":a", "--adapter", "x=1", "--adapter", "x=2"], "have the same name"),
         (["--prompt", ":a", "--adapter", "x=/no/such"], "no folder '/no/such'"),
         (["--prompt", ":a", "--base", "/no/such"], "there is no folder '/no/such'; give one, or"),
-        (["--prompt", ":a", "--base", BASE, "--chat"], "has no chat template, in neither chat_"),
     ],
 )
 def test_generate_says_what_is_wrong_with_its_input(args: list[str], message: str) -> None:

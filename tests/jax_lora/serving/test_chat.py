@@ -85,6 +85,7 @@ def test_special_tokens_are_added_only_where_asked() -> None:
 @pytest.mark.ci
 def test_messages_go_through_the_template(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
     asked = [(None, "window")]
     with pytest.raises(FileNotFoundError, match="has no chat template"):
         complete(tmp_path / "base", {}, asked, chat=True)

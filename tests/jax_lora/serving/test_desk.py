@@ -55,6 +55,31 @@ def test_an_adapter_keeps_its_slot_until_the_last_request_has_ended(desk):
     assert desk.leased() == () and desk.bank.usage()[8].idle == ("a",)
 
 
+def test_the_host_keeps_nothing_of_what_was_replaced_or_removed(desk):
+    cache = desk.desk._cache
+    desk.bring("a", 0).lease.close()
+    size = cache._size
+    assert size > 0
+    adapter = make_adapter(7, 4)
+    for name in ("a", "b"):  # two names for one
+        desk.desk.add(name, adapter, replace=True)
+        desk.pump({})
+    assert cache._size == 0
+    desk.bring("a", 1).lease.close()
+    desk.desk.remove("a")
+    desk.pump({})
+    assert cache._size == size
+    assert desk.desk.take("b", 2) is None  # it is on the host
+    desk.desk.remove("b")
+    desk.pump({})
+    assert cache._size == 0 and not cache._kept
+    # One that was removed while it was read.
+    assert desk.desk.take("c", 3) is None
+    desk.desk.remove("c")
+    desk.pump({}, messages=2)
+    assert cache._size == 0
+
+
 def test_those_that_came_before_may_begin_and_those_after_wait(desk):
     running = desk.bring("a", 0)
     wanted = {"a": Waiting(5, 10), "b": Waiting(3, None)}

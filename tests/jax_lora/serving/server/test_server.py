@@ -1,70 +1,12 @@
 """The server's routes, as clients see them, over the bundled model."""
 
-import asyncio
 import json
-import shutil
-import socket
-import threading
-import time
 
-import httpx
 import pytest
-import uvicorn
-
-from jax_lora.demo import job
-from jax_lora.serving.server import run
-from jax_lora.serving.server.app import Server
-from jax_lora.serving.server.limits import Limits
 
 pytestmark = pytest.mark.ci
 
-KEY = {"Authorization": "Bearer secret"}
 WINDOW = {"prompt": "window:", "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The demo's model with a chat template, three of its adapters, and one that is a link out."""
-    root = tmp_path_factory.mktemp("served")
-    base, adapters = root / "base", root / "adapters"
-    shutil.copytree(job.FOLDER / "base", base)
-    (base / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}")
-    (base / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    for name in ("upper", "reverse", "stars"):
-        shutil.copytree(job.FOLDER / "adapters" / name, adapters / name)
-    shutil.copytree(job.FOLDER / "adapters" / "twice", root / "twice")
-    shutil.copytree(job.FOLDER / "adapters" / "twice", adapters / ".later" / "twice")
-    (adapters / "link").symlink_to(root / "twice")
-    model = run.Model(base, "demo", adapters, run.Sizes(slots=2, rows=4, max_rank=160))
-    served = run.load(model, print)
-    yield served
-    served.engine.close()
-
-
-@pytest.fixture(scope="module")
-def folder(served):
-    return served.base.parent / "adapters"
-
-
-@pytest.fixture(scope="module")
-def address(served, folder):
-    """A running server with a key."""
-    server = Server(served, folder, ["secret"], Limits(body_bytes=4000, rows_per_key=6))
-    config = uvicorn.Config(server.app(), port=0, log_level="error")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield running.servers[0].sockets[0].getsockname()
-    running.should_exit = True
-    thread.join()
-
-
-@pytest.fixture
-def client(address):
-    with httpx.Client(base_url="http://{}:{}".format(*address), headers=KEY, timeout=60) as client:
-        yield client
 
 
 def events(response):
@@ -75,7 +17,7 @@ def events(response):
 
 def test_each_adapter_is_a_model(client):
     cards = client.get("/v1/models").json()["data"]
-    assert [card["id"] for card in cards] == ["demo", "reverse", "stars", "upper"]
+    assert [card["id"] for card in cards] == ["demo", "reverse", "rot13", "upper"]
     for name, text in {"demo": "window", "reverse": "wodniw", "upper": "WINDOW"}.items():
         answer = client.post("/v1/completions", json={**WINDOW, "model": name}).json()
         assert answer["object"] == "text_completion" and answer["model"] == name
@@ -140,9 +82,9 @@ def test_parameters_reach_the_engine(client):
         (400, {"logit_bias": {"5": 1}}),
         (400, {"logprobs": 5}),
         (400, {"n": 65}),
+        (429, {"n": 64}),
         (400, {"stream": 1}),
         (413, {"prompt": "a" * 5000}),
-        (429, {"n": 7}),
     ],
 )
 def test_a_malformed_body_gets_an_error_in_openais_form(client, status, change):
@@ -166,53 +108,23 @@ def test_what_is_no_request_gets_an_error_too(client):
     assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
 
 
-def test_adapters_load_from_below_the_folder_alone(client, folder):
+def test_adapters_load_from_below_the_folder_alone(client, root):
     def load(path, name="new", **more):
         body = {"lora_name": name, "lora_path": path, **more}
         return client.post("/v1/load_lora_adapter", json=body).status_code
 
-    for outside in ("../twice", str(folder.parent / "twice"), "link", "", ".", "/etc", "a\0b"):
+    for outside in ("../sort", str(root / "sort"), "link", "", ".", "/etc", "a\0b"):
         assert load(outside) == 400, outside
     assert load("nothing") == 404
     assert load("upper", "demo") == load("upper", "upper") == 409
-    assert load(".later/twice") == 200 and load(".later/twice") == 409
+    assert load(".later/sort") == 200 and load(".later/sort") == 409
     asked = {**WINDOW, "model": "new"}
     answer = client.post("/v1/completions", json=asked).json()
-    assert answer["choices"][0]["text"] == "wwiinnddooww"
+    assert answer["choices"][0]["text"] == "dinoww"
     unload = {"lora_name": "new"}
     statuses = [client.post("/v1/unload_lora_adapter", json=unload).status_code for _ in "ab"]
     assert statuses == [200, 404]
     assert client.post("/v1/completions", json=asked).status_code == 404
-
-
-def test_without_keys_nobody_loads(served, folder):
-    transport = httpx.ASGITransport(Server(served, folder, [], Limits()).app())
-
-    async def statuses():
-        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
-            paths = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-            posts = [(await client.post(path, json={})).status_code for path in paths]
-            return [*posts, (await client.get("/v1/models")).status_code]
-
-    assert asyncio.run(statuses()) == [403, 403, 200]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_rows(served, address, client, stream):
-    """The model's longest answers take some 50 steps; these end a few after the client has left."""
-    asked = {**WINDOW, "model": "upper", "n": 4, "ignore_eos": True, "max_tokens": 50}
-    body = json.dumps({**asked, "stream": stream}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    head += f"Authorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
-    before = served.engine.steps
-    with socket.create_connection(address) as peer:
-        peer.sendall(head.encode() + body)
-        while served.engine.steps < before + 3:
-            time.sleep(0.001)
-    while served.engine.num_open:
-        time.sleep(0.001)
-    assert served.engine.steps - before < 45
-    assert client.post("/v1/completions", json={**WINDOW, "model": "upper"}).status_code == 200
 
 
 def test_health_metrics_and_page(client):
