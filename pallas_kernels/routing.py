@@ -165,6 +165,11 @@ _asked_tables: contextvars.ContextVar[dict[Table, None] | None] = contextvars.Co
 _trace_anew = jax.make_user_context(None)
 
 
+def tables_alone() -> bool:
+    """Whether JAX traces a turn for its tables alone, and what else it computes is dropped."""
+    return _asked_tables.get() is not None
+
+
 def _tables_of(turn: Callable[[], object]) -> list[Table]:
     """The tables that `turn` asks for."""
     asked: dict[Table, None] = {}
