@@ -6,6 +6,7 @@ that use one adapter.
 
 import contextvars
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable
@@ -163,6 +164,11 @@ _asked_tables: contextvars.ContextVar[dict[Table, None] | None] = contextvars.Co
 )
 # Part of the keys of JAX's caches.
 _trace_anew = jax.make_user_context(None)
+
+
+def tables_alone() -> bool:
+    """Whether JAX traces a turn for its tables alone, and what else it computes is dropped."""
+    return _asked_tables.get() is not None
 
 
 def _tables_of(turn: Callable[[], object]) -> list[Table]:
@@ -412,6 +418,8 @@ _make = jax.jit(make_segments, static_argnums=1)
 _CHUNK = 256
 
 
+# Outside of a trace one program, not one for each of some fifty steps.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _sort(indices: Int[Array, " T"], num_adapters: int) -> Segments:
     """Sorted where there are many slots, lest work and memory grow with them; counted where few."""
     return (_counted if num_adapters <= _CHUNK else _sorted)(indices, num_adapters)

@@ -39,6 +39,12 @@ def few_programs() -> Iterator[None]:
             jax.clear_caches()
 
 
+def pytest_collection_finish() -> None:
+    """Takes what imports made out of the garbage collector's walks: a sixth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if jax.default_backend() == "gpu":
         return

@@ -14,6 +14,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike
 
+from pallas_kernels.routing import tables_alone
+
 # A Pallas ref, to device memory, shared memory, or barriers: JAX types none of them.
 type Ref = Any
 # Shared memory that a kernel asks for; it gets a `Ref` to it.
@@ -24,6 +26,16 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 # JAX leaves a method of these abstract, which mypy minds.
 _Tiling: Any = plgpu.TilingTransform
 _Swizzle: Any = plgpu.SwizzleTransform
+
+
+def body_of(body: Callable[..., None]) -> Callable[..., None]:
+    """A kernel's body, or an empty one where `Segments.with_tables` asks which tables a loop's turn
+    needs. Bodies take most of the time of a trace, and this one is dropped."""
+    return _empty if tables_alone() else body
+
+
+def _empty(*refs: Ref) -> None:
+    pass
 
 
 def in_place(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
 import jax
@@ -63,17 +64,15 @@ def operands(dtype: str, tokens: int) -> tuple[Array, Array, Array]:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_tokens"),
+    ("name", "num_tokens", "delta"),
     [
-        ("xla", 7),
-        ("xla", 300),
-        ("loop", 7),
-        ("decode", 7),
-        pytest.param("prefill", 7, marks=pytest.mark.ci),
-        pytest.param("prefill", 70, marks=pytest.mark.slow),
+        *itertools.product(["xla"], [7, 300], [False, True]),
+        *itertools.product(["loop", "decode"], [7], [False, True]),
+        pytest.param("prefill", 7, False, marks=pytest.mark.ci),
+        pytest.param("prefill", 7, True, marks=pytest.mark.slow),
+        pytest.param("prefill", 70, False, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
 def test_stacks_in_their_place_compute_the_bits_of_slices(
     name: str, num_tokens: int, delta: bool

@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu.decode.shrink import put_sums, shrink
 from pallas_kernels.mosaic_gpu.decode.work import Job, Range
 from pallas_kernels.mosaic_gpu.lanes import ArrayMemory, Emulator, Gpu, Left, MemRef
 from pallas_kernels.mosaic_gpu.lanes.values import Flag, Int, Ref
-from pallas_kernels.mosaic_gpu.layouts import in_place, interpreted
+from pallas_kernels.mosaic_gpu.layouts import body_of, in_place, interpreted
 
 # ------------------------------------------------------------------------------- a cluster's life
 
@@ -212,7 +212,7 @@ def _launch(plan: Plan, dtypes: list[np.dtype], made: tuple[jax.ShapeDtypeStruct
     groups = work.warps // 4
     threads: dict[str, Any] = dict(num_threads=groups, thread_name="group") if groups > 1 else {}
     return plgpu.kernel(
-        body,
+        body_of(body),
         out_type=made,
         scratch_types=[plgpu.SMEM((plan.memory.words,), jnp.int32)],
         grid=work.grid,

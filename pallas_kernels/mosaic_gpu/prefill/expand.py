@@ -34,6 +34,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     Ref,
     accumulator,
     bands,
+    body_of,
     cuts,
     end_group,
     in_place,
@@ -103,7 +104,7 @@ def expand_kernel(
     plan = _plan(y, parts, add_inputs, sorts)
     ranks = "_".join(f"r{part.lora_b.shape[2]}" for part in parts)
     kernel = plgpu.kernel(
-        functools.partial(_block_body, plan),
+        body_of(functools.partial(_block_body, plan)),
         scratch_types=[
             plgpu.Barrier(num_arrivals=plan.route_arrivals),
             plgpu.Barrier(num_arrivals=plan.v_arrivals),

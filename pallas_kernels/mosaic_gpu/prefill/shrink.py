@@ -33,6 +33,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     Memory,
     Ref,
     accumulator,
+    body_of,
     cluster_barrier,
     end_group,
     interpreted,
@@ -109,7 +110,7 @@ def shrink_kernel(
         grid, cluster = grid | cluster, {}
     ranks = "_".join(f"r{plan.rank}" for plan in plans)
     kernel = plgpu.kernel(
-        functools.partial(_block_body, launch, plans),
+        body_of(functools.partial(_block_body, launch, plans)),
         out_type=[plan.out for plan in plans],
         scratch_types=[
             plgpu.Barrier(

@@ -1,6 +1,7 @@
 """AdapterBank: who is in which slot, who may take it, and that no row sees a stranger's weights."""
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -631,6 +632,12 @@ SLOTS = 2
 NAMES = ("a", "b", "c", "d", "e")
 
 
+@functools.cache
+def shared_bank():
+    """Its compiled updates serve all examples."""
+    return make_bank(slots=SLOTS, buckets=(8, 16))
+
+
 class Machine(RuleBasedStateMachine):
     """The bank against a plain model: who is loaded, in which order, and what their rows compute.
 
@@ -638,11 +645,9 @@ class Machine(RuleBasedStateMachine):
     list stands for a slot's contents, and is compared by identity: a batch remembers its rows'.
     """
 
-    shared = make_bank(slots=SLOTS, buckets=(8, 16))  # its compiled updates serve all examples
-
     @initialize()
     def start(self):
-        self.model, self.bank = self.shared
+        self.model, self.bank = shared_bank()
         for name in self.bank.names:
             self.bank.unload(name)
         self.loaded = {}

@@ -24,6 +24,7 @@ from jax_lora import (
 )
 from jax_lora.llama import Llama, LlamaConfig, decode, prefill
 from pallas_kernels import routing
+from pallas_kernels.mosaic_gpu.prefill import expand
 
 SMALL = LlamaConfig(
     vocab_size=256,
@@ -34,6 +35,7 @@ SMALL = LlamaConfig(
     num_key_value_heads=2,
     head_dim=32,
 )
+ATTENTION = "self_attn.[qkvo]_proj"  # two calls of a layer
 H, LAYERS, NAMES = 4, 3, ["a", None, "b"]
 OPTIONS = {"slots": {8: 2, 16: 3}, "buckets": (8, 16)}
 
@@ -219,13 +221,13 @@ def loops_over_layers(jaxpr):
 @pytest.mark.parametrize("rows", [37, 300])
 def test_tables_of_kernels_are_made_before_the_loop(rows, columns, monkeypatch):
     model = Llama(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    apply_lora(model, slots=12, buckets=(128,))
+    apply_lora(model, slots=12, buckets=(128,), target=ATTENTION)
     ids, kind, weights = np.arange(rows) % 12, routing.Segments, None
     if columns:
         ids, kind = np.stack([ids] * columns, axis=1), routing.Mix
         weights = np.ones(ids.shape, np.float32)
     batch = AdapterBatch(ids, weights=weights, ranges=((128, 12),), phase="decode")
-    known, made = kind.with_tables, []
+    known, made, bodies = kind.with_tables, [], []
 
     def with_tables(segments, turn):
         made.append(known(segments, turn))
@@ -236,6 +238,8 @@ def test_tables_of_kernels_are_made_before_the_loop(rows, columns, monkeypatch):
             return decode(model, model.init_cache(rows, 8), tokens)
 
     monkeypatch.setattr(kind, "with_tables", with_tables)
+    body = expand._block_body
+    monkeypatch.setattr(expand, "_block_body", lambda *refs: bodies.append(refs) or body(*refs))
     tokens = jnp.zeros(rows, jnp.int32)
     jaxpr = jax.make_jaxpr(step)(batch, tokens)
     # Tables that an equal trace asked for are asked for anew.
@@ -243,6 +247,8 @@ def test_tables_of_kernels_are_made_before_the_loop(rows, columns, monkeypatch):
     some = [mix.columns[1] if columns else mix for mix in made]
     first, second = ({type(table).__name__ for table in segments.made} for segments in some)
     assert first == second == ({"Seating"} if rows == 37 else {"Order", "Rounds", "Routes"})
+    # A kernel's body is traced once, though its tables are asked for before.
+    assert len(bodies) == (0 if rows == 37 else 2 * 2 * (columns or 1))
     # Each token is compared with each other to make a table, and nowhere else.
     tokens = rows * (columns or 1)
     pairs = f"bool[{tokens},{tokens}]" if rows == 37 else "bool[5,64,64]"
@@ -537,7 +543,8 @@ def test_kernels_take_the_stacks_of_all_layers(phase):
 
     def make():
         model = Llama(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        apply_lora(model, slots={8: 7, 16: 5}, buckets=(8, 16))
+        target = None if phase == "decode" else [ATTENTION, "lm_head"]
+        apply_lora(model, slots={8: 7, 16: 5}, buckets=(8, 16), target=target)
         return model
 
     model, rows = nnx.eval_shape(make), 16 if phase == "decode" else 4
@@ -557,7 +564,8 @@ def test_kernels_take_the_stacks_of_all_layers(phase):
     text = lowered.as_text()
     calls = re.findall(r"custom_call @mosaic_gpu\w*\(.*?\).*?: (\(.*?\)) ->", text)
     stacks = [re.findall(r"<(\d+)x\d+x\d+xbf16>", call) for call in calls]
-    # Four calls of a layer, in a prefill two launches each; and one of lm_head, with stacks alone.
+    # Four calls of a layer; in a prefill the two of its attention, of two launches each. And one of
+    # lm_head, with stacks alone.
     *of_layers, of_head = [{int(n) for n in some} - {1} for some in stacks]
     assert of_head == {7, 5}
-    assert of_layers == [{3 * 7, 3 * 5}] * (4 if phase == "decode" else 8)
+    assert of_layers == [{3 * 7, 3 * 5}] * 4

@@ -12,7 +12,7 @@ from jax_lora.serving.jobs import Job, run_job
 
 ADAPTERS = adapter_paths()
 NAMES = ("upper", "sort", "twice", None)
-WORDS = [word for word in tasks.EVERYDAY_WORDS if tasks.is_clear(word)][:40]
+WORDS = [word for word in tasks.EVERYDAY_WORDS if tasks.is_clear(word)][:16]
 
 
 def write(path, requests):
@@ -37,7 +37,7 @@ class Cut(Exception):
 
 @pytest.mark.ci
 def test_a_job_that_is_cut_off_loses_and_repeats_nothing(tmp_path):
-    requests = write(tmp_path / "requests.jsonl", asked(40))
+    requests = write(tmp_path / "requests.jsonl", asked(16))
     job = Job(
         FOLDER / "base",
         {name: ADAPTERS[name] for name in NAMES if name},
@@ -47,35 +47,35 @@ def test_a_job_that_is_cut_off_loses_and_repeats_nothing(tmp_path):
     )
 
     def cut(state):
-        if state.answered == 13:
+        if state.answered == 5:
             raise Cut
 
     with pytest.raises(Cut):
         run_job(job, cut)
     before = answers(job.answers)
-    assert len(before) == 13
+    assert len(before) == 5
     # As if it had been killed while it wrote, and one request had failed.
     text = job.answers.read_text()
-    failed = {"index": 39, "request": "0", "error": "x"}
-    job.answers.write_text(text + '{"index": 5, "requ')
+    failed = {"index": 15, "request": "0", "error": "x"}
+    job.answers.write_text(text + '{"index": 6, "requ')
     with pytest.raises(FileExistsError, match="has answers; resume, or give answers another"):
         run_job(job)
     told = []
     state = run_job(Job(**{**vars(job), "resume": True}), told.append)
-    assert (told[0].answered, told[0].total) == (13, 40)
-    assert (state.answered, state.failed, state.total) == (40, 0, 40)
+    assert (told[0].answered, told[0].total) == (5, 16)
+    assert (state.answered, state.failed, state.total) == (16, 0, 16)
     found = answers(job.answers)
-    assert found[:13] == before
-    assert sorted(answer["index"] for answer in found) == list(range(40))
+    assert found[:5] == before
+    assert sorted(answer["index"] for answer in found) == list(range(16))
     for answer in found:
         n = answer["index"]
         assert (answer["id"], answer["adapter"]) == (f"r{n}", NAMES[n % 4])
         assert answer["text"] == tasks.task_of(NAMES[n % 4]).complete(WORDS[n])
         assert answer["finish_reason"] == "stop"
     again = run_job(Job(**{**vars(job), "resume": True}))  # loads nothing
-    assert (again.answered, again.tokens) == (40, 0)
+    assert (again.answered, again.tokens) == (16, 0)
     job.answers.write_text(job.answers.read_text() + json.dumps(failed) + "\n")
-    with pytest.raises(ValueError, match="line 41: it answers another request than line 40"):
+    with pytest.raises(ValueError, match="line 17: it answers another request than line 16"):
         run_job(Job(**{**vars(job), "resume": True}))
 
 

@@ -180,7 +180,14 @@ def assert_kernels(module: str, *ranks: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [64, pytest.param(1, marks=ci), 8192])
-@pytest.mark.parametrize("rank", [8, 16, *(pytest.param(r, marks=ci) for r in (32, 64, 128, 512))])
+@pytest.mark.parametrize(
+    "rank",
+    [
+        *(8, 16),
+        *(pytest.param(rank, marks=ci) for rank in (128, 512)),
+        *(pytest.param(rank, marks=pytest.mark.slow) for rank in (32, 64)),
+    ],
+)
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     assert_kernels(lowered(num_tokens, 4096, 4096, rank), rank)
 

@@ -312,8 +312,9 @@ def test_seating_gives_each_leader_its_clusters(tokens: int, data: st.DataObject
     assert len(want) <= clusters and columns == 1
     want += [[-1] * 9 + [0]] * (clusters - len(want))
     words = np.stack([ids, np.where(ids < 0, -1, 0)], axis=1).astype(np.int32)
+    seat = jax.jit(Seating.of(sizes).seat)  # else each of its steps would be compiled
     for given in (ids, words):
-        np.testing.assert_array_equal(Seating.of(sizes).seat(jnp.asarray(given)), want)
+        np.testing.assert_array_equal(seat(jnp.asarray(given)), want)
 
 
 def test_copies_of_a_are_at_once_with_two_blocks_on_a_multiprocessor() -> None:

@@ -878,11 +878,20 @@ def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("num_tokens", "config", "delta"),
-    [(64, None, False), (64, None, True), (64, TWO, True), (4096, None, True)],
+    ("num_tokens", "ranks", "config", "delta"),
+    [
+        (64, BUCKETS, None, False),
+        (64, BUCKETS, None, True),
+        (64, BUCKETS[::2], TWO, True),
+        (4096, BUCKETS[::2], None, True),
+        slow(64, BUCKETS, TWO, True),
+        slow(4096, BUCKETS, None, True),
+    ],
+    ids=str,
 )
-def test_mixed_ranks_share_launches(num_tokens: int, config: Any, delta: bool) -> None:
-    ranks = BUCKETS
+def test_mixed_ranks_share_launches(
+    num_tokens: int, ranks: tuple[int, ...], config: Any, delta: bool
+) -> None:
     shape = jax.ShapeDtypeStruct
 
     def run(y: Any, x: Any, stacks: Any, ids: Any) -> Any:
