@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import LoRAEinsum
 from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
+from jax_lora.nn.experts import Experts, LoRAExperts
 from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
@@ -28,7 +29,7 @@ from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
 
-_Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+_Linear = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Experts
 _Tied = nnx.Embed | TiedHead  # by name alone, as their stacks are as wide as a vocabulary
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Linear: LoRADense,
@@ -37,6 +38,7 @@ _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Embed: LoRAEmbed,
     TiedEmbed: LoRATiedEmbed,
     TiedHead: LoRAHead,
+    Experts: LoRAExperts,
 }
 
 
@@ -286,7 +288,7 @@ def _kernel(layer: _Linear | _Tied) -> nnx.Variable[Array]:
 
 def _kernel_shape(layer: _Linear | _Tied) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
-    if isinstance(layer, nnx.Linear):
+    if isinstance(layer, nnx.Linear | Experts):
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.LinearGeneral):
         return *layer.in_features, *layer.out_features
