@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from typing import Self, cast
 
 import jax
@@ -419,9 +420,10 @@ class Llama(nnx.Module):
         # No attribute of the module: a dict there would keep its structure from being hashed.
         return peft_names(self.config, scan=self.model.scan)
 
-    def peft_rename(self, name: str) -> str:
-        """PEFT's name of a module that an adapter calls so: Mixtral's files have two names each."""
-        return mixtral_name(name) if self.config.mixtral_names else name
+    @property
+    def peft_rename(self) -> Callable[[str], str] | None:
+        """From a name of an adapter's module to PEFT's: Mixtral's modules have two names each."""
+        return mixtral_name if self.config.mixtral_names else None
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""

@@ -200,11 +200,12 @@ def _other_names(model: nnx.Module) -> dict[str, list[str]]:
     that the model gives to layers alone."""
     given: Mapping[str, object] = getattr(model, "peft_names", {})
     found = {path: [name] for path, name in given.items() if isinstance(name, str)}
-    return found | _names_of_stacked(model)
+    return found | _names_of_stacked(model, {path: name for path, (name,) in found.items()})
 
 
-def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
-    """The names of layers that are stacked for a scan, by the path that they share."""
+def _names_of_stacked(model: nnx.Module, given: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of layers that are stacked for a scan, by the path that they share; `given`: names
+    of some, with a `{}` for each number."""
     leads: dict[ModulePath, Shape] = {
         path: lead
         for path, module in nnx.iter_modules(model)
@@ -213,7 +214,12 @@ def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
     names = numbered_names(array_shapes(model), leads) if leads else {}
     leads_by_name = {path_name(path): lead for path, lead in leads.items()}
     return {
-        path: list(with_numbers(name, leads_by_name[path]).values()) for path, name in names.items()
+        path: [
+            numbered
+            for one in dict.fromkeys((name, given.get(path, name)))
+            for numbered in with_numbers(one, leads_by_name[path]).values()
+        ]
+        for path, name in names.items()
     }
 
 
