@@ -545,7 +545,7 @@ class Llama(nnx.Module):
                 if (given := tensors[name].shape) != own.shape(param):
                     raise ValueError(
                         f"{folder}: {name} has shape {[*given]}, which config.json contradicts; "
-                        f"it says {[*own.shape(param)]}"
+                        f"the layer holds {[*param.shape[len(own.lead) :]]}"
                     )
             value = own.read(tensors, param.dtype)
             loaded.append((path_, param.replace(place(path_, value))))
