@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import inference
 from pallas_kernels.mosaic_gpu.backward import (
     GradientPart,
     expand_gradients,
@@ -61,6 +62,8 @@ from pallas_kernels.routing import (
     slots_in_use,
 )
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
+
+inference.shorten()
 
 # ------------------------------------------------------------------------------ the right platform
 

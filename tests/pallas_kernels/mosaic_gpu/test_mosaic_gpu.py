@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import networkx
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import constraints
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import (
     POPULARITIES,
@@ -37,7 +39,7 @@ from mosaic_cases import (
 import pallas_kernels as pk
 from pallas_kernels import ops
 from pallas_kernels.call import Call
-from pallas_kernels.mosaic_gpu import Config, backend, support
+from pallas_kernels.mosaic_gpu import Config, backend, inference, support
 from pallas_kernels.mosaic_gpu.decode import DecodePart, decode_config, plan
 from pallas_kernels.mosaic_gpu.prefill import (
     ExpandPart,
@@ -671,6 +673,30 @@ def lowered(
         shape((num_tokens,), "int32"),
     )
     return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_layouts_are_inferred_from_groups_of_equal_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+
+    def check(system: constraints.ConstraintSystem) -> dict[Any, list[Any]]:
+        pairs = networkx.Graph(
+            (c.lhs, c.rhs) for c in system.constraints
+            if isinstance(c, constraints.Equals)
+            and isinstance(c.lhs, constraints.Variable)
+            and isinstance(c.rhs, constraints.Variable)
+        )  # fmt: skip
+        groups = {v: group for group in networkx.connected_components(pairs) for v in group}
+        equal = inference.equal_variables(system)
+        assert {v: {v, *others} for v, others in equal.items()} == groups
+        sizes.append(max(map(len, groups.values())))
+        return equal
+
+    monkeypatch.setattr(constraints, "compute_transitively_equal_vars", check)
+    assert_kernels(lowered(300, 128, 128, 144), 144)
+    assert len(sizes) == 2
+    assert max(sizes) > 2
 
 
 def assert_kernels(module: str, *ranks: int, one: bool = False) -> None:
