@@ -1,16 +1,12 @@
 """Mixtral and Qwen3-MoE with adapters of experts, against transformers + peft."""
 
-import functools
-import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import families
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
@@ -142,6 +138,9 @@ def test_parameters_of_experts_in_a_mixed_batch(
     check_rows(case, held, ["down", "again", "uneven", None], {"again": "both"})
 
 
+@pytest.mark.parametrize(
+    "case", ["Mixtral", pytest.param("Qwen3-MoE", marks=pytest.mark.slow)], indirect=True
+)
 def test_modules_of_experts_saved_for_peft(
     case: Case, held: tuple[llama.Llama, AdapterBank]
 ) -> None:
@@ -166,6 +165,9 @@ def test_modules_of_experts_saved_for_peft(
     np.testing.assert_allclose(merged(tokens), case.logits("saved made", tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "case", ["Mixtral", pytest.param("Qwen3-MoE", marks=pytest.mark.slow)], indirect=True
+)
 def test_plan_and_inspect_know_experts(case: Case) -> None:
     folders = [case.folder / name for name in FUSED]
     plan = plan_slots(folders, memory=1 << 24)
@@ -185,31 +187,3 @@ def test_plan_and_inspect_know_experts(case: Case) -> None:
         ("down_proj", 3): 2 * experts,
         ("o_proj", 3): 2,
     }
-
-
-@pytest.mark.parametrize("case", ["Qwen3-MoE"], indirect=True)
-def test_training_moves_the_adapters_of_the_batch_alone(case: Case) -> None:
-    model, bank = case.model(slots=2, buckets=(8,), target=r"experts\.\w+")
-    experts = r".*\.experts\..*"
-    for name in ("one", "other"):
-        bank.create(name, LoRAConfig(4, 8, target_modules=experts), rngs=nnx.Rngs(0))
-    tokens, batch = tokens_of(2), bank.batch(["one", None], phase="prefill")
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.value_and_grad, argnums=1)
-    def loss(graphdef: Any, lora: Any, rest: Any, batch: AdapterBatch) -> jax.Array:
-        with jax_lora.use(batch):
-            logits = nnx.merge(graphdef, lora, rest)(tokens)
-        own = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-        return jnp.mean(own)
-
-    losses = []
-    for _ in range(4):
-        value, gradients = loss(graphdef, lora, rest, batch)
-        losses.append(float(value))
-        lora = jax.tree.map(lambda p, g: p - 0.3 * g, lora, gradients)
-    assert all(after < before for before, after in itertools.pairwise(losses))
-    for _, gradient in nnx.to_flat_state(gradients):
-        by_slot = jnp.moveaxis(gradient.get_value(), -3, 0)  # [layers, experts, slots, ...]
-        assert jnp.any(by_slot[0] != 0) and not jnp.any(by_slot[1] != 0)

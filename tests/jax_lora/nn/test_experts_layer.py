@@ -1,6 +1,7 @@
 """`Experts` against a product per expert; its two forms; and its pairs."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from flax import nnx
 
 import jax_lora
+from jax_lora.llama import LlamaConfig
+from jax_lora.models.mlp import SparseMLP
 from jax_lora.nn import experts as module
 
 pytestmark = pytest.mark.ci
@@ -47,3 +50,35 @@ def test_each_pair_has_the_weights_of_its_expert(
     want = jax.grad(lambda *z: jnp.sum(jnp.sin(wanted(*z))), argnums=(0, 1))(kernel, x)
     close(of_layer.kernel[...], want[0])
     close(of_x, want[1])
+
+
+def test_training_moves_the_adapters_of_the_batch_alone() -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=H, intermediate_size=N, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=H, num_experts=EXPERTS,
+        num_experts_per_tok=TOP,
+    )  # fmt: skip
+    model = SparseMLP(config, jnp.float32, nnx.Rngs(0))
+    jax_lora.apply_lora(model, slots=2, buckets=(8,), target=r"experts\..*")
+    bank = jax_lora.AdapterBank(model)
+    for name in ("one", "other"):
+        bank.create(name, jax_lora.LoRAConfig(4, 8), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, H))
+    batch = bank.batch(["one", None], phase="prefill")
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(lora: nnx.State, x: jax.Array, batch: jax_lora.AdapterBatch) -> jax.Array:
+        with jax_lora.use(batch):
+            return jnp.sum((nnx.merge(graphdef, lora, rest)(x) - jnp.roll(x, 1, axis=-1)) ** 2)
+
+    losses, start = [], lora
+    for _ in range(4):
+        value, gradients = loss(lora, x, batch)
+        losses.append(float(value))
+        lora = jax.tree.map(lambda p, g: p - 0.02 * g, lora, gradients)
+    assert all(after < before for before, after in itertools.pairwise(losses))
+    moved = jax.tree.map(lambda old, new: jnp.any(old != new, axis=(0, 2, 3)), start, lora)
+    for by_slot in jax.tree.leaves(moved):  # of stacks [experts, slots, ...]
+        np.testing.assert_array_equal(by_slot, [True, False])
