@@ -364,10 +364,8 @@ def add_lora(
     Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
     """
     y = checks.floats("y", y, "T N")
-    lora_a, lora_b = (
-        checks.stack("lora_a", lora_a, "L R H"),
-        checks.stack("lora_b", lora_b, "L N R"),
-    )
+    lora_a = checks.stack("lora_a", lora_a, "L R H", experts=True)
+    lora_b = checks.stack("lora_b", lora_b, "L N R", experts=True)
     _, width, rank = lora_b.shape
     checks.same("y and lora_b differ in features N", y.shape[1], width)
     num_tokens = y.shape[0]
