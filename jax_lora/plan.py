@@ -14,6 +14,7 @@ from jax_lora.adapters import Adapter, AdapterHeader, peft_header
 from jax_lora.messages import shown
 from jax_lora.nn.einsum import own_einsum
 from jax_lora.nn.embed import TiedHead
+from jax_lora.nn.experts import Experts
 from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import stack_dtype
 from pallas_kernels.ranks import rank_bucket
@@ -97,12 +98,18 @@ def plan_slots(
         _, bucket = min(growing)
         slots[bucket] += 1
         left -= bucket * bytes_per_rank
-    target = tuple(re.escape(module) for module in sorted(shapes))
+    target = tuple(dict.fromkeys(_targets(module) for module in sorted(shapes)))
     plan: Plan = {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
     if full:
         counts = _full_slots(full, Counter(m for header in headers for m in header.full), left)
         plan["full_slots"] = {re.escape(module): count for module, count in counts.items()}
     return plan
+
+
+def _targets(module: str) -> str:
+    """An expression for the module; for that of an expert, one for all experts of the layer, which
+    stand in one layer of the model."""
+    return re.sub(r"(?<=\bexperts\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
 
 
 def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
@@ -185,7 +192,8 @@ def room_for(model: nnx.Module, headers: Iterable[AdapterHeader]) -> Room:
     for path, module in nnx.iter_modules(model):
         name = path_name(path)
         known[str(names.get(name, name))] = module
-        if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum) or own_einsum(module):
+        is_linear = isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Experts)
+        if is_linear or own_einsum(module):
             linear.append(name)
     whole: Counter[str] = Counter()
     tied: set[str] = set()

@@ -28,6 +28,7 @@ from pallas_kernels.ranks import select_kernel as select_kernel
 from pallas_kernels.ranks import use_cutlass_shrink as use_cutlass_shrink
 from pallas_kernels.routing import Mix as Mix
 from pallas_kernels.routing import Segments as Segments
+from pallas_kernels.routing import expert_indices as expert_indices
 from pallas_kernels.routing import make_mix as make_mix
 from pallas_kernels.routing import make_segments as make_segments
 from pallas_kernels.routing import segments_from_lengths as segments_from_lengths

@@ -49,10 +49,12 @@ def float_dtype(name: str, value: DTypeLike) -> np.dtype:
     return dtype
 
 
-def stack(name: str, value: ArrayLike, axes: str) -> Array:
-    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis."""
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 4 and value.shape[1] == 1:
-        value = value[:, 0]
+def stack(name: str, value: ArrayLike, axes: str, *, experts: bool = False) -> Array:
+    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis. Where there may be
+    `experts`, one of `[slots, experts, a, b]` is read so."""
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    if is_array and jnp.ndim(value) == 4 and (experts or jnp.shape(value)[1] == 1):
+        value = value.reshape(-1, *jnp.shape(value)[2:])  # type: ignore[union-attr]
     checked = floats(name, value, axes)
     if 0 in checked.shape:
         raise ValueError(f"{name} must not have an empty axis, got {list(checked.shape)}")
@@ -159,23 +161,28 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
     if not isinstance(given, LoRAPart):
         raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(given).__name__}")
     transposed = bool(given.transposed)
-    a = stack(f"parts[{n}].lora_a", given.lora_a, "L H R" if transposed else "L R H")
-    b = stack(f"parts[{n}].lora_b", given.lora_b, "L R N" if transposed else "L N R")
+    of_a, of_b = ("L H R", "L R N") if transposed else ("L R H", "L N R")
+    a = stack(f"parts[{n}].lora_a", given.lora_a, of_a, experts=True)
+    b = stack(f"parts[{n}].lora_b", given.lora_b, of_b, experts=True)
     found = LoRAPart(a, b, transposed=transposed)
     same(f"x and parts[{n}].lora_a differ in features H", features, found.features)
-    same(f"parts[{n}]: lora_a and lora_b differ in adapters L", a.shape[0], b.shape[0])
+    if found.slots % a.shape[0] or found.slots % b.shape[0]:
+        raise ValueError(
+            f"parts[{n}]: lora_a and lora_b differ in adapters L: {a.shape[0]} and {b.shape[0]}; "
+            "only experts share them, one slot's all, so one number must divide the other"
+        )
     same(
         f"parts[{n}]: lora_a and lora_b differ in rank R",
         found.rank,
         b.shape[1 if transposed else 2],
     )
     first_slot = static(f"parts[{n}].first_slot", given.first_slot)
-    if not 0 <= first_slot <= jnp.iinfo(jnp.int32).max - a.shape[0]:
+    if not 0 <= first_slot <= jnp.iinfo(jnp.int32).max - found.slots:
         raise ValueError(
-            f"parts[{n}].first_slot must be between 0 and 2**31 - 1 - {a.shape[0]}, got "
+            f"parts[{n}].first_slot must be between 0 and 2**31 - 1 - {found.slots}, got "
             f"{first_slot}"
         )
-    factors, offset = _part_scales(f"parts[{n}]", given, a.shape[0])
+    factors, offset = _part_scales(f"parts[{n}]", given, found.slots)
     y_offset = columns(y_shape, given.y_offset, found.width)
     if (layers := given.layers) is not None:
         if transposed:

@@ -80,13 +80,14 @@ def _shrink(
     segments: Segments,
     scale: Scale,
     transposed: bool = False,
+    shared: int = 1,
 ) -> Float[Array, "T R"]:
     def adapter(i: Array, v: Array) -> Array:
-        out = dot("th,rh->tr", x, turned(lora_a[i], transposed))
+        out = dot("th,rh->tr", x, turned(lora_a[i // shared], transposed))
         return _select(segments.indices == i, out * (scale if scale.ndim == 0 else scale[i]), v)
 
     v = jnp.zeros((x.shape[0], lora_a.shape[2 if transposed else 1]), jnp.float32)
-    return lax.fori_loop(0, lora_a.shape[0], adapter, v)
+    return lax.fori_loop(0, shared * lora_a.shape[0], adapter, v)
 
 
 def _expand(
@@ -98,24 +99,34 @@ def _expand(
     *,
     add_inputs: bool,
     transposed: bool = False,
+    shared: int = 1,
 ) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
     old = y[:, columns]
 
     def adapter(i: Array, new: Array) -> Array:
-        delta = dot("tr,nr->tn", v, turned(lora_b[i], transposed))
+        delta = dot("tr,nr->tn", v, turned(lora_b[i // shared], transposed))
         out = (old.astype(jnp.float32) + delta if add_inputs else delta).astype(y.dtype)
         return _select(segments.indices == i, out, new)
 
-    new = lax.fori_loop(0, lora_b.shape[0], adapter, old)
+    new = lax.fori_loop(0, shared * lora_b.shape[0], adapter, old)
     return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
 
 
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart]) -> tuple[Array, Array]:
     touched = jnp.zeros(acc.shape, bool)
     for part in parts:
-        v = _shrink(x, part.lora_a, part.segments, part.scales, part.transposed)
-        v, how = weighted(v, part.weights), {"add_inputs": True, "transposed": part.transposed}
-        acc = _expand(v, part.lora_b, part.segments, acc, part.columns, **how)
+        of_a, of_b = part.sharing
+        v = _shrink(x, part.lora_a, part.segments, part.scales, part.transposed, of_a)
+        acc = _expand(
+            weighted(v, part.weights),
+            part.lora_b,
+            part.segments,
+            acc,
+            part.columns,
+            add_inputs=True,
+            transposed=part.transposed,
+            shared=of_b,
+        )
         touched |= touches(part, acc.shape[1])
     return acc, touched

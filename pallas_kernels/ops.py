@@ -345,8 +345,8 @@ def add_lora(
     Args:
       y: `[T, N]`, the base layer's output.
       x: `[T, H]`.
-      lora_a: `[L, R, H]` or `[L, 1, R, H]`.
-      lora_b: `[L, N, R]` or `[L, 1, N, R]`.
+      lora_a: `[L, R, H]`, or `[slots, experts, R, H]` with ids of `expert_indices`.
+      lora_b: `[L, N, R]`, or `[slots, experts, N, R]`. Experts may share A or B: see `LoRAPart`.
       indices: `[T]` integers, or the `Segments` of them, so that layers share one sort. For
         several adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
       weights: `[T, K]`, with such indices: y' is then y plus the sum of what a token's adapters
@@ -365,17 +365,19 @@ def add_lora(
     Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
     """
     y = checks.floats("y", y, "T N")
-    num_adapters, width, rank = checks.stack("lora_b", lora_b, "L N R").shape
+    lora_a = checks.stack("lora_a", lora_a, "L R H", experts=True)
+    lora_b = checks.stack("lora_b", lora_b, "L N R", experts=True)
+    _, width, rank = lora_b.shape
     checks.same("y and lora_b differ in features N", y.shape[1], width)
     num_tokens = y.shape[0]
     phase = phase_of(num_tokens) if phase is None else check_phase(phase)
     if implementation is None and prefers_xla(num_tokens, rank, phase):
         implementation = "xla"
+    part = LoRAPart(lora_a, lora_b, scales)
     for one in indices.columns if isinstance(indices, Mix) else (indices,):
         if isinstance(one, Segments):
             what = "segments and stack differ in adapters"
-            checks.same(what, one.num_adapters, num_adapters)
-    part = LoRAPart(lora_a, lora_b, scales)
+            checks.same(what, one.num_adapters, part.slots)
     how = _How(implementation, config)
     [new] = _add_to((y,), x, (part,), _Adapters(indices, weights), phase, how)
     return new
@@ -623,6 +625,10 @@ def lora_gradients(
             "the gradients of a mix"
         )
     checked = _check_parts("lora_gradients", x, parts, _Adapters(indices), None, shapes, how)
+    if compact is not None and any(max(part.sharing) > 1 for part in checked.parts):
+        raise ValueError(
+            f"compact must be None for parts in which experts share A or B, got {compact}"
+        )
     token_ids = columns_of(checked.ids)[0].token_ids
     call = checked.call._replace(compact=compact)
     dx, found = jnp.zeros_like(x), checked.parts

@@ -48,8 +48,10 @@ def mix(
     scale: float | np.ndarray = 1.0,
 ) -> np.ndarray:
     """y[t] += weights[t, k] * scale[i] * lora_b[i] @ lora_a[i] @ x[t] for all k where
-    i = indices[t, k] is a slot."""
+    i = indices[t, k] is a slot. Adapters may share A, or B: see `LoRAPart`."""
     (out,) = _as_float64(y)
+    slots = max(len(lora_a), len(lora_b))
+    lora_a, lora_b = (np.repeat(stack, slots // len(stack), axis=0) for stack in (lora_a, lora_b))
     for ids, factors in zip(indices.T, weights.T):
         v = shrink(x, lora_a, ids, scale) * factors.astype(np.float64)[:, None]
         out = expand(v, lora_b, ids, out)

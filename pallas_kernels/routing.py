@@ -331,6 +331,29 @@ def checked_indices(indices: ArrayLike, num_adapters: int) -> Int[Array, " T"]:
     return jnp.where(valid, indices, jnp.asarray(-1).astype(indices.dtype)).astype(jnp.int32)
 
 
+def expert_indices(
+    indices: Int[Array, " T"], experts: Int[Array, "T K"], num_experts: int
+) -> Int[Array, "T K"]:
+    """The ids of the adapters of experts: `indices[t] * num_experts + experts[t, k]`, -1 for none.
+
+    Those of the pairs of a token and an expert, for stacks `[slots * num_experts, R, H]`. In a
+    call each pair is a token of its own.
+
+    Args:
+      indices: `[T]` int32, the slot of each token's adapter; a negative number is none.
+      experts: `[T, K]` int32, the experts that the token is sent to. One outside of
+        `[0, num_experts)` has no adapter.
+      num_experts: of the layer.
+
+    Raises:
+      TypeError: `num_experts` is no static int.
+    """
+    num_experts = static("num_experts", num_experts)
+    slots = indices[:, None]
+    is_pair = (slots >= 0) & (experts >= 0) & (experts < num_experts)
+    return jnp.where(is_pair, slots * num_experts + experts, -1)
+
+
 def make_segments(indices: ArrayLike, num_adapters: int) -> Segments:
     """Sorts the tokens of a step by adapter.
 

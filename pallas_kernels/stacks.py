@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,13 @@ class LayerStacks:
         return a, b, s
 
 
+class Sharing(NamedTuple):
+    """How many adapters share one A and one B; those that do follow each other."""
+
+    lora_a: int = 1
+    lora_b: int = 1
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("lora_a", "lora_b", "scales", "layers"),
@@ -58,9 +66,15 @@ class LoRAPart:
     Ids count through all slots of a model. The part holds slots `[first_slot, first_slot + L)`:
     token t uses its adapter `indices[t] - first_slot` where that lies in `[0, L)`, else nothing.
 
+    A mixture of experts has an adapter for each pair of a slot and an expert. The id of a pair is
+    `slot * experts + expert` (`expert_indices`), so L is `slots * experts`. Experts may share A:
+    `lora_a` then has fewer rows, and adapter i has row `i // (L / len(lora_a))`. Likewise B.
+
     Attributes:
-      lora_a: `[L, R, H]` (or `[L, 1, R, H]`), down-projections.
-      lora_b: `[L, N, R]` (or `[L, 1, N, R]`), up-projections.
+      lora_a: `[L, R, H]` (or `[slots, experts, R, H]`), down-projections; `[slots, R, H]` if
+        experts share them.
+      lora_b: `[L, N, R]` (or `[slots, experts, N, R]`), up-projections; `[slots, N, R]` if
+        experts share them.
       scales: a number, `[L]`, or None for 1.
       first_slot: the id of the part's first adapter (static).
       y_offset: the first column of y that the part adds to (static).
@@ -86,7 +100,12 @@ class LoRAPart:
     @property
     def slots(self) -> int:
         """L."""
-        return jnp.shape(self.lora_a)[0]
+        return max(jnp.shape(self.lora_a)[0], jnp.shape(self.lora_b)[0])
+
+    @property
+    def sharing(self) -> Sharing:
+        """How many adapters share one A, and one B."""
+        return Sharing(*(self.slots // jnp.shape(t)[0] for t in (self.lora_a, self.lora_b)))
 
     @property
     def rank(self) -> int:

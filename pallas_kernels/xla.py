@@ -30,7 +30,7 @@ from pallas_kernels.routing import (
     local_segments,
     slots_in_use,
 )
-from pallas_kernels.stacks import LoRAPart, apart, side_by_side
+from pallas_kernels.stacks import LoRAPart, Sharing, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
 # and wants them in its cache: docs/performance.md has the times. On a GPU each step costs launches.
@@ -55,10 +55,12 @@ def cast_v(v: Array, lora_b: Array) -> Array:
     return v.astype(lora_b.dtype) if v.dtype == jnp.float32 else v
 
 
-def slots_of(indices: Int[Array, " T"], stack: Array, first: Place = 0) -> Int[Array, " T"]:
+def slots_of(
+    indices: Int[Array, " T"], stack: Array, first: Place = 0, shared: int = 1
+) -> Int[Array, " T"]:
     """Ids for a gather that fills: -1 would wrap to the last adapter, `len(stack)` is out of
-    bounds. Adapter 0 stands at `first`."""
-    return jnp.where(indices < 0, stack.shape[0], indices + first)
+    bounds. Adapter 0 stands at `first`, and `shared` adapters have one place."""
+    return jnp.where(indices < 0, stack.shape[0], (indices + first) // shared)
 
 
 def take(stack: Array, ids: Array) -> Array:
@@ -75,20 +77,30 @@ def add_rows(v: Array, new: Array, segments: Segments) -> Array:
 class LocalPart(NamedTuple):
     """A part with the tokens of its own adapters, whose ids count from its first slot.
 
-    They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers. What a
-    token's adapter adds is multiplied by the token's weight, if tokens have weights.
+    They stand in `lora_a` and `lora_b` from `first` on: M is L, or that of several layers. Where
+    adapters share one A, or B, M is less. What a token's adapter adds is multiplied by the token's
+    weight, if tokens have weights.
 
     `lora_a` is `[M, R, H]` and `lora_b` `[M, N, R]`; if `transposed`, `[M, H, R]` and `[M, R, N]`.
     """
 
     lora_a: Float[Array, "M _ _"]
-    lora_b: Float[Array, "M _ _"]
+    lora_b: Float[Array, "_ _ _"]
     scales: Scale
     segments: Segments
     y_offset: int
     first: Place = 0
     weights: Float[Array, " T"] | None = None
     transposed: bool = False
+    sharing: Sharing = Sharing()
+
+    def halves(self, adapter: Array) -> tuple[Array, Array]:
+        """A `[R, H]` and B `[N, R]` of an adapter."""
+        a, b = (
+            turned(stack[(self.first + adapter) // shared], self.transposed)
+            for stack, shared in zip((self.lora_a, self.lora_b), self.sharing)
+        )
+        return a, b
 
     @property
     def columns(self) -> slice:
@@ -103,13 +115,13 @@ def local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
     for (token_ids, weights), part in itertools.product(columns_of(ids), parts):
         a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
         if (first := part.scales_offset) is not None:
-            scales = scales[first : first + a.shape[0]]
+            scales = scales[first : first + part.slots]
         segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
         place: Place = 0
         if (layers := part.layers) is not None:
             place = layers.layer * part.slots
             a, b, _ = layers.flat
-        how = part.y_offset, place, weights, part.transposed
+        how = part.y_offset, place, weights, part.transposed, part.sharing
         found.append(LocalPart(a, b, scales, segments, *how))
     return found
 
@@ -199,8 +211,9 @@ def _shrink_bgmv(
     *,
     first: Place = 0,
     transposed: bool = False,
+    shared: int = 1,
 ) -> Float[Array, "T R"]:
-    ids = slots_of(segments.indices, lora_a, first)
+    ids = slots_of(segments.indices, lora_a, first, shared)
 
     def some(xs: Array, a: Array) -> Array:
         return dot("th,trh->tr", xs, turned(a, transposed))
@@ -245,8 +258,9 @@ def _expand_bgmv(
     add_inputs: bool,
     first: Place = 0,
     transposed: bool = False,
+    shared: int = 1,
 ) -> Float[Array, "T Ny"]:
-    ids = slots_of(segments.indices, lora_b, first)
+    ids = slots_of(segments.indices, lora_b, first, shared)
 
     def some(vs: Array, b: Array) -> Array:
         return dot("tr,tnr->tn", vs, turned(b, transposed))
@@ -350,8 +364,16 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    first, transposed = part.first, part.transposed
-    v = _shrink_bgmv(x, part.lora_a, part.segments, part.scales, first=first, transposed=transposed)
+    of_a, of_b = part.sharing
+    v = _shrink_bgmv(
+        x,
+        part.lora_a,
+        part.segments,
+        part.scales,
+        first=part.first,
+        transposed=part.transposed,
+        shared=of_a,
+    )
     return _expand_bgmv(
         weighted(v, part.weights),
         part.lora_b,
@@ -359,15 +381,15 @@ def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
         y,
         part.columns,
         add_inputs=True,
-        first=first,
-        transposed=transposed,
+        first=part.first,
+        transposed=part.transposed,
+        shared=of_b,
     )
 
 
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:
     def tile(y: Array, rows: Array, adapter: Array) -> Array:
-        stacks = part.lora_a, part.lora_b
-        a, b = (turned(stack[part.first + adapter], part.transposed) for stack in stacks)
+        a, b = part.halves(adapter)
         v = dot("th,rh->tr", take(x, rows), a)
         v = cast_v(v * _factors(part, rows, adapter), b)
         delta = dot("tr,nr->tn", v, b)
@@ -474,27 +496,26 @@ class _PartGrad(NamedTuple):
     """Gradients in x and in what a part holds, float32; of tokens without weights none in these."""
 
     x: Float[Array, "T H"]
-    lora_a: Float[Array, "L _ _"]
-    lora_b: Float[Array, "L _ _"]
+    lora_a: Float[Array, "_ _ _"]
+    lora_b: Float[Array, "_ _ _"]
     scales: Scale
     weights: Float[Array, " T"]
 
 
 def _part_grad(dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart) -> _PartGrad:
-    lora_a, lora_b, scales = part.lora_a, part.lora_b, part.scales
+    lora_a, lora_b, scales, sharing = part.lora_a, part.lora_b, part.scales, part.sharing
 
     def tile(sums: _PartGrad, rows: Array, adapter: Array) -> _PartGrad:
         xs, factors = take(x, rows), _factors(part, rows, adapter)
-        dys, place = _rows(dy, rows, part.columns), part.first + adapter
-        a, b = (turned(stack[place], part.transposed) for stack in (lora_a, lora_b))
+        dys, (a, b) = _rows(dy, rows, part.columns), part.halves(adapter)
         u = dot("th,rh->tr", xs, a)
         dvs = dot("tn,nr->tr", dys, b)
         of_b = dot("tn,tr->nr", dys, cast_v(u * factors, b))
-        db = _add_at(sums.lora_b, adapter, turned(of_b, part.transposed))
+        db = _add_at(sums.lora_b, adapter // sharing.lora_b, turned(of_b, part.transposed))
         du = dvs * factors
         dx = sums.x.at[rows].set(dot("tr,rh->th", du, a), mode="drop")
         of_a = dot("tr,th->rh", du, xs)
-        da = _add_at(sums.lora_a, adapter, turned(of_a, part.transposed))
+        da = _add_at(sums.lora_a, adapter // sharing.lora_a, turned(of_a, part.transposed))
         terms, dw = dvs * u, sums.weights
         if part.weights is not None:
             own = jnp.sum(terms, axis=1) * _scale_of(scales, adapter)
@@ -506,8 +527,8 @@ def _part_grad(dy: Float[Array, "T Ny"], x: Float[Array, "T H"], part: LocalPart
     zero = _zeros((), dy, x, lora_a, lora_b, part.segments.indices)
     shapes = (
         x.shape,
-        (slots, *lora_a.shape[1:]),
-        (slots, *lora_b.shape[1:]),
+        (slots // sharing.lora_a, *lora_a.shape[1:]),
+        (slots // sharing.lora_b, *lora_b.shape[1:]),
         scales.shape,
         (0,) if part.weights is None else (x.shape[0],),
     )

@@ -26,7 +26,8 @@ _PARENT = re.compile(r"\w{1,512}", re.ASCII)
 # which), or to how weights were initialised (see _EXACT_INITS). fan_in_fan_out describes how the
 # base stores its weight; A and B are stored alike. merge_weights and enable_lora are PEFT 0.2's;
 # `enabled_parts` reads the latter. `Choice` reads ensure_weight_tying.
-# The weights say which of modules_to_save the base has. `token_indices` reads the tokens.
+# The weights say which of modules_to_save the base has. `token_indices` reads the tokens, and
+# `target_parameters` the parameters.
 IRRELEVANT = frozenset(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
@@ -34,7 +35,7 @@ IRRELEVANT = frozenset(
     exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out megatron_core
     loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
     merge_weights enable_lora use_dora ensure_weight_tying modules_to_save trainable_token_indices
-    lora_dtype lorap_lr_ratio lorap_emb_lr
+    target_parameters lora_dtype lorap_lr_ratio lorap_emb_lr
     """.split()  # the last line is ms-swift's
 )
 
@@ -43,7 +44,6 @@ MERGE = "merge it into the base with peft's merge_and_unload and serve that"
 UNSUPPORTED = {
     "lora_bias": f"biases of lora_B are not supported; {MERGE}",
     "layer_replication": f"replicated layers are not supported; {MERGE}",
-    "target_parameters": f"LoRA of bare parameters is not supported; {MERGE}",
     "megatron_config": "Megatron's parallel layers are not supported; save the adapter without "
     "them",
     "alora_invocation_tokens": "aLoRA is not supported; train a plain LoRA",
@@ -54,6 +54,9 @@ UNSUPPORTED = {
     "kasa_config": f"KaSA changes the base weights and is not supported; {MERGE}",
     "monteclora_config": "MonteCLoRA is not supported; train a plain LoRA",
 }
+
+EXPERT_PARAMETERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Parameters that hold the weights of all experts of a layer, and an expert's modules in each."""
 
 # Initialisations that leave the base weights alone, so that the saved A and B say everything. The
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract something from the base.
@@ -70,6 +73,7 @@ def read_config(values: JsonObject) -> LoRAConfig:
             key, "this key is unknown, so that its meaning would be lost; remove it if it has none"
         )
         raise ValueError(f"{printable(key, 100)}={shown(value)}: {remedy}")
+    target_parameters(values)
     if values.get("bias") not in (None, "none"):
         raise ValueError(f"bias={shown(values['bias'])}: trained biases are not supported; {MERGE}")
     init = values.get("init_lora_weights", True)
@@ -93,6 +97,23 @@ def read_config(values: JsonObject) -> LoRAConfig:
         dora=values.get("use_dora") or False,
         modules_to_save=values.get("modules_to_save") or (),
     )
+
+
+def target_parameters(values: JsonObject) -> tuple[str, ...]:
+    """The names, or ends of names, of parameters with LoRA: of experts, and of their router.
+
+    Raises:
+      ValueError: others are among them.
+    """
+    names = tuple(names_of(values.get("target_parameters") or [], "target_parameters"))
+    for name in names:
+        parts = name.split(".")
+        if parts[-1] not in EXPERT_PARAMETERS and parts[-2:] != ["gate", "weight"]:
+            raise ValueError(
+                f"target_parameters={shown([*names])}: LoRA of bare parameters is not supported, "
+                f"but for experts' {', '.join(EXPERT_PARAMETERS)} and gate.weight; {MERGE}"
+            )
+    return names
 
 
 def token_indices(values: JsonObject, module: str) -> tuple[int, ...]:
@@ -147,6 +168,7 @@ class Choice:
     """Which modules PEFT adapts, of those that have weights.
 
     Attributes:
+      parameters: names, or ends of names, of bare parameters that it adapts too.
       ties: whether an output layer has the adapter of the embedding that it is tied to, which PEFT
         saves under either name.
     """
@@ -156,6 +178,7 @@ class Choice:
     layers: frozenset[int] | None
     parents: tuple[str, ...]
     ties: bool = False
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: JsonObject, config: LoRAConfig) -> Self:
@@ -185,7 +208,7 @@ class Choice:
             chosen = frozenset(numbers)
         excludes = None if excluded is None else matcher(excluded)
         ties = bool(values.get("ensure_weight_tying"))
-        return cls(config, excludes, chosen, tuple(parents), ties)
+        return cls(config, excludes, chosen, tuple(parents), ties, target_parameters(values))
 
     def work(self, length: int) -> int:
         """Steps that a module whose name has this length takes."""
@@ -196,6 +219,8 @@ class Choice:
             return True
         if self.excluded is not None and self.excluded.matches(module):
             return False
+        if any(f".{module}.weight".endswith(f".{name}") for name in self.parameters):
+            return True
         names = self.config.target_modules
         if not self.config.targets(module):
             return False

@@ -99,6 +99,8 @@ def config_of(
 
 def renamed(adapter: Adapter, rename: Rename | None) -> Adapter:
     """The adapter under other names; see `load_peft`. Raises as `new_names`."""
+    if rename is None:
+        return adapter
     names = new_names([*adapter.modules, *adapter.full, *adapter.tokens], rename)
     modules = {names[old]: weights for old, weights in adapter.modules.items()}
     full = {names[old]: weights for old, weights in adapter.full.items()}

@@ -1,9 +1,9 @@
 """Reading and writing the folders of Hugging Face PEFT."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,8 +24,8 @@ from jax_lora.adapters.config import (
     read_config,
     token_indices,
 )
+from jax_lora.adapters.experts import apart, of_parameter
 from jax_lora.adapters.files import (
-    DTYPES,
     JsonObject,
     TensorFile,
     check_folder,
@@ -36,8 +36,9 @@ from jax_lora.adapters.files import (
     write_safetensors,
 )
 from jax_lora.adapters.foreign import refuse_foreign
+from jax_lora.adapters.halves import Grouped, Half
 from jax_lora.adapters.names import Rename, new_names, renamed_config, unwrapped
-from jax_lora.adapters.patterns import MAX_WORK
+from jax_lora.adapters.patterns import MAX_PATTERNS, MAX_WORK
 from jax_lora.adapters.types import (
     OUTPUT_LAYERS,
     Adapter,
@@ -99,67 +100,10 @@ _FOREIGN = {
 }
 
 
-@dataclass(frozen=True)
-class _Half:
-    """Where half of a module's LoRA is stored."""
-
-    file: TensorFile
-    key: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.tensors[self.key].shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return DTYPES[self.file.tensors[self.key].dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_embedding(self) -> bool:
-        return ".lora_embedding_" in self.key
-
-    def read(self) -> np.ndarray:
-        return self.file.read(self.key)
-
-
 def _inner_name(key: str) -> str:
     """The module's name below PEFT's prefix, with the wrappers that the base model had."""
     inside = key.partition("base_model.")[2].partition("model.")[2]
     return inside.rpartition(".lora_")[0]
-
-
-@dataclass(frozen=True)
-class _Grouped(_Half):
-    """B of a layer with `enable_lora`, as the dense `[N, R]` that computes the same.
-
-    PEFT 0.2 stores a convolution `[n, R / groups, 1]`: each of its groups takes its own rows of A
-    and gives its own part of n columns. These are the columns of the enabled ones among the equal
-    parts of the layer's output; the others stay as they are.
-    """
-
-    enabled: tuple[bool, ...]
-    rank: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        width = super().shape[0] // sum(self.enabled)
-        return width * len(self.enabled), self.rank
-
-    def read(self) -> np.ndarray:
-        stored = super().read()
-        rows, columns, _ = stored.shape
-        groups = self.rank // columns
-        dense = np.zeros(self.shape, stored.dtype)
-        places = np.flatnonzero(np.repeat(self.enabled, rows // sum(self.enabled)))
-        for group, (part, where) in enumerate(
-            zip(np.split(stored, groups), places.reshape(groups, -1))
-        ):
-            dense[where, group * columns : (group + 1) * columns] = part[..., 0]
-        return dense
 
 
 @dataclass(frozen=True)
@@ -174,10 +118,10 @@ class _Found:
       wrapped: the names with wrappers, of the modules that have some.
     """
 
-    halves: dict[str, dict[str, _Half]]
-    copies: dict[str, _Half]
-    full: dict[str, dict[str, _Half]]
-    tokens: dict[str, _Half]
+    halves: dict[str, dict[str, Half]]
+    copies: dict[str, Half]
+    full: dict[str, dict[str, Half]]
+    tokens: dict[str, Half]
     wrapped: dict[str, str]
 
 
@@ -186,10 +130,10 @@ class _Opened:
     """An adapter's open files: its header, and where its tensors are; see `_Found`."""
 
     header: AdapterHeader
-    halves: Mapping[str, Mapping[str, _Half]]
-    copies: Mapping[str, _Half]
-    full: Mapping[str, Mapping[str, _Half]]
-    tokens: Mapping[str, _Half]
+    halves: Mapping[str, Mapping[str, Half]]
+    copies: Mapping[str, Half]
+    full: Mapping[str, Mapping[str, Half]]
+    tokens: Mapping[str, Half]
 
 
 def load_peft(
@@ -274,12 +218,14 @@ def _check_finite(
             )
 
 
-def peft_header(path: str | os.PathLike[str], *, allow_links: bool = False) -> AdapterHeader:
+def peft_header(
+    path: str | os.PathLike[str], *, allow_links: bool = False, rename: Rename | None = None
+) -> AdapterHeader:
     """What `load_peft` would read from the folder, without its tensors.
 
     Raises: as `load_peft`.
     """
-    with _open(Path(path), allow_links) as opened:
+    with _open(Path(path), allow_links, rename) as opened:
         return opened.header
 
 
@@ -297,7 +243,7 @@ def _is_finite(tensor: np.ndarray) -> bool:
 
 
 def _check_copy(
-    folder: Path, module: str, copy: _Half, base_weight: Callable[[str], np.ndarray] | None
+    folder: Path, module: str, copy: Half, base_weight: Callable[[str], np.ndarray] | None
 ) -> None:
     what = f"{printable(folder)}: {shown(copy.key, 200)}"
     if base_weight is None:
@@ -394,6 +340,11 @@ def _read_headers(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
     found = _find_halves(folder, files, config)
+    try:
+        config, halves, experts = apart(config, found.halves, choice.parameters)
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
+    found = dataclasses.replace(found, halves=halves)
     length = max(map(len, [*found.halves, *found.wrapped.values()]), default=0)
     names = len(found.halves) + len(found.wrapped)
     if names * (config.work(length) + choice.work(length)) > MAX_WORK:
@@ -405,7 +356,8 @@ def _read_headers(
     shapes = {}
     for module, pair in found.halves.items():
         try:
-            _check_chosen(config, choice, module, found.wrapped.get(module, module))
+            if module not in experts:  # their parameters are named
+                _check_chosen(config, choice, module, found.wrapped.get(module, module))
             shapes[module] = _shape(config, module, pair, enabled)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}") from None
@@ -436,7 +388,7 @@ def _read_headers(
 
 
 def _tokens_shape(
-    folder: Path, values: JsonObject, found: _Found, module: str, stored: _Half
+    folder: Path, values: JsonObject, found: _Found, module: str, stored: Half
 ) -> TokensShape:
     try:
         indices = token_indices(values, module)
@@ -464,7 +416,7 @@ def _check_chosen(config: LoRAConfig, choice: Choice, module: str, wrapped: str)
 
 
 def _shape(
-    config: LoRAConfig, module: str, pair: dict[str, _Half], enabled: tuple[bool, ...] | None
+    config: LoRAConfig, module: str, pair: dict[str, Half], enabled: tuple[bool, ...] | None
 ) -> LoRAShape:
     """The module's LoRA without its values; B in `pair` becomes dense."""
     if not {"A", "B"} <= pair.keys():
@@ -488,7 +440,7 @@ def _shape(
     )  # fmt: skip
 
 
-def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Grouped:
+def _grouped(module: str, a: Half, b: Half, enabled: tuple[bool, ...]) -> Grouped:
     count = sum(enabled)
     match a.shape, b.shape:
         # PEFT 0.2 always makes two groups, loralib one for each enabled part. More would let a
@@ -496,7 +448,7 @@ def _grouped(module: str, a: _Half, b: _Half, enabled: tuple[bool, ...]) -> _Gro
         case (rank, _), (rows, columns, 1) if (
             rank in (2 * columns, count * columns) and rows % count == rows % (rank // columns) == 0
         ):
-            return _Grouped(b.file, b.key, enabled, rank)
+            return Grouped(b.file, b.key, enabled, rank)
     raise ValueError(
         f"{module}: with enable_lora={shown([*enabled])} lora_A must be [{count} r, H] and lora_B "
         f"[{count} N / {len(enabled)}, r, 1], got {shown([*a.shape])} and {shown([*b.shape])}"
@@ -512,7 +464,7 @@ def _check_name(folder: Path, module: str) -> None:
 
 def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _Found:
     found = _Found({}, {}, {}, {}, {})
-    others: dict[str, _Half] = {}
+    others: dict[str, Half] = {}
     adapters: set[str | None] = set()
     for file in files:
         for key in file.tensors:
@@ -525,7 +477,7 @@ def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _
             elif of_dora:
                 module, half, adapter = of_dora[1], "magnitude", of_dora[2]
             else:
-                others[key] = _Half(file, key)
+                others[key] = Half(file, key)
                 continue
             _check_name(folder, module)
             adapters.add(adapter)
@@ -534,7 +486,7 @@ def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _
                     f"{printable(folder)}: several adapters, {shown(sorted(map(str, adapters)))}, "
                     f"share the file, see {shown(key, 200)}; save each in a folder of its own"
                 )
-            found.halves[module][half] = _Half(file, key)
+            found.halves[module][half] = Half(file, key)
             if name != key and (raw := _inner_name(key)) != module:
                 found.wrapped[module] = raw
     for stored in others.values():
@@ -551,7 +503,7 @@ def _find_halves(folder: Path, files: list[TensorFile], config: LoRAConfig) -> _
     return found
 
 
-def _add_weight(folder: Path, found: _Found, stored: _Half, config: LoRAConfig) -> None:
+def _add_weight(folder: Path, found: _Found, stored: Half, config: LoRAConfig) -> None:
     """Adds a tensor that is no half of a LoRA to what was found."""
     key = stored.key
     name = unwrapped(key) if len(key) <= _MAX_KEY else ""
@@ -585,15 +537,17 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path)
     config = adapter.config
+    ranks = {module: config.rank_of(module) for module in adapter.modules}
+    alphas = {module: config.alpha_of(module) for module in adapter.modules}
     values = {
         "peft_type": "LORA",
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "use_rslora": config.rslora,
         "use_dora": config.dora,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": sorted(adapter.modules),
+        "rank_pattern": {**config.rank_pattern, **of_parameter(ranks, config.rank)},
+        "alpha_pattern": {**config.alpha_pattern, **of_parameter(alphas, config.alpha)},
+        "target_modules": _targets(adapter),
         "modules_to_save": sorted(adapter.full) or None,
         "trainable_token_indices": {m: [*t.indices] for m, t in adapter.tokens.items()} or None,
         "bias": "none",
@@ -642,6 +596,13 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         # The weights first, as they tell which config is theirs: see _belong_together.
         for name in (_WEIGHTS, _CONFIG):
             os.replace(Path(temporary, name), folder / name)
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    """The modules by name; of more than a config may name, as of many experts, the ends."""
+    if len(adapter.modules) <= MAX_PATTERNS:
+        return sorted(adapter.modules)
+    return sorted({module.rpartition(".")[2] for module in adapter.modules})
 
 
 @contextmanager

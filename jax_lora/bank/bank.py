@@ -55,6 +55,9 @@ class AdapterBank(AdapterReader):
     tuple of names, one per slice. The path may be that of a module around layers, whose names then
     begin with the name given.
 
+    Where files have two names for a module, a model may have an attribute `peft_rename` too: a
+    function from a name that an adapter has to the one in use here.
+
     Each layer of those that are stacked for a scan has a name of its own: `layers.7.q_proj` of the
     path `layers.q_proj`. Its number stands behind the highest module below the model all of whose
     arrays have the axis of layers. `peft_names` says otherwise with a `{}` for the number, as in

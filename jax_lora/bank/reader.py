@@ -1,8 +1,9 @@
 """Reading and preparing adapters for a model: what does not fit it is refused before it is read."""
 
 import os
+from collections.abc import Callable
 
-from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft, peft_header
+from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft, peft_header, renamed
 from jax_lora.bank import dora
 from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
 from jax_lora.bank.tokens import with_whole_tokens
@@ -35,7 +36,7 @@ class AdapterReader(Publisher):
             check=check,
             base_weight=self._base_weight,
             max_bytes=max_bytes,
-            rename=rename,
+            rename=rename or self._rename,
             allow_links=allow_links,
             allow_nonfinite=allow_nonfinite,
         )
@@ -50,7 +51,8 @@ class AdapterReader(Publisher):
         Raises:
           ValueError: as `load`.
         """
-        bucket = self.check(name, adapter)
+        adapter = renamed(adapter, self._rename)
+        bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
         if is_on_device(adapter):
@@ -67,7 +69,7 @@ class AdapterReader(Publisher):
         Raises:
           ValueError: a module is not in the model or has other shapes; the model lacks the bucket.
         """
-        return self._check_header(name, adapter.header)
+        return self._check_header(name, renamed(adapter, self._rename).header)
 
     def check_folder(
         self, name: str, path: str | os.PathLike[str], *, allow_links: bool = False
@@ -77,4 +79,11 @@ class AdapterReader(Publisher):
         Raises:
           FileNotFoundError, ValueError: as `load`, but for what only weights can tell.
         """
-        return self._check_header(name, peft_header(path, allow_links=allow_links))
+        header = peft_header(path, allow_links=allow_links, rename=self._rename)
+        return self._check_header(name, header)
+
+    @property
+    def _rename(self) -> Callable[[str], str] | None:
+        """The model's own `peft_rename`, for modules that files have two names for."""
+        found: Callable[[str], str] | None = getattr(self._model, "peft_rename", None)
+        return found

@@ -38,7 +38,7 @@ Base = Annotated[
     typer.Option(
         help="Folder of a model (config.json, tokenizer.json, model.safetensors), or its name "
         "on Hugging Face's hub, OWNER/NAME or OWNER/NAME@REVISION: Llama, Mistral, SmolLM2, "
-        "Qwen2, Qwen3, Gemma 2 or 3, Phi-3.",
+        "Qwen2, Qwen3, Gemma 2 or 3, Phi-3, Mixtral, Qwen3-MoE.",
     ),
 ]
 Prompts = Annotated[

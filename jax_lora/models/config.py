@@ -25,12 +25,16 @@ class LlamaConfig:
       qkv_bias: biases of query, key and value alone; `attention_bias` is of the output too.
       qk_norm: queries and keys are normalised, head by head.
       packed_projections: query, key and value are one layer, gate and up another.
+      mixtral_names: files call the experts' MLP `block_sparse_moe`, with `w1`, `w3` and `w2`.
       zero_centered_norms: norms multiply by 1 + scale, in float32.
       sandwich_norms: attention and MLP have a norm behind them too.
       scaled_embeddings: embeddings are multiplied by the root of `hidden_size`.
       layer_types: "sliding_attention" or "full_attention" of each layer; None for the first of all
         layers where there is a `sliding_window`, else for the second.
       local_rope: of the layers with sliding attention; None for that of the others.
+      num_experts: in each layer, each with an MLP of `intermediate_size`; 0 for one plain MLP.
+      num_experts_per_tok: how many of them a token has.
+      norm_topk_prob: whether the weights of a token's experts sum to 1.
     """
 
     vocab_size: int
@@ -51,6 +55,10 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     packed_projections: bool = False
+    mixtral_names: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
     zero_centered_norms: bool = False
     sandwich_norms: bool = False
     scaled_embeddings: bool = False
@@ -69,6 +77,13 @@ class LlamaConfig:
         for name in ("max_position_embeddings", "sliding_window"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name))
+        _check_size("num_experts", self.num_experts, least=0)
+        _check_size("num_experts_per_tok", self.num_experts_per_tok)
+        if self.num_experts_per_tok > max(self.num_experts, 1):
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be at most num_experts="
+                f"{self.num_experts}"
+            )
         check_positive("rms_norm_eps", self.rms_norm_eps)
         for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
             if (number := getattr(self, name)) is not None:
@@ -132,6 +147,7 @@ class LlamaConfig:
                 **{key: value for key, value in given.items() if key in read},
                 **family.fixed,
                 **_windows(family, given),
+                **_experts(family, given),
                 **_ropes(family, given),
                 "eos_token_id": end_tokens(given.get("eos_token_id", ())),
             }
@@ -227,6 +243,17 @@ def _windows(family: Family, given: Json) -> Json:
             raise ValueError(f"layer_types must be a list of names, got {shown(types)}")
         types = tuple(types)
     return {"sliding_window": window, "layer_types": types}
+
+
+def _experts(family: Family, given: Json) -> Json:
+    """How many experts there are, and their size, by the names that the families have for them."""
+    if "num_experts_per_tok" not in family.reads:
+        return {}
+    counts = [given[name] for name in ("num_local_experts", "num_experts") if name in given]
+    if not counts:
+        raise ValueError("config.json lacks num_local_experts, or num_experts")
+    size = given.get("moe_intermediate_size", given["intermediate_size"])
+    return {"num_experts": counts[0], "intermediate_size": size}
 
 
 def _types(are_sliding: Iterable[bool]) -> tuple[str, ...]:

@@ -71,6 +71,26 @@ FAMILIES = {
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         reads=frozenset({"attention_bias", *_WINDOWS}),
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        fixed={"mixtral_names": True, "norm_topk_prob": True},
+        defaults={
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+        reads=frozenset({"sliding_window", "num_experts_per_tok"}),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fixed={"qk_norm": True},
+        defaults={**_QWEN_DEFAULTS, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
+        reads=frozenset(
+            {"attention_bias", "sliding_window", "num_experts_per_tok", "norm_topk_prob"}
+        ),
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         fixed=_GEMMA_FIXED,
@@ -105,6 +125,8 @@ FAMILIES = {
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "pretraining_tp": (1, None),
     "use_bidirectional_attention": (False, None),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
 }
 
 _DEQUANTISE = (

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from typing import Self, cast
 
 import jax
@@ -23,30 +24,14 @@ from jax_lora.adapters import read_safetensors
 from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
+from jax_lora.models.mlp import MLP, SparseMLP, linear, precision_of
 from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages
 from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
+from jax_lora.models.weights import mixtral_name, peft_names, stored
 from jax_lora.nn.embed import tie_head
-from jax_lora.nn.names import ModulePath
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
-
-
-def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    # JAX's default for float32 on GPUs is TF32, which keeps 10 bits.
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
-def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=dtype,
-        param_dtype=dtype,
-        precision=_precision(dtype),
-        rngs=rngs,
-    )
 
 
 class RMSNorm(nnx.Module):
@@ -94,15 +79,15 @@ class Attention(nnx.Module):
         keys = config.num_key_value_heads * config.head_dim
         self.config = config
         if config.packed_projections:
-            self.qkv_proj = _linear(hidden, queries + 2 * keys, bias, dtype, rngs)
+            self.qkv_proj = linear(hidden, queries + 2 * keys, bias, dtype, rngs)
         else:
-            self.q_proj = _linear(hidden, queries, bias, dtype, rngs)
-            self.k_proj = _linear(hidden, keys, bias, dtype, rngs)
-            self.v_proj = _linear(hidden, keys, bias, dtype, rngs)
+            self.q_proj = linear(hidden, queries, bias, dtype, rngs)
+            self.k_proj = linear(hidden, keys, bias, dtype, rngs)
+            self.v_proj = linear(hidden, keys, bias, dtype, rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config, dtype)
             self.k_norm = RMSNorm(config.head_dim, config, dtype)
-        self.o_proj = _linear(queries, hidden, config.attention_bias, dtype, rngs)
+        self.o_proj = linear(queries, hidden, config.attention_bias, dtype, rngs)
 
     def _heads(self, x: Float[Array, "B S H"]) -> list[Float[Array, "B S N D"]]:
         """Query, key and value."""
@@ -122,7 +107,7 @@ class Attention(nnx.Module):
         """`[B, N, G, S, T]` in float32, before the mask."""
         scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
         exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = exact("bsngd,bntd->bngst", q, k, precision=_precision(q.dtype)) * scale
+        scores = exact("bsngd,bntd->bngst", q, k, precision=precision_of(q.dtype)) * scale
         return _soft_cap(scores, self.config.attn_logit_softcapping)
 
     def __call__(
@@ -170,39 +155,14 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(score, axis=-1).astype(q.dtype)
         each = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
         attended = [
-            jnp.einsum("bngst,bntd->bsngd", some, values, precision=_precision(q.dtype))
+            jnp.einsum("bngst,bntd->bsngd", some, values, precision=precision_of(q.dtype))
             for some, (_, values) in zip(each, memories)
         ]
         return sum(attended[1:], attended[0])
 
 
-class MLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`: SwiGLU, or with GELU."""
-
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.is_packed = config.packed_projections
-        self.hidden_act = config.hidden_act
-        if self.is_packed:
-            self.gate_up_proj = _linear(hidden, 2 * inner, bias, dtype, rngs)
-        else:
-            self.gate_proj = _linear(hidden, inner, bias, dtype, rngs)
-            self.up_proj = _linear(hidden, inner, bias, dtype, rngs)
-        self.down_proj = _linear(inner, hidden, bias, dtype, rngs)
-
-    def __call__(self, x: Array) -> Array:
-        if self.is_packed:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = call_packed((self.gate_proj, self.up_proj), x)
-        return self.down_proj(_ACTIVATIONS[self.hidden_act](gate) * up)
-
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
-
-
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the stream.
+    """Attention, then MLP or experts, each behind a norm and added to the stream.
 
     With `sandwich_norms`, each has a norm behind it too, and `post_attention_layernorm` is that.
     """
@@ -216,7 +176,7 @@ class DecoderLayer(nnx.Module):
         if self.is_sandwich:
             self.pre_feedforward_layernorm = RMSNorm(hidden, config, dtype)
             self.post_feedforward_layernorm = RMSNorm(hidden, config, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = (SparseMLP if config.num_experts else MLP)(config, dtype, rngs)
 
     def __call__(
         self,
@@ -420,7 +380,8 @@ def _soft_cap(x: Array, limit: float | None) -> Array:
 
 
 class Llama(nnx.Module):
-    """A decoder of Llama or of a relative: Mistral, SmolLM2, Qwen2 and 3, Gemma 2 and 3, Phi-3.
+    """A decoder of Llama or of a relative: Mistral, SmolLM2, Qwen2 and 3, Gemma 2 and 3, Phi-3,
+    Mixtral and Qwen3-MoE.
 
     Example::
 
@@ -448,16 +409,21 @@ class Llama(nnx.Module):
         self.config = config
         self.model = Decoder(config, dtype, rngs, scan=scan)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
+            self.lm_head = linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
         if num_labels is not None:
-            self.score = _linear(config.hidden_size, num_labels, False, dtype, rngs)
+            self.score = linear(config.hidden_size, num_labels, False, dtype, rngs)
             self.score.kernel.set_value(jnp.zeros_like(self.score.kernel[...]))
 
     @property
     def peft_names(self) -> dict[str, str]:
-        """PEFT's name of the output layer, where its weights are those of the embedding."""
+        """PEFT's names of the layers whose paths are others."""
         # No attribute of the module: a dict there would keep its structure from being hashed.
-        return {"model.embed_tokens.head": "lm_head"} if self.config.tie_word_embeddings else {}
+        return peft_names(self.config, scan=self.model.scan)
+
+    @property
+    def peft_rename(self) -> Callable[[str], str] | None:
+        """From a name of an adapter's module to PEFT's: Mixtral's modules have two names each."""
+        return mixtral_name if self.config.mixtral_names else None
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""
@@ -563,9 +529,8 @@ class Llama(nnx.Module):
             shape = num_labels, config.hidden_size
             tensors["score.weight"] = np.zeros(shape, model.score.kernel.dtype)
         params = nnx.to_flat_state(nnx.state(model))
-        layers = config.num_hidden_layers if scan else None
-        names = {path: _stored_names(path, layers) for path, _ in params}
-        expected = set(itertools.chain(*names.values()))
+        found = {path: stored(path, config, scan=scan) for path, _ in params}
+        expected = set(itertools.chain(*(each.names for each in found.values())))
         if tensors.keys() != expected:
             missing = sorted(expected - tensors.keys())
             superfluous = sorted(tensors.keys() - expected)
@@ -575,34 +540,17 @@ class Llama(nnx.Module):
             )
         loaded, place = [], placing(config)
         for path_, param in params:
-            is_stacked, is_kernel = scan and path_[:2] == _LAYERS, path_[-1] == "kernel"
-            shape = param.shape[is_stacked:]
-            stored = shape[::-1] if is_kernel else shape
-            for name in names[path_]:
-                if tensors[name].shape != stored:
+            own = found[path_]
+            for name in own.names:
+                if (given := tensors[name].shape) != own.shape(param):
                     raise ValueError(
-                        f"{folder}: {name} has shape {[*tensors[name].shape]}, which config.json "
-                        f"contradicts; the layer holds {[*shape]}"
+                        f"{folder}: {name} has shape {[*given]}, which config.json contradicts; "
+                        f"the layer holds {[*param.shape[len(own.lead) :]]}"
                     )
-            values = [jnp.array(tensors.pop(name), param.dtype) for name in names[path_]]
-            if is_kernel:  # on the device: NumPy would walk them in strides
-                values = [value.T for value in values]
-            value = jnp.stack(values) if is_stacked else values[0]
+            value = own.read(tensors, param.dtype)
             loaded.append((path_, param.replace(place(path_, value))))
         nnx.update(model, nnx.from_flat_state(loaded))
         return model
-
-
-def _stored_names(path: ModulePath, layers: int | None) -> list[str]:
-    """The names of the tensors that a parameter is made of: of one for each stacked layer."""
-    names = [path]
-    if layers is not None and path[:2] == _LAYERS:
-        names = [(*_LAYERS, n, *path[2:]) for n in range(layers)]
-    kind = "bias" if path[-1] == "bias" else "weight"
-    return [".".join(map(str, (*name[:-1], kind))) for name in names]
-
-
-_LAYERS = ("model", "layers")
 
 
 def prefill(

@@ -25,7 +25,8 @@ def placing(config: LlamaConfig) -> Callable[[ModulePath, Array | np.ndarray], A
     Other weights are on all devices. Where no mesh with that axis is set, weights stay.
 
     Raises:
-      ValueError: heads or the MLP do not divide over the axis, or projections are packed in one.
+      ValueError: heads or the MLP do not divide over the axis, projections are packed in one, or
+        the model has experts.
     """
     mesh = jax.sharding.get_mesh()
     if AXIS not in mesh.axis_names:
@@ -35,6 +36,11 @@ def placing(config: LlamaConfig) -> Callable[[ModulePath, Array | np.ndarray], A
         raise ValueError(
             f"{AXIS}={devices} does not divide a model that packs query, key and value in one "
             "projection; split qkv_proj and gate_up_proj, or use one device"
+        )
+    if config.num_experts and devices > 1:
+        raise ValueError(
+            f"{AXIS}={devices} does not divide a mixture of experts; use one device for a model of "
+            f"{config.num_experts} experts"
         )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % devices:

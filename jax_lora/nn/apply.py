@@ -13,6 +13,7 @@ from jaxtyping import Array, DTypeLike
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import EinsumLayer, LoRAEinsum, own_einsum
 from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
+from jax_lora.nn.experts import Experts, LoRAExperts
 from jax_lora.nn.full import FullWeights
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
@@ -37,6 +38,7 @@ _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
     nnx.Embed: LoRAEmbed,
     TiedEmbed: LoRATiedEmbed,
     TiedHead: LoRAHead,
+    Experts: LoRAExperts,
 }
 
 
@@ -200,11 +202,12 @@ def _other_names(model: nnx.Module) -> dict[str, list[str]]:
     that the model gives to layers alone."""
     given: Mapping[str, object] = getattr(model, "peft_names", {})
     found = {path: [name] for path, name in given.items() if isinstance(name, str)}
-    return found | _names_of_stacked(model)
+    return found | _names_of_stacked(model, {path: name for path, (name,) in found.items()})
 
 
-def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
-    """The names of layers that are stacked for a scan, by the path that they share."""
+def _names_of_stacked(model: nnx.Module, given: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of layers that are stacked for a scan, by the path that they share; `given`: names
+    of some, with a `{}` for each number."""
     leads: dict[ModulePath, Shape] = {
         path: lead
         for path, module in nnx.iter_modules(model)
@@ -213,7 +216,12 @@ def _names_of_stacked(model: nnx.Module) -> dict[str, list[str]]:
     names = numbered_names(array_shapes(model), leads) if leads else {}
     leads_by_name = {path_name(path): lead for path, lead in leads.items()}
     return {
-        path: list(with_numbers(name, leads_by_name[path]).values()) for path, name in names.items()
+        path: [
+            numbered
+            for one in dict.fromkeys((name, given.get(path, name)))
+            for numbered in with_numbers(one, leads_by_name[path]).values()
+        ]
+        for path, name in names.items()
     }
 
 
@@ -300,7 +308,7 @@ def _kernel(layer: Any) -> nnx.Variable[Array]:
 
 def _kernel_shape(layer: Any) -> tuple[int, ...]:
     """The kernel's shape, of a layer alone."""
-    if isinstance(layer, nnx.Linear):
+    if isinstance(layer, nnx.Linear | Experts):
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.LinearGeneral):
         return *layer.in_features, *layer.out_features

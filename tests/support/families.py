@@ -92,6 +92,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         2, rope_scaling={"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"}
     ),
     "Qwen3": qwen(3, attention_bias=False, head_dim=16, rope_scaling=None),
+    "Mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+        "num_experts_per_tok": 2, "num_local_experts": 5, "output_router_logits": False,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False,
+    },
+    "Qwen3-MoE": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 16, "hidden_act": "silu",
+        "max_window_layers": 2, "mlp_only_layers": [], "moe_intermediate_size": 24,
+        "norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
+    },
     "Gemma-2": {
         "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False,
         "attn_logit_softcapping": 5.0, "cache_implementation": "hybrid",

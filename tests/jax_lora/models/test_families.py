@@ -40,7 +40,13 @@ def logits_of(reference: Any, tokens: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in FAMILIES else [pytest.mark.ci])
+        pytest.param(
+            name,
+            marks=[]
+            if name in FAMILIES
+            # `test_experts.py` has the logits of these two, beside those of adapters.
+            else [pytest.mark.slow if name in ("Mixtral", "Qwen3-MoE") else pytest.mark.ci],
+        )
         for name in families.CONFIGS
     ],
 )
