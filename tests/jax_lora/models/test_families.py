@@ -44,7 +44,7 @@ def logits_of(reference: Any, tokens: np.ndarray) -> np.ndarray:
             name,
             marks=[]
             if name in FAMILIES
-            # `test_experts.py` has the logits of these two, beside those of adapters.
+            # `test_moe_models.py` has the logits of these two, beside those of adapters.
             else [pytest.mark.slow if name in ("Mixtral", "Qwen3-MoE") else pytest.mark.ci],
         )
         for name in families.CONFIGS
