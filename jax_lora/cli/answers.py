@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import start_jax, stderr
@@ -71,6 +70,15 @@ def _shown() -> Iterator[tuple[Callable[["JobProgress"], None], Callable[[str], 
 
         yield say, lambda text: stderr.print(f"{text} ...", highlight=False, markup=False)
         return
+    # Here, as `--help` of any command would wait for it.
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=stderr) as bar:
         task = bar.add_task("starting", total=None)
