@@ -55,12 +55,20 @@ def cast_v(v: Array, lora_b: Array) -> Array:
     return v.astype(lora_b.dtype) if v.dtype == jnp.float32 else v
 
 
-def slots_of(
-    indices: Int[Array, " T"], stack: Array, first: Place = 0, shared: int = 1
-) -> Int[Array, " T"]:
+class Held(NamedTuple):
+    """How a stack holds adapters: adapter 0 stands at `first`, `shared` adapters have one place,
+    and `transposed` matrices are `[H, R]` or `[R, N]`."""
+
+    first: Place = 0
+    shared: int = 1
+    transposed: bool = False
+
+
+def slots_of(indices: Int[Array, " T"], stack: Array, held: Held | None = None) -> Int[Array, " T"]:
     """Ids for a gather that fills: -1 would wrap to the last adapter, `len(stack)` is out of
-    bounds. Adapter 0 stands at `first`, and `shared` adapters have one place."""
-    return jnp.where(indices < 0, stack.shape[0], (indices + first) // shared)
+    bounds."""
+    held = held or Held()
+    return jnp.where(indices < 0, stack.shape[0], (indices + held.first) // held.shared)
 
 
 def take(stack: Array, ids: Array) -> Array:
@@ -208,12 +216,9 @@ def _shrink_bgmv(
     lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
-    *,
-    first: Place = 0,
-    transposed: bool = False,
-    shared: int = 1,
+    held: Held | None = None,
 ) -> Float[Array, "T R"]:
-    ids = slots_of(segments.indices, lora_a, first, shared)
+    ids, transposed = slots_of(segments.indices, lora_a, held), held is not None and held.transposed
 
     def some(xs: Array, a: Array) -> Array:
         return dot("th,trh->tr", xs, turned(a, transposed))
@@ -254,13 +259,11 @@ def _expand_bgmv(
     segments: Segments,
     y: Float[Array, "T Ny"],
     columns: slice,
+    held: Held | None = None,
     *,
     add_inputs: bool,
-    first: Place = 0,
-    transposed: bool = False,
-    shared: int = 1,
 ) -> Float[Array, "T Ny"]:
-    ids = slots_of(segments.indices, lora_b, first, shared)
+    ids, transposed = slots_of(segments.indices, lora_b, held), held is not None and held.transposed
 
     def some(vs: Array, b: Array) -> Array:
         return dot("tr,tnr->tn", vs, turned(b, transposed))
@@ -364,27 +367,10 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    of_a, of_b = part.sharing
-    v = _shrink_bgmv(
-        x,
-        part.lora_a,
-        part.segments,
-        part.scales,
-        first=part.first,
-        transposed=part.transposed,
-        shared=of_a,
-    )
-    return _expand_bgmv(
-        weighted(v, part.weights),
-        part.lora_b,
-        part.segments,
-        y,
-        part.columns,
-        add_inputs=True,
-        first=part.first,
-        transposed=part.transposed,
-        shared=of_b,
-    )
+    of_a, of_b = (Held(part.first, shared, part.transposed) for shared in part.sharing)
+    v = _shrink_bgmv(x, part.lora_a, part.segments, part.scales, of_a)
+    v = weighted(v, part.weights)
+    return _expand_bgmv(v, part.lora_b, part.segments, y, part.columns, of_b, add_inputs=True)
 
 
 def _add_sgmv(y: Array, x: Array, part: LocalPart) -> Array:

@@ -111,8 +111,7 @@ def apply_lora(
     for name, layer in layers.items():
         with _with_lora(layer):
             _check_layer(name, layer, dtype, buckets, fully_sharded)
-            if dora and isinstance(layer, EinsumLayer) and layer.bias is not None:
-                raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
+            _check_dora(name, layer, dora)
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
@@ -125,6 +124,11 @@ def apply_lora(
     for name, (_, count) in full.items():
         layers[name].add_full(count, sum(by_bucket.values()), dtype or layers[name].kernel.dtype)
     return sum(layer.room_bytes for layer in layers.values())
+
+
+def _check_dora(name: str, layer: LoRALayer, dora: bool) -> None:
+    if dora and isinstance(layer, EinsumLayer) and layer.bias is not None:
+        raise ValueError(f"{name}: DoRA does not cover an nnx.Einsum with a bias")
 
 
 def left_alone(model: nnx.Module) -> dict[str, str]:

@@ -246,13 +246,31 @@ def _by_lanes(
     inline(smem, tokens.words, array.ref, column)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A block's share of a cluster's sums, in shared memory that has `layout`."""
+
+    sums: Sums
+    ref: Ref
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Corner:
+    """Where a tile's first row and column stand in an array."""
+
+    array: Array
+    row: jax.Array
+    column: jax.Array
+
+
 def add_up_shares(
-    sums: Sums, share: Ref, layout: Layout, route: Ref, out: Array, me: jax.Array,
-    row: jax.Array, column: jax.Array, also_none: jax.Array, adapters: list[jax.Array],
+    share: Share, route: Ref, out: Corner, me: jax.Array,
+    adapters: list[jax.Array], also_none: jax.Array,
 ) -> None:  # fmt: skip
-    """`add_up` of the shares, which have `layout` in each block's shared memory. Row 0 of the tile
-    is row `row` of `out`."""
-    block = _block_of(share.shape[0], sums.width * 4, layout)
+    """`add_up` of the shares of a cluster's blocks, in each block's shared memory."""
+    sums, layout = share.sums, share.layout
+    block = _block_of(share.ref.shape[0], sums.width * 4, layout)
     scalar = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
@@ -266,9 +284,10 @@ def add_up_shares(
     ) -> None:
         m, route = Gpu(share, begins=False), Gpu(words, begins=False)
         me, row, column, also_none = (m.uniform(place) for place in places)
-        target = Target(out.of_lanes(ref), out.height, out.width, row, column)
+        array = out.array
+        target = Target(array.of_lanes(ref), array.height, array.width, row, column)
         mine = [m.uniform(one) for one in adapters]
         add_up(m, sums, block, route, target, me, mine, also_none >= 1)
 
-    scalars = [me, row, column, also_none.astype(jnp.int32)]
-    inline(share, route, out.ref, scalars, adapters)
+    scalars = [me, out.row, out.column, also_none.astype(jnp.int32)]
+    inline(share.ref, route, out.array.ref, scalars, adapters)

@@ -633,13 +633,11 @@ def _exchange(block: _Block, adapters: list[Array], v: Array, share: Ref) -> Non
         out_width=plan.row_width,
         own=launch.rows // launch.split,
     )
-    out = lanes.Array(refs.v, plan.out.dtype, *plan.out.shape)
-    layout = operand_layout(jnp.float32, plan.width)
+    mine = lanes.Share(sums, share, operand_layout(jnp.float32, plan.width))
+    array = lanes.Array(refs.v, plan.out.dtype, *plan.out.shape)
+    out = lanes.Corner(array, block.row_start, block.rank_start)
     cluster_barrier()
-    lanes.add_up_shares(
-        sums, share, layout, refs.route.words, out, block.me, block.row_start, block.rank_start,
-        refs.route.is_first(), adapters,
-    )  # fmt: skip
+    lanes.add_up_shares(mine, refs.route.words, out, block.me, adapters, refs.route.is_first())
     cluster_barrier()  # peers read `share` until here
     plgpu.commit_smem()  # TMA may write there next
 
