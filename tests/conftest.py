@@ -17,11 +17,16 @@ if importlib.util.find_spec("beartype"):  # absent on some GPU machines
     CHECKED = ("autodiff", "derivatives", "loop", "mosaic_gpu.backend", "xla")
     install_import_hook([f"pallas_kernels.{name}" for name in CHECKED], "beartype.beartype")
 
+# Before `gc.freeze`: its import looks for what refers to trio's random numbers, and fails where all
+# of that is frozen.
+import hypothesis  # noqa: F401
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
+if jax.default_backend() == "cpu":  # where compiling takes longer than what is compiled
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Linux lets a process map 65,530 areas of memory. XLA maps some for each program that it compiles
