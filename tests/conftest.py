@@ -29,6 +29,17 @@ if jax.default_backend() == "cpu":  # where compiling takes longer than what is 
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """For tests that ask for equal bits of two programs: these multiply alike if XLA optimises."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 # Linux lets a process map 65,530 areas of memory. XLA maps some for each program that it compiles
 # for a CPU, and is killed where it gets no more.
 _MOST_MAPS = 30_000

@@ -266,7 +266,7 @@ class Stacked(nnx.Module):
         return x
 
 
-def test_scanned_layers_take_mixes():
+def test_scanned_layers_take_mixes(optimised):
     model = Stacked(nnx.Rngs(0))
     apply_lora(model, slots=2, buckets=(8, 16))
     bank = AdapterBank(model, adapters_per_row=2)

@@ -107,7 +107,7 @@ def wanted(right, rows=ROWS):
 
 
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.ci)])
-def test_mixed_batches_equal_peft(saved, packed):
+def test_mixed_batches_equal_peft(saved, packed, optimised):
     root, x, right = saved
     model, bank = make(3, packed=packed)
     plain, base = make(3, dora=False, packed=packed)

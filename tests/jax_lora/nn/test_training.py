@@ -189,7 +189,7 @@ def test_the_optimizer_of_flax_trains_the_same(pair):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
-def test_a_created_adapter_starts_as_pefts(pair):
+def test_a_created_adapter_starts_as_pefts(pair, optimised):
     model, bank = pair
     rows = ["small", None, "large"]
     y = forward(model, X[:3], bank.batch(rows))
