@@ -59,7 +59,7 @@ class Stored(NamedTuple):
     is_kernel: bool
 
     def shape(self, param: nnx.Variable[Array]) -> Shape:
-        """Of one of the tensors. Files hold kernels as `[N, H]`."""
+        """The shape of one of the tensors. Files hold kernels as `[N, H]`."""
         own = tuple(param.shape[len(self.lead) :])
         return own[::-1] if self.is_kernel else own
 

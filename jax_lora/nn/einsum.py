@@ -56,7 +56,7 @@ class EinsumLayer(LoRALayer):
     einsum_str: str | None
 
     def sizes(self) -> dict[str, int]:
-        """Of the kernel's axes, of one layer, by label."""
+        """The sizes of the kernel's axes by their labels, in one layer."""
         raise NotImplementedError
 
     def matrix_shape(self) -> tuple[int, int]:

@@ -160,7 +160,7 @@ class Experts(nnx.Module):
         self.dtype, self.precision = dtype, precision
 
     def __call__(self, x: Float[Array, "P H"], pairs: Pairs) -> Float[Array, "P N"]:
-        """Of x in the order of `pairs`."""
+        """Each pair's product of its x and its expert's kernel; x is in the order of `pairs`."""
         return call_experts((self,), x, pairs)[0]
 
     def base(self, x: Float[Array, "P H"], pairs: Pairs) -> Float[Array, "P N"]:
@@ -180,7 +180,7 @@ class LoRAExperts(LoRALayer, Experts):  # type: ignore[misc]
     """
 
     def __call__(self, x: Float[Array, "P H"], pairs: Pairs) -> Float[Array, "P N"]:  # type: ignore[override]
-        """Of x in the order of `pairs`, with the adapters of the batch of `jax_lora.use`."""
+        """As `Experts`, with the adapters of the batch of `jax_lora.use`."""
         return call_experts((self,), x, pairs)[0]
 
     def matrix_shape(self) -> tuple[int, int]:
