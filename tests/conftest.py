@@ -25,8 +25,6 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
-if jax.default_backend() == "cpu":  # where compiling takes longer than what is compiled
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -64,6 +62,8 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if jax.default_backend() == "gpu":
         return
+    # Compiling takes longer here than what is compiled.
+    jax.config.update("jax_disable_most_optimizations", True)
     skip = pytest.mark.skip(reason="needs a GPU: python -m pytest -m gpu on a machine with one")
     for item in items:
         if "gpu" in item.keywords:
