@@ -1,6 +1,5 @@
 """Times the engine's own steps: sampling, blocks and all, beside the same without LoRA."""
 
-import collections
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,19 +10,16 @@ from flax import nnx
 
 from benchmarks.step import (
     MIXED_RANKS,
-    PROJECTIONS,
     PROMPTS,
     RANK,
     Report,
     Row,
     Shape,
-    random_adapter,
+    load_random,
     random_model,
 )
 from benchmarks.timing import COPY_RATE
-from jax_lora.bank import AdapterBank
 from jax_lora.models.pages import blocks_of
-from jax_lora.nn.apply import apply_lora
 from jax_lora.serving import StepShape
 from jax_lora.serving.engine.engine import Stepper
 from jax_lora.serving.engine.step import Inputs, no_work
@@ -73,16 +69,9 @@ class _Bench:
         """`share`: of the tokens per second without LoRA, at least; None where bytes bound them."""
         self.progress(f"loading {name}")
         model = nnx.merge(self.graphdef, self.weights)
-        slots = collections.Counter(ranks)
-        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
-        bank = AdapterBank(model)
-        adapters = {rank: random_adapter(model, rank) for rank in slots}
-        names = [f"{n}" for n in range(len(ranks))]
-        for own, rank in zip(names, ranks):
-            bank.load(own, adapters[rank])
+        bank, names, nbytes = load_random(model, ranks)
         ids = bank.batch(names)
         if share is None:
-            nbytes = sum(adapters[rank].nbytes for rank in ranks)
             target_us = 1.05 * (self.base_us + 1e6 * nbytes / COPY_RATE)
             target = f"1.05 x (no LoRA + adapters / {COPY_RATE / 1e12:.2f} TB/s)"
         else:

@@ -15,11 +15,9 @@ from flax import nnx
 
 from benchmarks import step
 from benchmarks.step import MIXED_RANKS, PROMPTS, RANK, Inputs, Program, Shape
-from jax_lora.adapters import Adapter
 from jax_lora.bank import AdapterBank
 from jax_lora.batch import AdapterBatch
 from jax_lora.models import llama
-from jax_lora.nn.apply import apply_lora
 
 Form = Literal["scan_layers", "lax.scan", "one by one"]
 FORMS: tuple[Form, ...] = ("scan_layers", "lax.scan", "one by one")
@@ -135,7 +133,6 @@ class _Model:
         self.graphdef, self.weights = nnx.split(step.random_model(shape))
         self.inputs = {phase: Inputs(shape, phase) for phase in ("decode", "prefill")}
         self.banks: dict[tuple[int, ...], tuple[llama.Llama, AdapterBank, list[str]]] = {}
-        self.adapters: dict[int, Adapter] = {}
 
     def compiled(self, form: Form) -> dict[str, tuple[Program, AdapterBatch | None]]:
         """The programs of all cases with their batches; those of one model and phase are one."""
@@ -167,12 +164,7 @@ class _Model:
     def _loaded(self, ranks: tuple[int, ...]) -> tuple[llama.Llama, AdapterBank, list[str]]:
         if ranks not in self.banks:
             self.progress(f"loading {len(ranks)} adapters")
-            model, slots = self._base(), collections.Counter(ranks)
-            apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=step.PROJECTIONS)
-            bank, names = AdapterBank(model), [f"{n}-of-rank-{r}" for n, r in enumerate(ranks)]
-            for name, rank in zip(names, ranks):
-                if rank not in self.adapters:
-                    self.adapters[rank] = step.random_adapter(model, rank)
-                bank.load(name, self.adapters[rank])
+            model = self._base()
+            bank, names, _ = step.load_random(model, ranks)
             self.banks[ranks] = model, bank, names
         return self.banks[ranks]

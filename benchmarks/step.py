@@ -294,14 +294,7 @@ class _Bench:
         """A model, its bank, its adapters in the order of `ranks`, and their bytes."""
         self.progress(f"loading {len(ranks)} adapters")
         model = nnx.merge(self.graphdef, self.weights)
-        slots = collections.Counter(ranks)
-        apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
-        bank = AdapterBank(model)
-        adapters = {rank: random_adapter(model, rank) for rank in slots}
-        names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
-        for name, rank in zip(names, ranks):
-            bank.load(name, adapters[rank])
-        return model, bank, names, sum(adapters[rank].nbytes for rank in ranks)
+        return model, *load_random(model, ranks)
 
     def time_adapters_of_one_rank(self) -> None:
         batch = self.shape.batch
@@ -510,6 +503,21 @@ def random_model(
         made.append((path, value.replace(random_array(value.shape, value.dtype, seed, sharding))))
     nnx.update(model, nnx.from_flat_state(made))
     return model
+
+
+def load_random(model: Llama, ranks: Sequence[int]) -> tuple[AdapterBank, list[str], int]:
+    """Gives a model room for adapters of these ranks, and loads random ones.
+
+    Returns:
+      The bank, the adapters' names in the order of `ranks`, and the bytes of all.
+    """
+    slots = collections.Counter(ranks)
+    apply_lora(model, slots=dict(slots), buckets=tuple(slots), target=PROJECTIONS)
+    bank, adapters = AdapterBank(model), {rank: random_adapter(model, rank) for rank in slots}
+    names = [f"{n}-of-rank-{rank}" for n, rank in enumerate(ranks)]
+    for name, rank in zip(names, ranks):
+        bank.load(name, adapters[rank])
+    return bank, names, sum(adapters[rank].nbytes for rank in ranks)
 
 
 def random_adapter(model: Llama, rank: int, seed: int = 0) -> Adapter:

@@ -7,7 +7,6 @@ only native kernels may run, and torch's own operations.
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +113,7 @@ def _is_captured(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _dtype(tensor: torch.Tensor) -> np.dtype[Any]:
+def _dtype(tensor: torch.Tensor) -> np.dtype:
     return jnp.dtype(str(tensor.dtype).removeprefix("torch."))
 
 

@@ -12,7 +12,7 @@ r: rows `[s r, (s + 1) r)` of A are its slice s, and so are these columns of wha
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -186,7 +186,7 @@ def token_adapters(batch_info: BatchInfo, rows: int) -> torch.Tensor:
 _steps = WeakTensorKeyDictionary()
 
 
-def _kept[T](batch_info: BatchInfo, make: Callable[..., T], *args: Any) -> T:
+def _kept[T](batch_info: BatchInfo, make: Callable[..., T], *args: object) -> T:
     """`make(batch_info, *args)`, once in a step for all layers.
 
     A captured graph makes its own, and anew in each replay. Where nothing is captured and a batch's

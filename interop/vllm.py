@@ -7,7 +7,6 @@ Nothing here imports vLLM; `interop.vllm_punica` does.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -109,7 +108,7 @@ def _op(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         custom.register_fake(lambda *_: None)
 
         @functools.wraps(function)
-        def call(*args: Any) -> None:
+        def call(*args: object) -> None:
             if torch.compiler.is_compiling():
                 getattr(torch.ops.jax_lora, name)(*args)
             else:

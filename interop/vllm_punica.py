@@ -24,7 +24,11 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
     """
 
     def __init__(
-        self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        **kwargs: object,
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._no_lora, self._no_lora_in_prompts = torch.tensor([False]), torch.tensor([False])
@@ -35,7 +39,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         lora_index_to_id: list[int | None],
         max_loras: int,
         vocab_size: int,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Sets the adapters of the next step: ids of 0 in a mapping are the base model."""
         self.is_prefill = mapping.is_prefill
@@ -51,7 +55,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
         scale: float,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """y[s] = scale * x @ A of slice s and the token's adapter."""
         x = x.view(-1, x.shape[-1])
@@ -65,7 +69,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         output_slices: tuple[int, ...],
         offset_start: int = 0,
         add_inputs: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """y[:, columns of s] (+)= x[s] @ B of slice s and the token's adapter."""
         y = y.view(-1, y.shape[-1])
@@ -82,7 +86,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         output_slices: tuple[int, ...],
         *,
         add_inputs: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Both halves of all slices; one launch for a decode step."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
@@ -101,7 +105,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         x: torch.Tensor,
         lora_b_stacked: torch.Tensor,
         add_inputs: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """y (+)= x @ B of the token's adapter; vLLM looked x up in A."""
         self.add_expand(y, x[None], (lora_b_stacked,), (), add_inputs=add_inputs)
@@ -113,7 +117,7 @@ class PunicaWrapper(PunicaWrapperBase):  # type: ignore[misc]
         lora_a_stacked: torch.Tensor,
         lora_b_stacked: torch.Tensor,
         scale: float,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Both halves for the rows that are sampled from."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])

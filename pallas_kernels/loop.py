@@ -15,6 +15,8 @@ from pallas_kernels.call import Call
 from pallas_kernels.routing import AnyIds, Segments, SlotRange, TokenIds, local_segments
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 from pallas_kernels.xla import (
+    ONE_EACH,
+    Held,
     LocalPart,
     Scale,
     add_rows,
@@ -22,7 +24,6 @@ from pallas_kernels.xla import (
     dot,
     local_parts,
     touches,
-    turned,
     weighted,
 )
 from pallas_kernels.xla import add_lora_grad as add_lora_grad
@@ -79,15 +80,14 @@ def _shrink(
     lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
-    transposed: bool = False,
-    shared: int = 1,
+    held: Held = ONE_EACH,
 ) -> Float[Array, "T R"]:
     def adapter(i: Array, v: Array) -> Array:
-        out = dot("th,rh->tr", x, turned(lora_a[i // shared], transposed))
+        out = dot("th,rh->tr", x, held.matrix(lora_a, i))
         return _select(segments.indices == i, out * (scale if scale.ndim == 0 else scale[i]), v)
 
-    v = jnp.zeros((x.shape[0], lora_a.shape[2 if transposed else 1]), jnp.float32)
-    return lax.fori_loop(0, shared * lora_a.shape[0], adapter, v)
+    v = jnp.zeros((x.shape[0], lora_a.shape[2 if held.transposed else 1]), jnp.float32)
+    return lax.fori_loop(0, held.shared * lora_a.shape[0], adapter, v)
 
 
 def _expand(
@@ -96,37 +96,28 @@ def _expand(
     segments: Segments,
     y: Float[Array, "T Ny"],
     columns: slice,
+    held: Held = ONE_EACH,
     *,
     add_inputs: bool,
-    transposed: bool = False,
-    shared: int = 1,
 ) -> Float[Array, "T Ny"]:
     v = cast_v(v, lora_b)
     old = y[:, columns]
 
     def adapter(i: Array, new: Array) -> Array:
-        delta = dot("tr,nr->tn", v, turned(lora_b[i // shared], transposed))
+        delta = dot("tr,nr->tn", v, held.matrix(lora_b, i))
         out = (old.astype(jnp.float32) + delta if add_inputs else delta).astype(y.dtype)
         return _select(segments.indices == i, out, new)
 
-    new = lax.fori_loop(0, shared * lora_b.shape[0], adapter, old)
+    new = lax.fori_loop(0, held.shared * lora_b.shape[0], adapter, old)
     return lax.dynamic_update_slice_in_dim(y, new, columns.start, axis=1)
 
 
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart]) -> tuple[Array, Array]:
     touched = jnp.zeros(acc.shape, bool)
     for part in parts:
-        of_a, of_b = part.sharing
-        v = _shrink(x, part.lora_a, part.segments, part.scales, part.transposed, of_a)
-        acc = _expand(
-            weighted(v, part.weights),
-            part.lora_b,
-            part.segments,
-            acc,
-            part.columns,
-            add_inputs=True,
-            transposed=part.transposed,
-            shared=of_b,
-        )
+        of_a, of_b = part.held
+        v = _shrink(x, part.lora_a, part.segments, part.scales, of_a)
+        v = weighted(v, part.weights)
+        acc = _expand(v, part.lora_b, part.segments, acc, part.columns, of_b, add_inputs=True)
         touched |= touches(part, acc.shape[1])
     return acc, touched

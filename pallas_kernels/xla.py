@@ -63,12 +63,21 @@ class Held(NamedTuple):
     shared: int = 1
     transposed: bool = False
 
+    def place(self, adapter: Array) -> Array:
+        return (self.first + adapter) // self.shared
 
-def slots_of(indices: Int[Array, " T"], stack: Array, held: Held | None = None) -> Int[Array, " T"]:
+    def matrix(self, stack: Array, adapter: Array) -> Array:
+        """`[R, H]` or `[N, R]` of an adapter."""
+        return turned(stack[self.place(adapter)], self.transposed)
+
+
+ONE_EACH = Held()
+
+
+def slots_of(indices: Int[Array, " T"], stack: Array, held: Held = ONE_EACH) -> Int[Array, " T"]:
     """Ids for a gather that fills: -1 would wrap to the last adapter, `len(stack)` is out of
     bounds."""
-    held = held or Held()
-    return jnp.where(indices < 0, stack.shape[0], (indices + held.first) // held.shared)
+    return jnp.where(indices < 0, stack.shape[0], held.place(indices))
 
 
 def take(stack: Array, ids: Array) -> Array:
@@ -102,13 +111,16 @@ class LocalPart(NamedTuple):
     transposed: bool = False
     sharing: Sharing = Sharing()
 
+    @property
+    def held(self) -> tuple[Held, Held]:
+        """How A and B hold the adapters."""
+        of_a, of_b = (Held(self.first, shared, self.transposed) for shared in self.sharing)
+        return of_a, of_b
+
     def halves(self, adapter: Array) -> tuple[Array, Array]:
         """A `[R, H]` and B `[N, R]` of an adapter."""
-        a, b = (
-            turned(stack[(self.first + adapter) // shared], self.transposed)
-            for stack, shared in zip((self.lora_a, self.lora_b), self.sharing)
-        )
-        return a, b
+        of_a, of_b = self.held
+        return of_a.matrix(self.lora_a, adapter), of_b.matrix(self.lora_b, adapter)
 
     @property
     def columns(self) -> slice:
@@ -216,12 +228,12 @@ def _shrink_bgmv(
     lora_a: Float[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
-    held: Held | None = None,
+    held: Held = ONE_EACH,
 ) -> Float[Array, "T R"]:
-    ids, transposed = slots_of(segments.indices, lora_a, held), held is not None and held.transposed
+    ids = slots_of(segments.indices, lora_a, held)
 
     def some(xs: Array, a: Array) -> Array:
-        return dot("th,trh->tr", xs, turned(a, transposed))
+        return dot("th,trh->tr", xs, turned(a, held.transposed))
 
     v = _per_token(some, lora_a, x, ids)
     if scale.ndim:
@@ -259,14 +271,14 @@ def _expand_bgmv(
     segments: Segments,
     y: Float[Array, "T Ny"],
     columns: slice,
-    held: Held | None = None,
+    held: Held = ONE_EACH,
     *,
     add_inputs: bool,
 ) -> Float[Array, "T Ny"]:
-    ids, transposed = slots_of(segments.indices, lora_b, held), held is not None and held.transposed
+    ids = slots_of(segments.indices, lora_b, held)
 
     def some(vs: Array, b: Array) -> Array:
-        return dot("tr,tnr->tn", vs, turned(b, transposed))
+        return dot("tr,tnr->tn", vs, turned(b, held.transposed))
 
     delta = _per_token(some, lora_b, cast_v(v, lora_b), ids)
     old = y[:, columns]
@@ -367,7 +379,7 @@ def _factors(part: LocalPart, rows: Array, adapter: Array) -> Array:
 
 
 def _add_bgmv(y: Array, x: Array, part: LocalPart) -> Array:
-    of_a, of_b = (Held(part.first, shared, part.transposed) for shared in part.sharing)
+    of_a, of_b = part.held
     v = _shrink_bgmv(x, part.lora_a, part.segments, part.scales, of_a)
     v = weighted(v, part.weights)
     return _expand_bgmv(v, part.lora_b, part.segments, y, part.columns, of_b, add_inputs=True)

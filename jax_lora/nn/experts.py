@@ -74,20 +74,19 @@ def pairs_of(experts: Int[Array, "T K"], num_experts: int, lead: tuple[int, ...]
       lead: the axes that tokens are made of: x is `[*lead, H]`.
     """
     batch, chosen = current(), experts.reshape(-1)
-    every = jnp.arange(chosen.shape[0], dtype=jnp.int32)
-    of_tokens = None if batch is None else batch.segments(lead)
-    key = chosen
-    if batch is not None and of_tokens is not None:
+    every, adapters = jnp.arange(chosen.shape[0], dtype=jnp.int32), None
+    if batch is None:
+        order = jnp.argsort(chosen, stable=True)
+    else:
         # Pairs of an expert and an adapter side by side, as the kernels take tiles of pairs.
+        of_tokens = batch.segments(lead)
         first = ids_of(columns_of(of_tokens)[0].token_ids)[every // experts.shape[1]]
-        key = chosen * (batch.num_slots + 1) + first
-    order = jnp.argsort(key, stable=True)
-    tokens = order // experts.shape[1]
-    adapters = None
-    if batch is not None and of_tokens is not None:
-        adapters = _adapters(of_tokens, tokens, chosen[order], num_experts, batch.ranges)
+        order = jnp.argsort(chosen * (batch.num_slots + 1) + first, stable=True)
+        of_pairs = order // experts.shape[1], chosen[order]
+        adapters = _adapters(of_tokens, *of_pairs, num_experts, batch.ranges)
     places = jnp.zeros_like(every).at[order].set(every, unique_indices=True)
     sizes = jnp.bincount(chosen, length=num_experts).astype(jnp.int32)
+    tokens = order // experts.shape[1]
     return Pairs(tokens, chosen[order], sizes, places.reshape(experts.shape), adapters)
 
 
