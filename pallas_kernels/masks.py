@@ -12,7 +12,7 @@ from pallas_kernels.stacks import LoRAPart
 
 @dataclasses.dataclass(frozen=True)
 class InUse:
-    """Which tokens have an adapter of a range: a table, so that a loop over layers makes it once."""
+    """Which tokens have an adapter of a range. As a table, a loop over layers makes it once."""
 
     slots: SlotRange
 
