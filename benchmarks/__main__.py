@@ -413,6 +413,9 @@ def mesh(
     prefill: Annotated[
         int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
     ] = None,
+    phases: Annotated[
+        str, typer.Option(help="What to time, in this order: decode, prefill, training.")
+    ] = "decode,prefill,training",
     fully_sharded: Annotated[
         bool, typer.Option("--fully-sharded", help="Divide the adapters' ranks too.")
     ] = False,
@@ -422,8 +425,9 @@ def mesh(
 
     Random bfloat16 weights, LoRA on all seven projections: without LoRA, with 8 adapters of rank
     16, with mixed ranks. Each row tells what LoRA adds, what the collectives take, and how far the
-    logits are from one GPU's. Without a GPU a small model runs on the CPU's devices, of which
-    JAX_NUM_CPU_DEVICES says how many there are.
+    logits are from one GPU's. A training step is that of `python -m benchmarks train`. Without a
+    GPU a small model runs on the CPU's devices, of which JAX_NUM_CPU_DEVICES says how many there
+    are.
     """
     with input_errors():
         progress("starting JAX")
@@ -432,7 +436,8 @@ def mesh(
 
         shape = benchmark.shape_of_this_machine(layers, batch, context, prefill)
         sizes = benchmark.world_sizes(gpus)
-        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded)
+        names = phases.split(",")
+        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded, phases=names)
     if as_json:
         print_json(report.to_dict())
     else:
