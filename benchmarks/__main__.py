@@ -481,12 +481,16 @@ def gradients(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `first` '
-            "for the most telling ones."
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}]; `first` '
+            "for the most telling ones; or `sample:40` for 40 drawn from all sizes."
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(help="What `sample` draws its cases by.")] = 0,
     ways: Annotated[
-        str, typer.Option(help="What to time: some of ours, compact, xla, ragged, dense.")
+        str,
+        typer.Option(
+            help="What to time: some of ours, compact (where slots are free), xla, ragged, dense."
+        ),
     ] = "ours,dense,ragged,xla",
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
     processes: Annotated[
@@ -510,7 +514,7 @@ def gradients(
         if unknown := set(chosen) - {"ours", "compact", "xla", "ragged", "dense"}:
             known = "ours, compact, xla, ragged and dense"
             raise ValueError(f"--ways takes {known}, got {sorted(unknown)}")
-        named = benchmark.cases_of(cases)
+        named = benchmark.cases_of(cases, seed)
         if processes > 1:
             benchmark.run_in_processes(named, chosen, seconds, out, processes)
         else:
