@@ -47,7 +47,8 @@ class Case:
         keys = jax.random.split(jax.random.key(0), 3)
         blocks = self.rows * self.width * self.spare
         shape = self.layers * blocks, self.heads, self.block, self.head_dim
-        pages = Pages(*(jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2]), blocks)
+        k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
+        pages = Pages(k, v, blocks)
         q = (self.rows, 1, self.heads, self.group, self.head_dim)
         mixed = np.random.default_rng(0).permutation(blocks)[: self.rows * self.width]
         tables = jnp.asarray(mixed.reshape(self.rows, -1), jnp.int32)

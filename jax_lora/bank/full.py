@@ -58,6 +58,7 @@ class FullSlots:
           BankFullError: all full slots of a layer are pinned or leased.
         """
         open_leases = [lease for lease in leases if lease.is_open]
+        own = table.reservations.tenant(name)
         leased = {table.id_of(*place) for lease in open_leases for place in lease.slots}
         gone = {name, evicted}
         slots = dict.fromkeys(self.rooms, -1)
@@ -73,11 +74,17 @@ class FullSlots:
             usable = [n for n in range(count) if n not in busy]
             free = [n for n in usable if n not in held]
             movable = [n for n in held if n in usable and not table.entries[held[n]].pinned]
+            movable = [
+                n
+                for n in movable
+                if table.reservations.tenant(held[n]) == own
+                or table.may_evict(held[n], gone, open_leases)
+            ]
             if not (free or movable):
                 raise BankFullError(
                     f"no full slot of {module} for {name!r}: of its {count}, {count - len(usable)} "
-                    "are leased by batches and the others pinned; drop batches, unpin, or give "
-                    "apply_lora more full_slots="
+                    "are leased by batches and the others pinned or in reserved slots; drop "
+                    "batches, unpin, or give apply_lora more full_slots="
                 )
             slots[module] = free[0] if free else movable[0]
             if not free:
