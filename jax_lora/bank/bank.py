@@ -14,11 +14,11 @@ from jax_lora.adapters import (
     save_peft,
 )
 from jax_lora.bank import dora
+from jax_lora.bank.checkpoint import Checkpoints
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
-from jax_lora.bank.reader import AdapterReader
 from jax_lora.bank.sites import Site, find_sites
 from jax_lora.bank.waiting import checked_wait
 from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots
@@ -28,7 +28,7 @@ from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
 
 
-class AdapterBank(AdapterReader):
+class AdapterBank(Checkpoints):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, FullModule
+from jax_lora.adapters import FullModule
 from jax_lora.bank.sites import Site, some
 from jax_lora.bank.slots import BankFullError, SlotTable
 from jax_lora.bank.writer import as_stored, home_of
@@ -110,14 +110,16 @@ class FullSlots:
                 "copy; save it and load the folder"
             )
 
-    def place(self, name: str, adapter: Adapter, *, is_own: bool) -> dict[str, list[Array]]:
+    def place(
+        self, name: str, whole: Mapping[str, FullModule], *, is_own: bool
+    ) -> dict[str, list[Array]]:
         """An adapter's whole weights on the device. Copies what is the caller's.
 
         Raises:
           ValueError: weights overflow the slots' dtype.
         """
         placed = {}
-        for module, full in adapter.full.items():
+        for module, full in whole.items():
             variables = self.rooms[module].slots[0].variables
             dtype = variables[0].dtype
             stored = as_stored(name, module, full.arrays, dtype)
@@ -133,6 +135,10 @@ class FullSlots:
             if slot >= 0:
                 for variable, new in zip(room.slots[slot].variables, weights[module], strict=True):
                     variable.set_value(new)
+
+    def slots_of(self, id_: int) -> list[int]:
+        """The full slots that an id has, as in `FullPlace`."""
+        return [int(table[id_]) for table in self._tables.values()]
 
     def read(self, id_: int) -> dict[str, FullModule]:
         """The whole weights that an id has."""

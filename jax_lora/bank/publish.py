@@ -229,7 +229,7 @@ class Publisher(Roster):
         adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
         # On the device before anything changes: what follows allocates nothing to speak of.
         placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
-        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
+        full = jax.block_until_ready(self._full.place(name, adapter.full, is_own=is_own))
         filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
         what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
         self._fill(

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-import itertools
+import threading
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,26 @@ from jax_lora.tokens import first_ids
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
 
-# Shared by all banks of the process: an optimizer's state may outlive the bank that it began with.
-_SERIALS = itertools.count(1)
+
+class _Serials:
+    """Numbers of loads. All banks of the process share them: an optimizer's state may outlive the
+    bank that it began with."""
+
+    def __init__(self) -> None:
+        self._lock, self._last = threading.Lock(), 0
+
+    def next(self) -> int:
+        with self._lock:
+            self._last += 1
+            return self._last
+
+    def skip(self, last: int) -> None:
+        """Gives none up to `last` any more."""
+        with self._lock:
+            self._last = max(self._last, last)
+
+
+SERIALS = _Serials()
 
 
 class BankFullError(RuntimeError):
@@ -36,7 +54,7 @@ class Entry:
     config: LoRAConfig
     modules: frozenset[str]
     pinned: bool = False
-    serial: int = dataclasses.field(default_factory=lambda: next(_SERIALS))
+    serial: int = dataclasses.field(default_factory=SERIALS.next)
 
     @property
     def rank(self) -> int:
