@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages, blocks_of
 from jax_lora.serving.options import step_options
+from pallas_kernels.mosaic_gpu.paged import PagedSpan, paged_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,27 @@ def triton(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], splits: in
     return out.reshape(q.shape)
 
 
-WAYS: dict[str, Way] = {f.__name__: f for f in (gathered, reduced, fused, cudnn, triton)}
+def kernel(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], steps: int = 3) -> Array:
+    """The kernel that reads blocks where they stand."""
+    span = PagedSpan(jnp.zeros_like(lanes.starts), lanes.starts + lanes.counts)
+    tables, scale = lanes.tables + layer * pages.blocks, q.shape[-1] ** -0.5
+    out = paged_attention(q[:, 0], pages.keys, pages.values, tables, span, scale=scale, steps=steps)
+    return out[:, None]
+
+
+def kernel2(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
+    """With two tiles in flight."""
+    return kernel(q, pages, layer, lanes, 2)
+
+
+def kernel4(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
+    """With four."""
+    return kernel(q, pages, layer, lanes, 4)
+
+
+WAYS: dict[str, Way] = {
+    f.__name__: f for f in (gathered, kernel, kernel2, kernel4, reduced, fused, cudnn, triton)
+}
 
 
 def check(way: Way, case: Case) -> str:
