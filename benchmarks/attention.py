@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages, blocks_of
 from jax_lora.serving.options import step_options
-from pallas_kernels.mosaic_gpu.paged import PagedSpan, paged_attention
+from pallas_kernels.mosaic_gpu.paged import paged_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +193,17 @@ def triton(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], splits: in
 
 def kernel(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], steps: int = 3) -> Array:
     """The kernel that reads blocks where they stand."""
-    span = PagedSpan(jnp.zeros_like(lanes.starts), lanes.starts + lanes.counts)
     tables, scale = lanes.tables + layer * pages.blocks, q.shape[-1] ** -0.5
-    out = paged_attention(q[:, 0], pages.keys, pages.values, tables, span, scale=scale, steps=steps)
+    out = paged_attention(
+        q[:, 0],
+        pages.keys,
+        pages.values,
+        tables,
+        jnp.zeros_like(lanes.starts),
+        lanes.starts + lanes.counts,
+        scale=scale,
+        steps=steps,
+    )
     return out[:, None]
 
 

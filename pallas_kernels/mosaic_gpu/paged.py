@@ -28,13 +28,6 @@ _STEPS = 3  # tiles in flight, of which two programs have room on a multiprocess
 _HEAD_DIMS = (64, 128)
 
 
-class PagedSpan(NamedTuple):
-    """Which positions each row sees: from `first` on, those before `length`; arrays are `[B]`."""
-
-    first: Int[Array, " B"]
-    length: Int[Array, " B"]
-
-
 def lacks_paged_attention(group: int, head_dim: int, block: int, dtype: jnp.dtype) -> str | None:
     """Why the kernel does not take such shapes; None where it does."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
@@ -51,7 +44,8 @@ def paged_attention(
     keys: Float[Array, "P N S D"],
     values: Float[Array, "P N S D"],
     tables: Int[Array, "B W"],
-    span: PagedSpan,
+    firsts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     *,
     scale: float,
     steps: int = _STEPS,
@@ -62,6 +56,7 @@ def paged_attention(
 
     Args:
       tables: blocks of each row; any numbers where the row sees nothing.
+      firsts, lengths: a row sees the positions from its first one on, those before its length.
       steps: tiles in flight.
 
     Raises:
@@ -75,101 +70,106 @@ def paged_attention(
     tables = pad_to(tables, 1, TILE // block)  # whole tiles
     layout = operand_layout(q.dtype, head_dim)
     ring = plgpu.SMEM((steps, TILE, head_dim), q.dtype, transforms=layout)
+
+    def body(*refs: Ref) -> None:
+        count = len(_Inputs._fields)
+        _attend(_Inputs(*refs[:count]), refs[count], _Memory(*refs[count + 1 :]), block, scale)
+
     kernel = plgpu.kernel(
-        functools.partial(_attend, block=block, scale=scale),
+        body,
         out_type=jax.ShapeDtypeStruct(padded.shape, q.dtype),
-        scratch_types=[
+        scratch_types=_Memory(
             plgpu.SMEM((TILE, head_dim), q.dtype, transforms=layout),
             plgpu.SMEM((TILE, TILE), q.dtype, transforms=operand_layout(q.dtype, TILE)),
             ring,
             ring,
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=steps, num_arrivals=2 * TILE // block),
-        ],
+        ),
         grid=(rows, heads),
         grid_names=("row", "head"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_attention",
     )
-    out: Array = kernel(padded, keys, values, tables.astype(jnp.int32), span.first, span.length)
+    out: Array = kernel(padded, keys, values, tables.astype(jnp.int32), firsts, lengths)
     return out[:, :, :group]
 
 
-def _attend(
-    q: Ref,
-    keys: Ref,
-    values: Ref,
-    tables: Ref,
-    firsts: Ref,
-    lengths: Ref,
-    out: Ref,
-    own: Ref,
-    shares: Ref,
-    keys_ring: Ref,
-    values_ring: Ref,
-    own_loaded: Ref,
-    loaded: Ref,
-    *,
-    block: int,
-    scale: float,
-) -> None:
+class _Inputs(NamedTuple):
+    q: Ref
+    keys: Ref
+    values: Ref
+    tables: Ref
+    firsts: Ref
+    lengths: Ref
+
+
+class _Memory(NamedTuple):
+    """Shared memory: the queries, and at last what they see; weights of a tile; the ring."""
+
+    own: Ref
+    weights: Ref
+    keys: Ref
+    values: Ref
+    own_loaded: Ref
+    loaded: Ref
+
+
+def _attend(of: _Inputs, out: Ref, memory: _Memory, block: int, scale: float) -> None:
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    first, length = firsts[row], lengths[row]
+    first, length = of.firsts[row], of.lengths[row]
     begin, end = lax.div(first, jnp.int32(TILE)), lax.div(length + (TILE - 1), jnp.int32(TILE))
-    steps, per_tile, padded = keys_ring.shape[0], TILE // block, out.shape[2]
+    end = jnp.where(first < length, end, begin)
+    own, padded, steps = memory.own, out.shape[2], memory.keys.shape[0]
 
     def fetch(tile: Array) -> None:
         slot = lax.rem(tile - begin, jnp.int32(steps))
-        for n in range(per_tile):
-            place, part = tables[row, tile * per_tile + n], pl.ds(n * block, block)
-            for source, ring in ((keys, keys_ring), (values, values_ring)):
+        for n in range(TILE // block):
+            place, part = of.tables[row, tile * (TILE // block) + n], pl.ds(n * block, block)
+            for source, ring in ((of.keys, memory.keys), (of.values, memory.values)):
                 plgpu.copy_gmem_to_smem(
-                    source.at[place, head], ring.at[slot, part], loaded.at[slot]
+                    source.at[place, head], ring.at[slot, part], memory.loaded.at[slot]
                 )
 
-    plgpu.copy_gmem_to_smem(q.at[row, head], own.at[pl.ds(0, padded)], own_loaded)
+    plgpu.copy_gmem_to_smem(of.q.at[row, head], own.at[pl.ds(0, padded)], memory.own_loaded)
     for n in range(steps):
         pl.when(begin + n < end)(functools.partial(fetch, begin + n))
-    plgpu.barrier_wait(own_loaded)
+    plgpu.barrier_wait(memory.own_loaded)
 
     def step(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc, most, total = carry
         slot = lax.rem(tile - begin, jnp.int32(steps))
-        plgpu.barrier_wait(loaded.at[slot])
-        scores = _product(own, keys_ring.at[slot].transpose((1, 0)))
-        at = tile * TILE + plgpu.broadcasted_iota(
-            jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA
-        )
-        seen = (at >= first) & (at < length)
-        scores = jnp.where(seen, scores * (scale * math.log2(math.e)), -jnp.inf)
+        plgpu.barrier_wait(memory.loaded.at[slot])
+        scores = _product(own, memory.keys.at[slot].transpose((1, 0)))
+        at = tile * TILE + _iota((TILE, TILE), 1)
+        is_seen = (at >= first) & (at < length)
+        scores = jnp.where(is_seen, scores * (scale * math.log2(math.e)), -jnp.inf)
         above = jnp.maximum(most, scores.max(axis=1))
         weights = jnp.exp2(scores - lax.broadcast_in_dim(above, scores.shape, [0]))
         fade = jnp.exp2(most - above)
-        total = total * fade + weights.sum(axis=1)
-        acc *= lax.broadcast_in_dim(fade, acc.shape, [0])
-
-        @pl.when((tile + 1) * TILE > length)
-        def _forget_unseen() -> None:
-            _clear(values_ring.at[slot], length - tile * TILE)
-
-        shares[...] = weights.astype(shares.dtype)
+        memory.weights[...] = weights.astype(own.dtype)
+        values = memory.values.at[slot]
+        pl.when((tile + 1) * TILE > length)(lambda: _clear(values, length - tile * TILE))
         plgpu.commit_smem()
-        acc += _product(shares, values_ring.at[slot])
+        acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0]) + _product(memory.weights, values)
         plgpu.commit_smem()  # all warps have read the slot
         pl.when(tile + steps < end)(functools.partial(fetch, tile + steps))
-        return acc, above, total
+        return acc, above, total * fade + weights.sum(axis=1)
 
     def rows_of(value: float) -> Array:
         return plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), ROWS)
 
     acc = plgpu.layout_cast(jnp.zeros(own.shape, jnp.float32), plgpu.Layout.WGMMA)
-    start = acc, rows_of(-jnp.inf), rows_of(0.0)
-    acc, _, total = lax.fori_loop(begin, end, step, start)
+    acc, _, total = lax.fori_loop(begin, end, step, (acc, rows_of(-jnp.inf), rows_of(0.0)))
     total = jnp.where(total == 0, 1.0, total)
     own[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(own.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(own.at[pl.ds(0, padded)], out.at[row, head])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
 def _product(a: Ref, b: Ref) -> Array:
@@ -184,7 +184,5 @@ def _product(a: Ref, b: Ref) -> Array:
 
 def _clear(tile: Ref, count: Array) -> None:
     """Zeros in the rows from `count` on: 0 times NaN would be NaN."""
-    held = plgpu.load(tile, (), layout=plgpu.Layout.WGMMA)
-    at = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
-    tile[...] = jnp.where(at < count, held, jnp.zeros_like(held))
-    plgpu.commit_smem()
+    held = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
+    tile[...] = jnp.where(_iota(tile.shape, 0) < count, held, jnp.zeros_like(held))
