@@ -6,6 +6,7 @@ other rows do not change, and for NaN behind a row's last token.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 import warnings
@@ -66,73 +67,11 @@ def gathered(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array
     tokens = PagedTokens.of(((lanes, 1),), pages)
     keys, values = LayerPages(pages, layer, tokens).of_lanes(lanes)
     scores = jnp.einsum("bsngd,bntd->bngst", q, keys, preferred_element_type=jnp.float32)
-    (mask,) = tokens.masks(pages.block, None)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    known = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    is_seen = known <= lanes.starts[:, None]
+    scores = jnp.where(is_seen[:, None, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bngst,bntd->bsngd", weights, values)
-
-
-def _own(pages: Pages, layer: Array, lanes: Lanes[Array]) -> tuple[Array, Array, Array, Array]:
-    """The layer's blocks, the row of each, and how many of its tokens the row has written."""
-    blocks, size = pages.blocks, pages.block
-    rows, width = lanes.tables.shape
-    start = layer * blocks
-    keys, values = (
-        jax.lax.dynamic_slice_in_dim(t, start, blocks) for t in (pages.keys, pages.values)
-    )
-    lengths = lanes.starts + lanes.counts
-    in_use = jnp.arange(width, dtype=jnp.int32) * size < lengths[:, None]
-    places = jnp.where(in_use, lanes.tables, blocks).reshape(-1)
-    row = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), width)
-    owners = jnp.zeros(blocks, jnp.int32).at[places].set(row, mode="drop")
-    first = jnp.tile(jnp.arange(width, dtype=jnp.int32) * size, rows)
-    known = jnp.zeros(blocks, jnp.int32).at[places].set(lengths[row] - first, mode="drop")
-    return keys, values, owners, known
-
-
-def _joined(part: Array, most: Array, sums: Array, lanes: Lanes[Array], size: int) -> Array:
-    """Each row's from its blocks': `part` `[P, N, G, D]`, `most` and `sums` `[P, N, G]`."""
-    own_most, own_sums = most[lanes.tables], sums[lanes.tables]  # [B, W, N, G]
-    firsts = jnp.arange(lanes.tables.shape[1], dtype=jnp.int32) * size
-    in_use = (firsts < (lanes.starts + lanes.counts)[:, None])[..., None, None]
-    top = jnp.max(jnp.where(in_use, own_most, -jnp.inf), axis=1, keepdims=True)
-    factor = jnp.where(in_use, jnp.exp(own_most - top), 0.0)
-    factor /= jnp.sum(own_sums * factor, axis=1, keepdims=True)
-    own = jnp.where(in_use[..., None], part[lanes.tables], 0.0)
-    return jnp.sum(own * factor[..., None], axis=1)[:, None]
-
-
-def reduced(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
-    """XLA multiplies each block where it stands with its row's query, then sums a row's blocks."""
-    keys, values, owners, known = _own(pages, layer, lanes)
-    own = q[owners, 0].astype(jnp.float32)  # [P, N, G, D]
-    scores = jnp.sum(own[:, :, :, None] * keys[:, :, None].astype(jnp.float32), axis=-1)
-    is_known = jnp.arange(pages.block, dtype=jnp.int32) < known[:, None]
-    is_seen = is_known[:, None, None]
-    scores = jnp.where(is_seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    most = jnp.max(scores, axis=-1)
-    weights = jnp.where(is_seen, jnp.exp(scores - most[..., None]), 0.0)
-    values = jnp.where(is_known[:, None, :, None], values, jnp.zeros((), values.dtype))
-    part = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)
-    return _joined(part, most, weights.sum(-1), lanes, pages.block).astype(q.dtype)
-
-
-def fused(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
-    """As `gathered`, by sums of products, into which XLA fuses the gathering."""
-    tokens = PagedTokens.of(((lanes, 1),), pages)
-    keys, values = LayerPages(pages, layer, tokens).of_lanes(lanes)
-    query = q[:, 0].astype(jnp.float32)
-    scores = jnp.sum(query[:, :, None] * keys[:, :, :, None].astype(jnp.float32), axis=-1)
-    (mask,) = tokens.masks(pages.block, None)
-    is_seen = mask[:, 0][:, None, :, None]
-    scores = jnp.where(is_seen, scores * q.shape[-1] ** -0.5, -jnp.inf)  # [B, N, T, G]
-    weights = jax.nn.softmax(scores, axis=2)
-    size, head_dim = pages.block, q.shape[-1]
-    parts = weights.reshape(*weights.shape[:2], -1, size, weights.shape[-1])
-    values = values.reshape(*values.shape[:2], -1, size, head_dim)
-    sums = jnp.sum(parts[..., None] * values[:, :, :, :, None].astype(jnp.float32), axis=3)
-    out = jnp.sum(jax.lax.optimization_barrier(sums), axis=2)
-    return out.astype(q.dtype)[:, None]
 
 
 def cudnn(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
@@ -192,7 +131,7 @@ def triton(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], splits: in
 
 
 def kernel(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], steps: int = 3) -> Array:
-    """The kernel that reads blocks where they stand."""
+    """The kernel that reads blocks where they stand, `steps` tiles ahead."""
     tables, scale = lanes.tables + layer * pages.blocks, q.shape[-1] ** -0.5
     out = paged_attention(
         q[:, 0],
@@ -207,19 +146,7 @@ def kernel(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], steps: int
     return out[:, None]
 
 
-def kernel2(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
-    """With two tiles in flight."""
-    return kernel(q, pages, layer, lanes, 2)
-
-
-def kernel4(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array]) -> Array:
-    """With four."""
-    return kernel(q, pages, layer, lanes, 4)
-
-
-WAYS: dict[str, Way] = {
-    f.__name__: f for f in (gathered, kernel, kernel2, kernel4, reduced, fused, cudnn, triton)
-}
+WAYS: dict[str, Way] = {way.__name__: way for way in (gathered, kernel, cudnn, triton)}
 
 
 def check(way: Way, case: Case) -> str:
@@ -286,7 +213,7 @@ def us(way: Way, case: Case, known: int | None = None) -> float:
 
 
 def main() -> None:
-    """Names of ways as arguments; all without."""
+    """Names of ways as arguments; all without. `kernel:2`: the kernel two tiles ahead."""
     names = sys.argv[1:] or list(WAYS)
     on_gpu = jax.default_backend() == "gpu"
     sizes = Case() if on_gpu else Case(4, 64, 32, 2, 2, 32, 2)
@@ -295,7 +222,8 @@ def main() -> None:
     print(f"{sizes}: floor {floor:.1f} us")
     for name in names:
         try:
-            way = WAYS[name]
+            known, _, steps = name.partition(":")
+            way = functools.partial(kernel, steps=int(steps)) if steps else WAYS[known]
             full, quarter = us(way, sizes), us(way, sizes, sizes.context // 4)
             print(f"{name:10} {full:8.1f} us, a quarter known {quarter:8.1f} us", flush=True)
             if name != "triton":

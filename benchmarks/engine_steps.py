@@ -61,6 +61,9 @@ class _Bench:
         model = nnx.merge(self.graphdef, self.weights)
         stepper = Stepper(model, None, self.steps)
         self.base_us = self.add("no LoRA", stepper, [-1], 0, 1.3 * floor_us, target)
+        if stepper.in_place:
+            other = Stepper(model, None, self.steps, in_place=False)
+            self.add("no LoRA, blocks gathered", other, [-1], 0, None, "")
         for lanes in self.steps.lanes[1:]:
             tokens = lanes * self.steps.chunk
             self.add(f"no LoRA, and {tokens} tokens of prompts", stepper, [-1], lanes, None, "")

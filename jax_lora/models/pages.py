@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.models.config import LlamaConfig
 from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import chip
+from pallas_kernels.ranks import kernels_disabled
 
 
 class Lanes[A](NamedTuple):
@@ -207,7 +208,7 @@ def lacks_in_place(config: LlamaConfig, rows: int, block: int, dtype: DTypeLike)
     from pallas_kernels.mosaic_gpu.paged import lacks_paged_attention
 
     heads = config.num_key_value_heads
-    if dispatch.gpu_capability() != chip.CAPABILITY or dispatch.kernels_disabled():
+    if dispatch.gpu_capability() != chip.CAPABILITY or kernels_disabled():
         return "a Hopper GPU with kernels"
     if config.attn_logit_softcapping is not None:
         return "scores that are capped"

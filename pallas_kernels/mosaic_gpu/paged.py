@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.mosaic_gpu.chip import TILE
-from pallas_kernels.mosaic_gpu.layouts import ROWS, Ref, operand_layout, pad_to
+from pallas_kernels.mosaic_gpu.layouts import ROWS, Ref, accumulator, operand_layout, pad_to
 
 _STEPS = 3  # tiles in flight, of which two programs have room on a multiprocessor
 _HEAD_DIMS = (64, 128)
 
 
-def lacks_paged_attention(group: int, head_dim: int, block: int, dtype: jnp.dtype) -> str | None:
+def lacks_paged_attention(group: int, head_dim: int, block: int, dtype: DTypeLike) -> str | None:
     """Why the kernel does not take such shapes; None where it does."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"keys of {jnp.dtype(dtype).name}"
@@ -178,7 +178,7 @@ def _product(a: Ref, b: Ref) -> Array:
         product: Array = acc[...]
         return product
 
-    found: Array = pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    found: Array = pl.run_scoped(multiply, accumulator(a.shape[0], b.shape[1]))
     return found
 
 

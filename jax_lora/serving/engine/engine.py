@@ -49,17 +49,26 @@ class _Launched(NamedTuple):
 class Stepper:
     """The device's side: the arrays, and the compiled steps that change them."""
 
-    def __init__(self, model: Llama, bank: AdapterBank | None, shape: StepShape) -> None:
-        """`shape` is resolved."""
+    def __init__(
+        self,
+        model: Llama,
+        bank: AdapterBank | None,
+        shape: StepShape,
+        *,
+        in_place: bool | None = None,
+    ) -> None:
+        """`shape` is resolved. `in_place`: as in `Form`; None for the faster."""
         assert shape.blocks is not None and shape.max_length is not None
         self._shape, self._vocabulary = shape, model.config.vocab_size
         self._live = LiveModel(model)
         ranges = None if bank is None else tuple(bank.slots.items())
         guard = None if bank is None else self._live.guard
         dtype = model.model.embed_tokens.embedding.dtype
-        in_place = self._live.is_on_one_device and not lacks_in_place(
-            model.config, shape.rows, shape.block, dtype
-        )
+        if in_place is None:
+            in_place = self._live.is_on_one_device and not lacks_in_place(
+                model.config, shape.rows, shape.block, dtype
+            )
+        self.in_place = in_place
         self._form = Form(ranges, guard, shape.max_length, shape.prompt_logprobs, in_place)
         self._pages = Pages.empty(model.config, shape.blocks, shape.block, dtype)
         self._last: Array = jnp.zeros(shape.rows, jnp.int32)
