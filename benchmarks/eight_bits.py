@@ -53,9 +53,11 @@ class Run:
     def call(self) -> Call:
         ids = jax.jit(pk.make_segments, static_argnums=1)(jnp.asarray(self.case.ids()), self.case.L)
 
-        def call(y: jax.Array, x: jax.Array, *stack: jax.Array) -> jax.Array:
+        def call(
+            y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array
+        ) -> jax.Array:
             named: Literal["mosaic_gpu"] | None = None if self.config is None else "mosaic_gpu"
-            parts = [pk.LoRAPart(*stack)]
+            parts = [pk.LoRAPart(a, b, scales)]
             return pk.add_lora_multi(y, x, parts, ids, implementation=named, config=self.config)
 
         return call
