@@ -335,7 +335,14 @@ def _plan(
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         ranges = {(part.first_slot, part.slots) for part in parts}
-        config = decode_config(x.shape[0], width, rank, buckets=len(ranges), delta=not add_inputs)
+        config = decode_config(
+            x.shape[0],
+            width,
+            rank,
+            buckets=len(ranges),
+            delta=not add_inputs,
+            weight_bytes=parts[0].stacks[0].dtype.itemsize,
+        )
     return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
 
 
