@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from marks import in_ci
 from tiny_kernels import add_in_place, double, shift
 
 import interop
@@ -106,7 +107,7 @@ def is_one_kernel(function, arguments, name: str, **static) -> None:
 HALVES, FLOATS = (jnp.bfloat16, jnp.float16), (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("words", [1, in_ci(2)])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("v_dtype", FLOATS)
 def test_shrinks_are_one_kernel(v_dtype, dtype, words):

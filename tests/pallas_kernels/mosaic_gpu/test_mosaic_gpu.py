@@ -587,7 +587,7 @@ def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: N
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", ci("xla"), ci("loop")])
 @pytest.mark.parametrize("column_clusters", [1, ci(2), slow(3), ci(7)])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
 def test_parts_of_several_ys(
@@ -774,7 +774,7 @@ def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> Non
         assert (config.warps is not None) == one
 
 
-@pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), 256])
+@pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), ci(256)])
 @pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
     config = dataclasses.replace(DECODE, split=8)
@@ -847,7 +847,7 @@ def test_every_config_lowers(config: Config, num_tokens: int) -> None:
     assert_kernels(lowered(num_tokens, 2048, 512, 64, config=config), 64)
 
 
-@pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("y", ["bfloat16", ci("float16"), "float32"])
 @pytest.mark.parametrize("columns", [136, 200])
 def test_a_delta_has_a_kernel_without_y(columns: int, y: str) -> None:
     dtypes = "bfloat16", "bfloat16", y
