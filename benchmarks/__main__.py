@@ -535,15 +535,20 @@ def agreement(
     ] = "float32,bfloat16",
     plot: Plot = None,
 ) -> None:
-    """Say how far the trainer's log-probabilities are from the sampler's.
+    """Say how far the trainer's log-probabilities are from the sampler's, and those of steps.
 
     The bundled model samples with each of its adapters and without, a token at a time. Then one
     forward over the whole sequences, as a training step runs it, reads the same tokens. Tokens of
     rows without an adapter tell what the base model's own rounding gives.
+
+    Then the engine reads and answers requests in steps of three sizes: rows, chunks of prompts,
+    blocks. Given tokens must have the same log-probabilities but for rounding, and the share of
+    requests is told whose greedy answers are not the same.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import agreement as benchmark
+        from benchmarks import chunkings
         from benchmarks.pictures import check_path
 
         if plot is not None:
@@ -551,10 +556,13 @@ def agreement(
         if unknown := {*dtypes.split(",")} - {"float32", "bfloat16", "float16"}:
             raise ValueError(f"--dtypes takes float32, bfloat16 and float16, got {sorted(unknown)}")
         found = [benchmark.run(dtype, progress) for dtype in dtypes.split(",")]
+        spreads = [chunkings.run(dtype, progress) for dtype in dtypes.split(",")]
         if plot is not None:
             benchmark.draw(found, plot)
     for one in found:
         print(one.line)
+    for spread in spreads:
+        print(spread.line)
     print(f"deltas of both phases: {benchmark.delta_ulps():.2f} bfloat16 ulp apart, at most")
 
 

@@ -6,7 +6,6 @@ other rows do not change, and for NaN behind a row's last token.
 """
 
 import dataclasses
-import functools
 import sys
 import time
 import warnings
@@ -141,7 +140,6 @@ def kernel(q: Array, pages: Pages, layer: Array, lanes: Lanes[Array], steps: int
         jnp.zeros_like(lanes.starts),
         lanes.starts + lanes.counts,
         scale=scale,
-        steps=steps,
     )
     return out[:, None]
 
@@ -213,7 +211,7 @@ def us(way: Way, case: Case, known: int | None = None) -> float:
 
 
 def main() -> None:
-    """Names of ways as arguments; all without. `kernel:2`: the kernel two tiles ahead."""
+    """Names of ways as arguments; all without."""
     names = sys.argv[1:] or list(WAYS)
     on_gpu = jax.default_backend() == "gpu"
     sizes = Case() if on_gpu else Case(4, 64, 32, 2, 2, 32, 2)
@@ -222,8 +220,7 @@ def main() -> None:
     print(f"{sizes}: floor {floor:.1f} us")
     for name in names:
         try:
-            known, _, steps = name.partition(":")
-            way = functools.partial(kernel, steps=int(steps)) if steps else WAYS[known]
+            way = WAYS[name]
             full, quarter = us(way, sizes), us(way, sizes, sizes.context // 4)
             print(f"{name:10} {full:8.1f} us, a quarter known {quarter:8.1f} us", flush=True)
             if name != "triton":

@@ -10,6 +10,7 @@ from jax_lora.adapters import (
     Adapter,
     LoRAConfig,
     Rename,
+    UploadLimits,
     renamed,
     save_peft,
 )
@@ -183,14 +184,10 @@ class AdapterBank(Checkpoints):
                 return adapter.error
             is_own = not isinstance(adapter, Adapter)
             if not isinstance(adapter, Adapter):
-                adapter = self.read(
-                    name,
-                    adapter,
-                    max_bytes=max_bytes,
-                    rename=rename,
-                    allow_links=allow_links,
-                    allow_nonfinite=allow_nonfinite,
+                limits = UploadLimits(
+                    max_bytes=max_bytes, allow_links=allow_links, allow_nonfinite=allow_nonfinite
                 )
+                adapter = self.read(name, adapter, limits=limits, rename=rename)
             elif rename is not None:
                 adapter = renamed(adapter, rename)
             prepared = self.prepare(name, adapter, is_own=is_own)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lora.adapters import Adapter
+from jax_lora.adapters import Adapter, UploadLimits
+from jax_lora.adapters.limits import check_count
 from jax_lora.bank import AdapterBank, BankFullError, PreparedAdapter
 from jax_lora.bank.sites import some
 from jax_lora.messages import printable, shown
@@ -24,27 +25,19 @@ Future = concurrent.futures.Future
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterLimits:
-    """What an engine takes from whoever uploads adapters.
+class AdapterLimits(UploadLimits):
+    """What an engine takes from whoever uploads adapters, and what it keeps of them.
 
     Args:
-      max_bytes: weights of an adapter; None for any number.
       host_bytes: what the host keeps of adapters that it has read, as their slots hold them.
-      allow_links, allow_nonfinite: as in `load_peft`.
+      The others are those of `UploadLimits`.
     """
 
-    max_bytes: int | None = None
     host_bytes: int = 8 << 30
-    allow_links: bool = False
-    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "host_bytes"):
-            value = getattr(self, name)
-            if value is None and name == "max_bytes":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a number of bytes, got {shown(value)}")
+        super().__post_init__()
+        check_count("host_bytes", self.host_bytes)
 
 
 def named(names: tuple[str, ...]) -> str:
@@ -326,16 +319,9 @@ class AdapterDesk:
     def _read(self, name: str, place: Source) -> PreparedAdapter:
         limits = self._limits
         if not isinstance(place, Adapter):
-            adapter = self._bank.read(
-                name,
-                place,
-                max_bytes=limits.max_bytes,
-                allow_links=limits.allow_links,
-                allow_nonfinite=limits.allow_nonfinite,
-            )
+            adapter = self._bank.read(name, place, limits=limits)
             return self._bank.prepare(name, adapter, is_own=True)
-        if limits.max_bytes is not None and place.nbytes > limits.max_bytes:
-            raise ValueError(f"it has {place.nbytes} bytes; max_bytes={limits.max_bytes}")
+        limits.check(place.header)
         prepared = self._bank.prepare(name, place)
         if not (limits.allow_nonfinite or prepared.is_finite()):
             raise ValueError(

@@ -209,9 +209,9 @@ class Engine:
         self._end: str | None = None  # why nothing comes any more
         self._error: Exception | None = None
         self._desk: AdapterDesk | None = None
+        self.limits = limits or AdapterLimits()
         if bank is not None:
-            limits = limits or AdapterLimits()
-            self._desk = AdapterDesk(bank, limits, self._inbox.put, self._fail_waiting)
+            self._desk = AdapterDesk(bank, self.limits, self._inbox.put, self._fail_waiting)
         elif adapters:
             raise ValueError("adapters need the bank of a model with LoRA layers")
         self._stepper = Stepper(model, bank, self.shape)

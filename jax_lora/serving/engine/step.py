@@ -127,7 +127,7 @@ def _step(
     logprobs, are_finite = _logprobs(logits, chosen)
     of_prompts = None
     if form.prompt_logprobs:
-        lanes = hidden[last.shape[0] :].reshape(*inputs.prompt.shape, -1)
+        lanes = hidden[last.shape[0] :].reshape(*inputs.prompt.shape, hidden.shape[-1])
 
         # One by one: the logits of a lane are S x V.
         def of_lane(lane: tuple[Array, Array, Array]) -> Array:

@@ -21,6 +21,8 @@ from pallas_kernels import padded_rank
 
 Told = Callable[[str], None]
 
+_READING_S = 60  # for an adapter that a client has loaded
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -80,7 +82,7 @@ def load(model: Model, told: Told) -> Served:
         load_tokenizer(base),
         adapters={name: folder for name, (folder, _) in folders.items()},
         shape=StepShape(rows=sizes.rows, max_length=sizes.max_length),
-        limits=AdapterLimits(),
+        limits=AdapterLimits(max_seconds=_READING_S),
         max_waiting=sizes.max_waiting,
     )
     told("compiling")
