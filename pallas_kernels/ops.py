@@ -12,7 +12,6 @@ from pallas_kernels import autodiff, checks, derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
-    check_may_write,
     check_on_no_mesh,
     choose,
     compiled,
@@ -72,8 +71,6 @@ def _shrink_op(
     check_on_no_mesh(call, x, lora_a)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
-    if v is not None:
-        check_may_write(call, v, x, lora_a)
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
 
 
@@ -114,7 +111,6 @@ def _expand_op(
     check_on_no_mesh(call, v, lora_b, y)
     if v.shape[0] == 0:
         return y
-    check_may_write(call, v, lora_b, y)
     return autodiff.expand(call, v, lora_b, token_ids, y)
 
 
@@ -486,7 +482,6 @@ def _add_to(
     checked = _check_parts("add_lora", x, parts, adapters, phase, shapes, how)
     if not (checked.parts and x.shape[0] * sum(checked.call.widths)):
         return ys
-    check_may_write(checked.call, x, *ys)
     return autodiff.add_lora(checked.call, ys, x, checked.parts, checked.ids)
 
 
@@ -714,9 +709,9 @@ def add_in_step(
 ) -> tuple[Array, ...]:
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
-    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
-    does not work inside `jax.shard_map`. In the phase "exact" it is the form of `exact.in_chunks`.
-    `deltas` are those of `delta_ahead`, if it made some.
+    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place. In the
+    phase "exact" it is the form of `exact.in_chunks`. `deltas` are those of `delta_ahead`, if it
+    made some.
     """
     if deltas is not None:
         return _sums(ys, deltas)
@@ -729,7 +724,7 @@ def add_in_step(
     if not (checked.parts and x.shape[0] * sum(call.widths)):
         return ys
     by_kernels = _is_fastest_as_delta(checked, x, ys[0].dtype)
-    if not (is_exact or by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
+    if not (is_exact or by_kernels):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
     return _sums(ys, autodiff.lora_delta(call, x, checked.parts, checked.ids))
 

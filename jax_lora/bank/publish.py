@@ -13,13 +13,14 @@ from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import Agree
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, check_same
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.tokens import check_tokens
-from jax_lora.bank.writer import Layout, OfLayers, SlotOfLayer, SlotWriter
+from jax_lora.bank.waiting import SlotQueue
+from jax_lora.bank.writer import Layout, OfLayers, PreparedAdapter, SlotOfLayer, SlotWriter
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
 from pallas_kernels.stacks import EIGHT_BITS
@@ -149,6 +150,7 @@ class Publisher(Roster):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         self._alike: weakref.WeakSet[Publisher] = weakref.WeakSet([self])
+        self._queue = SlotQueue()
 
     def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
         """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
@@ -227,7 +229,24 @@ class Publisher(Roster):
         self._agreement.check_alone(f"{module} has a copy of its base weight")
         return np.asarray(self._sites[module].base_weight())
 
-    def _fill(self, name: str, filling: "Filling", agree: Agree, *, replace: bool) -> None:
+    def _install(
+        self, name: str, prepared: PreparedAdapter, agree: Agree, *, replace: bool, wait: float = 0
+    ) -> None:
+        if prepared.guard is not self._guard:
+            raise ValueError(f"adapter {name!r} was prepared for another model")
+        adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
+        # On the device before anything changes: what follows allocates nothing to speak of.
+        placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
+        full = jax.block_until_ready(self._full.place(name, adapter.full, is_own=is_own))
+        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
+        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
+        self._fill(
+            name, filling, lambda where: agree(f"{what} {where}"), replace=replace, wait=wait
+        )
+
+    def _fill(
+        self, name: str, filling: "Filling", agree: Agree, *, replace: bool, wait: float = 0
+    ) -> None:
         """Writes what a slot is to hold, which is on the device, and gives it the name."""
         bucket, values, config, modules, full = filling
 
@@ -247,5 +266,7 @@ class Publisher(Roster):
                     self._table.forget(other, evicted_by=name)
             self._table.put(name, Entry(bucket, slot, config, modules))
 
-        self._write(commit)
+        with self._lock:
+            kind = bucket, self._table.reservations.tenant(name), bool(full)
+        self._queue.run(kind, wait, lambda: self._write(commit))
         self._tell()

@@ -1,7 +1,7 @@
 """What the LoRA layers share."""
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -269,11 +269,10 @@ class LoRALayer(nnx.Module):
 
     def _ahead(self, x: Array, adapters: AdapterBatch) -> tuple[Array, tuple[Array, ...] | None]:
         """`delta_ahead` of the layer."""
-        if adapters.phase != "decode" or jax.sharding.get_abstract_mesh().manual_axes:
+        if adapters.phase != "decode":
             return x, None
-        y = jax.eval_shape(self._base, x)
-        shape = jax.eval_shape(self._rows_of_y, y)
-        matrix, parts, segments = self._operands(x, y.dtype, adapters)
+        shape = jax.eval_shape(lambda x: self._rows_of_y(self._base(x)), x)
+        matrix, parts, segments = self._operands(x, shape.dtype, adapters)
         return delta_ahead(x, matrix, parts, segments, (shape,), phase=adapters.phase)
 
     def _operands(
@@ -298,46 +297,16 @@ class LoRALayer(nnx.Module):
         return base.__call__(x, out_sharding=out_sharding)
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
-        """The call, in which each device runs the layer that its own shards make up."""
-        if shards.inputs or shards.outputs:
-            refuse_divided(self)
-        graphdef, state = nnx.split(self)
-        paths, variables = zip(*nnx.to_flat_state(state))
-        names = ("kernel" if path == (self.kernel_name,) else _name(path) for path in paths)
-        specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
-        of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
-        tokens, labels = shards.tokens, shards.labels
-        lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
-        segments = adapters.segments(lead, tokens)
+        """The call, divided over a mesh."""
 
-        def local(arrays: list[Array], x: Array, segments: Segments) -> Array:
-            arrays, x, segments = shards.varying((arrays, x, segments))
-            own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
-            layer = nnx.merge(graphdef, nnx.from_flat_state(own))
-            layer.resize()
-            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
-                is_first = jax.lax.axis_index(shards.inputs) == 0
-                bias = layer.bias.get_value()
-                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
-            lead = layer.x_matrix(x).shape[:-1]
-            batch = adapters.with_segments(lead, segments)
-            if shards.fully:
-                return shards.total(layer._add_lora(layer._base(x), x, batch, shards))
-            return shards.total(layer(x, batch))
+        def call(layers: Sequence[LoRALayer], x: Array, batch: AdapterBatch) -> tuple[Array]:
+            [own] = layers
+            return (
+                own._add_lora(own._base(x), x, batch, shards) if shards.fully else own(x, batch),
+            )
 
-        arrays = [v.get_value() for v in variables]
-        mapped = jax.shard_map(
-            local,
-            mesh=shards.mesh,
-            in_specs=(specs, of_x, by_shard(tokens)),
-            out_specs=of_y,
-            axis_names=shards.manual,
-        )
-        return jax.jit(mapped)(
-            [resharded(t, NamedSharding(shards.mesh, spec)) for t, spec in zip(arrays, specs)],
-            resharded(x, NamedSharding(shards.mesh, of_x)),
-            segments,
-        )
+        [y] = on_shards((self,), shards, x, adapters, call)
+        return y
 
     def _add_lora(
         self,
@@ -368,8 +337,64 @@ class LoRALayer(nnx.Module):
         return self.y_tensor(out.reshape(self.y_matrix(y).shape), y)
 
 
-def _name(path: ModulePath) -> Hashable:
+def on_shards[L: LoRALayer](
+    layers: Sequence[L],
+    shards: Shards,
+    x: Array,
+    adapters: AdapterBatch,
+    call: Callable[[Sequence[L], Array, AdapterBatch], tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """`call(layers, x, adapters)`, in which each device has the layers that its shards make up.
+
+    Args:
+      layers: of one x, divided alike.
+      call: gives the ys of all layers.
+    """
+    if shards.inputs or shards.outputs:
+        for layer in layers:
+            refuse_divided(layer)
+    graphdef, state = nnx.split(list(layers))
+    paths, variables = zip(*nnx.to_flat_state(state))
+    names = [_name(layers[cast(int, path[0])], path[1:]) for path in paths]
+    specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
+    of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
+    tokens, labels = shards.tokens, shards.labels
+    lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
+    segments = adapters.segments(lead, tokens)
+
+    def local(arrays: list[Array], x: Array, segments: Segments) -> list[Array]:
+        arrays, x, segments = shards.varying((arrays, x, segments))
+        own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
+        mine: list[L] = nnx.merge(graphdef, nnx.from_flat_state(own))
+        for layer in mine:
+            layer.resize()
+            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
+                is_first = jax.lax.axis_index(shards.inputs) == 0
+                bias = layer.bias.get_value()
+                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
+        batch = adapters.with_segments(mine[0].x_matrix(x).shape[:-1], segments)
+        return [shards.total(y) for y in call(mine, x, batch)]
+
+    arrays = [v.get_value() for v in variables]
+    mapped = jax.shard_map(
+        local,
+        mesh=shards.mesh,
+        in_specs=(specs, of_x, by_shard(tokens)),
+        out_specs=[of_y] * len(layers),
+        axis_names=shards.manual,
+    )
+    ys: list[Array] = jax.jit(mapped)(
+        [resharded(t, NamedSharding(shards.mesh, spec)) for t, spec in zip(arrays, specs)],
+        resharded(x, NamedSharding(shards.mesh, of_x)),
+        segments,
+    )
+    return tuple(ys)
+
+
+def _name(layer: LoRALayer, path: ModulePath) -> Hashable:
     """What a variable of a layer holds; see `LoRAStack.in_place`."""
+    if path == (layer.kernel_name,):
+        return "kernel"
     is_of_stacks = path[0] == "stacks" and "in_place" in path
     return ("lora_a", "lora_b")[path[-1] == 1] if is_of_stacks else path[-1]
 
