@@ -240,10 +240,10 @@ def _part_scales(name: str, given: LoRAPart, found: LoRAPart) -> tuple[Array, in
             f"{name} has scales [{offset}, {offset + found.num_scales}) by its scales_offset, but "
             f"scales have shape {list(shape)}"
         )
-    if found.is_eight_bits and offset % 4:
+    if found.is_eight_bits and (offset % 4 or (given.layers is not None and size % 4)):
         raise ValueError(
-            f"{name}.scales_offset must be a multiple of 4, as the stacks are {EIGHT_BITS}; got "
-            f"{offset}"
+            f"{name}.scales_offset, and S of several layers, must be multiples of 4, as the stacks "
+            f"are {EIGHT_BITS}; got {offset} and {size}"
         )
     return scales(f"{name}.scales", given.scales, size=size), offset  # type: ignore[arg-type]
 

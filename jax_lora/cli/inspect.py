@@ -23,7 +23,9 @@ def inspect(
     mesh: MeshOption = None,
     eight_bits: Annotated[
         bool,
-        typer.Option(help="Read the weights too: how far are stacks of float8_e4m3fn from them?"),
+        typer.Option(
+            "--eight-bits", help="Read the weights: how far are stacks of float8_e4m3fn from them?"
+        ),
     ] = False,
     allow_links: Links = False,
     as_json: Json = False,
