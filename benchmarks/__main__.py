@@ -283,19 +283,26 @@ def http(
 
 
 @app.command()
-def engine(layers: Layers = None, as_json: Json = False) -> None:
+def engine(
+    layers: Layers = None,
+    only: Annotated[
+        str, typer.Option(help="Rows whose name has one of these, behind that without LoRA.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
     """Time the engine's decode steps: 64 rows of a model shaped like Llama-3-8B, 1,024 tokens each.
 
-    Sampling and blocks of keys and values included. Without LoRA, also beside chunks of prompts;
-    then with 8 adapters of rank 16, 8 of ranks 8 to 128, and one of rank 16 for each row. Beside
-    each stands its target. Without a GPU a small model runs, and no target is held against it.
+    Sampling and blocks of keys and values included. Without LoRA; the same with blocks that XLA
+    gathers, where else a kernel reads them; beside chunks of prompts. Then with 8 adapters of rank
+    16, 8 of ranks 8 to 128, and one of rank 16 for each row. Beside each stands its target. Without
+    a GPU a small model runs, and no target is held against it.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import engine_steps, tables
         from benchmarks.step import Shape
 
-        report = engine_steps.run(Shape.of_this_machine(layers), progress)
+        report = engine_steps.run(Shape.of_this_machine(layers), progress, only)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -413,6 +420,9 @@ def mesh(
     prefill: Annotated[
         int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
     ] = None,
+    phases: Annotated[
+        str, typer.Option(help="What to time, in this order: decode, prefill, training.")
+    ] = "decode,prefill,training",
     fully_sharded: Annotated[
         bool, typer.Option("--fully-sharded", help="Divide the adapters' ranks too.")
     ] = False,
@@ -422,8 +432,9 @@ def mesh(
 
     Random bfloat16 weights, LoRA on all seven projections: without LoRA, with 8 adapters of rank
     16, with mixed ranks. Each row tells what LoRA adds, what the collectives take, and how far the
-    logits are from one GPU's. Without a GPU a small model runs on the CPU's devices, of which
-    JAX_NUM_CPU_DEVICES says how many there are.
+    logits are from one GPU's. A training step is that of `python -m benchmarks train`. Without a
+    GPU a small model runs on the CPU's devices, of which JAX_NUM_CPU_DEVICES says how many there
+    are.
     """
     with input_errors():
         progress("starting JAX")
@@ -432,7 +443,8 @@ def mesh(
 
         shape = benchmark.shape_of_this_machine(layers, batch, context, prefill)
         sizes = benchmark.world_sizes(gpus)
-        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded)
+        names = phases.split(",")
+        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded, phases=names)
     if as_json:
         print_json(report.to_dict())
     else:

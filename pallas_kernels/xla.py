@@ -30,20 +30,26 @@ from pallas_kernels.routing import (
     local_segments,
     slots_in_use,
 )
-from pallas_kernels.stacks import LoRAPart, Sharing, apart, side_by_side
+from pallas_kernels.stacks import LoRAPart, Sharing, apart, is_eight_bits, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
 # and wants them in its cache: docs/performance.md has the times. On a GPU each step costs launches.
 _GATHER_BYTES_CPU = 2**20
 _GATHER_BYTES = 32 * 2**20
 
+# One for all adapters, one for each, or one for each rank column of each.
 Scale = Float[Array, "*L"]
 # Where a layer's first adapter stands in a stack; traced where the stack is that of several layers.
 Place = int | Array
 
 
 def dot(subscripts: str, x: Array, w: Array) -> Array:
-    """einsum with float32 accumulation and result; float32 operands in full precision, not TF32."""
+    """einsum with float32 accumulation and result; float32 operands in full precision, not TF32.
+
+    Weights in 8 bits become x's dtype, which holds them exactly, where the product reads them.
+    """
+    if is_eight_bits(w.dtype):
+        w = w.astype(x.dtype)
     if x.dtype != w.dtype:
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -51,8 +57,10 @@ def dot(subscripts: str, x: Array, w: Array) -> Array:
 
 
 def cast_v(v: Array, lora_b: Array) -> Array:
-    """`v` as the expand multiplies it: float32 takes half-precision B's dtype (LoRAX CAST_TYPE)."""
-    return v.astype(lora_b.dtype) if v.dtype == jnp.float32 else v
+    """`v` as the expand multiplies it: float32 takes half-precision B's dtype (LoRAX CAST_TYPE).
+    Beside B in 8 bits it stays as it is."""
+    is_cast = v.dtype == jnp.float32 and not is_eight_bits(lora_b.dtype)
+    return v.astype(lora_b.dtype) if is_cast else v
 
 
 class Held(NamedTuple):
@@ -133,9 +141,7 @@ def local_parts(parts: tuple[LoRAPart, ...], ids: AnyIds) -> list[LocalPart]:
     first adapters of tokens, then for the second ones, and so on."""
     found = []
     for (token_ids, weights), part in itertools.product(columns_of(ids), parts):
-        a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
-        if (first := part.scales_offset) is not None:
-            scales = scales[first : first + part.slots]
+        a, b, scales = jnp.asarray(part.lora_a), jnp.asarray(part.lora_b), part.own_scales()
         segments = local_segments(token_ids, SlotRange(part.first_slot, part.slots))
         place: Place = 0
         if (layers := part.layers) is not None:
@@ -237,7 +243,7 @@ def _shrink_bgmv(
 
     v = _per_token(some, lora_a, x, ids)
     if scale.ndim:
-        scale = take(scale, slots_of(segments.indices, scale))[:, None]
+        scale = take(scale, slots_of(segments.indices, scale)).reshape(x.shape[0], -1)
     return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
 
 

@@ -246,23 +246,20 @@ class AdapterDesk:
         ready = {n: load for n, load in self._loads.items() if load.stage is _Stage.READY}
         if not ready:
             return
-        use = self._bank.usage()
-        rooms = {bucket: of_bucket.room for bucket, of_bucket in use.items()}
-        is_uploading = False
-        for load in self._loads.values():
-            if load.stage is _Stage.UPLOADING:
-                is_uploading = True
-                rooms[_bucket(load)] -= 1
+        uploading = collections.Counter(
+            _bucket(load) for load in self._loads.values() if load.stage is _Stage.UPLOADING
+        )
+        taken = uploading.copy()  # and by those before in the order
         for name in sorted(ready, key=lambda name: wanted.get(name, _NOBODY).first or 0):
             load, bucket = ready[name], _bucket(ready[name])
-            if rooms[bucket] > 0:
-                rooms[bucket] -= 1
-                if not is_uploading:
-                    is_uploading = True
+            room, later = self._bank.room(name, bucket)
+            if room > taken[bucket]:
+                taken[bucket] += 1
+                if not uploading:
+                    uploading[bucket] += 1
                     self._upload(name, load)
             elif load.victim is None or wanted.get(load.victim, _NOBODY).remaining is None:
-                candidates = {*use[bucket].leased} - {*use[bucket].pinned}
-                self._drain(name, load, candidates, wanted)
+                self._drain(name, load, later, wanted)
 
     @property
     def has_loads(self) -> bool:

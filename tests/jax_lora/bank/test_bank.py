@@ -1008,7 +1008,7 @@ def test_weights_of_other_tenants_are_not_read_from_a_file_of_the_bank(pair, tmp
     bank.save("small", tmp_path)
     assert {w.rank for w in load_peft(tmp_path).modules.values()} == {2}
     entry = bank._entry("small")
-    for a, b in read_slots(bank._sites, entry.bucket, entry.slot).values():
+    for a, b in read_slots(bank._sites, entry).values():
         np.testing.assert_array_equal(a[2:], 0)
         np.testing.assert_array_equal(b[:, 2:], 0)
 
