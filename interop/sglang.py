@@ -117,9 +117,10 @@ def chunked_sgmv_lora_expand_forward(
     if routes.columns is not None:
         v = torch.gather(v.expand(-1, width // block, -1), 2, routes.columns)
     v = (v * routes.scales).masked_fill_(routes.beyond, 0)
-    if routes.ids.numel() <= capture.MOST_TOKENS:  # each block of a row as a row of its own
-        flat = v.view(-1, rank), stack, routes.ids.view(-1)
-        capture.expand(y.view(-1, block), *flat, 0, True)
+    if rows <= capture.MOST_TOKENS:  # each block of a row as a row of its own
+        flat = y.view(-1, block), v.view(-1, rank), routes.ids.view(-1)
+        for out, inputs, ids in zip(*(t.split(capture.MOST_TOKENS) for t in flat)):
+            capture.expand(out, inputs, stack, ids, 0, True)
     else:
         for n in range(width // block):
             capture.expand(

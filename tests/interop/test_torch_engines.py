@@ -244,7 +244,7 @@ def fake(*shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize(
     ("tokens", "widths", "launches"),
-    [(1, (4096,), 1), (64, (4096, 1024, 1024), 1), (600, (4096, 1024, 1024), 3)],
+    [(1, (4096,), 1), (64, (4096, 1024, 1024), 1), (600, (4096, 1024, 1024), 2)],
 )
 def test_a_captured_call_of_vllms_is_kernels_alone(capture_without_gpu, tokens, widths, launches):
     plans, by_torch = capture_without_gpu
@@ -264,7 +264,9 @@ def test_a_captured_call_of_vllms_is_kernels_alone(capture_without_gpu, tokens, 
     assert by_torch <= {"zero_", "unbind", "slice", "device"}  # views, but for the zeros
 
 
-@pytest.mark.parametrize(("tokens", "widths"), [(1, (4096,)), (64, (4096, 1024, 1024))])
+@pytest.mark.parametrize(
+    ("tokens", "widths"), [(1, (4096,)), (64, (4096, 1024, 1024)), (400, (4096, 1024, 1024))]
+)
 def test_a_captured_call_of_sglangs_is_kernels_once_its_rows_are_known(
     capture_without_gpu, tokens, widths
 ):
@@ -281,11 +283,11 @@ def test_a_captured_call_of_sglangs_is_kernels_once_its_rows_are_known(
         by_torch.clear()
         v = sglang.chunked_sgmv_lora_shrink_forward(x, a, info, len(widths))
         sglang.chunked_sgmv_lora_expand_forward(v, b, info, unread, 4096, y, on_host)
-    views = {"view", "unsqueeze", "slice", "device"}
+    views = {"view", "unsqueeze", "slice", "split", "device"}
     picks = {"expand", "gather"} if len(widths) > 1 else set()
     assert by_torch - views == {"new_zeros", "mul", "masked_fill_"} | picks
     blocks = sum(widths) // math.gcd(*widths)
-    launches = 1 + -(-tokens * blocks // 256)
+    launches = 1 + -(-tokens * blocks // 512)
     assert [len(plan.kernels) for plan in plans] == [1] * launches * 2
 
 

@@ -4,10 +4,11 @@ import dataclasses
 
 from pallas_kernels.mosaic_gpu.config import Config
 
-# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 256.
+# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 512.
 MAX_DECODE_TOKENS = 1024
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
-MAX_UNSEATED_TOKENS = 256
+# It compares each token with all earlier ones: of 1024 that would be four times what it is of 512.
+MAX_UNSEATED_TOKENS = 512
 
 
 def decode_config(
@@ -56,6 +57,11 @@ def _most_tokens(rank: int, buckets: int) -> int:
     if rank > 64 or buckets > 1:
         return 256
     return 512 if rank > 32 else MAX_DECODE_TOKENS
+
+
+def most_unseated_tokens(rank: int) -> int:
+    """Up to how many tokens with raw ids, all of one range, are one launch and nothing besides."""
+    return min(_most_tokens(rank, 1), MAX_UNSEATED_TOKENS)
 
 
 def _decode_config(

@@ -737,12 +737,19 @@ EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
+def most_rank(num_tokens: int) -> int:
+    """Up to which rank so many tokens are one launch."""
+    return next(
+        (r for t, r in ((128, MOST_RANK), (256, 128), (512, 64), (1024, 32)) if num_tokens <= t), 0
+    )
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("num_tokens", [1, slow(64), 256, slow(300), 8192])
 @pytest.mark.parametrize("rank", [*BUCKETS, 144, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 256 else "prefill"
-    one = rank <= (MOST_RANK if num_tokens <= 128 else 128 if num_tokens <= 256 else 0)
+    one = rank <= most_rank(num_tokens)
     assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
 
 
@@ -870,7 +877,7 @@ def test_a_delta_has_a_kernel_without_y(columns: int, y: str) -> None:
 def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None:
     for x in (weights, "float32"):
         module = lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x))
-        one = x == weights and num_tokens <= (128 if rank >= 128 else 256)
+        one = x == weights and (rank <= most_rank(num_tokens) or num_tokens <= 128)
         if one and rank > MOST_RANK:
             one = f"lora_r{rank}" in module
         assert_kernels(module, rank, one=one)
