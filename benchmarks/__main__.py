@@ -420,6 +420,9 @@ def mesh(
     prefill: Annotated[
         int | None, typer.Option(help="Tokens of the prefill, in 8 prompts; default: 4096.")
     ] = None,
+    phases: Annotated[
+        str, typer.Option(help="What to time, in this order: decode, prefill, training.")
+    ] = "decode,prefill,training",
     fully_sharded: Annotated[
         bool, typer.Option("--fully-sharded", help="Divide the adapters' ranks too.")
     ] = False,
@@ -429,8 +432,9 @@ def mesh(
 
     Random bfloat16 weights, LoRA on all seven projections: without LoRA, with 8 adapters of rank
     16, with mixed ranks. Each row tells what LoRA adds, what the collectives take, and how far the
-    logits are from one GPU's. Without a GPU a small model runs on the CPU's devices, of which
-    JAX_NUM_CPU_DEVICES says how many there are.
+    logits are from one GPU's. A training step is that of `python -m benchmarks train`. Without a
+    GPU a small model runs on the CPU's devices, of which JAX_NUM_CPU_DEVICES says how many there
+    are.
     """
     with input_errors():
         progress("starting JAX")
@@ -439,7 +443,8 @@ def mesh(
 
         shape = benchmark.shape_of_this_machine(layers, batch, context, prefill)
         sizes = benchmark.world_sizes(gpus)
-        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded)
+        names = phases.split(",")
+        report = benchmark.run(shape, sizes, progress, fully_sharded=fully_sharded, phases=names)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -483,12 +488,16 @@ def gradients(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `first` '
-            "for the most telling ones."
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}]; `first` '
+            "for the most telling ones; or `sample:40` for 40 drawn from all sizes."
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(help="What `sample` draws its cases by.")] = 0,
     ways: Annotated[
-        str, typer.Option(help="What to time: some of ours, compact, xla, ragged, dense.")
+        str,
+        typer.Option(
+            help="What to time: some of ours, compact (where slots are free), xla, ragged, dense."
+        ),
     ] = "ours,dense,ragged,xla",
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
     processes: Annotated[
@@ -512,7 +521,7 @@ def gradients(
         if unknown := set(chosen) - {"ours", "compact", "xla", "ragged", "dense"}:
             known = "ours, compact, xla, ragged and dense"
             raise ValueError(f"--ways takes {known}, got {sorted(unknown)}")
-        named = benchmark.cases_of(cases)
+        named = benchmark.cases_of(cases, seed)
         if processes > 1:
             benchmark.run_in_processes(named, chosen, seconds, out, processes)
         else:

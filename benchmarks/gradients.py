@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,12 +99,44 @@ _MORE = [
 CASES = _FIRST + [case for case in _MORE if case not in _FIRST]
 
 
-def cases_of(given: str | None) -> list[Case]:
-    """All cases; the first few; or those of a JSON file."""
+_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_ADAPTERS = (1, 2, 4, 8, 16, 32, 64)
+_RANKS = (8, 16, 32, 64, 128)
+_SHAPES = [(h, h) for h in (4096, 5120, 8192, 14336)] + [(4096, 14336), (14336, 4096)]
+_MOST_VALUES = 16384 * (4096 + 14336)  # T (H + N); more would fill the memory that processes share
+
+
+def sample(count: int, seed: int) -> list[Case]:
+    """`count` cases drawn by `seed` from all that the aims are for, with each number of tokens as
+    often. About a quarter has free slots, which compact gradients leave out.
+
+    Raises:
+      ValueError: `count` is not within 1 to 1000, or `seed` is negative.
+    """
+    if not 1 <= count <= 1000 or seed < 0:
+        raise ValueError(f"a sample has 1 to 1000 cases and a seed from 0, got {count}, {seed}")
+    rng = np.random.default_rng(seed)
+    tokens = rng.permutation(_TOKENS).tolist()
+    cases: dict[Case, None] = {}
+    while len(cases) < count:
+        t = tokens[len(cases) % len(tokens)]
+        shapes = [one for one in _SHAPES if t * sum(one) <= _MOST_VALUES]
+        h, n = shapes[rng.integers(len(shapes))]
+        d, r = int(rng.choice(_ADAPTERS)), int(rng.choice(_RANKS))
+        order = str(rng.choice(["runs", "zipf", "shuffled"]))
+        slots = 64 if len(cases) % 4 == 0 and d < 64 else 0
+        cases[Case(t, d, r, h, n, order, slots)] = None
+    return list(cases)
+
+
+def cases_of(given: str | None, seed: int = 0) -> list[Case]:
+    """All cases; the first few; `sample:40` for 40 that `seed` draws; or those of a JSON file."""
     if given is None:
         return CASES
     if given == "first":
         return _FIRST
+    if found := re.fullmatch(r"sample:(\d{1,4})", given):
+        return sample(int(found[1]), seed)
     return [Case(**case) for case in json.loads(Path(given).read_text())]
 
 
@@ -261,6 +294,8 @@ def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
         except Exception as reason:
             notes.append(f"no errors measured: {str(reason)[:300]!r}")
         for way in ways:
+            if way == "compact" and case.slots == case.D:
+                continue
             given = _swapped(sets) if way == "ragged" else sets
             if way == "compact":
                 given = [(*one[:6], *(t[: case.D] for t in one[6:])) for one in sets]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import train
 from benchmarks.step import (
     MIXED_RANKS,
     PROJECTIONS,
@@ -53,8 +54,10 @@ SMALL = LlamaConfig(
     head_dim=8,
 )
 _FILLED = 0.7  # of one GPU's memory, by weights and cache
+PHASES = ("decode", "prefill", "training")
 # A step with LoRA over the same without, at most, by GPUs; for rank 16 and for mixed ranks.
 TARGETS = {1: (1.08, 1.10), 2: (1.10, 1.14)}
+TRAINING_TARGET = 1.30
 US_PER_LAYER = 20.0  # what LoRA may add from four GPUs on
 _COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
 
@@ -64,13 +67,14 @@ class Row:
     """One step in steady state.
 
     Attributes:
-      phase: "decode" or "prefill". adapters: which, in words.
+      phase: of `PHASES`. adapters: which, in words.
       gpus: the world size.
       us: microseconds of a step. base_us: those of the step without LoRA.
       target_us: microseconds at most; None where there is no target, or no GPU.
-      exchanges: the program's collectives, as it lists them: a scan's turn once.
+      exchanges: the program's collectives, as it lists them: a scan's turn once. None: not counted.
       exchange_us: what they take in a step, of a profile; None without a GPU.
-      error: the largest difference of a logit from one GPU's, over the largest logit.
+      error: the largest difference of a logit from one GPU's, over the largest logit; None where
+        there are no logits.
     """
 
     phase: str
@@ -79,9 +83,9 @@ class Row:
     us: float
     base_us: float
     target_us: float | None
-    exchanges: dict[str, int]
+    exchanges: dict[str, int] | None
     exchange_us: float | None
-    error: float
+    error: float | None
 
     @property
     def lora_share(self) -> float:
@@ -143,19 +147,32 @@ def world_sizes(most: int | None) -> list[int]:
 
 
 def run(
-    shape: Shape, sizes: Sequence[int], progress: Callable[[str], None], *, fully_sharded: bool
+    shape: Shape,
+    sizes: Sequence[int],
+    progress: Callable[[str], None],
+    *,
+    fully_sharded: bool,
+    phases: Sequence[str] = PHASES,
 ) -> Report:
-    """Times decode and prefill steps: without LoRA, with adapters of one rank, and of mixed ranks.
+    """Times steps of each phase: without LoRA, with adapters of one rank, and of mixed ranks.
 
-    Weights, cache and adapters are random, in bfloat16, and the same on each number of GPUs.
+    Weights, cache and adapters are random, in bfloat16, and the same on each number of GPUs. A
+    training step is that of `benchmarks.train`, of as many tokens as a prefill; it takes whole
+    ranks alone.
+
+    Raises:
+      ValueError: an unknown phase, or training with ranks divided.
     """
+    if unknown := [phase for phase in phases if phase not in PHASES]:
+        raise ValueError(f"phases are {', '.join(PHASES)}, got {', '.join(unknown):.200}")
+    if fully_sharded and "training" in phases:
+        raise ValueError("--fully-sharded is timed in decode and prefill; leave training out")
     rows: list[Row] = []
     logits: dict[tuple[str, str], np.ndarray] = {}
     for size in sizes:
         mesh = jax.make_mesh((size,), ("tp",), axis_types=(AxisType.Auto,))
         bench = _OnMesh(mesh, shape, progress, fully_sharded, logits)
-        for name, ranks in _adapters().items():
-            rows += bench.time(name, ranks)
+        rows += [bench.row(phase, name) for phase in phases for name in _adapters()]
     device, date = jax.devices()[0].device_kind, time.strftime("%Y-%m-%d")
     return Report(device, date, shape, fully_sharded, rows)
 
@@ -187,6 +204,7 @@ class _OnMesh:
         self.mesh, self.shape, self.progress = mesh, shape, progress
         self.fully_sharded, self.logits = fully_sharded, logits
         self.graphdef, self.weights = nnx.split(random_model(shape, self._of_weight))
+        self.models: dict[str, tuple[Llama, dict[str, AdapterBatch]]] = {}
         self.base_us: dict[str, float] = {}
 
     def _of_weight(self, path: Sequence[Any], ndim: int) -> NamedSharding:
@@ -197,12 +215,25 @@ class _OnMesh:
             ends = ("tp", None) if path[-2] in ("o_proj", "down_proj") else (None, "tp")
         return NamedSharding(self.mesh, PartitionSpec(*[None] * (ndim - len(ends)), *ends))
 
-    def time(self, name: str, ranks: Sequence[int]) -> list[Row]:
-        model, batches = self._model(ranks)
-        return [self._row(model, phase, name, batches.get(phase)) for phase in _READS]
+    def row(self, phase: str, name: str) -> Row:
+        what = f"{phase}, {name}, {self.mesh.size} GPUs"
+        self.progress(f"compiling {what}")
+        row = self._training(name) if phase == "training" else self._row(phase, name)
+        self.progress(f"{what}: {row.us:,.0f} us, {row.lora_share:+.1%}")
+        return row
 
-    def _model(self, ranks: Sequence[int]) -> tuple[Llama, dict[str, AdapterBatch]]:
+    def _training(self, name: str) -> Row:
+        way = dict(zip(_adapters(), ("frozen", "adapters", "mixed")))[name]
+        shape = train.Shape(self.shape.config, self.shape.prefill)
+        base = nnx.merge(self.graphdef, self.weights)
+        us = train.Step(way, shape, base).row(profile=False).ms * 1e3
+        base_us = self.base_us.setdefault("training", us)
+        target_us = TRAINING_TARGET * base_us if way != "frozen" and on_gpu() else None
+        return Row("training", name, self.mesh.size, us, base_us, target_us, None, None, None)
+
+    def _model(self, name: str) -> tuple[Llama, dict[str, AdapterBatch]]:
         """A model, and its batches by phase; without adapters, none."""
+        ranks = _adapters()[name]
         model = nnx.merge(self.graphdef, self.weights)
         if not ranks:
             return model, {}
@@ -224,20 +255,18 @@ class _OnMesh:
         decoded, read = bank.batch(rows), bank.batch(rows[:PROMPTS], phase="prefill")
         return model, jax.device_put({"decode": decoded, "prefill": read})
 
-    def _row(self, model: Llama, phase: str, name: str, batch: AdapterBatch | None) -> Row:
-        size = self.mesh.size
-        what = f"{phase}, {name}, {size} GPUs"
-        self.progress(f"compiling {what}")
+    def _row(self, phase: str, name: str) -> Row:
+        model, batches = self.models[name] = self.models.get(name) or self._model(name)
+        batch = batches.get(phase)
         step = _Step(model, self.shape, phase, batch, self.mesh)
         got = np.asarray(step(), np.float32)
         want = self.logits.setdefault((phase, name), got)
         us, _ = steady_us(step)
-        self.progress(f"{what}: {us:,.0f} us")
         base_us = self.base_us.setdefault(phase, us)
         return Row(
             phase=phase,
             adapters=name,
-            gpus=size,
+            gpus=self.mesh.size,
             us=us,
             base_us=base_us,
             target_us=self._target_us(name, base_us) if phase == "decode" and batch else None,

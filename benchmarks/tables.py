@@ -168,11 +168,15 @@ def print_mesh(report: "mesh.Report") -> None:
     for row in report.rows:
         target = "-" if row.target_us is None else f"{row.target_us / row.base_us - 1:.1%}"
         met = "" if row.target_us is None else _verdict(row.us <= row.target_us)
-        exchanged = ", ".join(f"{count} {name}" for name, count in row.exchanges.items()) or "none"
+        exchanged = "-"
+        if row.exchanges is not None:
+            counts = (f"{count} {name}" for name, count in row.exchanges.items())
+            exchanged = ", ".join(counts) or "none"
         if row.exchange_us is not None:
             exchanged = f"{row.exchange_us / row.us:.1%}, {exchanged}"
-        cells = [f"{row.us:,.0f}", f"{row.lora_share:.1%}", target, met, exchanged]
-        table.add_row(f"{row.phase}, {row.adapters}", f"{row.gpus}", *cells, f"{row.error:.1e}")
+        error = "-" if row.error is None else f"{row.error:.1e}"
+        cells = [f"{row.us:,.0f}", f"{row.lora_share:.1%}", target, met, exchanged, error]
+        table.add_row(f"{row.phase}, {row.adapters}", f"{row.gpus}", *cells)
     _stdout.print(table)
     form = "ranks divided too" if report.fully_sharded else "ranks whole"
     _say(

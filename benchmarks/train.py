@@ -357,7 +357,7 @@ def _fill(model: Llama) -> None:
     """Random adapters of scale 2 in all slots."""
     parameters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     made = [
-        (path, value.replace(random_array(value.shape, value.dtype, seed)))
+        (path, value.replace(random_array(value.shape, value.dtype, seed, value[...].sharding)))
         for seed, (path, value) in enumerate(parameters)
     ]
     nnx.update(model, nnx.from_flat_state(made))

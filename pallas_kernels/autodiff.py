@@ -9,8 +9,9 @@ from jaxtyping import Array
 
 from pallas_kernels import derivatives
 from pallas_kernels.call import Call
-from pallas_kernels.dispatch import compiled, varying
+from pallas_kernels.dispatch import compiled
 from pallas_kernels.exact import in_chunks
+from pallas_kernels.manual import varying
 from pallas_kernels.routing import AnyIds, Mix, TokenIds
 from pallas_kernels.stacks import LoRAPart, side_by_side
 
@@ -51,7 +52,8 @@ def shrink(
     call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
 ) -> Array:
     """`Backend.shrink`, with its gradient."""
-    out: Array = _shrink(call, *derivatives.operands(call.op, (v, x, lora_a, token_ids, scale)))
+    operands = _alike((v, x, lora_a, token_ids, scale))
+    out: Array = _shrink(call, *derivatives.operands(call.op, operands))
     return out
 
 
@@ -83,7 +85,8 @@ _expand.defvjp(_expand_fwd, _expand_bwd)
 
 def expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) -> Array:
     """`Backend.expand`, with its gradient."""
-    out: Array = _expand(call, *derivatives.operands(call.op, (v, lora_b, token_ids, y)))
+    operands = _alike((v, lora_b, token_ids, y))
+    out: Array = _expand(call, *derivatives.operands(call.op, operands))
     return out
 
 
@@ -98,6 +101,7 @@ def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds) -> Ys:
 def _add_lora_fwd(
     call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    derivatives.refuse_eight_bits(call.op, parts)
     return _add_lora(call, ys, x, parts, ids), (x, _kept(parts), ids)
 
 
@@ -123,6 +127,7 @@ def _lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
 def _lora_delta_fwd(
     call: Call, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    derivatives.refuse_eight_bits(call.op, parts)
     return _lora_delta(call, x, parts, ids), (x, _kept(parts), ids)
 
 
@@ -162,15 +167,19 @@ def _in_whole_scales(part: LoRAPart, gradient: LoRAPart) -> LoRAPart:
 
 def add_lora(call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds) -> Ys:
     """`Backend.add_lora`, with its gradient."""
-    out: Ys = _add_lora(call, *derivatives.operands(call.op, (ys, x, parts, ids)))
+    out: Ys = _add_lora(call, *derivatives.operands(call.op, _alike((ys, x, parts, ids))))
     return out
 
 
 def lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
     """`Backend.lora_delta`, with its gradient."""
-    # Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
-    shared = (x, parts, ids if isinstance(ids, Mix) else None)
-    x, parts, weighted = varying(shared, (x, parts, ids))
-    ids = ids if weighted is None else weighted
-    out: Ys = _lora_delta(call, *derivatives.operands(call.op, (x, parts, ids)))
+    out: Ys = _lora_delta(call, *derivatives.operands(call.op, _alike((x, parts, ids))))
     return out
+
+
+def _alike[T](operands: T) -> T:
+    """In a `shard_map`, each of them as different on each device as all of them are.
+
+    Stacks that all devices share get a sum of gradients: JAX sees that where they meet x.
+    """
+    return varying(operands, operands)

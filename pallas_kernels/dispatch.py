@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from pallas_kernels import loop, xla
 from pallas_kernels.call import Backend, Call
+from pallas_kernels.manual import varying
 from pallas_kernels.mosaic_gpu import backend as mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.config import Config
@@ -126,30 +127,6 @@ def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
 
 # With more tokens XLA would gather too many copies of adapters.
 _MAX_DECODE_TOKENS = 256
-
-
-def _varies(operands: object) -> set[str]:
-    """The axes of a mesh over which they vary, inside of a `jax.shard_map` that checks."""
-    leaves = jax.tree.leaves(operands)
-    return {axis for leaf in leaves for axis in jax.typeof(leaf).manual_axis_type.varying}
-
-
-def varying[T](results: T, operands: object) -> T:
-    """`results`, which vary as the operands do: JAX does not see that of what a kernel makes."""
-    axes = _varies(operands)
-    return jax.tree.map(
-        lambda t: jax.lax.pcast(t, tuple(sorted(axes - _varies(t))), to="varying"), results
-    )
-
-
-def check_may_write(call: Call, *operands: Array) -> None:
-    """NotImplementedError for a kernel that writes in place where `jax.shard_map` checks what
-    varies over the mesh: JAX has no types for such references."""
-    if _varies(operands) and call.implementation in ("auto", "mosaic_gpu"):
-        raise NotImplementedError(
-            f"{call.op} writes its result in place, which jax.shard_map supports with "
-            "check_vma=False alone; use lora_delta, which works with its check too"
-        )
 
 
 def check_on_no_mesh(call: Call, *operands: Array) -> None:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
-from pallas_kernels import autodiff, checks
+from pallas_kernels import autodiff, checks, derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
-    check_may_write,
     check_on_no_mesh,
     choose,
     compiled,
@@ -72,8 +71,6 @@ def _shrink_op(
     check_on_no_mesh(call, x, lora_a)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
-    if v is not None:
-        check_may_write(call, v, x, lora_a)
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
 
 
@@ -114,7 +111,6 @@ def _expand_op(
     check_on_no_mesh(call, v, lora_b, y)
     if v.shape[0] == 0:
         return y
-    check_may_write(call, v, lora_b, y)
     return autodiff.expand(call, v, lora_b, token_ids, y)
 
 
@@ -351,7 +347,7 @@ def add_lora(
         several adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
       weights: `[T, K]`, with such indices: y' is then y plus the sum of what a token's adapters
         add, each multiplied by its weight.
-      scales: a number, `[L]`, or None for 1.
+      scales: a number, `[L]`, or None for 1; `[L, R]` with stacks in 8 bits (see `LoRAPart`).
       phase: "decode" (few tokens per adapter) or "prefill", a hint for XLA's forms; None follows
         from T.
       implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks,
@@ -365,8 +361,8 @@ def add_lora(
     Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
     """
     y = checks.floats("y", y, "T N")
-    lora_a = checks.stack("lora_a", lora_a, "L R H", experts=True)
-    lora_b = checks.stack("lora_b", lora_b, "L N R", experts=True)
+    lora_a = checks.stack("lora_a", lora_a, "L R H", of_part=True)
+    lora_b = checks.stack("lora_b", lora_b, "L N R", of_part=True)
     _, width, rank = lora_b.shape
     checks.same("y and lora_b differ in features N", y.shape[1], width)
     num_tokens = y.shape[0]
@@ -486,7 +482,6 @@ def _add_to(
     checked = _check_parts("add_lora", x, parts, adapters, phase, shapes, how)
     if not (checked.parts and x.shape[0] * sum(checked.call.widths)):
         return ys
-    check_may_write(checked.call, x, *ys)
     return autodiff.add_lora(checked.call, ys, x, checked.parts, checked.ids)
 
 
@@ -625,6 +620,7 @@ def lora_gradients(
             "the gradients of a mix"
         )
     checked = _check_parts("lora_gradients", x, parts, _Adapters(indices), None, shapes, how)
+    derivatives.refuse_eight_bits("lora_gradients", checked.parts)
     if compact is not None and any(max(part.sharing) > 1 for part in checked.parts):
         raise ValueError(
             f"compact must be None for parts in which experts share A or B, got {compact}"
@@ -713,9 +709,9 @@ def add_in_step(
 ) -> tuple[Array, ...]:
     """`add_lora_multi` for a layer of a jitted step, in the form that is fastest there.
 
-    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place, which
-    does not work inside `jax.shard_map`. In the phase "exact" it is the form of `exact.in_chunks`.
-    `deltas` are those of `delta_ahead`, if it made some.
+    That is `lora_delta` where one launch of "mosaic_gpu" makes it, else the form in place. In the
+    phase "exact" it is the form of `exact.in_chunks`. `deltas` are those of `delta_ahead`, if it
+    made some.
     """
     if deltas is not None:
         return _sums(ys, deltas)
@@ -728,7 +724,7 @@ def add_in_step(
     if not (checked.parts and x.shape[0] * sum(call.widths)):
         return ys
     by_kernels = _is_fastest_as_delta(checked, x, ys[0].dtype)
-    if not (is_exact or by_kernels or jax.sharding.get_abstract_mesh().manual_axes):
+    if not (is_exact or by_kernels):
         return autodiff.add_lora(call, ys, x, checked.parts, checked.ids)
     return _sums(ys, autodiff.lora_delta(call, x, checked.parts, checked.ids))
 

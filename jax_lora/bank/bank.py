@@ -27,6 +27,7 @@ from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
 from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
+from pallas_kernels.stacks import EIGHT_BITS
 
 
 class AdapterBank(Checkpoints):
@@ -136,8 +137,10 @@ class AdapterBank(Checkpoints):
         rename: Rename | None = None,
         allow_links: bool = False,
         allow_nonfinite: bool = False,
-    ) -> None:
+    ) -> float | None:
         """Puts an adapter into a slot, under `name`.
+
+        Into stacks in 8 bits it is rounded.
 
         Args:
           name: any text without `/`, `\\` and control characters.
@@ -156,9 +159,15 @@ class AdapterBank(Checkpoints):
             checked against the model before a tensor is read.
           rename: from the adapter's names of modules to the model's, as in `load_peft`.
 
+        Returns:
+          How far stacks in 8 bits are from the adapter: the largest of all modules' errors, the
+          norm of the difference of what a module adds over the norm of that itself. None of other
+          stacks. `jax-lora inspect --eight-bits` says the same, before a load.
+
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
-            not in the model or has other shapes; the model lacks the bucket.
+            not in the model or has other shapes; the model lacks the bucket; the error in 8 bits is
+            above a tenth.
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
             whole, are pinned, leased or reserved (`reserve`); and so they were for `wait` seconds.
@@ -172,7 +181,7 @@ class AdapterBank(Checkpoints):
             self._check_name(name, replace)
             if isinstance(adapter, PreparedAdapter):
                 self._install(name, adapter, agree, replace=replace, wait=wait)
-                return
+                return adapter.error
             is_own = not isinstance(adapter, Adapter)
             if not isinstance(adapter, Adapter):
                 limits = UploadLimits(
@@ -183,6 +192,7 @@ class AdapterBank(Checkpoints):
                 adapter = renamed(adapter, rename)
             prepared = self.prepare(name, adapter, is_own=is_own)
             self._install(name, prepared, agree, replace=replace, wait=wait)
+            return prepared.error
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
@@ -211,12 +221,18 @@ class AdapterBank(Checkpoints):
 
         Raises:
           TypeError: a `config` or `rngs` of another type.
-          ValueError: `target_modules` names no layer.
+          ValueError: `target_modules` names no layer; the stacks are in 8 bits.
 
         The others are those of `load`.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
+            if any(writer.is_eight_bits for writer in self._writers.values()):
+                raise ValueError(
+                    f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a "
+                    "model with stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and "
+                    "load it here"
+                )
             adapter = new_adapter(config, rngs, self._sites)
             prepared = self.prepare(name, adapter, is_own=True)
             self._install(name, prepared, agree, replace=replace)
@@ -279,7 +295,8 @@ class AdapterBank(Checkpoints):
         """Writes an adapter, as it is now, to a folder that PEFT reads.
 
         What is written computes what the adapter's rows do, so its rank is larger than the config's
-        where training has filled columns behind that (see `create`).
+        where training has filled columns behind that (see `create`). Out of stacks in 8 bits it
+        writes float32, of these bytes: not the weights that were loaded.
 
         Where several processes hold the model, the first writes the folder, and the others wait.
 
@@ -313,6 +330,6 @@ class AdapterBank(Checkpoints):
             entry = self._entry(name)
             agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
-            slots = read_slots(sites, entry.bucket, entry.slot)
+            slots = read_slots(sites, entry)
             full = self._full.read(self._table.id(entry))
             return dataclasses.replace(as_adapter(entry, slots, sites), full=full)

@@ -23,6 +23,7 @@ from jax_lora.bank.waiting import SlotQueue
 from jax_lora.bank.writer import Layout, OfLayers, PreparedAdapter, SlotOfLayer, SlotWriter
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
+from pallas_kernels.stacks import EIGHT_BITS
 
 # An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
 # it the module that it has, if any.
@@ -173,7 +174,8 @@ class Publisher(Roster):
         Raises:
           KeyError: `source` is not loaded.
           TypeError: `bank` is none.
-          ValueError: `name` is malformed or that of the source; the models differ, or this one
+          ValueError: `name` is malformed or that of the source; the models differ, or one has
+            stacks in 8 bits, or this one
             lacks the bucket; weights may overflow its dtype; the source has whole weights.
           BankFullError: all slots of the bucket but the source's are pinned or leased.
           RuntimeError: as in `load`.
@@ -186,6 +188,12 @@ class Publisher(Roster):
             self._check_name(name, replace=True)
             if other is self and name == source:
                 raise ValueError(f"publish {name!r} under another name than that of its training")
+            for each in (self, other):
+                if any(writer.is_eight_bits for writer in each._writers.values()):
+                    raise ValueError(
+                        f"publish copies {source!r} as it stands, which stacks of {EIGHT_BITS} are "
+                        f"not for; save it by its bank, and load the folder as {name!r}"
+                    )
             lease, (entry,) = other._lease([source])  # lest the copy take its slot
             other._full.check_none(source, other._table.id(entry))
             if other not in self._alike:

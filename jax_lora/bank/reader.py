@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jax_lora.adapters import Adapter, AdapterHeader, Rename, UploadLimits, renamed
 from jax_lora.bank import dora
+from jax_lora.bank.eight_bits import in_eight_bits
 from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
 from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, slot_values
@@ -47,13 +48,18 @@ class AdapterReader(Publisher):
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
-        if is_on_device(adapter):
+        held = in_eight_bits(name, adapter) if writer.is_eight_bits else None
+        modules = None if held is None else held.modules
+        if held is None and is_on_device(adapter):
             values = values_on_device(adapter, writer, self._sites, layers)
         else:
-            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+            values = slot_values(
+                name, adapter, writer, self._sites, layers, is_own=is_own, held=modules
+            )
         if adapter.config.dora:
             dora.put_rescale(values, adapter, self._sites, layers)
-        return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
+        error = None if held is None else held.largest
+        return PreparedAdapter(adapter, bucket, values, is_own, self._guard, error)
 
     def check(self, name: str, adapter: Adapter) -> int:
         """Whether the model has room for an adapter; the bucket that it goes to.

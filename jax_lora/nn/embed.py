@@ -124,6 +124,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
     """
 
     kernel_name = "embedding"
+    takes_eight_bits = False
     is_transposed = False
     bias = None
 
@@ -167,9 +168,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
         shards: Shards | None = None,
         deltas: tuple[Array, ...] | None = None,
     ) -> Array:
-        # A kernel that writes in place does not work inside of a shard_map.
-        is_manual = bool(jax.sharding.get_abstract_mesh().manual_axes)
-        return self._add_by(y, jnp.asarray(x), adapters, "xla" if is_manual else None)
+        return self._add_by(y, jnp.asarray(x), adapters, None)
 
     def _add_by(
         self, y: Array, x: Array, adapters: AdapterBatch, implementation: Implementation | None

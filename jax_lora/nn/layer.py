@@ -1,7 +1,7 @@
 """What the LoRA layers share."""
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -39,7 +39,7 @@ from jax_lora.sharding import (
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step, delta_ahead
 from pallas_kernels.routing import Mix, Segments
-from pallas_kernels.stacks import LayerStacks
+from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
 
 
 class LoRALayer(nnx.Module):
@@ -58,6 +58,7 @@ class LoRALayer(nnx.Module):
     Attributes:
       fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
       kernel_name: of the attribute that holds the kernel.
+      takes_eight_bits: whether its stacks may be in 8 bits.
       is_transposed: whether PEFT stores the kernel's matrix as `[N, H]`, as all but embeddings.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
@@ -66,6 +67,7 @@ class LoRALayer(nnx.Module):
     """
 
     kernel_name = "kernel"
+    takes_eight_bits = True
     is_transposed = True
     guard: Guard | None
     fully_sharded: bool = False
@@ -137,11 +139,11 @@ class LoRALayer(nnx.Module):
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
         slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices)
-        dtype = stack_dtype(dtype)
+        dtype = stack_dtype(dtype, eight_bits=True)
+        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices, dtype)
         self.slices, self.guard, self.placement = slices, None, None
         self.fully_sharded = fully_sharded
-        shards = placement_of(self, len(lead), buckets, fully=fully_sharded)
+        shards = self.check_room(dtype, len(lead), buckets, fully_sharded)
         self.stacks = nnx.List([])
         for shape in shapes:
             a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
@@ -149,6 +151,26 @@ class LoRALayer(nnx.Module):
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
+
+    def check_room(
+        self, dtype: DTypeLike, lead: int, buckets: Sequence[int], fully_sharded: bool
+    ) -> Shards | None:
+        """Where its stacks go; None where they are not on a mesh.
+
+        Raises:
+          ValueError: they do not divide over the mesh, or the layer takes none in 8 bits.
+        """
+        shards = placement_of(self, lead, buckets, fully=fully_sharded)
+        if is_eight_bits(dtype):
+            what = None if self.takes_eight_bits else "an embedding"
+            if shards is not None and shards.mesh.size > 1:
+                what = f"on a mesh of {shards.mesh.size} devices"
+            if what:
+                raise ValueError(
+                    f"the {type(self).__name__} is {what}, where stacks are not {EIGHT_BITS}; give "
+                    "apply_lora another dtype=, or leave the layer out of target"
+                )
+        return shards
 
     def add_rescales(self) -> None:
         """Makes room for DoRA."""
@@ -175,7 +197,8 @@ class LoRALayer(nnx.Module):
         Raises:
           ValueError: features do not divide over the mesh, or ranks that are to.
         """
-        shards = placement_of(self, len(self.lead), self.buckets, fully=self.fully_sharded)
+        dtype = self.stacks[0].lora_a.dtype
+        shards = self.check_room(dtype, len(self.lead), self.buckets, self.fully_sharded)
         for holder in (*self.stacks, self):
             self._place(shards, holder)
 
@@ -246,11 +269,10 @@ class LoRALayer(nnx.Module):
 
     def _ahead(self, x: Array, adapters: AdapterBatch) -> tuple[Array, tuple[Array, ...] | None]:
         """`delta_ahead` of the layer."""
-        if adapters.phase != "decode" or jax.sharding.get_abstract_mesh().manual_axes:
+        if adapters.phase != "decode":
             return x, None
-        y = jax.eval_shape(self._base, x)
-        shape = jax.eval_shape(self._rows_of_y, y)
-        matrix, parts, segments = self._operands(x, y.dtype, adapters)
+        shape = jax.eval_shape(lambda x: self._rows_of_y(self._base(x)), x)
+        matrix, parts, segments = self._operands(x, shape.dtype, adapters)
         return delta_ahead(x, matrix, parts, segments, (shape,), phase=adapters.phase)
 
     def _operands(
@@ -275,46 +297,16 @@ class LoRALayer(nnx.Module):
         return base.__call__(x, out_sharding=out_sharding)
 
     def _on_shards(self, shards: Shards, x: Array, adapters: AdapterBatch) -> Array:
-        """The call, in which each device runs the layer that its own shards make up."""
-        if shards.inputs or shards.outputs:
-            refuse_divided(self)
-        graphdef, state = nnx.split(self)
-        paths, variables = zip(*nnx.to_flat_state(state))
-        names = ("kernel" if path == (self.kernel_name,) else _name(path) for path in paths)
-        specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
-        of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
-        tokens, labels = shards.tokens, shards.labels
-        lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
-        segments = adapters.segments(lead, tokens)
+        """The call, divided over a mesh."""
 
-        def local(arrays: list[Array], x: Array, segments: Segments) -> Array:
-            arrays, x, segments = shards.varying((arrays, x, segments))
-            own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
-            layer = nnx.merge(graphdef, nnx.from_flat_state(own))
-            layer.resize()
-            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
-                is_first = jax.lax.axis_index(shards.inputs) == 0
-                bias = layer.bias.get_value()
-                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
-            lead = layer.x_matrix(x).shape[:-1]
-            batch = adapters.with_segments(lead, segments)
-            if shards.fully:
-                return shards.total(layer._add_lora(layer._base(x), x, batch, shards))
-            return shards.total(layer(x, batch))
+        def call(layers: Sequence[LoRALayer], x: Array, batch: AdapterBatch) -> tuple[Array]:
+            [own] = layers
+            return (
+                own._add_lora(own._base(x), x, batch, shards) if shards.fully else own(x, batch),
+            )
 
-        arrays = [v.get_value() for v in variables]
-        mapped = jax.shard_map(
-            local,
-            mesh=shards.mesh,
-            in_specs=(specs, of_x, by_shard(tokens)),
-            out_specs=of_y,
-            axis_names=shards.manual,
-        )
-        return jax.jit(mapped)(
-            [resharded(t, NamedSharding(shards.mesh, spec)) for t, spec in zip(arrays, specs)],
-            resharded(x, NamedSharding(shards.mesh, of_x)),
-            segments,
-        )
+        [y] = on_shards((self,), shards, x, adapters, call)
+        return y
 
     def _add_lora(
         self,
@@ -345,8 +337,64 @@ class LoRALayer(nnx.Module):
         return self.y_tensor(out.reshape(self.y_matrix(y).shape), y)
 
 
-def _name(path: ModulePath) -> Hashable:
+def on_shards[L: LoRALayer](
+    layers: Sequence[L],
+    shards: Shards,
+    x: Array,
+    adapters: AdapterBatch,
+    call: Callable[[Sequence[L], Array, AdapterBatch], tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """`call(layers, x, adapters)`, in which each device has the layers that its shards make up.
+
+    Args:
+      layers: of one x, divided alike.
+      call: gives the ys of all layers.
+    """
+    if shards.inputs or shards.outputs:
+        for layer in layers:
+            refuse_divided(layer)
+    graphdef, state = nnx.split(list(layers))
+    paths, variables = zip(*nnx.to_flat_state(state))
+    names = [_name(layers[cast(int, path[0])], path[1:]) for path in paths]
+    specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
+    of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
+    tokens, labels = shards.tokens, shards.labels
+    lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
+    segments = adapters.segments(lead, tokens)
+
+    def local(arrays: list[Array], x: Array, segments: Segments) -> list[Array]:
+        arrays, x, segments = shards.varying((arrays, x, segments))
+        own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
+        mine: list[L] = nnx.merge(graphdef, nnx.from_flat_state(own))
+        for layer in mine:
+            layer.resize()
+            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
+                is_first = jax.lax.axis_index(shards.inputs) == 0
+                bias = layer.bias.get_value()
+                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
+        batch = adapters.with_segments(mine[0].x_matrix(x).shape[:-1], segments)
+        return [shards.total(y) for y in call(mine, x, batch)]
+
+    arrays = [v.get_value() for v in variables]
+    mapped = jax.shard_map(
+        local,
+        mesh=shards.mesh,
+        in_specs=(specs, of_x, by_shard(tokens)),
+        out_specs=[of_y] * len(layers),
+        axis_names=shards.manual,
+    )
+    ys: list[Array] = jax.jit(mapped)(
+        [resharded(t, NamedSharding(shards.mesh, spec)) for t, spec in zip(arrays, specs)],
+        resharded(x, NamedSharding(shards.mesh, of_x)),
+        segments,
+    )
+    return tuple(ys)
+
+
+def _name(layer: LoRALayer, path: ModulePath) -> Hashable:
     """What a variable of a layer holds; see `LoRAStack.in_place`."""
+    if path == (layer.kernel_name,):
+        return "kernel"
     is_of_stacks = path[0] == "stacks" and "in_place" in path
     return ("lora_a", "lora_b")[path[-1] == 1] if is_of_stacks else path[-1]
 

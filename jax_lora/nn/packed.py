@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.batch import current, use
+from jax_lora.batch import AdapterBatch, current, use
 from jax_lora.nn.dora import rescaled
+from jax_lora.nn.layer import on_shards
 from jax_lora.nn.linear import LoRADense
 from jax_lora.sharding import shards_of
 from pallas_kernels.ops import add_in_step, delta_ahead
@@ -39,19 +40,27 @@ def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:
         if not isinstance(layer, nnx.Linear):
             raise TypeError(f"call_packed takes nnx.Linear layers, got {type(layer).__name__}")
     batch = current()
+    lora = [layer for layer in layers if isinstance(layer, LoRADense)]
     # A prefill takes two launches, which want one y: to lay its large outputs side by side costs
     # more than launches.
     if (
         batch is None
         or batch.phase != "decode"
-        or not any(isinstance(layer, LoRADense) for layer in layers)
-        or any(
-            isinstance(layer, LoRADense)
-            and (hasattr(layer, "full") or shards_of(layer, jnp.asarray(x)))
-            for layer in layers
-        )
+        or not lora
+        or any(hasattr(layer, "full") for layer in lora)
     ):
         return tuple(layer(x) for layer in layers)
+    divided = [shards_of(layer, jnp.asarray(x)) for layer in lora]
+    if (shards := divided[0]) is None:
+        return _packed(layers, x, batch)
+    if shards.fully or any(other != shards for other in divided):
+        return tuple(layer(x) for layer in layers)
+    ys = iter(on_shards(lora, shards, jnp.asarray(x), batch, _packed))
+    return tuple(next(ys) if isinstance(layer, LoRADense) else layer(x) for layer in layers)
+
+
+def _packed(layers: Sequence[Any], x: Array, batch: AdapterBatch) -> tuple[Array, ...]:
+    """The layers' ys, by one op for the adapters of all."""
 
     def base(x: Array) -> list[Array]:
         with use(None):

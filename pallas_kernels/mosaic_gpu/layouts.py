@@ -14,6 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike
 
+from pallas_kernels.manual import untyped
 from pallas_kernels.routing import tables_alone
 
 # A Pallas ref, to device memory, shared memory, or barriers: JAX types none of them.
@@ -48,7 +49,7 @@ def in_place(
     the result was zeros (jax 0.11.2, H200). Barriers keep the slices out.
     """
     ys, operands = lax.optimization_barrier((ys, operands))
-    refs = [jax.new_ref(y) for y in ys]
+    refs = [jax.new_ref(untyped(y)) for y in ys]
     kernel(*refs, *operands)
     return lax.optimization_barrier(tuple(jax.freeze(ref) for ref in refs))
 

@@ -18,6 +18,7 @@ from jax_lora.serving.server.app import Server
 from jax_lora.serving.server.asking import Served
 from jax_lora.serving.text import bank_for, fitting_slots, load_tokenizer
 from pallas_kernels import padded_rank
+from pallas_kernels.stacks import EIGHT_BITS
 
 Told = Callable[[str], None]
 
@@ -49,6 +50,7 @@ class Model:
       base: folder, or name on the hub. name: for requests; None for the folder's or the hub's.
       adapters: the folder whose folders are adapters.
       dtype: of weights and arithmetic; None for the stored one.
+      eight_bits: whether adapters are held in 8 bits; else in the weights' dtype.
     """
 
     base: str | Path
@@ -56,6 +58,7 @@ class Model:
     adapters: Path | None = None
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     dtype: str | None = None
+    eight_bits: bool = False
 
 
 def load(model: Model, told: Told) -> Served:
@@ -75,7 +78,8 @@ def load(model: Model, told: Told) -> Served:
     if model.adapters is not None:
         headers = [header for _, header in folders.values()]
         slots = _slots(sizes, [header.rank for header in headers])
-        bank = bank_for(llama, headers, slots)
+        stacks = EIGHT_BITS if model.eight_bits else None
+        bank = bank_for(llama, headers, slots, dtype=stacks)
     engine = Engine(
         llama,
         bank,

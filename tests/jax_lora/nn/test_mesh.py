@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import in_ci, spread
 from meshes import COLUMN, KINDS, ROW, assert_equal, collectives, mesh_of
 from tiny import Mlp, expected, make_adapter, make_bank
 from tiny import tokens as tiny_tokens
@@ -109,8 +110,7 @@ def call(layer, x, adapters):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("how", ["metadata", "sharding"])
+@pytest.mark.parametrize("how, kind", spread(["metadata", "sharding"], KINDS))
 @pytest.mark.parametrize("spec", [COLUMN, ROW])
 def test_layers_follow_their_kernel(spec, how, kind):
     """Column-parallel: B and y are divided, nothing is exchanged. Row-parallel: A and x are, and
@@ -185,7 +185,7 @@ def _step(model, x, adapters):
 
 @pytest.mark.parametrize(
     "kind",
-    [AxisType.Explicit, *(pytest.param(k, marks=pytest.mark.ci) for k in (AxisType.Auto, None))],
+    [AxisType.Explicit, *map(in_ci, (AxisType.Auto, None))],
 )
 def test_a_bank_writes_where_a_step_has_moved_the_stacks(kind, tmp_path):
     """To a mesh, or to another device; from then on loads compile nothing."""
@@ -223,7 +223,7 @@ def served(mesh):
     return model, AdapterBank(model)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 def test_a_bank_of_divided_stacks(kind, tmp_path):
     """Loads change them in place, device by device, and compile nothing."""
     mesh = mesh_of(kind, tp=2)
@@ -290,11 +290,8 @@ LAYERS = {  # what makes the layer, the kernel's spec, the features of x
 }
 
 
-CASES = [(case, kind) for case in LAYERS for kind in (AxisType.Explicit, AxisType.Auto)]
-
-
 @pytest.mark.ci
-@pytest.mark.parametrize("case, kind", CASES)
+@pytest.mark.parametrize("case, kind", spread(LAYERS, KINDS))
 def test_layers_over_two_axes(case, kind):
     """Tokens over one axis of the mesh, weights over the other, or over both. In bfloat16 the
     kernels are traced too."""
@@ -345,7 +342,7 @@ def test_a_scan_over_divided_tokens_sorts_them_once(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, phase", [(64, "decode"), (1024, "prefill")])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 @pytest.mark.parametrize(
     "spec, fully, exchanged",
     [
@@ -374,27 +371,134 @@ def test_kernels_run_on_shards(spec, fully, exchanged, kind, tokens, phase):
     assert found == exchanged
 
 
+FEATURES, WIDTHS = 128, {"q": 256, "k": 128, "v": 128}
+
+
+def projections(mesh, specs, dtype=jnp.float32, plain=()):
+    """Layers of one x, each with a kernel as its spec says, and stacks but for `plain`."""
+    layers = {}
+    for n, (name, spec) in enumerate(specs.items()):
+        layer = nnx.Linear(FEATURES, WIDTHS[name], dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(n))
+        if mesh is not None:
+            kernel = layer.kernel.get_value()
+            layer.kernel.set_value(jax.device_put(kernel, NamedSharding(mesh, spec)))
+        layers[name] = layer
+    model = nnx.Dict(layers)
+    apply_lora(model, slots=SLOTS, buckets=tuple(SLOTS), target="|".join(set(specs) - set(plain)))
+    for n, name in enumerate(set(specs) - set(plain)):
+        fill(model[name], n)
+    return model
+
+
+def call_projections(model, x, adapters):
+    with jax_lora.use(adapters):
+        return jax_lora.call_packed(tuple(model.values()), x)
+
+
+def in_order(jaxpr):
+    """The primitives of a jaxpr and of its calls. An op of LoRA is its name."""
+    for eqn in jaxpr.eqns:
+        name = eqn.params["name"] if eqn.primitive.name == "jit" else eqn.primitive.name
+        yield name
+        if "lora" not in name:
+            for inner in jax.tree.leaves(list(eqn.params.values())):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from in_order(inner)
+
+
+def form_of(call, model, x, adapters):
+    """The calls of `shard_map` of a step, and what each does."""
+    graphdef, state = nnx.split(model)
+    step = jax.make_jaxpr(lambda state, *args: call(nnx.merge(graphdef, state), *args))
+    flat = list(in_order(step(state, x, adapters).jaxpr))
+    starts = [n for n, name in enumerate(flat) if name == "shard_map"]
+    return [flat[start:stop] for start, stop in zip(starts, [*starts[1:], None])]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_decode_step_has_the_form_of_one_device(kind):
+    """LoRA of q, k and v is one launch, ahead of their products; a row-parallel layer's is ahead of
+    its product, and in the sum over the devices that the base needs."""
+    mesh = mesh_of(kind, tp=2)
+    model = projections(mesh, dict.fromkeys(WIDTHS, COLUMN), jnp.bfloat16)
+    x = jax.device_put(jnp.ones((8, FEATURES), jnp.bfloat16), NamedSharding(mesh, P()))
+    [packed] = form_of(call_projections, model, x, batch())
+    row = projections(mesh, {"q": ROW}, jnp.bfloat16)["q"]
+    [alone] = form_of(type(row).__call__, row, x, batch())
+    for form, products in ((packed, 3), (alone, 1)):
+        deltas = [n for n, name in enumerate(form) if "lora_delta_mosaic_gpu" in name]
+        assert len(deltas) == 1
+        barrier = form.index("optimization_barrier")
+        dots = [n for n, name in enumerate(form) if name == "dot_general"]
+        assert deltas[0] < barrier < min(dots) and len(dots) == products
+    sums = [n for n, name in enumerate(alone) if name.startswith("psum")]
+    assert not any(name.startswith("psum") for name in packed)
+    last_add = max(n for n, name in enumerate(alone) if name == "add")
+    assert alone.index("dot_general") < last_add < min(sums)
+
+
+def test_a_prefill_adds_in_place_on_shards():
+    mesh = mesh_of(AxisType.Auto, tp=2)
+    for name, spec in (("q", COLUMN), ("k", ROW)):
+        layer = projections(mesh, {name: spec}, jnp.bfloat16)[name]
+        x = jnp.ones((1024, FEATURES), jnp.bfloat16)
+        rows = batch([0] * 1024, phase="prefill")
+        [form] = form_of(type(layer).__call__, layer, x, rows)
+        assert any("add_lora_mosaic_gpu" in name for name in form)
+        assert not any("lora_delta" in name for name in form)
+
+
+MIXED = {"q": COLUMN, "k": P(), "v": COLUMN}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "specs, plain, kind",
+    [
+        (dict.fromkeys(WIDTHS, COLUMN), (), AxisType.Explicit),
+        (dict.fromkeys(WIDTHS, COLUMN), ("k",), AxisType.Auto),
+        (MIXED, (), AxisType.Auto),
+        (dict.fromkeys(WIDTHS, ROW), (), AxisType.Explicit),
+    ],
+)
+def test_projections_of_one_x_equal_those_of_one_device(specs, plain, kind):
+    """All divided alike, with one without adapters, one whole, and over rows of x."""
+
+    @nnx.jit
+    def value_and_grads(model, x, adapters):
+        def loss(model, x):
+            ys = call_projections(model, x, adapters)
+            return sum(jnp.sum(jnp.square(y)) for y in ys), ys
+
+        argnums = (nnx.DiffState(0, nnx.LoRAParam), 1)
+        return nnx.grad(loss, argnums=argnums, has_aux=True)(model, x)
+
+    x, mesh = tokens(8, inputs=FEATURES), mesh_of(kind, tp=4)
+    want = value_and_grads(projections(None, specs, plain=plain), x, batch())
+    of_x = P(None, "tp") if ROW in specs.values() else P()
+    got = value_and_grads(
+        projections(mesh, specs, plain=plain),
+        jax.device_put(x, NamedSharding(mesh, of_x)),
+        batch(),
+    )
+    assert_equal(got, want)
+
+
 TWO_AXES = P("b", "a")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "spec, sizes, exchanged, kind",
-    [
-        (COLUMN, {"tp": 4}, {"all-gather": 1}, AxisType.Explicit),
-        *(
-            pytest.param(spec, sizes, exchanged, kind, marks=pytest.mark.ci)
-            for kind in KINDS
-            for spec, sizes, exchanged in (
-                (COLUMN, {"tp": 8}, {"all-gather": 1}),
-                (ROW, {"tp": 8}, {"reduce-scatter": 1, "all-reduce": 1}),
-                (
-                    TWO_AXES,
-                    {"a": 2, "b": 4},
-                    {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1},
-                ),
-            )
-        ),
-    ],
+    spread(
+        [
+            (COLUMN, {"tp": 8}, {"all-gather": 1}),
+            (ROW, {"tp": 8}, {"reduce-scatter": 1, "all-reduce": 1}),
+            (TWO_AXES, {"a": 2, "b": 4}, {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1}),
+        ],
+        KINDS,
+    ),
 )
 def test_a_layer_whose_ranks_are_divided_too(spec, sizes, exchanged, kind):
     """Each device has its part of A and B alone. One small exchange comes to those of the base."""
@@ -449,7 +553,7 @@ def run_layers(layers, x, adapters):
         return jax_lora.scan_layers(body, layers, x)[0]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 def test_a_scan_of_divided_layers(kind):
     mesh = mesh_of(kind, dp=2, tp=2)
     layers = stacked_layers(NamedSharding(mesh, P(None, "tp", None)))
@@ -507,7 +611,7 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 def test_ops_in_a_shard_map_that_checks(op):
-    """Those that write in place name the one that works there."""
+    """Those that write in place too: by XLA here, and lowered for a GPU as kernels."""
     rows, whole = P("dp"), P()
     shapes = [(2, 16, 64), (2, 64, 16), (8, 64), (8, 64), (8, 16)]
     operands = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
@@ -519,12 +623,10 @@ def test_ops_in_a_shard_map_that_checks(op):
         for check in (False, True)
     ]
     want = maps[0](*operands)
-    if op == "lora_delta" or "shrink" in op:
-        np.testing.assert_array_equal(maps[1](*operands), want)
-    else:
-        message = f"{op} writes its result in place.*check_vma=False alone; use lora_delta"
-        with pytest.raises(NotImplementedError, match=message):
-            maps[1](*operands)
+    np.testing.assert_array_equal(maps[1](*operands), want)
+    text = maps[1].trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert not re.findall(r"jit_(\w+_xla)", text)
 
 
 @pytest.mark.parametrize("op", OPS)
