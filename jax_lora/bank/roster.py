@@ -65,7 +65,8 @@ class Roster(StackOwner):
         than are kept for them, the least recently used first.
 
         Nothing is evicted now. Adapters that stand in the way go as the tenant loads its own; while
-        these are pinned or leased, such a load finds no slot.
+        these are pinned or leased, such a load finds no slot. Where several processes hold the
+        model, all reserve the same.
 
         Args:
           prefix: of names, as in `load`; none may begin with another one's.

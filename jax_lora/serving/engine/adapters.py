@@ -148,7 +148,7 @@ class AdapterDesk:
         fail: Callable[[str, str], None],
     ) -> None:
         """`fail(name, reason)` ends the requests that wait for an adapter which can't be had."""
-        self._bank, self._limits, self._post, self._fail = bank, limits, post, fail
+        self.limits, self._bank, self._post, self._fail = limits, bank, post, fail
         self._lock = threading.Lock()  # of the sources
         self._sources: dict[str, _Source] = {}
         self._versions = 0
@@ -317,7 +317,7 @@ class AdapterDesk:
         pool.submit(work).add_done_callback(lambda done: self._post(lambda: then(done)))
 
     def _read(self, name: str, place: Source) -> PreparedAdapter:
-        limits = self._limits
+        limits = self.limits
         if not isinstance(place, Adapter):
             adapter = self._bank.read(name, place, limits=limits)
             return self._bank.prepare(name, adapter, is_own=True)

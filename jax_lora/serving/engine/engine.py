@@ -68,10 +68,14 @@ class Stepper:
             in_place = self._live.is_on_one_device and not lacks_in_place(
                 model.config, shape.rows, shape.block, dtype
             )
-        self.in_place = in_place
         self._form = Form(ranges, guard, shape.max_length, shape.prompt_logprobs, in_place)
         self._pages = Pages.empty(model.config, shape.blocks, shape.block, dtype)
         self._last: Array = jnp.zeros(shape.rows, jnp.int32)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a kernel reads the blocks of decoding rows."""
+        return self._form.in_place
 
     def warm_up(self) -> None:
         """Runs each step once, for nobody."""
@@ -209,9 +213,9 @@ class Engine:
         self._end: str | None = None  # why nothing comes any more
         self._error: Exception | None = None
         self._desk: AdapterDesk | None = None
-        self.limits = limits or AdapterLimits()
         if bank is not None:
-            self._desk = AdapterDesk(bank, self.limits, self._inbox.put, self._fail_waiting)
+            limits = limits or AdapterLimits()
+            self._desk = AdapterDesk(bank, limits, self._inbox.put, self._fail_waiting)
         elif adapters:
             raise ValueError("adapters need the bank of a model with LoRA layers")
         self._stepper = Stepper(model, bank, self.shape)
@@ -319,6 +323,11 @@ class Engine:
     def end(self) -> str | None:
         """Why it takes no requests: it was closed, or its device has failed; else None."""
         return self._end
+
+    @property
+    def limits(self) -> AdapterLimits:
+        """What it takes of adapters."""
+        return AdapterLimits() if self._desk is None else self._desk.limits
 
     @property
     def adapters(self) -> tuple[str, ...]:
