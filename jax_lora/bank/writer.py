@@ -265,9 +265,9 @@ def _scales_offsets(of_layers: list[list[LoRAStack]]) -> list[np.ndarray]:
 def places_of(firsts: np.ndarray, slot: Array, columns: tuple[int, ...]) -> Array:
     """Where the scales of a slot of each stack stand in the layer's."""
     if not columns:
-        return firsts + slot
+        return jnp.asarray(firsts) + slot
     (each,) = columns
-    return (firsts + slot * each)[:, None] + np.arange(each, dtype=np.int32)
+    return (jnp.asarray(firsts) + slot * each)[:, None] + jnp.arange(each, dtype=jnp.int32)
 
 
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
