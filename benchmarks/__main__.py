@@ -283,19 +283,26 @@ def http(
 
 
 @app.command()
-def engine(layers: Layers = None, as_json: Json = False) -> None:
+def engine(
+    layers: Layers = None,
+    only: Annotated[
+        str, typer.Option(help="Rows whose name has one of these, behind that without LoRA.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
     """Time the engine's decode steps: 64 rows of a model shaped like Llama-3-8B, 1,024 tokens each.
 
-    Sampling and blocks of keys and values included. Without LoRA, also beside chunks of prompts;
-    then with 8 adapters of rank 16, 8 of ranks 8 to 128, and one of rank 16 for each row. Beside
-    each stands its target. Without a GPU a small model runs, and no target is held against it.
+    Sampling and blocks of keys and values included. Without LoRA; the same with blocks that XLA
+    gathers, where else a kernel reads them; beside chunks of prompts. Then with 8 adapters of rank
+    16, 8 of ranks 8 to 128, and one of rank 16 for each row. Beside each stands its target. Without
+    a GPU a small model runs, and no target is held against it.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import engine_steps, tables
         from benchmarks.step import Shape
 
-        report = engine_steps.run(Shape.of_this_machine(layers), progress)
+        report = engine_steps.run(Shape.of_this_machine(layers), progress, only)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -481,12 +488,16 @@ def gradients(
     cases: Annotated[
         str | None,
         typer.Option(
-            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}], or `first` '
-            "for the most telling ones."
+            help='JSON file with a list of cases, e.g. [{"T": 64, "D": 8, "r": 16}]; `first` '
+            "for the most telling ones; or `sample:40` for 40 drawn from all sizes."
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(help="What `sample` draws its cases by.")] = 0,
     ways: Annotated[
-        str, typer.Option(help="What to time: some of ours, compact, xla, ragged, dense.")
+        str,
+        typer.Option(
+            help="What to time: some of ours, compact (where slots are free), xla, ragged, dense."
+        ),
     ] = "ours,dense,ragged,xla",
     seconds: Annotated[float, typer.Option(help="Start no case after so many seconds.")] = 3600,
     processes: Annotated[
@@ -510,7 +521,7 @@ def gradients(
         if unknown := set(chosen) - {"ours", "compact", "xla", "ragged", "dense"}:
             known = "ours, compact, xla, ragged and dense"
             raise ValueError(f"--ways takes {known}, got {sorted(unknown)}")
-        named = benchmark.cases_of(cases)
+        named = benchmark.cases_of(cases, seed)
         if processes > 1:
             benchmark.run_in_processes(named, chosen, seconds, out, processes)
         else:
@@ -524,15 +535,20 @@ def agreement(
     ] = "float32,bfloat16",
     plot: Plot = None,
 ) -> None:
-    """Say how far the trainer's log-probabilities are from the sampler's.
+    """Say how far the trainer's log-probabilities are from the sampler's, and those of steps.
 
     The bundled model samples with each of its adapters and without, a token at a time. Then one
     forward over the whole sequences, as a training step runs it, reads the same tokens. Tokens of
     rows without an adapter tell what the base model's own rounding gives.
+
+    Then the engine reads and answers requests in steps of three sizes: rows, chunks of prompts,
+    blocks. Given tokens must have the same log-probabilities but for rounding, and the share of
+    requests is told whose greedy answers are not the same.
     """
     with input_errors():
         progress("starting JAX")
         from benchmarks import agreement as benchmark
+        from benchmarks import chunkings
         from benchmarks.pictures import check_path
 
         if plot is not None:
@@ -540,10 +556,13 @@ def agreement(
         if unknown := {*dtypes.split(",")} - {"float32", "bfloat16", "float16"}:
             raise ValueError(f"--dtypes takes float32, bfloat16 and float16, got {sorted(unknown)}")
         found = [benchmark.run(dtype, progress) for dtype in dtypes.split(",")]
+        spreads = [chunkings.run(dtype, progress) for dtype in dtypes.split(",")]
         if plot is not None:
             benchmark.draw(found, plot)
     for one in found:
         print(one.line)
+    for spread in spreads:
+        print(spread.line)
     print(f"deltas of both phases: {benchmark.delta_ulps():.2f} bfloat16 ulp apart, at most")
 
 

@@ -74,7 +74,7 @@ def run(
     """
     progress(f"sampling in {dtype}")
     model = Llama.from_pretrained(FOLDER / "base", dtype=jnp.dtype(dtype))
-    bank, names = _bank(model, chosen, rounds)
+    bank, names = bank_of(model, chosen, rounds)
     words = [word for word in tasks.EVERYDAY_WORDS if tasks.is_clear(word)][: len(names)]
     prompts, lengths = encode(load_tokenizer(FOLDER / "base"), [f"{word}:" for word in words])
     graphdef, *(_, rest) = nnx.split(model, nnx.Any(nnx.LoRAParam, LoRAScale), ...)
@@ -92,7 +92,7 @@ def run(
     return Agreement(dtype, sampled.reshape(-1), trained.reshape(-1), adapted)
 
 
-def _bank(
+def bank_of(
     model: Llama, chosen: Collection[str] | None, rounds: int
 ) -> tuple[AdapterBank, list[str | None]]:
     """Bundled adapters, and which row has which."""

@@ -25,13 +25,16 @@ from jax_lora.serving.engine.engine import Stepper
 from jax_lora.serving.engine.step import Inputs, no_work
 
 
-def run(shape: Shape, progress: Callable[[str], None]) -> Report:
+def run(shape: Shape, progress: Callable[[str], None], only: str = "") -> Report:
     """Times decode steps of `shape.batch` rows with `shape.context` cached tokens each.
 
     Weights and adapters are random, in bfloat16. The host launches steps as the engine does, with
     inputs of its own for each.
+
+    Args:
+      only: of the rows behind the first, those whose name has one of these texts, between commas.
     """
-    bench = _Bench(shape, progress)
+    bench = _Bench(shape, progress, only)
     bench.time_without_lora()
     bench.time_ranks((RANK,) * PROMPTS, f"{PROMPTS} adapters of rank {RANK}", 0.95)
     ranks = ", ".join(map(str, MIXED_RANKS))
@@ -42,7 +45,8 @@ def run(shape: Shape, progress: Callable[[str], None]) -> Report:
 
 
 class _Bench:
-    def __init__(self, shape: Shape, progress: Callable[[str], None]) -> None:
+    def __init__(self, shape: Shape, progress: Callable[[str], None], only: str) -> None:
+        self.only = only.split(",")
         progress(f"making a model of {shape.config.num_hidden_layers} layers")
         self.shape, self.progress = shape, progress
         self.graphdef, self.weights = nnx.split(random_model(shape))
@@ -61,12 +65,20 @@ class _Bench:
         model = nnx.merge(self.graphdef, self.weights)
         stepper = Stepper(model, None, self.steps)
         self.base_us = self.add("no LoRA", stepper, [-1], 0, 1.3 * floor_us, target)
+        if stepper.in_place and self.wants(name := "no LoRA, blocks gathered"):
+            self.add(name, Stepper(model, None, self.steps, in_place=False), [-1], 0, None, "")
         for lanes in self.steps.lanes[1:]:
-            tokens = lanes * self.steps.chunk
-            self.add(f"no LoRA, and {tokens} tokens of prompts", stepper, [-1], lanes, None, "")
+            name = f"no LoRA, and {lanes * self.steps.chunk} tokens of prompts"
+            if self.wants(name):
+                self.add(name, stepper, [-1], lanes, None, "")
+
+    def wants(self, name: str) -> bool:
+        return any(text in name for text in self.only)
 
     def time_ranks(self, ranks: Sequence[int], name: str, share: float | None) -> None:
         """`share`: of the tokens per second without LoRA, at least; None where bytes bound them."""
+        if not self.wants(name):
+            return
         self.progress(f"loading {name}")
         model = nnx.merge(self.graphdef, self.weights)
         bank, names, nbytes = load_random(model, ranks)

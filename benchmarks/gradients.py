@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from pallas_kernels import LoRAPart, Segments, add_lora, lora_gradients, make_se
 from pallas_kernels.dispatch import Implementation
 
 ALONE = Turns(None)
+# Others may be faster than ours by so much: those that compute as much, and one adapter alone.
+_LEEWAY = {"xla": 1.0, "ragged": 1.0, "dense": 1.15}
 _MAX_ERROR = 1e-2  # of a bfloat16 gradient beside that of XLA's form, relative
 
 
@@ -98,12 +102,44 @@ _MORE = [
 CASES = _FIRST + [case for case in _MORE if case not in _FIRST]
 
 
-def cases_of(given: str | None) -> list[Case]:
-    """All cases; the first few; or those of a JSON file."""
+_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_ADAPTERS = (1, 2, 4, 8, 16, 32, 64)
+_RANKS = (8, 16, 32, 64, 128)
+_SHAPES = [(h, h) for h in (4096, 5120, 8192, 14336)] + [(4096, 14336), (14336, 4096)]
+_MOST_VALUES = 16384 * (4096 + 14336)  # T (H + N); more would fill the memory that processes share
+
+
+def sample(count: int, seed: int) -> list[Case]:
+    """`count` cases drawn by `seed` from all that the aims are for, with each number of tokens as
+    often. About a quarter has free slots, which compact gradients leave out.
+
+    Raises:
+      ValueError: `count` is not within 1 to 1000, or `seed` is negative.
+    """
+    if not 1 <= count <= 1000 or seed < 0:
+        raise ValueError(f"a sample has 1 to 1000 cases and a seed from 0, got {count}, {seed}")
+    rng = np.random.default_rng(seed)
+    tokens = rng.permutation(_TOKENS).tolist()
+    cases: dict[Case, None] = {}
+    while len(cases) < count:
+        t = tokens[len(cases) % len(tokens)]
+        shapes = [one for one in _SHAPES if t * sum(one) <= _MOST_VALUES]
+        h, n = shapes[rng.integers(len(shapes))]
+        d, r = int(rng.choice(_ADAPTERS)), int(rng.choice(_RANKS))
+        order = str(rng.choice(["runs", "zipf", "shuffled"]))
+        slots = 64 if len(cases) % 4 == 0 and d < 64 else 0
+        cases[Case(t, d, r, h, n, order, slots)] = None
+    return list(cases)
+
+
+def cases_of(given: str | None, seed: int = 0) -> list[Case]:
+    """All cases; the first few; `sample:40` for 40 that `seed` draws; or those of a JSON file."""
     if given is None:
         return CASES
     if given == "first":
         return _FIRST
+    if found := re.fullmatch(r"sample:(\d{1,4})", given):
+        return sample(int(found[1]), seed)
     return [Case(**case) for case in json.loads(Path(given).read_text())]
 
 
@@ -170,7 +206,10 @@ class Result:
     def verdict(self) -> str:
         if "ours" not in self.us:
             return "failed"
-        slower = [name for name, us in self.us.items() if us < self.us["ours"]]
+        slower = [
+            name for name, leeway in _LEEWAY.items()
+            if self.us.get(name, math.inf) * leeway < self.us["ours"]
+        ]  # fmt: skip
         words = ["met" if self.us["ours"] <= self.case.aim_us else "missed"]
         words += [f"slower than {name}" for name in slower]
         return ", ".join(words + ([f"WRONG {self.wrong}"] if self.wrong else []) + self.notes)
@@ -199,7 +238,7 @@ def _sets(case: Case) -> list[tuple[jax.Array, ...]]:
     factors = [1.0, 1.0, h**-0.5, r**-0.5, 1.0]
     set_bytes = 2 * sum(int(np.prod(shape)) for shape in [*shapes, *shapes[1:4]])
     made = []
-    for n in range(sets_to_rotate(set_bytes)):
+    for n in range(sets_to_rotate(set_bytes, least=2)):
         keys = jax.random.split(jax.random.key(n), len(shapes))
         arrays = [
             (jax.random.normal(key, shape) * factor).astype(jnp.bfloat16)
@@ -261,6 +300,8 @@ def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
         except Exception as reason:
             notes.append(f"no errors measured: {str(reason)[:300]!r}")
         for way in ways:
+            if way == "compact" and case.slots == case.D:
+                continue
             given = _swapped(sets) if way == "ragged" else sets
             if way == "compact":
                 given = [(*one[:6], *(t[: case.D] for t in one[6:])) for one in sets]
@@ -271,7 +312,10 @@ def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
                 notes.append(f"{way}: {str(reason)[:300]!r}")
     with turns.alone():
         for way, (loop, given) in loops.items():
-            us[way] = loop.us(given, route)
+            try:
+                us[way] = loop.us(given, route)
+            except Exception as reason:  # of memory, as a rule, which processes share
+                notes.append(f"{way}: {str(reason)[:300]!r}")
     return Result(case, us, error, notes)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from interop import checks, functions, ops
+from pallas_kernels.mosaic_gpu.decode.config import most_unseated_tokens
 from pallas_kernels.mosaic_gpu.support import missing
 
 # Up to as many tokens calls are launches of the decode kernel, which a graph may hold. Beyond that
 # a step is a prefill, which no engine captures, and DLPack's host time is short beside it.
 MOST_TOKENS = 1024
-_LAUNCH_TOKENS, _WIDE_RANK_TOKENS = 256, 128  # what the decode kernel takes, the latter above 128
 
 
 def shrink(
@@ -103,7 +103,7 @@ def _linear_op(slices: int) -> ops.Op:
 def _launches(inputs: torch.Tensor, rank: int) -> Iterator[slice]:
     """The rows of each call."""
     tokens = inputs.shape[0]
-    size = _LAUNCH_TOKENS if rank <= 128 else _WIDE_RANK_TOKENS
+    size = most_unseated_tokens(rank)
     if inputs.device.type != "cuda" or not size < tokens <= MOST_TOKENS:
         size = max(tokens, 1)
     return (slice(start, start + size) for start in range(0, tokens, size))

@@ -113,11 +113,14 @@ def chunked_sgmv_lora_expand_forward(
     # A slice of `[L, N, R]` is no stack in one piece. Blocks of columns are, of L adapters each.
     block = math.gcd(*offsets)
     stack, routes = weights.view(-1, block, rank), _kept(batch_info, _routes, rows, rank, offsets)
-    v = torch.gather(x.float()[:, None].expand(-1, width // block, -1), 2, routes.columns)
-    v = torch.where(routes.own, v * routes.scales, 0.0)
-    if routes.ids.numel() <= capture.MOST_TOKENS:  # each block of a row as a row of its own
-        flat = v.view(-1, rank), stack, routes.ids.view(-1)
-        capture.expand(y.view(-1, block), *flat, 0, True)
+    v = x[:, None]
+    if routes.columns is not None:
+        v = torch.gather(v.expand(-1, width // block, -1), 2, routes.columns)
+    v = (v * routes.scales).masked_fill_(routes.beyond, 0)
+    if rows <= capture.MOST_TOKENS:  # each block of a row as a row of its own
+        flat = y.view(-1, block), v.view(-1, rank), routes.ids.view(-1)
+        for out, inputs, ids in zip(*(t.split(capture.MOST_TOKENS) for t in flat)):
+            capture.expand(out, inputs, stack, ids, 0, True)
     else:
         for n in range(width // block):
             capture.expand(
@@ -131,14 +134,14 @@ class _Routes(NamedTuple):
 
     Attributes:
       ids: `[T, K]`, of a stack of L K blocks.
-      columns: `[T, K, R]`, of x.
-      own: `[T, 1, R]`, whether these are within the adapter's own rank.
-      scales: `[T, 1, 1]`.
+      columns: `[T, K, R]`, of x; None where one block takes all.
+      beyond: `[T, 1, R]`, whether these are beyond the adapter's own rank.
+      scales: `[T, 1, 1]` float32.
     """
 
     ids: torch.Tensor
-    columns: torch.Tensor
-    own: torch.Tensor
+    columns: torch.Tensor | None
+    beyond: torch.Tensor
     scales: torch.Tensor
 
 
@@ -151,10 +154,11 @@ def _routes(batch_info: BatchInfo, rows: int, rank: int, offsets: Sequence[int])
         slice_of += numbers >= edge // block
     adapter, column = ids.clamp(min=0), torch.arange(rank, device=ids.device)
     own_rank = batch_info.lora_ranks[adapter].clamp(max=rank)
+    columns = (slice_of * own_rank + column).clamp(max=slices * rank - 1).long()
     return _Routes(
         ids=torch.where(ids >= 0, ids * len(numbers) + numbers, -1)[..., 0].contiguous(),
-        columns=(slice_of * own_rank + column).clamp(max=slices * rank - 1).long(),
-        own=column < own_rank,
+        columns=columns if slices > 1 else None,
+        beyond=column >= own_rank,
         scales=batch_info.scalings[adapter],
     )
 

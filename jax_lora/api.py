@@ -5,6 +5,7 @@ from jax_lora.adapters import FullModule as FullModule
 from jax_lora.adapters import LoRAConfig as LoRAConfig
 from jax_lora.adapters import LoRAWeights as LoRAWeights
 from jax_lora.adapters import TrainedTokens as TrainedTokens
+from jax_lora.adapters import UploadLimits as UploadLimits
 from jax_lora.adapters import load_peft as load_peft
 from jax_lora.adapters import save_peft as save_peft
 from jax_lora.bank import AdapterBank as AdapterBank

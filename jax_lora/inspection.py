@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, load_peft, peft_header
 from jax_lora.messages import printable
 from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
@@ -65,6 +65,21 @@ class FullReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class EightBitsReport:
+    """How far stacks in 8 bits are from an adapter; see `AdapterBank.load`.
+
+    Attributes:
+      errors: of each module. largest: of all, in `module`.
+      is_taken: whether a bank takes it so.
+    """
+
+    errors: dict[str, float]
+    largest: float
+    module: str
+    is_taken: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class AdapterReport:
     """What `jax-lora inspect` tells of one adapter."""
 
@@ -77,6 +92,7 @@ class AdapterReport:
     advice: list[str]
     full: list[FullReport]
     mesh: list[str]
+    eight_bits: EightBitsReport | None
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -87,13 +103,16 @@ class AdapterReport:
         return [(count, module) for module, count in same.items()]
 
 
-def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) -> AdapterReport:
+def inspect_adapter(
+    path: Path, *, allow_links: bool = False, devices: int = 1, eight_bits: bool = False
+) -> AdapterReport:
     """Reports on a PEFT folder; reads its config and the header of its weights.
 
     All modules live in the bucket of the adapter's largest rank, out of the default buckets.
 
     Args:
       devices: over which a model of Llama's projections is divided; what each holds is then told.
+      eight_bits: whether to read its weights too, and tell how far stacks in 8 bits are from them.
 
     Raises:
       FileNotFoundError, ValueError: see `load_peft`.
@@ -129,6 +148,7 @@ def inspect_adapter(path: Path, *, allow_links: bool = False, devices: int = 1) 
         path, header.rank, str(header.dtype), header.nbytes, modules,
         _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)], full,
         _mesh(header, devices) if devices > 1 else [],
+        _eight_bits(path, allow_links) if eight_bits else None,
     )  # fmt: skip
 
 
@@ -144,7 +164,7 @@ class BrokenAdapter:
 
 
 def inspect_below(
-    path: Path, *, allow_links: bool = False, devices: int = 1
+    path: Path, *, allow_links: bool = False, devices: int = 1, eight_bits: bool = False
 ) -> list[AdapterReport | BrokenAdapter]:
     """Reports on each adapter folder at or below `path`, in order; see `inspect_adapter`.
 
@@ -157,7 +177,10 @@ def inspect_below(
     reports: list[AdapterReport | BrokenAdapter] = []
     for folder in _adapter_folders(path) or [path]:
         try:
-            reports.append(inspect_adapter(folder, allow_links=allow_links, devices=devices))
+            report = inspect_adapter(
+                folder, allow_links=allow_links, devices=devices, eight_bits=eight_bits
+            )
+            reports.append(report)
         except (OSError, ValueError) as error:
             reports.append(BrokenAdapter(folder, str(error)))
     return reports
@@ -196,6 +219,14 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
         )  # fmt: skip
         lines.append(f"each of {devices} devices {form} {held / 1e6:.2f} MB, in bucket {bucket}")
     return lines
+
+
+def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
+    from jax_lora.bank.eight_bits import MAX_ERROR, measured  # imports JAX, which few reports need
+
+    errors = dict(measured(load_peft(path, allow_links=allow_links)).errors)
+    module = max(errors, key=lambda name: errors[name])
+    return EightBitsReport(errors, errors[module], module, errors[module] <= MAX_ERROR)
 
 
 def _lorax(ranks: list[int]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
@@ -18,6 +19,7 @@ from jax_lora.nn.experts import Experts
 from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import stack_dtype
 from pallas_kernels.ranks import rank_bucket
+from pallas_kernels.stacks import is_eight_bits
 
 
 class Plan(TypedDict):
@@ -72,9 +74,12 @@ def plan_slots(
     headers = _headers(adapters, allow_links)
     shapes = _shapes(headers)
     dtypes = {header.dtype for header in headers}
-    dtype = stack_dtype(dtype or (dtypes.pop() if len(dtypes) == 1 else "float32"))
+    own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtype = stack_dtype(dtype or own, eight_bits=True)
     bytes_per_rank = dtype.itemsize * sum(h + n for h, n in shapes.values())
-    full, given = _full(headers, dtype), memory
+    if is_eight_bits(dtype):  # and a scale for each rank column
+        bytes_per_rank += 4 * len(shapes)
+    full, given = _full(headers, own if is_eight_bits(dtype) else dtype), memory
     memory -= sum(full.values())
     wanted = Counter(rank_bucket(header.rank) for header in headers)
     while sum(wanted) * bytes_per_rank > memory and len(wanted) > 1:

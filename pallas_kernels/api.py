@@ -1,5 +1,6 @@
 """The public names of `pallas_kernels`, which imports them when one is used."""
 
+from pallas_kernels.eight_bits import quantised as quantised
 from pallas_kernels.ops import LoRAGradient as LoRAGradient
 from pallas_kernels.ops import add_lora as add_lora
 from pallas_kernels.ops import add_lora_multi as add_lora_multi

@@ -101,6 +101,7 @@ def _add_lora(call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds) -> Ys:
 def _add_lora_fwd(
     call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    derivatives.refuse_eight_bits(call.op, parts)
     return _add_lora(call, ys, x, parts, ids), (x, _kept(parts), ids)
 
 
@@ -126,6 +127,7 @@ def _lora_delta(call: Call, x: Array, parts: Parts, ids: AnyIds) -> Ys:
 def _lora_delta_fwd(
     call: Call, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
+    derivatives.refuse_eight_bits(call.op, parts)
     return _lora_delta(call, x, parts, ids), (x, _kept(parts), ids)
 
 

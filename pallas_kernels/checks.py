@@ -21,18 +21,20 @@ from pallas_kernels.routing import (
     static,
     unsorted_mix,
 )
-from pallas_kernels.stacks import LayerStacks, LoRAPart
+from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, LoRAPart
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def floats(name: str, value: ArrayLike, axes: str) -> Array:
-    """`value` as an array with these axes; TypeError where it is none of the three floats."""
+def floats(name: str, value: ArrayLike, axes: str, *, eight_bits: bool = False) -> Array:
+    """`value` as an array with these axes; TypeError where it is none of the three floats, nor,
+    where there may be `eight_bits`, the one of a byte."""
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise TypeError(f"{name} must be an array, got {type(value).__name__}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+    if dtype not in _FLOATS and not (eight_bits and dtype == EIGHT_BITS):
+        also = f", or {EIGHT_BITS} with scales" if eight_bits else ""
+        raise TypeError(f"{name} must be float32, bfloat16 or float16{also}, got {dtype}")
     array = jnp.asarray(value)
     if array.ndim != len(axes.split()):
         raise ValueError(
@@ -49,13 +51,13 @@ def float_dtype(name: str, value: DTypeLike) -> np.dtype:
     return dtype
 
 
-def stack(name: str, value: ArrayLike, axes: str, *, experts: bool = False) -> Array:
-    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis. Where there may be
-    `experts`, one of `[slots, experts, a, b]` is read so."""
+def stack(name: str, value: ArrayLike, axes: str, *, of_part: bool = False) -> Array:
+    """An `[L, a, b]` stack; LoRAX's `[L, 1, a, b]` loses its second axis. Those `of_part` may be of
+    experts, `[slots, experts, a, b]`, which are read so, and in 8 bits."""
     is_array = isinstance(value, jax.Array | np.ndarray)
-    if is_array and jnp.ndim(value) == 4 and (experts or jnp.shape(value)[1] == 1):
+    if is_array and jnp.ndim(value) == 4 and (of_part or jnp.shape(value)[1] == 1):
         value = value.reshape(-1, *jnp.shape(value)[2:])  # type: ignore[union-attr]
-    checked = floats(name, value, axes)
+    checked = floats(name, value, axes, eight_bits=of_part)
     if 0 in checked.shape:
         raise ValueError(f"{name} must not have an empty axis, got {list(checked.shape)}")
     return checked
@@ -162,8 +164,8 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
         raise TypeError(f"parts[{n}] must be a LoRAPart, got {type(given).__name__}")
     transposed = bool(given.transposed)
     of_a, of_b = ("L H R", "L R N") if transposed else ("L R H", "L N R")
-    a = stack(f"parts[{n}].lora_a", given.lora_a, of_a, experts=True)
-    b = stack(f"parts[{n}].lora_b", given.lora_b, of_b, experts=True)
+    a = stack(f"parts[{n}].lora_a", given.lora_a, of_a, of_part=True)
+    b = stack(f"parts[{n}].lora_b", given.lora_b, of_b, of_part=True)
     found = LoRAPart(a, b, transposed=transposed)
     same(f"x and parts[{n}].lora_a differ in features H", features, found.features)
     if found.slots % a.shape[0] or found.slots % b.shape[0]:
@@ -176,13 +178,18 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
         found.rank,
         b.shape[1 if transposed else 2],
     )
+    if EIGHT_BITS in (a.dtype, b.dtype) and (a.dtype != b.dtype or transposed):
+        raise ValueError(
+            f"parts[{n}] has lora_a of {a.dtype} and lora_b of {b.dtype}, "
+            f"transposed={transposed}; stacks in 8 bits are both so, and as rows"
+        )
     first_slot = static(f"parts[{n}].first_slot", given.first_slot)
     if not 0 <= first_slot <= jnp.iinfo(jnp.int32).max - found.slots:
         raise ValueError(
             f"parts[{n}].first_slot must be between 0 and 2**31 - 1 - {found.slots}, got "
             f"{first_slot}"
         )
-    factors, offset = _part_scales(f"parts[{n}]", given, found.slots)
+    factors, offset = _part_scales(f"parts[{n}]", given, found)
     y_offset = columns(y_shape, given.y_offset, found.width)
     if (layers := given.layers) is not None:
         if transposed:
@@ -211,18 +218,32 @@ def _check_layers(
         )
 
 
-def _part_scales(name: str, given: LoRAPart, num_adapters: int) -> tuple[Array, int | None]:
-    """A part's scales, and where its own start in them."""
+def _part_scales(name: str, given: LoRAPart, found: LoRAPart) -> tuple[Array, int | None]:
+    """A part's scales, and where its own start in them; `found` has its checked stacks."""
+    if given.scales_offset is None and found.is_eight_bits:
+        shape = () if given.scales is None else jnp.shape(given.scales)
+        if shape != (found.slots, found.rank):
+            raise ValueError(
+                f"{name}.scales must have shape {[found.slots, found.rank]}, one for each rank "
+                f"column, as the stacks are {EIGHT_BITS}; got {list(shape)}"
+            )
+        flat = jnp.asarray(given.scales).reshape(-1)
+        return scales(f"{name}.scales", flat, size=found.num_scales), 0
     if given.scales_offset is None:
         factors = 1.0 if given.scales is None else given.scales
-        return scales(f"{name}.scales", factors, size=num_adapters), None
+        return scales(f"{name}.scales", factors, size=found.slots), None
     offset = static(f"{name}.scales_offset", given.scales_offset)
     shape = () if given.scales is None else jnp.shape(given.scales)
     size = shape[0] if len(shape) == 1 else 0
-    if not 0 <= offset <= size - num_adapters:
+    if not 0 <= offset <= size - found.num_scales:
         raise ValueError(
-            f"{name} has scales [{offset}, {offset + num_adapters}) by its scales_offset, but "
+            f"{name} has scales [{offset}, {offset + found.num_scales}) by its scales_offset, but "
             f"scales have shape {list(shape)}"
+        )
+    if found.is_eight_bits and (offset % 4 or (given.layers is not None and size % 4)):
+        raise ValueError(
+            f"{name}.scales_offset, and S of several layers, must be multiples of 4, as the stacks "
+            f"are {EIGHT_BITS}; got {offset} and {size}"
         )
     return scales(f"{name}.scales", given.scales, size=size), offset  # type: ignore[arg-type]
 

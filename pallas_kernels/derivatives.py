@@ -4,7 +4,7 @@ An op has reverse-mode gradients (`jax.custom_vjp`). Without these guards JAX's 
 modes name neither the op nor what to do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import jax
@@ -13,6 +13,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array
+
+from pallas_kernels.stacks import EIGHT_BITS, LoRAPart
 
 
 def _identity(name: str) -> Primitive:
@@ -58,6 +60,16 @@ ad.primitive_jvps[_operand_p] = lambda primals, tangents, *, op: (
 
 _gradient_p = _identity("lora_gradient")
 ad.primitive_jvps[_gradient_p] = lambda primals, tangents, *, op: _refuse_second(op=op)
+
+
+def refuse_eight_bits(op: str, parts: Iterable[LoRAPart]) -> None:
+    """NotImplementedError if a part, of which gradients are asked for, is in 8 bits."""
+    for n, part in enumerate(parts):
+        if part.is_eight_bits:
+            raise NotImplementedError(
+                f"{op} has no gradients with stacks of {EIGHT_BITS}, as parts[{n}] has; train in "
+                "stacks of bfloat16 or float32 (apply_lora's dtype=), then load the adapter here"
+            )
 
 
 def _on_floats[T](bind: Callable[[Array], Array], tree: T) -> T:

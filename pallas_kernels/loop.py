@@ -9,7 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.call import Call
 from pallas_kernels.routing import AnyIds, Segments, SlotRange, TokenIds, local_segments
@@ -77,7 +77,7 @@ def _select(mask: Array, new: Array, old: Array) -> Array:
 
 def _shrink(
     x: Float[Array, "T H"],
-    lora_a: Float[Array, "L _ _"],
+    lora_a: Shaped[Array, "L _ _"],
     segments: Segments,
     scale: Scale,
     held: Held = ONE_EACH,
@@ -92,7 +92,7 @@ def _shrink(
 
 def _expand(
     v: Float[Array, "T R"],
-    lora_b: Float[Array, "L _ _"],
+    lora_b: Shaped[Array, "L _ _"],
     segments: Segments,
     y: Float[Array, "T Ny"],
     columns: slice,

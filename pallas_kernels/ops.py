@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
-from pallas_kernels import autodiff, checks
+from pallas_kernels import autodiff, checks, derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
@@ -347,7 +347,7 @@ def add_lora(
         several adapters per token `[T, K]`, -1 for none, or the `Mix` of them and their weights.
       weights: `[T, K]`, with such indices: y' is then y plus the sum of what a token's adapters
         add, each multiplied by its weight.
-      scales: a number, `[L]`, or None for 1.
+      scales: a number, `[L]`, or None for 1; `[L, R]` with stacks in 8 bits (see `LoRAPart`).
       phase: "decode" (few tokens per adapter) or "prefill", a hint for XLA's forms; None follows
         from T.
       implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks,
@@ -361,8 +361,8 @@ def add_lora(
     Source: LoRAX, PunicaWrapper.add_lora in server/lorax_server/utils/punica.py.
     """
     y = checks.floats("y", y, "T N")
-    lora_a = checks.stack("lora_a", lora_a, "L R H", experts=True)
-    lora_b = checks.stack("lora_b", lora_b, "L N R", experts=True)
+    lora_a = checks.stack("lora_a", lora_a, "L R H", of_part=True)
+    lora_b = checks.stack("lora_b", lora_b, "L N R", of_part=True)
     _, width, rank = lora_b.shape
     checks.same("y and lora_b differ in features N", y.shape[1], width)
     num_tokens = y.shape[0]
@@ -620,6 +620,7 @@ def lora_gradients(
             "the gradients of a mix"
         )
     checked = _check_parts("lora_gradients", x, parts, _Adapters(indices), None, shapes, how)
+    derivatives.refuse_eight_bits("lora_gradients", checked.parts)
     if compact is not None and any(max(part.sharing) > 1 for part in checked.parts):
         raise ValueError(
             f"compact must be None for parts in which experts share A or B, got {compact}"

@@ -10,9 +10,13 @@ def _as_float64(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 def shrink(
     x: np.ndarray, lora_a: np.ndarray, indices: np.ndarray, scale: float | np.ndarray = 1.0
 ) -> np.ndarray:
-    """v[t] = scale * lora_a[i] @ x[t] for a slot i = indices[t], else 0. `scale` may be `[L]`."""
-    x, lora_a = _as_float64(x, lora_a)
-    scales = np.broadcast_to(scale, len(lora_a))
+    """v[t] = scale * lora_a[i] @ x[t] for a slot i = indices[t], else 0.
+
+    `scale` may be `[L]` or, with one for each rank column, `[L, R]`.
+    """
+    x, lora_a, scales = _as_float64(x, lora_a, np.asarray(scale))
+    if scales.ndim == 0:
+        scales = np.broadcast_to(scales, len(lora_a))
     v = np.zeros((len(x), lora_a.shape[1]))
     for t, i in enumerate(indices):
         if 0 <= i < len(lora_a):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pallas_kernels.renamed import removed_keywords
 
@@ -47,6 +47,15 @@ class LayerStacks:
         return a, b, s
 
 
+# A byte: a sign, four bits of exponent, three of mantissa; no infinity. Values up to 448.
+EIGHT_BITS = jnp.dtype(jnp.float8_e4m3fn)
+
+
+def is_eight_bits(dtype: DTypeLike) -> bool:
+    """Whether stacks of this dtype are in 8 bits, so that each rank column has a scale."""
+    return jnp.dtype(dtype) == EIGHT_BITS
+
+
 class Sharing(NamedTuple):
     """How many adapters share one A and one B; those that do follow each other."""
 
@@ -70,16 +79,21 @@ class LoRAPart:
     `slot * experts + expert` (`expert_indices`), so L is `slots * experts`. Experts may share A:
     `lora_a` then has fewer rows, and adapter i has row `i // (L / len(lora_a))`. Likewise B.
 
+    Stacks in 8 bits, `float8_e4m3fn` both, have a scale for each rank column of each adapter:
+    `(scales * (x @ A^T)) @ B^T`. It is what both halves were divided by (`quantised`). They hold no
+    NaN: what one gives is undefined. They have no gradients.
+
     Attributes:
       lora_a: `[L, R, H]` (or `[slots, experts, R, H]`), down-projections; `[slots, R, H]` if
         experts share them.
       lora_b: `[L, N, R]` (or `[slots, experts, N, R]`), up-projections; `[slots, N, R]` if
         experts share them.
-      scales: a number, `[L]`, or None for 1.
+      scales: a number, `[L]`, or None for 1; of stacks in 8 bits `[L, R]`.
       first_slot: the id of the part's first adapter (static).
       y_offset: the first column of y that the part adds to (static).
       scales_offset: where the part's L scales start in `scales` `[S]`, which then holds those of
-        several parts (static). A slice for each part would cost a launch.
+        several parts (static). A slice for each part would cost a launch. Of stacks in 8 bits they
+        are L * R, an adapter's side by side, and the offset is a multiple of 4.
       layers: where the part's arrays stand among those of several layers, if they are slices of
         them; else None. `lora_a` and `lora_b` are then `[L, R, H]` and `[L, N, R]`, and `scales`
         has its `scales_offset`.
@@ -121,6 +135,23 @@ class LoRAPart:
     def width(self) -> int:
         """N."""
         return jnp.shape(self.lora_b)[2 if self.transposed else 1]
+
+    @property
+    def is_eight_bits(self) -> bool:
+        """Whether the stacks are in 8 bits."""
+        return is_eight_bits(jnp.result_type(self.lora_a))
+
+    @property
+    def num_scales(self) -> int:
+        """How many scales it has of its own, if not one for all: L, of stacks in 8 bits L * R."""
+        return self.slots * (self.rank if self.is_eight_bits else 1)
+
+    def own_scales(self) -> Array:
+        """Its own scales alone: a number, `[L]`, or of stacks in 8 bits `[L, R]`."""
+        scales, first = jnp.asarray(self.scales), self.scales_offset
+        if first is not None:
+            scales = scales[first : first + self.num_scales]
+        return scales.reshape(self.slots, self.rank) if self.is_eight_bits else scales
 
     def with_layout(self, *, transposed: bool) -> "LoRAPart":
         """The part with its stacks in a layout."""

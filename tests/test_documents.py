@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import typer
 from flax import nnx
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from jax_lora import Adapter, LoRAConfig, LoRAWeights, cli, save_peft
 from jax_lora.demo.job import FOLDER
@@ -186,7 +188,8 @@ def test_notebooks_have_pictures_and_end_in_an_assertion(path: pathlib.Path) -> 
 
 
 def commands() -> list[str]:
-    shell = re.compile(r"^(?:.*&& )?(?:uv run --no-dev )?(jax-lora .*)$", re.MULTILINE)
+    uv = r"uv run --no-dev (?:--extra \w+ )?"
+    shell = re.compile(rf"^(?:.*&& )?(?:{uv})?(jax-lora .*)$", re.MULTILINE)
     texts = [text for page in PAGES for _, text in blocks(page, "")]
     lines = [line for text in texts for line in shell.findall(text.replace("\\\n", " "))]
     return sorted({line.partition("  #")[0].strip() for line in lines})
@@ -202,6 +205,43 @@ def test_commands_are_taken(command: str) -> None:
     name, found, rest = group.resolve_command(click.Context(group), args)
     assert found is not None
     found.make_context(name, rest).close()
+
+
+# What else runs of these: `.ci/release` the demo, tests of the server `serve`, and those of meshes
+# `--mesh`, which takes several devices.
+RUN_ELSEWHERE = re.compile(r"jax-lora (demo|serve|--version|generate .*--mesh)\b")
+
+
+def write_folders_of_commands() -> None:
+    """The model, adapters and requests that the pages name."""
+    given = pathlib.Path("llama"), pathlib.Path("french"), pathlib.Path("german")
+    names = FOLDER / "base", FOLDER / "adapters/upper", FOLDER / "adapters/reverse"
+    for link, folder in zip(given, names):
+        link.symlink_to(folder)
+    pathlib.Path("adapters").symlink_to(FOLDER / "adapters")
+    requests = ({"prompt": "window:", "adapter": name} for name in ("upper", "reverse", None))
+    pathlib.Path("requests.jsonl").write_text("".join(json.dumps(r) + "\n" for r in requests))
+    mlx = pathlib.Path("mlx/adapters")
+    mlx.mkdir(parents=True)
+    (mlx / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}})
+    )
+    layer = "model.layers.0.self_attn.q_proj"
+    halves = {"lora_a": np.ones((64, 4), np.float32), "lora_b": np.ones((4, 64), np.float32)}
+    save_file({f"{layer}.{half}": t for half, t in halves.items()}, mlx / "adapters.safetensors")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("command", [c for c in commands() if not RUN_ELSEWHERE.match(c)])
+def test_commands_run(command: str, tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folders_of_commands()
+    _, *args = shlex.split(command)
+    if args[0] == "convert":  # to a new folder
+        pathlib.Path("french").unlink()
+    result = CliRunner().invoke(cli.app, args)
+    assert result.exit_code == 0, result.output
+    assert result.stdout or args[0] == "generate"
 
 
 def test_each_option_of_the_command_line_says_what_it_does() -> None:

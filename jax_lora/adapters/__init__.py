@@ -13,6 +13,7 @@ from jax_lora.adapters.files import refuse_pointer as refuse_pointer
 from jax_lora.adapters.foreign import from_qwix as from_qwix
 from jax_lora.adapters.foreign import is_foreign as is_foreign
 from jax_lora.adapters.foreign import read_foreign as read_foreign
+from jax_lora.adapters.limits import UploadLimits as UploadLimits
 from jax_lora.adapters.names import Rename as Rename
 from jax_lora.adapters.names import meant as meant
 from jax_lora.adapters.names import renamed as renamed

@@ -145,6 +145,7 @@ def load_peft(
     rename: Rename | None = None,
     allow_links: bool = False,
     allow_nonfinite: bool = False,
+    max_seconds: float | None = None,
 ) -> Adapter:
     """Reads an adapter from the folder in which PEFT saved it.
 
@@ -166,6 +167,8 @@ def load_peft(
         puts one in front, and names with none stay. A function takes and gives a whole name.
       allow_links: follow symbolic links out of the folder, such as Hugging Face's cache has.
       allow_nonfinite: accept NaN and infinite weights.
+      max_seconds: for reading weights, looked at between tensors; None for any time. `UploadLimits`
+        has all limits together.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -183,11 +186,12 @@ def load_peft(
             raise ValueError(
                 f"{printable(folder)} has {header.nbytes} bytes of weights; max_bytes={max_bytes}"
             )
+        read = _reader(folder, max_seconds)
         for module, copy in opened.copies.items():
             _check_copy(folder, module, copy, base_weight)
         modules = {}
         for module, halves in opened.halves.items():
-            tensors = {half: stored.read() for half, stored in halves.items()}
+            tensors = {half: read(stored) for half, stored in halves.items()}
             shape, magnitude = header.modules[module], tensors.get("magnitude")
             modules[module] = LoRAWeights(
                 tensors["A"], tensors["B"], shape.scale, shape.is_embedding, magnitude
@@ -196,15 +200,31 @@ def load_peft(
             _check_finite(folder, module, named, allow_nonfinite)
         full = {}
         for module, stored in opened.full.items():
-            tensors = {name: tensor.read() for name, tensor in stored.items()}
+            tensors = {name: read(tensor) for name, tensor in stored.items()}
             _check_finite(folder, module, tensors, allow_nonfinite)
             full[module] = FullModule(tensors["weight"], tensors.get("bias"))
         tokens = {}
         for module, half in opened.tokens.items():
-            rows = half.read()
+            rows = read(half)
             _check_finite(folder, module, {"trained tokens": rows}, allow_nonfinite)
             tokens[module] = TrainedTokens(header.tokens[module].indices, rows)
     return Adapter(header.config, modules, full, tokens)
+
+
+def _reader(folder: Path, max_seconds: float | None) -> Callable[[Half], np.ndarray]:
+    """Reads tensors; ValueError once it is `max_seconds` old."""
+    start = time.monotonic()
+
+    def read(stored: Half) -> np.ndarray:
+        took = time.monotonic() - start
+        if max_seconds is not None and took > max_seconds:
+            raise ValueError(
+                f"{printable(folder)}: its weights were not read in {took:.1f} s; "
+                f"max_seconds={max_seconds:g}"
+            )
+        return stored.read()
+
+    return read
 
 
 def _check_finite(

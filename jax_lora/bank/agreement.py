@@ -51,12 +51,11 @@ class Agreement:
         return not self.is_shared or jax.process_index() == self._members[0]
 
     def check_alone(self, what: str) -> None:
-        """ValueError where several processes have the bank, for adapters whose loads read the base
-        model's weights: each process has shards of them, and not all may come to read them."""
+        """ValueError where several processes have the bank, for what each would do by itself: read
+        the base model's weights, of which it has shards, or wait for a slot."""
         if self.is_shared:
             raise ValueError(
-                f"{what}; such adapters take a model that one process holds, not "
-                f"{len(self._members)}"
+                f"{what}, which takes a model that one process holds, not {len(self._members)}"
             )
 
     @contextlib.contextmanager

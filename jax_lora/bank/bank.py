@@ -4,33 +4,33 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-import jax
 from flax import nnx
 
 from jax_lora.adapters import (
     Adapter,
     LoRAConfig,
     Rename,
+    UploadLimits,
     renamed,
     save_peft,
 )
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import Agree, digest
+from jax_lora.bank.checkpoint import Checkpoints
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
-from jax_lora.bank.publish import Filling
-from jax_lora.bank.reader import AdapterReader
 from jax_lora.bank.sites import Site, find_sites
+from jax_lora.bank.waiting import checked_wait
 from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
 from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
+from pallas_kernels.stacks import EIGHT_BITS
 
 
-class AdapterBank(AdapterReader):
+class AdapterBank(Checkpoints):
     """Loads, evicts, trains and saves the adapters of a model that `apply_lora` prepared.
 
     A model has one bank, as two would give the same slots away. A new one starts empty and takes
@@ -132,12 +132,15 @@ class AdapterBank(AdapterReader):
         adapter: str | os.PathLike[str] | Adapter | PreparedAdapter,
         *,
         replace: bool = False,
+        wait: float = 0,
         max_bytes: int | None = None,
         rename: Rename | None = None,
         allow_links: bool = False,
         allow_nonfinite: bool = False,
-    ) -> None:
+    ) -> float | None:
         """Puts an adapter into a slot, under `name`.
+
+        Into stacks in 8 bits it is rounded.
 
         Args:
           name: any text without `/`, `\\` and control characters.
@@ -148,38 +151,48 @@ class AdapterBank(AdapterReader):
             made of one, which takes the least time.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
+          wait: seconds to wait for a slot where all are pinned, leased or reserved. Those who wait
+            for the same kind of slot get one in the order of their calls. The thread may not hold
+            what keeps the slots, such as the last reference to a batch. The adapter's weights are
+            on the device meanwhile. For banks that one process holds.
           max_bytes, allow_links, allow_nonfinite: of a folder; as in `load_peft`. Its shapes are
             checked against the model before a tensor is read.
           rename: from the adapter's names of modules to the model's, as in `load_peft`.
 
+        Returns:
+          How far stacks in 8 bits are from the adapter: the largest of all modules' errors, the
+          norm of the difference of what a module adds over the norm of that itself. None of other
+          stacks. `jax-lora inspect --eight-bits` says the same, before a load.
+
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
-            not in the model or has other shapes; the model lacks the bucket.
+            not in the model or has other shapes; the model lacks the bucket; the error in 8 bits is
+            above a tenth.
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
-            whole, are pinned or leased.
+            whole, are pinned, leased or reserved (`reserve`); and so they were for `wait` seconds.
           RuntimeError: the thread holds `stepping`; or another process does not load the same.
 
         In each case the bank is as it was.
         """
+        if (wait := checked_wait(wait)) > 0:
+            self._agreement.check_alone(f"wait={wait:g} is given")
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
             if isinstance(adapter, PreparedAdapter):
-                self._install(name, adapter, replace, agree)
-                return
+                self._install(name, adapter, agree, replace=replace, wait=wait)
+                return adapter.error
             is_own = not isinstance(adapter, Adapter)
             if not isinstance(adapter, Adapter):
-                adapter = self.read(
-                    name,
-                    adapter,
-                    max_bytes=max_bytes,
-                    rename=rename,
-                    allow_links=allow_links,
-                    allow_nonfinite=allow_nonfinite,
+                limits = UploadLimits(
+                    max_bytes=max_bytes, allow_links=allow_links, allow_nonfinite=allow_nonfinite
                 )
+                adapter = self.read(name, adapter, limits=limits, rename=rename)
             elif rename is not None:
                 adapter = renamed(adapter, rename)
-            self._install(name, self.prepare(name, adapter, is_own=is_own), replace, agree)
+            prepared = self.prepare(name, adapter, is_own=is_own)
+            self._install(name, prepared, agree, replace=replace, wait=wait)
+            return prepared.error
 
     def create(
         self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
@@ -208,14 +221,21 @@ class AdapterBank(AdapterReader):
 
         Raises:
           TypeError: a `config` or `rngs` of another type.
-          ValueError: `target_modules` names no layer.
+          ValueError: `target_modules` names no layer; the stacks are in 8 bits.
 
         The others are those of `load`.
         """
         with self._agreement.turn() as agree:
             self._check_name(name, replace)
+            if any(writer.is_eight_bits for writer in self._writers.values()):
+                raise ValueError(
+                    f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a "
+                    "model with stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and "
+                    "load it here"
+                )
             adapter = new_adapter(config, rngs, self._sites)
-            self._install(name, self.prepare(name, adapter, is_own=True), replace, agree)
+            prepared = self.prepare(name, adapter, is_own=True)
+            self._install(name, prepared, agree, replace=replace)
 
     # ------------------------------------------------------------------------------------- batches
 
@@ -275,7 +295,8 @@ class AdapterBank(AdapterReader):
         """Writes an adapter, as it is now, to a folder that PEFT reads.
 
         What is written computes what the adapter's rows do, so its rank is larger than the config's
-        where training has filled columns behind that (see `create`).
+        where training has filled columns behind that (see `create`). Out of stacks in 8 bits it
+        writes float32, of these bytes: not the weights that were loaded.
 
         Where several processes hold the model, the first writes the folder, and the others wait.
 
@@ -303,23 +324,12 @@ class AdapterBank(AdapterReader):
 
     # ------------------------------------------------------------------------------------- private
 
-    def _install(self, name: str, prepared: PreparedAdapter, replace: bool, agree: Agree) -> None:
-        if prepared.guard is not self._guard:
-            raise ValueError(f"adapter {name!r} was prepared for another model")
-        adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
-        # On the device before anything changes: what follows allocates nothing to speak of.
-        placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
-        full = jax.block_until_ready(self._full.place(name, adapter, is_own=is_own))
-        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
-        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
-        self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=replace)
-
     def _adapter(self, name: str, purpose: str = "read") -> Adapter:
         """The adapter as it stands in the stacks, at the rank at which it stands there."""
         with self._agreement.turn() as agree, self.stepping, self._lock:
             entry = self._entry(name)
             agree(f"{purpose} {name!r} of slot {entry.slot} of bucket {entry.bucket}")
             sites = {module: self._sites[module] for module in sorted(entry.modules)}
-            slots = read_slots(sites, entry.bucket, entry.slot)
+            slots = read_slots(sites, entry)
             full = self._full.read(self._table.id(entry))
             return dataclasses.replace(as_adapter(entry, slots, sites), full=full)

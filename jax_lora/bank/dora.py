@@ -17,6 +17,7 @@ from jax_lora.bank.slots import Entry
 from jax_lora.bank.writer import SlotOfLayer
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
+from pallas_kernels.stacks import is_eight_bits
 
 # Elements of a weight whose norms are computed at once: float32 of it, twice, are 128 MiB.
 _BLOCK = 2**24
@@ -59,9 +60,9 @@ def put_rescale(
     layers: Sequence[LoRALayer],
 ) -> None:
     """Adds to what a slot of each layer is to hold what its columns are rescaled by."""
-    arrays_of = {id(layer): arrays for layer, (_, arrays) in zip(layers, values)}
+    slots = {id(layer): slot for layer, slot in zip(layers, values)}
     norms = {
-        module: column_norms(site, *_halves(site, arrays_of[id(site.layer)]), weights.scale)
+        module: column_norms(site, *_halves(site, slots[id(site.layer)], weights.scale))
         for module, weights in adapter.modules.items()
         for site in [sites[module]]
     }
@@ -75,14 +76,19 @@ def put_rescale(
                 f"{module}: row {np.flatnonzero(~np.isfinite(change))[0]} of the whole weight has "
                 "norm 0, or the magnitude of DoRA is not finite, so that it has no direction"
             )
-        arrays = arrays_of[id(site.layer)]
+        _, arrays = slots[id(site.layer)]
         cast(np.ndarray, arrays[2 * len(site.layer.slices) + site.nth])[*site.index, 0] = change
 
 
-def _halves(site: Site, arrays: Sequence[np.ndarray | Array]) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a site, of one slot of its layer."""
-    a, b = arrays[2 * site.nth : 2 * site.nth + 2]
-    return np.asarray(a)[site.index], np.asarray(b)[site.index]
+def _halves(site: Site, slot: SlotOfLayer, scale: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """A and B of a site, of one slot of its layer, and the adapter's scale; of stacks in 8 bits A
+    as float32 with all scales, and B as float32."""
+    scales, arrays = slot
+    a, b = (np.asarray(half)[site.index] for half in arrays[2 * site.nth : 2 * site.nth + 2])
+    if is_eight_bits(a.dtype):
+        factors = np.asarray(scales)[*site.index, site.nth]
+        return a.astype(np.float32) * factors[:, None], b.astype(np.float32), 1.0
+    return a, b, scale
 
 
 def magnitude_of(
@@ -122,7 +128,9 @@ def compile_norms(sites: Iterable[Site]) -> None:
             of_a, of_b = (size[1:] for size in stack.shape.sizes)
             key = kernel.graphdef, site.layer.kernel.shape, site.columns.start, bucket
             if key not in done:
-                a, b = (np.zeros(size, stack.lora_a.dtype) for size in (of_a, of_b))
+                dtype = stack.lora_a.dtype
+                dtype = np.float32 if is_eight_bits(dtype) else dtype
+                a, b = (np.zeros(size, dtype) for size in (of_a, of_b))
                 column_norms(site, a, b, 1.0)
             done.add(key)
 

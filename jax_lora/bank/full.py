@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, FullModule
+from jax_lora.adapters import FullModule
 from jax_lora.bank.sites import Site, some
 from jax_lora.bank.slots import BankFullError, SlotTable
 from jax_lora.bank.writer import as_stored, home_of
@@ -58,6 +58,7 @@ class FullSlots:
           BankFullError: all full slots of a layer are pinned or leased.
         """
         open_leases = [lease for lease in leases if lease.is_open]
+        own = table.reservations.tenant(name)
         leased = {table.id_of(*place) for lease in open_leases for place in lease.slots}
         gone = {name, evicted}
         slots = dict.fromkeys(self.rooms, -1)
@@ -73,11 +74,17 @@ class FullSlots:
             usable = [n for n in range(count) if n not in busy]
             free = [n for n in usable if n not in held]
             movable = [n for n in held if n in usable and not table.entries[held[n]].pinned]
+            movable = [
+                n
+                for n in movable
+                if table.reservations.tenant(held[n]) == own
+                or table.may_evict(held[n], gone, open_leases)
+            ]
             if not (free or movable):
                 raise BankFullError(
                     f"no full slot of {module} for {name!r}: of its {count}, {count - len(usable)} "
-                    "are leased by batches and the others pinned; drop batches, unpin, or give "
-                    "apply_lora more full_slots="
+                    "are leased by batches and the others pinned or in reserved slots; drop "
+                    "batches, unpin, or give apply_lora more full_slots="
                 )
             slots[module] = free[0] if free else movable[0]
             if not free:
@@ -103,14 +110,16 @@ class FullSlots:
                 "copy; save it and load the folder"
             )
 
-    def place(self, name: str, adapter: Adapter, *, is_own: bool) -> dict[str, list[Array]]:
+    def place(
+        self, name: str, whole: Mapping[str, FullModule], *, is_own: bool
+    ) -> dict[str, list[Array]]:
         """An adapter's whole weights on the device. Copies what is the caller's.
 
         Raises:
           ValueError: weights overflow the slots' dtype.
         """
         placed = {}
-        for module, full in adapter.full.items():
+        for module, full in whole.items():
             variables = self.rooms[module].slots[0].variables
             dtype = variables[0].dtype
             stored = as_stored(name, module, full.arrays, dtype)
@@ -126,6 +135,10 @@ class FullSlots:
             if slot >= 0:
                 for variable, new in zip(room.slots[slot].variables, weights[module], strict=True):
                     variable.set_value(new)
+
+    def slots_of(self, id_: int) -> list[int]:
+        """The full slots that an id has, as in `FullPlace`."""
+        return [int(table[id_]) for table in self._tables.values()]
 
     def read(self, id_: int) -> dict[str, FullModule]:
         """The whole weights that an id has."""

@@ -13,15 +13,24 @@ from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig
 from jax_lora.bank import dora
-from jax_lora.bank.agreement import Agree
+from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, check_same
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.tokens import check_tokens
-from jax_lora.bank.writer import Layout, OfLayers, SlotOfLayer, SlotWriter
+from jax_lora.bank.waiting import SlotQueue
+from jax_lora.bank.writer import (
+    Layout,
+    OfLayers,
+    PreparedAdapter,
+    SlotOfLayer,
+    SlotWriter,
+    places_of,
+)
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
+from pallas_kernels.stacks import EIGHT_BITS
 
 # An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
 # it the module that it has, if any.
@@ -120,7 +129,8 @@ def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> li
         for stack, shape in zip(stacks, wanted):
             _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
             halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
-        copied.append((scales[..., firsts + slot], list[np.ndarray | Array](halves)))
+        places = places_of(firsts, slot, source.columns)
+        copied.append((scales[..., places], list[np.ndarray | Array](halves)))
     return copied
 
 
@@ -148,6 +158,7 @@ class Publisher(Roster):
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
         self._alike: weakref.WeakSet[Publisher] = weakref.WeakSet([self])
+        self._queue = SlotQueue()
 
     def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
         """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
@@ -171,7 +182,8 @@ class Publisher(Roster):
         Raises:
           KeyError: `source` is not loaded.
           TypeError: `bank` is none.
-          ValueError: `name` is malformed or that of the source; the models differ, or this one
+          ValueError: `name` is malformed or that of the source; the models differ, or one has
+            stacks in 8 bits, or this one
             lacks the bucket; weights may overflow its dtype; the source has whole weights.
           BankFullError: all slots of the bucket but the source's are pinned or leased.
           RuntimeError: as in `load`.
@@ -184,6 +196,12 @@ class Publisher(Roster):
             self._check_name(name, replace=True)
             if other is self and name == source:
                 raise ValueError(f"publish {name!r} under another name than that of its training")
+            for each in (self, other):
+                if any(writer.is_eight_bits for writer in each._writers.values()):
+                    raise ValueError(
+                        f"publish copies {source!r} as it stands, which stacks of {EIGHT_BITS} are "
+                        f"not for; save it by its bank, and load the folder as {name!r}"
+                    )
             lease, (entry,) = other._lease([source])  # lest the copy take its slot
             other._full.check_none(source, other._table.id(entry))
             if other not in self._alike:
@@ -219,7 +237,24 @@ class Publisher(Roster):
         self._agreement.check_alone(f"{module} has a copy of its base weight")
         return np.asarray(self._sites[module].base_weight())
 
-    def _fill(self, name: str, filling: "Filling", agree: Agree, *, replace: bool) -> None:
+    def _install(
+        self, name: str, prepared: PreparedAdapter, agree: Agree, *, replace: bool, wait: float = 0
+    ) -> None:
+        if prepared.guard is not self._guard:
+            raise ValueError(f"adapter {name!r} was prepared for another model")
+        adapter, bucket, is_own = prepared.adapter, prepared.bucket, prepared.is_own
+        # On the device before anything changes: what follows allocates nothing to speak of.
+        placed = jax.block_until_ready(self._writers[bucket].place(prepared.values))
+        full = jax.block_until_ready(self._full.place(name, adapter.full, is_own=is_own))
+        filling = Filling(bucket, placed, adapter.config, frozenset(adapter.modules), full)
+        what = f"load {name!r} ({digest(adapter) if self._agreement.is_shared else ''})"
+        self._fill(
+            name, filling, lambda where: agree(f"{what} {where}"), replace=replace, wait=wait
+        )
+
+    def _fill(
+        self, name: str, filling: "Filling", agree: Agree, *, replace: bool, wait: float = 0
+    ) -> None:
         """Writes what a slot is to hold, which is on the device, and gives it the name."""
         bucket, values, config, modules, full = filling
 
@@ -239,5 +274,7 @@ class Publisher(Roster):
                     self._table.forget(other, evicted_by=name)
             self._table.put(name, Entry(bucket, slot, config, modules))
 
-        self._write(commit)
+        with self._lock:
+            kind = bucket, self._table.reservations.tenant(name), bool(full)
+        self._queue.run(kind, wait, lambda: self._write(commit))
         self._tell()

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable
 
-from jax_lora.adapters import Adapter, AdapterHeader, Rename, load_peft, peft_header, renamed
+from jax_lora.adapters import Adapter, AdapterHeader, Rename, UploadLimits, renamed
 from jax_lora.bank import dora
+from jax_lora.bank.eight_bits import in_eight_bits
 from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
 from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, slot_values
@@ -18,28 +19,20 @@ class AdapterReader(Publisher):
         name: str,
         path: str | os.PathLike[str],
         *,
-        max_bytes: int | None = None,
+        limits: UploadLimits | None = None,
         rename: Rename | None = None,
-        allow_links: bool = False,
-        allow_nonfinite: bool = False,
     ) -> Adapter:
         """What `load` would put into a slot, for one that comes later. No slot changes.
 
-        Arguments and errors are those of `load`.
+        Arguments and errors are those of `load`; `limits` has the bounds.
         """
 
         def check(header: AdapterHeader) -> None:
             self._check_header(name, header)
 
-        return load_peft(
-            path,
-            check=check,
-            base_weight=self._base_weight,
-            max_bytes=max_bytes,
-            rename=rename or self._rename,
-            allow_links=allow_links,
-            allow_nonfinite=allow_nonfinite,
-        )
+        limits = limits or UploadLimits()
+        rename = rename or self._rename
+        return limits.read(path, check=check, base_weight=self._base_weight, rename=rename)
 
     def prepare(self, name: str, adapter: Adapter, *, is_own: bool = False) -> PreparedAdapter:
         """An adapter as its slot will hold it, for `load`. No slot changes.
@@ -55,13 +48,18 @@ class AdapterReader(Publisher):
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
-        if is_on_device(adapter):
+        held = in_eight_bits(name, adapter) if writer.is_eight_bits else None
+        modules = None if held is None else held.modules
+        if held is None and is_on_device(adapter):
             values = values_on_device(adapter, writer, self._sites, layers)
         else:
-            values = slot_values(name, adapter, writer, self._sites, layers, is_own=is_own)
+            values = slot_values(
+                name, adapter, writer, self._sites, layers, is_own=is_own, held=modules
+            )
         if adapter.config.dora:
             dora.put_rescale(values, adapter, self._sites, layers)
-        return PreparedAdapter(adapter, bucket, values, is_own, self._guard)
+        error = None if held is None else held.largest
+        return PreparedAdapter(adapter, bucket, values, is_own, self._guard, error)
 
     def check(self, name: str, adapter: Adapter) -> int:
         """Whether the model has room for an adapter; the bucket that it goes to.
@@ -72,15 +70,21 @@ class AdapterReader(Publisher):
         return self._check_header(name, renamed(adapter, self._rename).header)
 
     def check_folder(
-        self, name: str, path: str | os.PathLike[str], *, allow_links: bool = False
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        limits: UploadLimits | None = None,
+        allow_links: bool = False,
     ) -> int:
         """What `check` says of a PEFT folder, by its config and the headers of its files alone.
 
         Raises:
-          FileNotFoundError, ValueError: as `load`, but for what only weights can tell.
+          FileNotFoundError, ValueError: as `load`, but for what only weights can tell; or it
+            exceeds `limits`.
         """
-        header = peft_header(path, allow_links=allow_links, rename=self._rename)
-        return self._check_header(name, header)
+        limits = limits or UploadLimits(allow_links=allow_links)
+        return self._check_header(name, limits.header(path, rename=self._rename))
 
     @property
     def _rename(self) -> Callable[[str], str] | None:

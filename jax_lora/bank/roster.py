@@ -43,6 +43,51 @@ class Roster(StackOwner):
             leases = list(self._guard.leases)
             return {bucket: self._table.usage(bucket, leases) for bucket in self._slots}
 
+    def room(self, name: str, bucket: int) -> tuple[int, tuple[str, ...]]:
+        """What a load of this name finds in a bucket.
+
+        Returns:
+          How many slots loads of names of its tenant could take now, and the leased adapters whose
+          slots they could take once these are idle.
+        """
+        with self._lock:
+            return self._table.room(name, bucket, list(self._guard.leases))
+
+    def reserve(self, prefix: str, slots: Mapping[int, int]) -> None:
+        """Keeps slots for a tenant: for the adapters whose names begin with `prefix`.
+
+            bank.reserve("acme-", {16: 2, 64: 1})
+
+        Whatever others do, the tenant can have so many adapters of each bucket in slots at a time:
+        loads of other names neither take a free slot that is kept for it, nor evict one of its
+        adapters while it has no more than are kept. It may use more where others leave some, and
+        these others may evict. Its own loads evict its own adapters and those of whoever has more
+        than are kept for them, the least recently used first.
+
+        Nothing is evicted now. Adapters that stand in the way go as the tenant loads its own; while
+        these are pinned or leased, such a load finds no slot. Where several processes hold the
+        model, all reserve the same.
+
+        Args:
+          prefix: of names, as in `load`; none may begin with another one's.
+          slots: how many of each bucket, in the place of those before; none or 0 for no more.
+
+        Raises:
+          TypeError: `prefix` or `slots` are malformed.
+          ValueError: so are they; a prefix begins with another; or all reservations together exceed
+            a bucket's slots. All stay as they were.
+        """
+        self.check_name(prefix)
+        with self._lock:
+            self._check_current()
+            self._table.reservations.put(prefix, slots)
+
+    @property
+    def reservations(self) -> dict[str, dict[int, int]]:
+        """The slots of each bucket that are kept, by the prefix of names."""
+        with self._lock:
+            return {prefix: dict(own) for prefix, own in self._table.reservations.kept.items()}
+
     def watch(self, callback: Callable[[BankEvent], None]) -> None:
         """Has `callback` told of each adapter that is loaded, evicted or unloaded from now on.
 

@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
-import itertools
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from jax_lora.adapters import LoRAConfig
+from jax_lora.bank.reservations import Reservations, Shares
 from jax_lora.bank.sites import some
 from jax_lora.batch import Lease
 from jax_lora.tokens import first_ids
@@ -14,8 +15,26 @@ from jax_lora.tokens import first_ids
 # A bank knows of so many adapters why they are gone.
 _MAX_GONE = 256
 
-# Shared by all banks of the process: an optimizer's state may outlive the bank that it began with.
-_SERIALS = itertools.count(1)
+
+class _Serials:
+    """Numbers of loads. All banks of the process share them: an optimizer's state may outlive the
+    bank that it began with."""
+
+    def __init__(self) -> None:
+        self._lock, self._last = threading.Lock(), 0
+
+    def next(self) -> int:
+        with self._lock:
+            self._last += 1
+            return self._last
+
+    def skip(self, last: int) -> None:
+        """Gives none up to `last` any more."""
+        with self._lock:
+            self._last = max(self._last, last)
+
+
+SERIALS = _Serials()
 
 
 class BankFullError(RuntimeError):
@@ -35,7 +54,7 @@ class Entry:
     config: LoRAConfig
     modules: frozenset[str]
     pinned: bool = False
-    serial: int = dataclasses.field(default_factory=lambda: next(_SERIALS))
+    serial: int = dataclasses.field(default_factory=SERIALS.next)
 
     @property
     def rank(self) -> int:
@@ -48,8 +67,9 @@ class BucketUsage:
 
     Attributes:
       slots: how many there are.
-      room: those that a load could take now: free, or of an idle adapter.
+      room: those that loads could take now, for which none are reserved: free, or of idle adapters.
       free: those that hold no adapter and that no batch leases.
+      reserved: those that are kept for tenants who do not use them now.
       pinned, leased, idle: the adapters, the least recently used first. One may be pinned and
         leased. An idle one is neither, so a load may evict it.
       hits: how often a batch found an adapter here. loads, evictions: of adapters. All since the
@@ -59,6 +79,7 @@ class BucketUsage:
     slots: int
     room: int
     free: int
+    reserved: int
     pinned: tuple[str, ...]
     leased: tuple[str, ...]
     idle: tuple[str, ...]
@@ -85,6 +106,8 @@ class SlotTable:
         self.events: list[BankEvent] = []  # for the bank to tell
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
         self.entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
+        self.reservations = Reservations(slots)
+        self._last: dict[tuple[int, int], str] = {}  # the name that a slot had last
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -116,6 +139,7 @@ class SlotTable:
         old = self.entries.pop(name, None)
         entry.pinned = old is not None and old.pinned
         self.entries[name] = entry
+        self._last[entry.bucket, entry.slot] = name
         self._gone.pop(name, None)
         self._loads[entry.bucket] += 1
         self.events.append(BankEvent("loaded", name, entry.bucket))
@@ -133,18 +157,16 @@ class SlotTable:
 
     def usage(self, bucket: int, leases: Iterable[Lease]) -> BucketUsage:
         """Who has the bucket's slots."""
-        busy = _leased(leases)
-        here = {name: e for name, e in self.entries.items() if e.bucket == bucket}
-        taken = {entry.slot for entry in here.values()}
-        slots = range(self._slots[bucket])
-        free = sum(slot not in taken and (bucket, slot) not in busy for slot in slots)
-        pinned = tuple(name for name, entry in here.items() if entry.pinned)
-        leased = tuple(name for name, entry in here.items() if (bucket, entry.slot) in busy)
-        idle = tuple(name for name in here if name not in {*pinned, *leased})
+        here = self._bucket(bucket, leases)
+        pinned = tuple(name for name, entry in here.entries.items() if entry.pinned)
+        leased = tuple(name for name, entry in here.entries.items() if entry.slot in here.busy)
+        idle = tuple(name for name in here.entries if name not in {*pinned, *leased})
+        shares = self._shares(bucket, here)
         return BucketUsage(
-            len(slots),
-            free + len(idle),
-            free,
+            self._slots[bucket],
+            self._room(None, here, shares),
+            len(here.free),
+            sum(map(shares.unused, shares.kept)),
             pinned,
             leased,
             idle,
@@ -153,30 +175,102 @@ class SlotTable:
             self._evictions[bucket],
         )
 
+    def room(self, name: str, bucket: int, leases: Iterable[Lease]) -> tuple[int, tuple[str, ...]]:
+        """How many slots loads of names like this one could take now, and whose they could take
+        once these are idle: leased adapters."""
+        here = self._bucket(bucket, leases)
+        tenant, shares = self.reservations.tenant(name), self._shares(bucket, here)
+        later = tuple(
+            other
+            for other, entry in here.entries.items()
+            if entry.slot in here.busy
+            and not entry.pinned
+            and self._may_take(tenant, self.reservations.tenant(other), shares)
+        )
+        return self._room(tenant, here, shares), later
+
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
 
         Raises:
-          BankFullError: all slots of the bucket are pinned or leased.
+          BankFullError: all slots of the bucket are pinned, leased or reserved for others.
         """
-        leased = _leased(leases)
-        here = {other: e for other, e in self.entries.items() if e.bucket == bucket}
-        usable = [s for s in range(self._slots[bucket]) if (bucket, s) not in leased]
-        taken = {entry.slot for entry in here.values()}
-        if name in here and here[name].slot in usable:
-            return here[name].slot, None
-        for slot in usable:
-            if slot not in taken:
-                return slot, None
-        for other, entry in here.items():
-            if entry.slot in usable and not entry.pinned and other != name:
-                return entry.slot, other
-        pinned = [other for other, entry in here.items() if entry.pinned]
+        here = self._bucket(bucket, leases)
+        if name in here.entries and here.entries[name].slot not in here.busy:
+            return here.entries[name].slot, None
+        of, shares = self.reservations.tenant, self._shares(bucket, here)
+        tenant = of(name)
+        if here.free and shares.spare(tenant) > 0:
+            return here.free[0], None
+        movable = [
+            other
+            for other in here.idle
+            if other != name and self._may_take(tenant, of(other), shares)
+        ]
+        if shares.unused(tenant):  # first it takes what is kept for it
+            movable.sort(key=lambda other: of(other) == tenant)
+        if movable:
+            return here.entries[movable[0]].slot, movable[0]
+        pinned = [other for other, entry in here.entries.items() if entry.pinned]
+        kept = sum(shares.kept[other] for other in shares.kept if other != tenant)
+        reserved = f", {kept} are reserved for others" if kept else ""
         raise BankFullError(
             f"no slot for {name!r}: of the {self._slots[bucket]} of bucket {bucket}, "
-            f"{self._slots[bucket] - len(usable)} are leased by batches and {len(pinned)} pinned "
-            f"({some(pinned)}); drop batches, unpin, or give apply_lora more slots="
+            f"{len(here.busy)} are leased by batches and {len(pinned)} pinned "
+            f"({some(pinned)}){reserved}; drop batches, unpin, or give apply_lora more slots="
         )
+
+    def may_evict(self, name: str, gone: Collection[str | None], leases: Iterable[Lease]) -> bool:
+        """Whether an adapter may lose its slot to one of another tenant, beside those `gone`."""
+        of, bucket = self.reservations.tenant, self.entries[name].bucket
+        lost = sum(
+            other in gone and entry.bucket == bucket and of(other) == of(name)
+            for other, entry in self.entries.items()
+        )
+        shares = self._shares(bucket, self._bucket(bucket, leases))
+        return shares.excess(of(name)) > lost
+
+    def _bucket(self, bucket: int, leases: Iterable[Lease]) -> "_Bucket":
+        entries = {name: e for name, e in self.entries.items() if e.bucket == bucket}
+        busy = {slot for of, slot in _leased(leases) if of == bucket}
+        taken = {entry.slot for entry in entries.values()}
+        slots = range(self._slots[bucket])
+        return _Bucket(entries, busy, [s for s in slots if s not in taken | busy], busy - taken)
+
+    def _shares(self, bucket: int, here: "_Bucket") -> Shares:
+        # Slots that batches lease alone, of the adapter that was there.
+        orphans = (self._last.get((bucket, slot), "") for slot in here.orphans)
+        return self.reservations.shares(bucket, [*here.entries, *orphans])
+
+    def _may_take(self, tenant: str | None, other: str | None, shares: Shares) -> bool:
+        return other == tenant or shares.excess(other) > 0
+
+    def _room(self, tenant: str | None, here: "_Bucket", shares: Shares) -> int:
+        idle = collections.Counter(map(self.reservations.tenant, here.idle))
+        taken = sum(
+            count if other == tenant else min(count, shares.excess(other))
+            for other, count in idle.items()
+        )
+        return min(len(here.free), shares.spare(tenant)) + taken
+
+
+class _Bucket(NamedTuple):
+    """A bucket's slots.
+
+    Attributes:
+      entries: the adapters, the least recently used first.
+      busy: slots that batches lease. free: that hold nothing. orphans: that are leased alone.
+    """
+
+    entries: dict[str, Entry]
+    busy: set[int]
+    free: list[int]
+    orphans: set[int]
+
+    @property
+    def idle(self) -> list[str]:
+        """Adapters that are neither pinned nor leased."""
+        return [n for n, e in self.entries.items() if not e.pinned and e.slot not in self.busy]
 
 
 def _leased(leases: Iterable[Lease]) -> set[tuple[int, int]]:

@@ -12,11 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from jax_lora.adapters import Adapter
+from jax_lora.bank.eight_bits import unscaled
 from jax_lora.bank.sites import Site
+from jax_lora.bank.slots import Entry
 from jax_lora.batch import Guard
 from jax_lora.nn.layer import LoRALayer
-from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_slot, set_slot
+from jax_lora.nn.stacks import LoRAScale, LoRAStack, get_scales, get_slot, set_slot
 from jax_lora.sharding import put, whole
+from pallas_kernels.eight_bits import Quantised
+from pallas_kernels.stacks import is_eight_bits
 
 
 class _Held(NamedTuple):
@@ -31,7 +35,8 @@ class _Held(NamedTuple):
         return self.scales.get_value(), [variable.get_value() for variable in self.stacks]
 
 
-# One slot of a layer's bucket: a scale for each stack, and A and B of each stack.
+# One slot of a layer's bucket: the scale of each stack, `[*lead, stacks]`, or, in 8 bits, those of
+# its rank columns, `[*lead, stacks, R]`; and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
 
 OfLayers = list[tuple[Array, list[Array]]]
@@ -51,10 +56,12 @@ class Layout:
     Attributes:
       shapes: its scales and arrays, as `_Held` has them, and where they go.
       firsts: where the scales of each stack start in the layer's.
+      columns: of stacks in 8 bits R, whose columns have scales; else ().
     """
 
     shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
     firsts: list[np.ndarray]
+    columns: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +71,7 @@ class PreparedAdapter:
     Attributes:
       is_own: nobody else writes the adapter's arrays.
       guard: of the model that it is for.
+      error: how far stacks in 8 bits are from it, as `AdapterBank.load` says; None in others.
     """
 
     adapter: Adapter
@@ -71,6 +79,7 @@ class PreparedAdapter:
     values: list[SlotOfLayer]
     is_own: bool
     guard: Guard
+    error: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +114,15 @@ class SlotWriter:
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
-        self.layout = Layout(_slot_shapes(self.arrays, of_layers), _scales_offsets(of_layers))
+        shapes = _slot_shapes(self.arrays, of_layers)
+        self.layout = Layout(shapes, _scales_offsets(of_layers), _columns(of_layers[0]))
         self._programs: list[_Program] = []
         self._program(self._arrays())
+
+    @property
+    def is_eight_bits(self) -> bool:
+        """Whether its stacks are."""
+        return is_eight_bits(self._of_layers[0][0].lora_a.dtype)
 
     @property
     def arrays(self) -> OfLayers:
@@ -219,7 +234,9 @@ def _slot_shapes(
     return [
         (
             jax.ShapeDtypeStruct(
-                (*scales.shape[:-1], len(some)), jnp.float32, sharding=home_of(scales)
+                (*scales.shape[:-1], len(some), *_columns(some)),
+                jnp.float32,
+                sharding=home_of(scales),
             ),
             [
                 jax.ShapeDtypeStruct(
@@ -234,20 +251,34 @@ def _slot_shapes(
     ]
 
 
+def _columns(some: list[LoRAStack]) -> tuple[int, ...]:
+    """The rank columns of a bucket's stacks, if each has a scale."""
+    each = some[0].shape.scales_per_slot
+    return () if each == 1 else (each,)
+
+
 def _scales_offsets(of_layers: list[list[LoRAStack]]) -> list[np.ndarray]:
     """Where the scales of each stack start in its layer's."""
     return [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
 
+def places_of(firsts: np.ndarray, slot: Array, columns: tuple[int, ...]) -> Array:
+    """Where the scales of a slot of each stack stand in the layer's."""
+    if not columns:
+        return jnp.asarray(firsts) + slot
+    (each,) = columns
+    return (jnp.asarray(firsts) + slot * each)[:, None] + jnp.arange(each, dtype=jnp.int32)
+
+
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
-    firsts = _scales_offsets(of_layers)
+    firsts, columns = _scales_offsets(of_layers), _columns(of_layers[0])
 
     def write_slot(
         arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
     ) -> _Arrays:
         written = []
         for (scales, stacks), (new_scales, new), first in zip(arrays.layers, values, firsts):
-            scales = scales.at[..., first + slot].set(new_scales)
+            scales = scales.at[..., places_of(first, slot, columns)].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
@@ -271,8 +302,11 @@ def slot_values(
     layers: list[LoRALayer],
     *,
     is_own: bool,
+    held: Mapping[str, Quantised] | None = None,
 ) -> list[SlotOfLayer]:
     """What a slot of each layer is to hold: zeros behind the rank and where it adapts nothing.
+
+    `held` are the modules of an adapter for stacks in 8 bits.
 
     Copies what is the caller's: JAX reads it later, or for ever, and the caller may go on writing.
     Where nobody else has the adapter's arrays (`is_own`), those of the bucket's rank are taken.
@@ -284,10 +318,14 @@ def slot_values(
     for module, weights in adapter.modules.items():
         site = sites[module]
         scales, arrays = slots[id(site.layer)]
-        scales[*site.index, site.nth] = weights.scale
         mine = slice(2 * site.nth, 2 * site.nth + 2)
         dtype = arrays[mine][0].dtype
-        halves = as_stored(name, module, [weights.a, weights.b], dtype)
+        if held is None:
+            scales[*site.index, site.nth] = weights.scale
+            halves = as_stored(name, module, [weights.a, weights.b], dtype)
+        else:
+            *halves, factors = held[module]
+            scales[site.index][site.nth, : weights.rank] = factors
         if is_own and weights.rank == writer.bucket and not site.index:
             arrays[mine] = halves
             continue
@@ -317,21 +355,23 @@ def as_stored(
     return stored
 
 
-def read_slots(
-    sites: Mapping[str, Site], bucket: int, slot: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A and B of one slot of each site, whole.
+def read_slots(sites: Mapping[str, Site], entry: Entry) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A and B of one slot of each site, whole; out of stacks in 8 bits as float32.
 
     A slice by the true rank would compile for each rank. The slot is fetched alone: a stack of
     which NumPy holds a view, on the CPU, could not be updated in place.
     """
     fetched: dict[int, list[np.ndarray]] = {}  # layers stacked for a scan share theirs
-    found = {}
+    found, slot = {}, np.int32(entry.slot)
     for name, site in sites.items():
-        stack = site.stacks[bucket]
+        stack = site.stacks[entry.bucket]
         if id(stack) not in fetched:
-            slots = (get_slot(v.get_value(), np.int32(slot)) for v in stack.variables)
+            slots = [get_slot(v.get_value(), slot) for v in stack.variables]
+            if is_eight_bits(stack.lora_a.dtype):
+                slots.append(get_scales(site.layer.scales.get_value(), stack.shape, slot))
             fetched[id(stack)] = [whole(array) for array in slots]
-        a, b = fetched[id(stack)]
-        found[name] = a[site.index], b[site.index]
+        a, b, *factors = (array[site.index] for array in fetched[id(stack)])
+        found[name] = a, b
+        if factors:
+            found[name] = unscaled(a, b, factors[0], entry.config.scale_of(name))
     return found

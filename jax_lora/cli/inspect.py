@@ -21,6 +21,12 @@ def inspect(
         typer.Argument(help="Folders of PEFT adapters, at any depth.", show_default=False),
     ],
     mesh: MeshOption = None,
+    eight_bits: Annotated[
+        bool,
+        typer.Option(
+            "--eight-bits", help="Read the weights: how far are stacks of float8_e4m3fn from them?"
+        ),
+    ] = False,
     allow_links: Links = False,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +35,7 @@ def inspect(
     One line per kind of module: true rank and scale, LoRAX's tier, the bucket that jax-lora
     allocates, the kernel of either phase, how much of the bucket is padding, bytes; then modules
     that the adapter has whole, and what LoRAX would do with it. With --mesh, what each device holds
-    of it.
+    of it. With --eight-bits, how much stacks in 8 bits change what its modules add.
 
     An adapter that can't be read is shown in its place, with the reason, and the status is 2.
     """
@@ -40,7 +46,9 @@ def inspect(
         reports = [
             report
             for path in folders
-            for report in inspect_below(path, allow_links=allow_links, devices=devices)
+            for report in inspect_below(
+                path, allow_links=allow_links, devices=devices, eight_bits=eight_bits
+            )
         ]
         if as_json:
             print_json({"adapters": [report.to_dict() for report in reports]})
@@ -80,6 +88,10 @@ def _print_report(report: "AdapterReport") -> None:
         size = f"{' x '.join(map(str, full.shape))}{' and bias' if full.has_bias else ''}"
         what = "Tokens" if full.is_tokens else "Whole"
         line = f"  {what}: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
+        stdout.print(Text(line), soft_wrap=True)
+    if (held := report.eight_bits) is not None:
+        taken = "" if held.is_taken else ", which a bank refuses"
+        line = f"  8 bits: change what {held.module} adds by {held.largest:.1%}, others less{taken}"
         stdout.print(Text(line), soft_wrap=True)
     labelled = ("LoRAX", report.lorax), ("For speed", report.advice), ("Mesh", report.mesh)
     for label, lines in labelled:

@@ -55,6 +55,9 @@ def serve(
     dtype: Annotated[
         DType | None, typer.Option(help="Type of weights and arithmetic; default: as stored.")
     ] = None,
+    eight_bits: Annotated[
+        bool, typer.Option("--eight-bits", help="Hold adapters in 8 bits: float8_e4m3fn, rounded.")
+    ] = False,
 ) -> None:
     """Serve **OpenAI's API**: the base model and each adapter is a `model`.
 
@@ -83,7 +86,8 @@ def serve(
             sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
             model = run.demo(sizes)
             if base is not None:
-                model = run.Model(base, name, adapters, sizes, dtype and dtype.value)
+                stored = dtype and dtype.value
+                model = run.Model(base, name, adapters, sizes, stored, eight_bits)
             served = run.load(model, _told)
             limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
             server = Server(served, api_key or [], limits)

@@ -25,7 +25,7 @@ from jax_lora.batch import current, use
 from jax_lora.models.config import LlamaConfig
 from jax_lora.models.hub import check_format, local_folder
 from jax_lora.models.mlp import MLP, SparseMLP, linear, precision_of
-from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages
+from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages, Span
 from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
 from jax_lora.models.weights import mixtral_name, peft_names, stored
@@ -62,8 +62,8 @@ class RMSNorm(nnx.Module):
 Memory = tuple[Array, Array]
 # What all layers have: one array with an axis of layers in front, or a tuple if not stacked.
 OfLayers = Array | tuple[Array, ...]
-# A mask `[#B, S, T]`; of pages, one for each kind of lanes.
-Mask = Array | tuple[Array, ...]
+# A mask `[#B, S, T]`; of pages, one for each kind of lanes, or what a kernel takes in its place.
+Mask = Array | tuple[Array | Span, ...]
 # What tokens see: cosine and sine of their positions, and a mask.
 View = tuple[tuple[Array, Array], Mask]
 # What a layer has of its own: the past tokens, and which of the views (None: there is one).
@@ -103,11 +103,14 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return [q, k, v]
 
+    @property
+    def _scale(self) -> float:
+        return float((self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5)
+
     def _scores(self, q: Float[Array, "B S N G D"], k: Float[Array, "B N T D"]) -> Array:
         """`[B, N, G, S, T]` in float32, before the mask."""
-        scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
         exact = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = exact("bsngd,bntd->bngst", q, k, precision=precision_of(q.dtype)) * scale
+        scores = exact("bsngd,bntd->bngst", q, k, precision=precision_of(q.dtype)) * self._scale
         return _soft_cap(scores, self.config.attn_logit_softcapping)
 
     def __call__(
@@ -132,7 +135,12 @@ class Attention(nnx.Module):
         if isinstance(past, LayerPages):
             memory = past.with_tokens(k[:, :, 0], v[:, :, 0])
             parts = zip(past.tokens.split(q[:, 0]), past.tokens.lanes, mask, strict=True)
-            read = [self._attended(own, [memory.of_lanes(ls)], m) for own, (ls, _), m in parts]
+            read = [
+                memory.read_in_place(own, lanes, seen, self._scale)
+                if isinstance(seen, Span)
+                else self._attended(own, [memory.of_lanes(lanes)], seen)
+                for own, (lanes, _), seen in parts
+            ]
             out = jnp.concatenate([part.reshape(-1, *q.shape[1:]) for part in read])
         else:
             memory = (k, v)
@@ -293,17 +301,20 @@ class Decoder(nnx.Module):
         lanes: tuple[tuple[Lanes[Array], int], ...],
         *,
         room: int,
+        in_place: bool = False,
     ) -> tuple[Float[Array, "T H"], Pages]:
         """The tokens of all lanes, kind after kind; each sees what its request has in the blocks.
 
         Args:
           lanes: kinds of lanes, and how many tokens a lane of each kind has.
           room: positions that scaled rotary embeddings are for.
+          in_place: lanes of one token read the blocks where they stand, by a kernel; see
+            `pages.lacks_in_place`.
 
         Returns:
           The last hidden states, and the blocks with the tokens.
         """
-        config, step = self.config, PagedTokens.of(lanes, pages)
+        config, step = self.config, PagedTokens.of(lanes, pages, in_place=in_place)
         views: list[View] = [
             (
                 waves(kind.rope, config.head_dim, step.positions[:, None], room),

@@ -2,8 +2,9 @@
 
 A request has a table: the numbers of its blocks, in the order of its tokens. Tables are data, so no
 table compiles anything. Each layer first writes its tokens' keys and values to their blocks, then
-gathers the blocks that its tokens see. Thus a token reads a position from one place, whichever step
-wrote it, and whatever else that step did.
+reads those that its tokens see: XLA gathers them; on a Hopper GPU a kernel reads those of lanes of
+one token where they stand. Thus a token reads a position from one place, whichever step wrote it,
+and whatever else that step did.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.models.config import LlamaConfig
+from pallas_kernels import dispatch
+from pallas_kernels.mosaic_gpu import chip
+from pallas_kernels.ranks import kernels_disabled
 
 
 class Lanes[A](NamedTuple):
@@ -39,6 +43,13 @@ def positions_of(lanes: Lanes[Array], width: int) -> Int[Array, "B S"]:
 def is_used(lanes: Lanes[Array], width: int) -> Bool[Array, "B S"]:
     """Which of a lane's `width` tokens there are."""
     return jnp.arange(width, dtype=jnp.int32) < lanes.counts[:, None]
+
+
+class Span(NamedTuple):
+    """The positions that lanes of one token see: from `first` on, those before `length`; `[B]`."""
+
+    first: Array
+    length: Array
 
 
 @jax.tree_util.register_dataclass
@@ -76,14 +87,22 @@ class PagedTokens:
       lanes: each kind, and its S.
       places: `[T]`, the block that each token's keys and values go to; beyond all for none.
       offsets: `[T]`, where in the block.
+      in_place: whether a kernel reads the blocks of lanes with S = 1 where they stand.
     """
 
     lanes: tuple[tuple[Lanes[Array], int], ...]
     places: Array
     offsets: Array
+    in_place: bool = False
 
     @classmethod
-    def of(cls, lanes: tuple[tuple[Lanes[Array], int], ...], pages: Pages) -> Self:
+    def of(
+        cls,
+        lanes: tuple[tuple[Lanes[Array], int], ...],
+        pages: Pages,
+        *,
+        in_place: bool = False,
+    ) -> Self:
         places, offsets = [], []
         for some, width in lanes:
             positions = positions_of(some, width)
@@ -94,7 +113,8 @@ class PagedTokens:
         place = jnp.concatenate(places)
         # Each beyond all layers at a place of its own: then no two tokens have one place.
         nowhere = pages.keys.shape[0] + jnp.arange(place.shape[0], dtype=jnp.int32)
-        return cls(lanes, jnp.where(place < 0, nowhere, place), jnp.concatenate(offsets))
+        place = jnp.where(place < 0, nowhere, place)
+        return cls(lanes, place, jnp.concatenate(offsets), in_place)
 
     @property
     def positions(self) -> Int[Array, " T"]:
@@ -102,10 +122,15 @@ class PagedTokens:
             [positions_of(some, width).reshape(-1) for some, width in self.lanes]
         )
 
-    def masks(self, size: int, window: int | None) -> tuple[Bool[Array, "B S X"], ...]:
+    def masks(self, size: int, window: int | None) -> tuple[Bool[Array, "B S X"] | Span, ...]:
         """Which positions each token sees, for each kind of lanes; `size`: tokens of a block."""
-        masks = []
+        masks: list[Array | Span] = []
         for some, width in self.lanes:
+            if self.in_place and width == 1:
+                least = 0 if window is None else some.starts - (window - 1)
+                first = jnp.maximum(jnp.zeros_like(some.starts), least)
+                masks.append(Span(first, some.starts + some.counts))
+                continue
             known = jnp.arange(some.tables.shape[1] * size, dtype=jnp.int32)
             distances = positions_of(some, width)[:, :, None] - known
             is_seen = distances >= 0
@@ -142,6 +167,17 @@ class LayerPages(NamedTuple):
         keys, values = put(pages.keys, k), put(pages.values, v)
         return self._replace(pages=Pages(keys, values, pages.blocks))
 
+    def read_in_place(
+        self, q: Float[Array, "B 1 N G D"], lanes: Lanes[Array], span: Span, scale: float
+    ) -> Float[Array, "B 1 N G D"]:
+        """What the queries of lanes with one token see, by a kernel."""
+        from pallas_kernels.mosaic_gpu.paged import paged_attention
+
+        pages = self.pages
+        tables = lanes.tables + jnp.int32(self.layer) * pages.blocks
+        keys, values = pages.keys, pages.values
+        return paged_attention(q[:, 0], keys, values, tables, *span, scale=scale)[:, None]
+
     def of_lanes(
         self, lanes: Lanes[Array]
     ) -> tuple[Float[Array, "B N X D"], Float[Array, "B N X D"]]:
@@ -165,3 +201,18 @@ class LayerPages(NamedTuple):
 def blocks_of(tokens: int, block: int) -> int:
     """Blocks that so many tokens take."""
     return -(-tokens // block)
+
+
+def lacks_in_place(config: LlamaConfig, rows: int, block: int, dtype: DTypeLike) -> str | None:
+    """Why no kernel reads the blocks of `rows` decoding rows where they stand; None if one does."""
+    from pallas_kernels.mosaic_gpu.paged import lacks_paged_attention
+
+    heads = config.num_key_value_heads
+    if dispatch.gpu_capability() != chip.CAPABILITY or kernels_disabled():
+        return "a Hopper GPU with kernels"
+    if config.attn_logit_softcapping is not None:
+        return "scores that are capped"
+    if 2 * rows * heads < chip.MULTIPROCESSORS:
+        return f"so few programs as {rows} rows of {heads} heads are"  # each reads a row alone
+    group = config.num_attention_heads // heads
+    return lacks_paged_attention(group, config.head_dim, block, dtype)

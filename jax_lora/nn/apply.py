@@ -26,9 +26,9 @@ from jax_lora.nn.names import (
     with_numbers,
 )
 from jax_lora.nn.stacks import FLAT_IS_GONE, LoRAStack, Slots, check_slots, stack_dtype
-from jax_lora.sharding import placement_of
 from pallas_kernels.ranks import DEFAULT_BUCKETS
 from pallas_kernels.renamed import removed_keywords
+from pallas_kernels.stacks import is_eight_bits
 
 _Tied = nnx.Embed | TiedHead  # by name alone, as their stacks are as wide as a vocabulary
 _LORA_CLASS: dict[type[nnx.Module], type[LoRALayer]] = {
@@ -83,7 +83,10 @@ def apply_lora(
         ("q_proj", "layers.0.*"); None for every linear layer. Layers of other types stay as they
         are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
-      dtype: dtype of the stacks; None for each kernel's own.
+      dtype: dtype of the stacks; None for each kernel's own. In "float8_e4m3fn" they take half of
+        bfloat16's bytes, and a decode step on a GPU less time. Adapters are then rounded when they
+        are loaded, with a scale for each rank column; `AdapterBank.load` says how far that is from
+        them. They can't be trained there, nor lie on several devices or in embeddings.
       dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
         float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
@@ -122,7 +125,9 @@ def apply_lora(
         if dora and isinstance(layer, LoRADense | LoRADenseGeneral | EinsumLayer):
             layer.add_rescales()
     for name, (_, count) in full.items():
-        layers[name].add_full(count, sum(by_bucket.values()), dtype or layers[name].kernel.dtype)
+        own = layers[name].kernel.dtype  # no 8 bits for what an adapter has whole
+        of_full = own if dtype is None or is_eight_bits(dtype) else dtype
+        layers[name].add_full(count, sum(by_bucket.values()), of_full)
     return sum(layer.room_bytes for layer in layers.values())
 
 
@@ -294,9 +299,9 @@ def _check_layer(
     lead = _lead_of(kernel, expected)
     try:
         layer.matrix_shape()
-        stack_dtype(dtype or kernel.dtype)
+        dtype = stack_dtype(dtype or kernel.dtype, eight_bits=True)
         if kernel.shape == (*lead, *expected):
-            placement_of(layer, len(lead), buckets, fully=fully_sharded)
+            layer.check_room(dtype, len(lead), buckets, fully_sharded)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if kernel.shape != (*lead, *expected):

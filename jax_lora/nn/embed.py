@@ -124,6 +124,7 @@ class LoRAEmbed(LoRALayer, nnx.Embed):  # type: ignore[misc]
     """
 
     kernel_name = "embedding"
+    takes_eight_bits = False
     is_transposed = False
     bias = None
 

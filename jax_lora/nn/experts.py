@@ -198,16 +198,17 @@ class LoRAExperts(LoRALayer, Experts):  # type: ignore[misc]
     def _flat(self, stack: LoRAStack, experts: int) -> StackArrays:
         """A bucket's arrays with experts and slots as one axis."""
         slots, first = stack.slots, stack.shape.scales_offset
+        own = slice(first, first + stack.shape.num_scales)
 
         def flat(array: Array, axis: int) -> Array:
             return array.reshape(*array.shape[:axis], experts * slots, *array.shape[axis + 2 :])
 
         a, b, scales, layers = self._arrays(stack)
-        scales = flat(scales[:, first : first + slots], 0)
+        scales = scales[:, own].reshape(-1)
         if layers is not None:
-            of_all = layers.scales[..., first : first + slots]
-            whole = [flat(t, 1) for t in (layers.lora_a, layers.lora_b, of_all)]
-            layers = LayerStacks(whole[0], whole[1], whole[2], layers.layer)
+            of_all = layers.scales[..., own].reshape(len(layers.scales), -1)
+            of_a, of_b = flat(layers.lora_a, 1), flat(layers.lora_b, 1)
+            layers = LayerStacks(of_a, of_b, of_all, layers.layer)
         return StackArrays(flat(a, 0), flat(b, 0), scales, layers)
 
     def _place(self, shards: Shards | None, holder: nnx.Module) -> None:

@@ -39,7 +39,7 @@ from jax_lora.sharding import (
 from pallas_kernels import LoRAPart
 from pallas_kernels.ops import add_in_step, delta_ahead
 from pallas_kernels.routing import Mix, Segments
-from pallas_kernels.stacks import LayerStacks
+from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
 
 
 class LoRALayer(nnx.Module):
@@ -58,6 +58,7 @@ class LoRALayer(nnx.Module):
     Attributes:
       fully_sharded: whether a mesh divides the ranks of its stacks too; see `apply_lora`.
       kernel_name: of the attribute that holds the kernel.
+      takes_eight_bits: whether its stacks may be in 8 bits.
       is_transposed: whether PEFT stores the kernel's matrix as `[N, H]`, as all but embeddings.
       placement: of the kernel of one layer, over a mesh, when its stacks were made.
       guard: of the model that it is in; None where neither `apply_lora` nor a bank has seen it.
@@ -66,6 +67,7 @@ class LoRALayer(nnx.Module):
     """
 
     kernel_name = "kernel"
+    takes_eight_bits = True
     is_transposed = True
     guard: Guard | None
     fully_sharded: bool = False
@@ -137,11 +139,11 @@ class LoRALayer(nnx.Module):
         """Allocates empty stacks, one per bucket and slice."""
         check_process()
         slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
-        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices)
-        dtype = stack_dtype(dtype)
+        dtype = stack_dtype(dtype, eight_bits=True)
+        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices, dtype)
         self.slices, self.guard, self.placement = slices, None, None
         self.fully_sharded = fully_sharded
-        shards = placement_of(self, len(lead), buckets, fully=fully_sharded)
+        shards = self.check_room(dtype, len(lead), buckets, fully_sharded)
         self.stacks = nnx.List([])
         for shape in shapes:
             a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
@@ -149,6 +151,26 @@ class LoRALayer(nnx.Module):
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
+
+    def check_room(
+        self, dtype: DTypeLike, lead: int, buckets: Sequence[int], fully_sharded: bool
+    ) -> Shards | None:
+        """Where its stacks go; None where they are not on a mesh.
+
+        Raises:
+          ValueError: they do not divide over the mesh, or the layer takes none in 8 bits.
+        """
+        shards = placement_of(self, lead, buckets, fully=fully_sharded)
+        if is_eight_bits(dtype):
+            what = None if self.takes_eight_bits else "an embedding"
+            if shards is not None and shards.mesh.size > 1:
+                what = f"on a mesh of {shards.mesh.size} devices"
+            if what:
+                raise ValueError(
+                    f"the {type(self).__name__} is {what}, where stacks are not {EIGHT_BITS}; give "
+                    "apply_lora another dtype=, or leave the layer out of target"
+                )
+        return shards
 
     def add_rescales(self) -> None:
         """Makes room for DoRA."""
@@ -175,7 +197,8 @@ class LoRALayer(nnx.Module):
         Raises:
           ValueError: features do not divide over the mesh, or ranks that are to.
         """
-        shards = placement_of(self, len(self.lead), self.buckets, fully=self.fully_sharded)
+        dtype = self.stacks[0].lora_a.dtype
+        shards = self.check_room(dtype, len(self.lead), self.buckets, self.fully_sharded)
         for holder in (*self.stacks, self):
             self._place(shards, holder)
 

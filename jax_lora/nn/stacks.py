@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
-from pallas_kernels.stacks import LayerStacks
+from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
 
 Slots = int | Mapping[int, int]
 
@@ -20,7 +20,8 @@ FLAT_IS_GONE = "the library stores stacks in the form that its steps read fastes
 
 class LoRAScale(nnx.Variable[Array]):
     """Scale of each slot of a layer's stacks, one stack behind the other, alpha / r of the true
-    rank: `[*lead, S]` float32. No Param: it is not trained."""
+    rank: `[*lead, S]` float32. No Param: it is not trained. Of stacks in 8 bits, a slot's scales
+    are those of its rank columns, times that."""
 
     # One array, as a step pays for each: H100, 16 layers with five buckets, 1,827 arguments, 5.7 to
     # 6.3 ms of the host's time; without 558 of the scales 3.9 to 5.1.
@@ -37,6 +38,7 @@ class StackShape(NamedTuple):
       slots: L. bucket: R. features: H and the width n of the slice.
       y_offset: first of the layer's output columns that the stack adds to.
       scales_offset: where its scales start in the layer's.
+      scales_per_slot: 1; of stacks in 8 bits R, one for each rank column.
     """
 
     slots: int
@@ -44,6 +46,12 @@ class StackShape(NamedTuple):
     features: tuple[int, int]
     y_offset: int
     scales_offset: int
+    scales_per_slot: int = 1
+
+    @property
+    def num_scales(self) -> int:
+        """How many of the layer's scales are its own."""
+        return self.slots * self.scales_per_slot
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -100,6 +108,13 @@ def get_slot(stack: Array, slot: ArrayLike) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, slot, stack.ndim - 3, keepdims=False)
 
 
+def get_scales(scales: Array, shape: StackShape, slot: ArrayLike) -> Array:
+    """The scales of one slot's rank columns out of a layer's, of all layers that are stacked."""
+    size = shape.scales_per_slot
+    start = shape.scales_offset + slot * size
+    return jax.lax.dynamic_slice_in_dim(scales, start, size, scales.ndim - 1)
+
+
 def set_slot(stack: Array, slot: ArrayLike, new: Array) -> Array:
     """`stack` with one adapter's A or B replaced, in all layers that are stacked."""
     return jax.lax.dynamic_update_index_in_dim(stack, new, slot, stack.ndim - 3)
@@ -125,7 +140,11 @@ def slots_of(shapes: Iterable[StackShape]) -> dict[int, int]:
 
 
 def stack_shapes(
-    features: tuple[int, int], slots: Slots, buckets: Sequence[int], slices: Sequence[int]
+    features: tuple[int, int],
+    slots: Slots,
+    buckets: Sequence[int],
+    slices: Sequence[int],
+    dtype: DTypeLike = jnp.float32,
 ) -> list[StackShape]:
     """The stacks of a layer: by bucket, and of each bucket by slice."""
     in_features, out_features = features
@@ -137,14 +156,16 @@ def stack_shapes(
     scales_offset = 0
     for bucket, n in check_slots(slots, buckets).items():
         for width, y_offset in columns:
-            shapes.append(StackShape(n, bucket, (in_features, width), y_offset, scales_offset))
-            scales_offset += n
+            each = bucket if is_eight_bits(dtype) else 1
+            size = in_features, width
+            shapes.append(StackShape(n, bucket, size, y_offset, scales_offset, each))
+            scales_offset += shapes[-1].num_scales
     return shapes
 
 
 def empty_scales(shapes: Sequence[StackShape], lead: tuple[int, ...] = ()) -> Array:
     """The scales of a layer with these stacks."""
-    return jnp.zeros((*lead, sum(shape.slots for shape in shapes)), jnp.float32)
+    return jnp.zeros((*lead, sum(shape.num_scales for shape in shapes)), jnp.float32)
 
 
 def check_slots(slots: Slots, buckets: Sequence[int]) -> dict[int, int]:
@@ -169,8 +190,11 @@ def check_slots(slots: Slots, buckets: Sequence[int]) -> dict[int, int]:
     return by_bucket
 
 
-def stack_dtype(dtype: Any) -> Any:
-    """`dtype`, or a ValueError if stacks can't have it."""
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"stacks are float32, bfloat16 or float16, not {dtype}; give their dtype")
-    return jnp.dtype(dtype)
+def stack_dtype(dtype: Any, *, eight_bits: bool = False) -> Any:
+    """`dtype`, or a ValueError if stacks can't have it; `eight_bits`: they may be so."""
+    found, also = jnp.dtype(dtype), f", or {EIGHT_BITS}" if eight_bits else ""
+    if found not in (jnp.float32, jnp.bfloat16, jnp.float16) and not (also and found == EIGHT_BITS):
+        raise ValueError(
+            f"stacks are float32, bfloat16 or float16{also}, not {dtype}; give their dtype"
+        )
+    return found

@@ -49,6 +49,10 @@ class LiveModel:
             self.leaves, treedef = jax.tree.flatten(self.state)
         self.structure = Structure.of(graphdef, treedef)
 
+    @property
+    def is_on_one_device(self) -> bool:
+        return all(len(leaf.sharding.device_set) == 1 for leaf in self.leaves)
+
     def call[T](self, step: Callable[..., T], *args: object) -> T:
         """`step` of the arrays that the variables hold now; a load waits until it is launched."""
         with self.guard.lock:

@@ -158,10 +158,15 @@ def fitting_slots(ranks: Sequence[int]) -> dict[int, int]:
 
 
 def bank_for(
-    model: Llama, headers: Sequence[AdapterHeader], slots: Mapping[int, int]
+    model: Llama,
+    headers: Sequence[AdapterHeader],
+    slots: Mapping[int, int],
+    *,
+    dtype: DTypeLike | None = None,
 ) -> AdapterBank:
-    """Gives a model room for adapters of these headers, in `{bucket: slots}`."""
-    apply_lora(model, slots=slots, buckets=tuple(slots), **room_for(model, headers))
+    """Gives a model room for adapters of these headers, in `{bucket: slots}`, as `apply_lora`."""
+    room = room_for(model, headers)
+    apply_lora(model, slots=slots, buckets=tuple(slots), dtype=dtype, **room)
     return AdapterBank(model)
 
 

@@ -25,8 +25,8 @@ def save_state(state: PyTree, bank: AdapterBank, name: str, path: str | os.PathL
         bank.save("french", "checkpoint")
         save_state(state, bank, "french", "checkpoint/optimizer.safetensors")
 
-    A checkpoint of the whole state is no substitute: which adapter a slot's state belongs to is
-    known in one process alone.
+    A checkpoint of the whole state alone is no substitute: which adapter a slot's state belongs to
+    is known in one process, and to the bank's own checkpoint (`AdapterBank.save_checkpoint`).
 
     Args:
       state: of `per_adapter`, or a tree with one in it, such as `nnx.Optimizer.opt_state`.

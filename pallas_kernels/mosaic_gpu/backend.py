@@ -335,7 +335,14 @@ def _plan(
     if config is None:
         rank, width = max(part.rank for part in parts), sum(y.shape[1] for y in ys)
         ranges = {(part.first_slot, part.slots) for part in parts}
-        config = decode_config(x.shape[0], width, rank, buckets=len(ranges), delta=not add_inputs)
+        config = decode_config(
+            x.shape[0],
+            width,
+            rank,
+            buckets=len(ranges),
+            delta=not add_inputs,
+            weight_bytes=parts[0].stacks[0].dtype.itemsize,
+        )
     return plan(ys, x, parts, config, add_inputs=add_inputs, seated=seated, id_words=id_words)
 
 
@@ -371,6 +378,7 @@ def _two_launches(
     config: Config | None,
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
+    parts = tuple(map(_in_bfloat16, parts))
     segments = _segments_of_all(parts, column.token_ids)
     sorts = may_sort(segments.num_tokens)
     placed, shrinks = [_placed(part) for part in parts], []
@@ -384,6 +392,21 @@ def _two_launches(
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
     return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
+
+
+def _in_bfloat16(part: LoRAPart) -> LoRAPart:
+    """A part in 8 bits as the prefill kernels take it, with its scales in A; others as they are."""
+    if not part.is_eight_bits:
+        return part
+    a = jnp.asarray(part.lora_a).astype(jnp.float32) * part.own_scales()[..., None]
+    return dataclasses.replace(
+        part,
+        lora_a=a.astype(jnp.bfloat16),
+        lora_b=jnp.asarray(part.lora_b).astype(jnp.bfloat16),
+        scales=jnp.float32(1.0),
+        scales_offset=None,
+        layers=None,
+    )
 
 
 def _segments_of_all(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> Segments:
@@ -551,10 +574,8 @@ def add_lora_grad(
     for part in parts:
         a, b, *_, first = _placed(part)
         place = jnp.zeros(1, jnp.int32) if first is None else first.reshape(1)
-        scales, slots = jnp.asarray(part.scales), SlotRange(part.first_slot, part.slots)
-        if (start := part.scales_offset) is not None:
-            scales = scales[start : start + slots.slots]
-        scales = jnp.broadcast_to(scales, slots.slots)
+        slots = SlotRange(part.first_slot, part.slots)
+        scales = jnp.broadcast_to(part.own_scales(), slots.slots)
         wanted = jnp.arange(slots.slots, dtype=jnp.int32)
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)

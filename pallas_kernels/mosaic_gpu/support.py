@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from pallas_kernels.mosaic_gpu.layouts import cuts
-from pallas_kernels.stacks import LoRAPart
+from pallas_kernels.stacks import EIGHT_BITS, LoRAPart
 
 MAX_RANK = 512
 MAX_FEATURES = 131072
@@ -25,9 +25,10 @@ def missing(
     """What the kernels lack for a case, as the object of "lacks"; None if they take it.
 
     `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
-    x may have any dtype of the ops.
+    x may have any dtype of the ops. Of weights in 8 bits the decode kernel alone reads the bytes;
+    the prefill kernels read a copy in bfloat16, which each call makes of all adapters of its layer.
     """
-    if weight_dtype not in (jnp.bfloat16, jnp.float16):
+    if weight_dtype not in (jnp.bfloat16, jnp.float16, EIGHT_BITS):
         return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
     if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):
         return f"rank {rank} (it takes 8 and the multiples of 16 up to {MAX_RANK})"

@@ -25,9 +25,33 @@ def test_zeros_of_absent_slots_count() -> None:
     assert few.aim_us > Case(512, 8, 128).aim_us
 
 
+def test_dense_may_be_faster_by_some_and_compact_by_any() -> None:
+    def verdict(**others: float) -> str:
+        return gradients.Result(Case(8192, 8, 16), {"ours": 200.0, **others}, {}, []).verdict
+
+    assert verdict(dense=175, ragged=201, compact=100) == "met"
+    assert (
+        verdict(dense=173, ragged=199, xla=3)
+        == "met, slower than xla, slower than ragged, slower than dense"
+    )
+
+
 def test_every_case_uses_all_of_its_adapters() -> None:
     for case in CASES:
         assert set(case.ids()) == set(range(case.D)), case
+
+
+def test_a_sample_is_of_all_sizes_and_the_seeds() -> None:
+    cases = gradients.cases_of("sample:90", 3)
+    assert len({*cases}) == 90 and cases == gradients.cases_of("sample:90", 3)
+    assert cases != gradients.cases_of("sample:90", 4)
+    tokens = [case.T for case in cases]
+    assert {tokens.count(n) for n in tokens} == {10} and {64, 16384} <= {*tokens}
+    for name, count in (("D", 7), ("r", 5), ("H", 4), ("N", 4), ("order", 3), ("L", 2)):
+        assert len({getattr(case, name) for case in cases}) == count, name
+    assert all(set(case.ids()) == set(range(case.D)) for case in cases)
+    with pytest.raises(ValueError, match="1 to 1000 cases and a seed from 0, got 0, 0"):
+        gradients.cases_of("sample:0")
 
 
 @pytest.mark.slow

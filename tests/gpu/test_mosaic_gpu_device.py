@@ -360,62 +360,82 @@ BUCKET_CASES += [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BUCKET_CASES, ids=str)
-def test_parts(case: Buckets) -> None:
-    """Buckets and slices in one call: in place, as what is to be added, and as layers call it. How
-    ids are given changes no bit."""
-    whole, x, ids = case.operands()
-    parts = case.parts()
-    stacks = [(part.lora_a, part.lora_b) for part in parts]
-    ranges = sorted({(part.first_slot, 4) for part in parts})
-    how = dict(implementation="mosaic_gpu", config=case.config)
+@dataclasses.dataclass
+class PartsCall:
+    """A case's buckets and slices in one call."""
 
-    @functools.partial(jax.jit, static_argnames=("name", "route"))
-    def call(ys: Any, x: Any, stacks: Any, scales: Any, ids: Any, name: str, route: str) -> Any:
-        built = [
-            dataclasses.replace(part, lora_a=a, lora_b=b, scales=scales)
-            for part, (a, b) in zip(parts, stacks)
-        ]
-        if route != "ids":
-            ids = make_segments(ids, case.num_slots)
-        if route == "split":
-            ids = ids.split(ranges)
-        if name == "add_lora_multi":
-            return pk.add_lora_multi(ys, x, built, ids, **how)
-        if name == "add_in_step":
-            return ops.add_in_step(ys, x, built, ids, phase="decode")
-        return pk.lora_delta(x, built, ids, case.widths, dtype=case.y_dtype, **how)
+    case: Buckets
 
-    def run(name: str, route: str) -> np.ndarray:
-        ys = tuple(jnp.asarray(y) for y in np.split(whole, np.cumsum(case.widths)[:-1], axis=1))
-        operands = jax.tree.map(jnp.asarray, (x, stacks, parts[0].scales, ids))
+    def __post_init__(self) -> None:
+        self.whole, self.x, self.ids = self.case.operands()
+        self.parts = self.case.parts()
+
+    def run(self, name: str, route: str) -> np.ndarray:
+        """What the op gives, the ys side by side. `route`: how the ids are given."""
+        call = jax.jit(functools.partial(self._call, name, route))
+        ys = tuple(
+            jnp.asarray(y) for y in np.split(self.whole, np.cumsum(self.case.widths)[:-1], axis=1)
+        )
+        stacks = [(part.lora_a, part.lora_b) for part in self.parts]
+        operands = jax.tree.map(jnp.asarray, (self.x, stacks, self.parts[0].scales, self.ids))
         poison()
-        outs = call(ys, *operands, name, route)
-        assert [y.shape[1] for y in outs] == list(case.widths)
+        outs = call(ys, *operands)
+        assert [y.shape[1] for y in outs] == list(self.case.widths)
         return np.concatenate([np.asarray(y) for y in outs], axis=1)
 
-    want, used = parts_in_float64(x, parts, ids, whole.shape[1])
+    def _call(
+        self, name: str, route: str, ys: Any, x: Any, stacks: Any, scales: Any, ids: Any
+    ) -> Any:
+        parts = [
+            dataclasses.replace(part, lora_a=a, lora_b=b, scales=scales)
+            for part, (a, b) in zip(self.parts, stacks)
+        ]
+        if route != "ids":
+            ids = make_segments(ids, self.case.num_slots)
+        if route == "split":
+            ids = ids.split(sorted({(part.first_slot, 4) for part in parts}))
+        how = dict(implementation="mosaic_gpu", config=self.case.config)
+        if name == "add_lora_multi":
+            return pk.add_lora_multi(ys, x, parts, ids, **how)
+        if name == "add_in_step":
+            return ops.add_in_step(ys, x, parts, ids, phase="decode")
+        return pk.lora_delta(x, parts, ids, self.case.widths, dtype=self.case.y_dtype, **how)
+
+
+@pytest.mark.parametrize("case", BUCKET_CASES, ids=str)
+def test_parts(case: Buckets) -> None:
+    """Buckets and slices in one call: in place, as what is to be added, and as layers call it."""
+    of = PartsCall(case)
+    want, used = parts_in_float64(of.x, of.parts, of.ids, of.whole.shape[1])
     tolerance = y_tolerance(case.y_dtype, "bfloat16")
-    y, delta = run("add_lora_multi", "segments"), run("lora_delta", "segments")
-    assert y.dtype == delta.dtype == whole.dtype
-    np.testing.assert_array_equal(bits(y)[~used], bits(whole)[~used])
-    np.testing.assert_array_equal(bits(delta)[~used], bits(np.full_like(whole, -0.0))[~used])
-    assert relative_error(y[used], (whole + want)[used]) < tolerance
+    y, delta = of.run("add_lora_multi", "segments"), of.run("lora_delta", "segments")
+    assert y.dtype == delta.dtype == of.whole.dtype
+    np.testing.assert_array_equal(bits(y)[~used], bits(of.whole)[~used])
+    np.testing.assert_array_equal(bits(delta)[~used], bits(np.full_like(of.whole, -0.0))[~used])
+    assert relative_error(y[used], (of.whole + want)[used]) < tolerance
     assert relative_error(delta[used], want[used]) < tolerance
-    for route in ("split", "ids"):
-        np.testing.assert_array_equal(bits(run("add_lora_multi", route)), bits(y))
-        np.testing.assert_array_equal(bits(run("lora_delta", route)), bits(delta))
     if case.config is None:
         at_once = backend.makes_delta_at_once(
-            jnp.asarray(x), tuple(parts), case.widths, whole.dtype
+            jnp.asarray(of.x), tuple(of.parts), case.widths, of.whole.dtype
         )
         several = len(case.ranks) > 1 and max(case.ranks) == 128
         most = 1024 if case.ranks == (16,) else 128 if several else 256
         assert at_once == (case.num_tokens <= most)
-        added = (whole.astype(np.float32) + delta.astype(np.float32)).astype(whole.dtype)
-        for route in ("segments", "split", "ids"):
-            layer = run("add_in_step", route)
-            np.testing.assert_array_equal(bits(layer), bits(added if at_once else y))
+        added = (of.whole.astype(np.float32) + delta.astype(np.float32)).astype(of.whole.dtype)
+        layer = of.run("add_in_step", "segments")
+        np.testing.assert_array_equal(bits(layer), bits(added if at_once else y))
+
+
+# A test of its own, since to compile all ways of many parts takes minutes.
+@pytest.mark.parametrize("route", ["split", "ids"])
+@pytest.mark.parametrize("case", BUCKET_CASES, ids=str)
+def test_how_ids_are_given_changes_no_bit(case: Buckets, route: str) -> None:
+    of = PartsCall(case)
+    names = ["add_lora_multi", "lora_delta"] + ["add_in_step"] * (case.config is None)
+    for name in names:
+        np.testing.assert_array_equal(
+            bits(of.run(name, route)), bits(of.run(name, "segments")), err_msg=name
+        )
 
 
 # ------------------------------------------------------- transformations, through the public ops

@@ -1,6 +1,8 @@
 """vLLM's and SGLang's functions on CPU tensors: their lists, metadata and packed slices."""
 
+import functools
 import itertools
+import math
 import types
 
 import jax
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_cases import Case, double, products, relative_error, same_bytes
 
-from interop import capture, functions, native, sglang, vllm
+from interop import capture, functions, internals, native, ops, sglang, vllm
 
 TRUE, FALSE = torch.tensor([True]), torch.tensor([False])
 
@@ -192,6 +196,99 @@ def test_a_capture_gets_kernels_unless_they_lack_the_sizes(slices, monkeypatch):
     vllm.lora_expand(odd.v[None], [odd.b], y, *meta(odd.ids))  # overwrites
     assert relative_error(y[used], products(odd.v.bfloat16(), odd.b, odd.ids)[used]) < 4e-3
     assert same_bytes(y[~used], odd.y[~used])
+
+
+class TorchOps(TorchDispatchMode):
+    """The names of torch's operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op.overloadpacket.__name__)
+        return op(*args, **kwargs or {})
+
+
+@pytest.fixture
+def capture_without_gpu(monkeypatch):
+    """Calls of fake CUDA tensors go where a capture on a Hopper GPU sends them; yields the plans of
+    the launches and torch's operations beside them."""
+    plans = []
+
+    def no_kernel(*_):
+        raise AssertionError("no kernel")
+
+    def choose(op, tensors, scale, path, static=()):
+        ops._choose(op, tensors, scale, path, static)
+
+    monkeypatch.setattr(ops, "dispatch", choose)
+    monkeypatch.setattr(
+        ops, "_program", lambda call, specs, _: plans.append(native.plan(call, specs, (0,)))
+    )
+    monkeypatch.setattr(ops, "_by_dlpack", no_kernel)
+    monkeypatch.setattr(capture, "_products", no_kernel)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0)
+    )
+    monkeypatch.setattr(internals, "capture_id", lambda _: 1)
+    with FakeTensorMode(), TorchOps() as seen:
+        yield plans, seen.names
+
+
+def fake(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "widths", "launches"),
+    [(1, (4096,), 1), (64, (4096, 1024, 1024), 1), (600, (4096, 1024, 1024), 2)],
+)
+def test_a_captured_call_of_vllms_is_kernels_alone(capture_without_gpu, tokens, widths, launches):
+    plans, by_torch = capture_without_gpu
+    ids, flag = fake(tokens, dtype=torch.int32), types.SimpleNamespace(item=lambda: False)
+    x, y = fake(tokens, 4096), fake(tokens, sum(widths))
+    a, b = [fake(4, 16, 4096) for _ in widths], [fake(4, n, 16) for n in widths]
+    v, rest = fake(len(widths), tokens, 16, dtype=torch.float32), meta(ids, flag)
+    by_torch.clear()
+    for call, count in (
+        (lambda: vllm.lora_shrink(x, a, v, *rest, 1.0), launches * len(widths)),
+        (lambda: vllm.lora_expand(v, b, y, *rest, add_inputs=True), launches * len(widths)),
+        (lambda: vllm.add_lora_linear(y, x, a, b, ids, flag, 1.0), launches),
+    ):
+        plans.clear()
+        call()
+        assert [len(plan.kernels) for plan in plans] == [1] * count
+    assert by_torch <= {"zero_", "unbind", "slice", "device"}  # views, but for the zeros
+
+
+@pytest.mark.parametrize(
+    ("tokens", "widths"), [(1, (4096,)), (64, (4096, 1024, 1024)), (400, (4096, 1024, 1024))]
+)
+def test_a_captured_call_of_sglangs_is_kernels_once_its_rows_are_known(
+    capture_without_gpu, tokens, widths
+):
+    plans, by_torch = capture_without_gpu
+    i32 = functools.partial(fake, dtype=torch.int32)
+    info = types.SimpleNamespace(
+        use_cuda_graph=True, seg_indptr=i32(9), weight_indices=i32(8), lora_ranks=i32(8),
+        scalings=fake(8, dtype=torch.float32), permutation=i32(tokens),
+    )  # fmt: skip
+    x, y, offsets = fake(tokens, 4096), fake(tokens, sum(widths)), [0, *np.cumsum(widths)]
+    a, b = fake(8, 16 * len(widths), 4096), fake(8, sum(widths), 16)
+    unread, on_host = i32(4), types.SimpleNamespace(tolist=lambda: offsets)
+    for _ in range(2):  # layers
+        by_torch.clear()
+        v = sglang.chunked_sgmv_lora_shrink_forward(x, a, info, len(widths))
+        sglang.chunked_sgmv_lora_expand_forward(v, b, info, unread, 4096, y, on_host)
+    views = {"view", "unsqueeze", "slice", "split", "device"}
+    picks = {"expand", "gather"} if len(widths) > 1 else set()
+    assert by_torch - views == {"new_zeros", "mul", "masked_fill_"} | picks
+    blocks = sum(widths) // math.gcd(*widths)
+    launches = 1 + -(-tokens * blocks // 512)
+    assert [len(plan.kernels) for plan in plans] == [1] * launches * 2
 
 
 @pytest.mark.ci

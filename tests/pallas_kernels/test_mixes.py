@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import in_ci
 
 import pallas_kernels as pk
 from pallas_kernels import reference
@@ -91,7 +92,7 @@ def add(z: Mixed, implementation: Any, phase: Any, *, sorted_once: bool = False)
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("sorted_once", [False, True])
-@pytest.mark.parametrize("columns", [1, 2, 4])
+@pytest.mark.parametrize("columns", [in_ci(1), 2, in_ci(4)])
 def test_against_float64(columns: int, sorted_once: bool, way: tuple[Any, Any]) -> None:
     z = mixed(some_ids(37, columns))
     out = add(z, *way, sorted_once=sorted_once)
@@ -139,6 +140,7 @@ def test_half_precision_is_rounded_once() -> None:
         np.testing.assert_array_equal(np.asarray(out, np.float32), 3.0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "way", [pytest.param(WAYS[0], marks=ci), pytest.param(WAYS[1], marks=ci), WAYS[2]], ids=str
 )

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import in_ci
 
 import pallas_kernels as pk
 
 # Few shapes, so that jit compiles little; all contents.
 # The first example of a shape compiles, so no deadline.
-examples = settings(deadline=None, max_examples=60)
+examples = settings(deadline=None, max_examples=30)
 SHAPES = [(0, 1), (0, 3), (1, 1), (1, 4), (5, 1), (9, 2), (9, 40), (40, 7)]
 
 
@@ -65,7 +66,7 @@ def test_make_segments(batch):
 
 
 @pytest.mark.parametrize("num_tokens", [255, 256, 257, 700])
-@pytest.mark.parametrize("num_adapters", [1, 5, 900])
+@pytest.mark.parametrize("num_adapters", [in_ci(1), 5, in_ci(900)])
 def test_segments_of_more_tokens_than_are_compared_in_pairs(num_tokens, num_adapters):
     ids = np.random.default_rng(num_tokens).integers(-2, num_adapters + 2, num_tokens)
     wanted = [i if 0 <= i < num_adapters else -1 for i in ids.tolist()]

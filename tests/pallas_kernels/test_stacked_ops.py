@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+from marks import in_ci
 
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu.config import Config
@@ -66,9 +67,11 @@ def operands(dtype: str, tokens: int) -> tuple[Array, Array, Array]:
 @pytest.mark.parametrize(
     ("name", "num_tokens", "delta"),
     [
-        *itertools.product(["xla"], [7, 300], [False, True]),
-        *itertools.product(["loop", "decode"], [7], [False, True]),
-        pytest.param("prefill", 7, False, marks=pytest.mark.ci),
+        *itertools.product(["xla"], [7, 300], [False]),
+        *itertools.product(["loop", "decode"], [7], [False]),
+        *itertools.starmap(in_ci, itertools.product(["xla", "loop", "decode"], [7], [True])),
+        in_ci("xla", 300, True),
+        in_ci("prefill", 7, False),
         pytest.param("prefill", 7, True, marks=pytest.mark.slow),
         pytest.param("prefill", 70, False, marks=pytest.mark.slow),
     ],
@@ -101,9 +104,14 @@ def test_stacks_in_their_place_compute_the_bits_of_slices(
 
 # With None the module holds both the kernels' gradients and XLA's, as the device decides.
 @pytest.mark.parametrize(
-    ("dtype", "implementation"), [("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", None)]
+    ("dtype", "implementation"),
+    [
+        ("float32", "xla"),
+        pytest.param("bfloat16", "xla", marks=pytest.mark.slow),
+        in_ci("bfloat16", None),
+    ],
 )
-@pytest.mark.parametrize("tokens", [7, 300], ids=["bgmv", "sgmv"])
+@pytest.mark.parametrize("tokens", [7, in_ci(300)], ids=["bgmv", "sgmv"])
 def test_gradients_are_those_of_the_slices(
     tokens: int, dtype: str, implementation: Literal["xla"] | None
 ) -> None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lora.adapters import Adapter
+from jax_lora.adapters import Adapter, UploadLimits
+from jax_lora.adapters.limits import check_count
 from jax_lora.bank import AdapterBank, BankFullError, PreparedAdapter
 from jax_lora.bank.sites import some
 from jax_lora.messages import printable, shown
@@ -24,27 +25,19 @@ Future = concurrent.futures.Future
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterLimits:
-    """What an engine takes from whoever uploads adapters.
+class AdapterLimits(UploadLimits):
+    """What an engine takes from whoever uploads adapters, and what it keeps of them.
 
     Args:
-      max_bytes: weights of an adapter; None for any number.
       host_bytes: what the host keeps of adapters that it has read, as their slots hold them.
-      allow_links, allow_nonfinite: as in `load_peft`.
+      The others are those of `UploadLimits`.
     """
 
-    max_bytes: int | None = None
     host_bytes: int = 8 << 30
-    allow_links: bool = False
-    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "host_bytes"):
-            value = getattr(self, name)
-            if value is None and name == "max_bytes":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a number of bytes, got {shown(value)}")
+        super().__post_init__()
+        check_count("host_bytes", self.host_bytes)
 
 
 def named(names: tuple[str, ...]) -> str:
@@ -155,7 +148,7 @@ class AdapterDesk:
         fail: Callable[[str, str], None],
     ) -> None:
         """`fail(name, reason)` ends the requests that wait for an adapter which can't be had."""
-        self._bank, self._limits, self._post, self._fail = bank, limits, post, fail
+        self.limits, self._bank, self._post, self._fail = limits, bank, post, fail
         self._lock = threading.Lock()  # of the sources
         self._sources: dict[str, _Source] = {}
         self._versions = 0
@@ -246,23 +239,20 @@ class AdapterDesk:
         ready = {n: load for n, load in self._loads.items() if load.stage is _Stage.READY}
         if not ready:
             return
-        use = self._bank.usage()
-        rooms = {bucket: of_bucket.room for bucket, of_bucket in use.items()}
-        is_uploading = False
-        for load in self._loads.values():
-            if load.stage is _Stage.UPLOADING:
-                is_uploading = True
-                rooms[_bucket(load)] -= 1
+        uploading = collections.Counter(
+            _bucket(load) for load in self._loads.values() if load.stage is _Stage.UPLOADING
+        )
+        taken = uploading.copy()  # and by those before in the order
         for name in sorted(ready, key=lambda name: wanted.get(name, _NOBODY).first or 0):
             load, bucket = ready[name], _bucket(ready[name])
-            if rooms[bucket] > 0:
-                rooms[bucket] -= 1
-                if not is_uploading:
-                    is_uploading = True
+            room, later = self._bank.room(name, bucket)
+            if room > taken[bucket]:
+                taken[bucket] += 1
+                if not uploading:
+                    uploading[bucket] += 1
                     self._upload(name, load)
             elif load.victim is None or wanted.get(load.victim, _NOBODY).remaining is None:
-                candidates = {*use[bucket].leased} - {*use[bucket].pinned}
-                self._drain(name, load, candidates, wanted)
+                self._drain(name, load, later, wanted)
 
     @property
     def has_loads(self) -> bool:
@@ -327,18 +317,11 @@ class AdapterDesk:
         pool.submit(work).add_done_callback(lambda done: self._post(lambda: then(done)))
 
     def _read(self, name: str, place: Source) -> PreparedAdapter:
-        limits = self._limits
+        limits = self.limits
         if not isinstance(place, Adapter):
-            adapter = self._bank.read(
-                name,
-                place,
-                max_bytes=limits.max_bytes,
-                allow_links=limits.allow_links,
-                allow_nonfinite=limits.allow_nonfinite,
-            )
+            adapter = self._bank.read(name, place, limits=limits)
             return self._bank.prepare(name, adapter, is_own=True)
-        if limits.max_bytes is not None and place.nbytes > limits.max_bytes:
-            raise ValueError(f"it has {place.nbytes} bytes; max_bytes={limits.max_bytes}")
+        limits.check(place.header)
         prepared = self._bank.prepare(name, place)
         if not (limits.allow_nonfinite or prepared.is_finite()):
             raise ValueError(

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from jax_lora.bank import AdapterBank
 from jax_lora.messages import printable, shown
 from jax_lora.models.llama import Llama
-from jax_lora.models.pages import Pages
+from jax_lora.models.pages import Pages, lacks_in_place
 from jax_lora.process import check_process
 from jax_lora.serving.engine.adapters import AdapterDesk, AdapterLimits, Source, named
 from jax_lora.serving.engine.requests import (
@@ -49,17 +49,33 @@ class _Launched(NamedTuple):
 class Stepper:
     """The device's side: the arrays, and the compiled steps that change them."""
 
-    def __init__(self, model: Llama, bank: AdapterBank | None, shape: StepShape) -> None:
-        """`shape` is resolved."""
+    def __init__(
+        self,
+        model: Llama,
+        bank: AdapterBank | None,
+        shape: StepShape,
+        *,
+        in_place: bool | None = None,
+    ) -> None:
+        """`shape` is resolved. `in_place`: as in `Form`; None for the faster."""
         assert shape.blocks is not None and shape.max_length is not None
         self._shape, self._vocabulary = shape, model.config.vocab_size
         self._live = LiveModel(model)
         ranges = None if bank is None else tuple(bank.slots.items())
         guard = None if bank is None else self._live.guard
-        self._form = Form(ranges, guard, shape.max_length, shape.prompt_logprobs)
         dtype = model.model.embed_tokens.embedding.dtype
+        if in_place is None:
+            in_place = self._live.is_on_one_device and not lacks_in_place(
+                model.config, shape.rows, shape.block, dtype
+            )
+        self._form = Form(ranges, guard, shape.max_length, shape.prompt_logprobs, in_place)
         self._pages = Pages.empty(model.config, shape.blocks, shape.block, dtype)
         self._last: Array = jnp.zeros(shape.rows, jnp.int32)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a kernel reads the blocks of decoding rows."""
+        return self._form.in_place
 
     def warm_up(self) -> None:
         """Runs each step once, for nobody."""
@@ -307,6 +323,11 @@ class Engine:
     def end(self) -> str | None:
         """Why it takes no requests: it was closed, or its device has failed; else None."""
         return self._end
+
+    @property
+    def limits(self) -> AdapterLimits:
+        """What it takes of adapters."""
+        return AdapterLimits() if self._desk is None else self._desk.limits
 
     @property
     def adapters(self) -> tuple[str, ...]:

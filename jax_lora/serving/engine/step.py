@@ -84,12 +84,14 @@ class Form:
       ranges, guard: as in `AdapterBatch`; None where the model has no LoRA layers.
       room: positions that scaled rotary embeddings are for.
       prompt_logprobs: whether steps compute them.
+      in_place: whether a kernel reads the blocks of decoding rows, as in `Decoder.paged`.
     """
 
     ranges: tuple[tuple[int, int], ...] | None
     guard: Guard | None
     room: int
     prompt_logprobs: bool
+    in_place: bool
 
     def batch(self, indices: Array) -> AdapterBatch | None:
         """The adapters of tokens with these ids. The engine's requests hold the leases."""
@@ -115,7 +117,9 @@ def _step(
     kinds = ((inputs.rows, 1), (inputs.lanes, width))
     with use(form.batch(jnp.concatenate([of_rows, of_lanes.reshape(-1)]))):
         used = kinds if inputs.prompt.shape[0] else kinds[:1]
-        hidden, pages = model.model.paged(tokens, pages, used, room=form.room)
+        hidden, pages = model.model.paged(
+            tokens, pages, used, room=form.room, in_place=form.in_place
+        )
     is_chosen = inputs.sources >= 0
     ids = jnp.where(is_chosen, inputs.adapters, -1)
     logits = _logits(model, form, hidden[jnp.maximum(inputs.sources, 0)], ids)
@@ -123,7 +127,7 @@ def _step(
     logprobs, are_finite = _logprobs(logits, chosen)
     of_prompts = None
     if form.prompt_logprobs:
-        lanes = hidden[last.shape[0] :].reshape(*inputs.prompt.shape, -1)
+        lanes = hidden[last.shape[0] :].reshape(*inputs.prompt.shape, hidden.shape[-1])
 
         # One by one: the logits of a lane are S x V.
         def of_lane(lane: tuple[Array, Array, Array]) -> Array:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_lora.adapters import load_peft
 from jax_lora.messages import shown
 from jax_lora.serving.engine import Engine
 from jax_lora.serving.server.errors import ApiError, without_places
@@ -44,7 +43,7 @@ class AdapterFolder:
             raise ApiError(400, "the server has no slots for adapters")
         try:
             bank.check_name(name)
-            bank.prepare(name, load_peft(folder))
+            bank.prepare(name, bank.read(name, folder, limits=self._engine.limits))
             self._engine.add_adapter(name, folder, replace=replace)
         except FileNotFoundError as error:
             raise ApiError(404, self._told(error), param="lora_path") from None

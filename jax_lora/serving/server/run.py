@@ -18,8 +18,11 @@ from jax_lora.serving.server.app import Server
 from jax_lora.serving.server.asking import Served
 from jax_lora.serving.text import bank_for, fitting_slots, load_tokenizer
 from pallas_kernels import padded_rank
+from pallas_kernels.stacks import EIGHT_BITS
 
 Told = Callable[[str], None]
+
+_READING_S = 60  # for an adapter that a client has loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Model:
       base: folder, or name on the hub. name: for requests; None for the folder's or the hub's.
       adapters: the folder whose folders are adapters.
       dtype: of weights and arithmetic; None for the stored one.
+      eight_bits: whether adapters are held in 8 bits; else in the weights' dtype.
     """
 
     base: str | Path
@@ -54,6 +58,7 @@ class Model:
     adapters: Path | None = None
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     dtype: str | None = None
+    eight_bits: bool = False
 
 
 def load(model: Model, told: Told) -> Served:
@@ -73,14 +78,15 @@ def load(model: Model, told: Told) -> Served:
     if model.adapters is not None:
         headers = [header for _, header in folders.values()]
         slots = _slots(sizes, [header.rank for header in headers])
-        bank = bank_for(llama, headers, slots)
+        stacks = EIGHT_BITS if model.eight_bits else None
+        bank = bank_for(llama, headers, slots, dtype=stacks)
     engine = Engine(
         llama,
         bank,
         load_tokenizer(base),
         adapters={name: folder for name, (folder, _) in folders.items()},
         shape=StepShape(rows=sizes.rows, max_length=sizes.max_length),
-        limits=AdapterLimits(),
+        limits=AdapterLimits(max_seconds=_READING_S),
         max_waiting=sizes.max_waiting,
     )
     told("compiling")

@@ -4,24 +4,32 @@ import dataclasses
 
 from pallas_kernels.mosaic_gpu.config import Config
 
-# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 256.
+# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 512.
 MAX_DECODE_TOKENS = 1024
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
-MAX_UNSEATED_TOKENS = 256
+# It compares each token with all earlier ones: of 1024 that would be four times what it is of 512.
+MAX_UNSEATED_TOKENS = 512
 
 
 def decode_config(
-    num_tokens: int, width: int, rank: int, *, buckets: int = 1, delta: bool = False
+    num_tokens: int,
+    width: int,
+    rank: int,
+    *,
+    buckets: int = 1,
+    delta: bool = False,
+    weight_bytes: int = 2,
 ) -> Config:
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
     is None where two launches are taken.
 
     A token that may have several adapters counts once. `buckets` counts the ranges of ids. `delta`:
     XLA adds what the kernel makes, so that it may run beside the product that makes y.
+    `weight_bytes`: of an element of A or B.
     """
     if num_tokens > _most_tokens(rank, buckets):
         return Config()
-    config = _decode_config(num_tokens, width, rank, buckets)
+    config = _decode_config(num_tokens, width, rank, weight_bytes, delta)
     if buckets > 1 and rank >= 64:
         # Few tokens have the highest rank: one cluster would be busy with it when all others are
         # done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer: 124
@@ -51,17 +59,27 @@ def _most_tokens(rank: int, buckets: int) -> int:
     return 512 if rank > 32 else MAX_DECODE_TOKENS
 
 
-def _decode_config(num_tokens: int, width: int, rank: int, buckets: int) -> Config:
+def most_unseated_tokens(rank: int) -> int:
+    """Up to how many tokens with raw ids, all of one range, are one launch and nothing besides."""
+    return min(_most_tokens(rank, 1), MAX_UNSEATED_TOKENS)
+
+
+def _decode_config(
+    num_tokens: int, width: int, rank: int, weight_bytes: int, delta: bool
+) -> Config:
     # More copies on their way would keep others' A waiting. H100, T=64, 64 adapters of R=64: 30.0
     # us with 2, 35.2 with 4. Where a warp has six turns at most, all of its B comes at once: q, k
     # and v of Llama-3-8B, R=16, 64 adapters 18.7 us with 4, 17.9 with 6. R=128 comes in sections of
     # 64 ranks (`turn_ranks`).
     all_at_once = width <= 6 * 8 * 4 * 32
-    expand_stages = min(6 if all_at_once else 4, 128 // rank) if rank <= 64 else 3
+    most = 256 // (rank * weight_bytes)
+    expand_stages = min(6 if all_at_once else 4, most) if rank <= 64 else 3
     # With one token few blocks have work, so that more clusters deal y's columns. H100, T=1, R=16,
     # H=N=4096: 4.5 us with 4, 5.7 with 2, 4.8 with 8. The same if there are many columns: T=64, 8
-    # adapters of R=16, gate and up of 14336 columns: 14.9 us with 1, 11.1 with 2.
-    clusters = max(4 // max(1, num_tokens), 2 if width > 8192 else 1)
+    # adapters of R=16, gate and up of 14336 columns: 14.9 us with 1, 11.1 with 2. Beside a product
+    # 1 leaves it more multiprocessors to start on. H200, a layer's four launches: 21.7 us with 1,
+    # 25.7 with 2.
+    clusters = max(4 // max(1, num_tokens), 2 if width > 8192 and not delta else 1)
     # All of a warp's columns of A come at once up to H=8192. H100, T=64, 8 adapters of R=16,
     # H=14336: 6.7 us with 2 stages, 6.1 with 4.
     return Config(split=8, warps=4, stages=4, expand_stages=expand_stages, column_clusters=clusters)

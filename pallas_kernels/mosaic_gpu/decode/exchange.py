@@ -138,11 +138,14 @@ def _added(lane: Lane, place: Int, times: int, stride: int) -> list[Real]:
 
 def _scaled(lane: Lane, task: Task, place: Int, column: Int, parts: Sequence[int]) -> list[Real]:
     """What all blocks have together, of columns of v that belong to one of these parts."""
-    scales = task.stacks.scales
+    total, scales = _added(lane, place, lane.work.split, lane.at.sheet), task.stacks.scales
+    if lane.case.is_eight_bits:
+        factors = lane.m.get(lane.at.factors + column, 4)
+        return [s * lane.m.as_real(factor) for s, factor in zip(total, factors)]
     scale = scales[parts[0]]
     for p in parts[1:]:
         scale = lane.m.select(column < task.job.columns[p], scale, scales[p])
-    return [s * scale for s in _added(lane, place, lane.work.split, lane.at.sheet)]
+    return [s * scale for s in total]
 
 
 def _operands(lane: Lane, total: list[Real]) -> list[Int]:

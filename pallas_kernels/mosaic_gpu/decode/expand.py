@@ -104,7 +104,7 @@ class Expand:
             unit = nth * lane.work.warps + lane.warp
             column = (self._block * each + unit) * COLUMNS
             left = lane.m.select(unit < each, (piece.stop - piece.start) - column, 0)
-            shift = piece.first * part.rank * lane.case.dtype.itemsize
+            shift = piece.first * part.rank * lane.case.weights.itemsize
             first = task.stacks.b[piece.part].first
             return [column + piece.start, left, first + shift, column]
 
@@ -125,32 +125,37 @@ class Expand:
             self._lane.ring + slot * self._lane.at.b_slot(strip),
             self._place(strip, turn),
         )
-        self._ask_b(self._lane.work.strip_rank(strip), where, section, place)
+        self._ask_b(strip, where, section, place)
         if section == 0 and self._lane.work.reads_y(self._task.number, strip):
             self._ask_y(strip, turn, where, place + self._lane.at.b_rows(strip))
 
-    def _ask_b(self, rank: int, where: _Turn, section: int, place: Int) -> None:
-        m, number = self._lane.m, self._lane.number
-        ranks = turn_ranks(rank)
-        vectors = ranks // 8  # of a row of B, 16 bytes each
+    def _ask_b(self, strip: Strip, where: _Turn, section: int, place: Int) -> None:
+        m, number, rank = self._lane.m, self._lane.number, self._lane.work.strip_rank(strip)
+        each = 16 // self._lane.case.weights.itemsize  # ranks of a copy
+        ranks, words = turn_ranks(rank), self._lane.at.b_row(strip)
+        vectors = ranks // each  # of a row of B
+        if vectors == 0:  # one copy has two rows, as they follow each other; half of the lanes do
+            source = m.ahead(where.b, where.b_row * rank + number * each)
+            m.copy(place + number * 4, source, 0, (number < 16) & (number * 2 < where.left))
+            return
 
         def copy(row: Int, at: Int, source: Address, static_row: int, n: int) -> None:
             # Rows of 128 bytes lie in the same banks: the halves of odd ones change places.
-            to = at ^ row % 2 * 4 if ranks % 64 == 0 else at
+            to = at ^ row % 2 * 4 if words == 32 else at
             m.copy(
-                place + row * (ranks // 2) + to * 4 + n * 128, source, static_row * rank,
+                place + row * words + to * 4 + n * 128, source, static_row * rank,
                 row + static_row < where.left,
             )  # fmt: skip
 
         if 32 % vectors == 0:  # a warp copies whole rows at once
             row, at = number // vectors, number % vectors
-            source = m.ahead(where.b, (where.b_row + row) * rank + (at * 8 + section * ranks))
+            source = m.ahead(where.b, (where.b_row + row) * rank + (at * each + section * ranks))
             for n in range(vectors):
                 copy(row, at, source, n * 32 // vectors, n)
             return
         for n in range(vectors):
             row, at = (number + 32 * n) // vectors, (number + 32 * n) % vectors
-            source = m.ahead(where.b, (where.b_row + row) * rank + (at * 8 + section * ranks))
+            source = m.ahead(where.b, (where.b_row + row) * rank + (at * each + section * ranks))
             copy(row, at, source, 0, 0)
 
     def _ask_y(self, strip: Strip, turn: Number, where: _Turn, place: Int) -> None:
@@ -223,24 +228,40 @@ class Expand:
         """acc plus the products of a section: two sums of a lane for 8 columns of y each."""
         lane, m, acc = self._lane, self._lane.m, list(acc)
         ranks, columns = turn_ranks(lane.work.strip_rank(strip)), self._task.job.columns
-        each = 8 if ranks % 32 == 0 else 4 if ranks % 16 == 0 else 2  # of a lane, at once
-        words = each // 2
+        row_words = lane.at.b_row(strip)
+        # Of a lane at once: 16 bytes of a row of B, or what is a quarter of the row's.
+        most = 16 // lane.case.weights.itemsize
+        each = next(n for n in (most, 8, 4, 2) if ranks % (4 * n) == 0)
         [first] = self._of_turn(strip, turn, lambda piece, _: [m.integer(columns[piece.part])])
         first = first + section * ranks
         rows = lane.ring + slot * lane.at.b_slot(strip)
-        rows = rows + (lane.row // 2 * 8 + lane.row % 2) * (ranks // 2)
+        rows = rows + (lane.row // 2 * 8 + lane.row % 2) * row_words
         for n in range(ranks // (4 * each)):
             place = lane.v + lane.row * lane.at.v_stride + (first + 4 * each * n) // 2
-            v = m.get(place + lane.quad * words, words)
+            v = self._v_words(place + lane.quad * (each // 2), each // 2)
             for octet in range(4):
-                at = lane.quad * words + 4 * words * n
-                if ranks % 64 == 0:
-                    at = lane.quad * 4 + (n // 2 * 2 + (lane.row + n) % 2) * 16
-                b, mine = m.get(rows + octet * ranks + at, words), slice(2 * octet, 2 * octet + 2)
-                for step in range(0, words, 2):
+                mine = slice(2 * octet, 2 * octet + 2)
+                b = self._b_words(rows + octet * 2 * row_words, row_words, each, n)
+                for step in range(0, each // 2, 2):
                     x, y = ([*r[step : step + 2], m.integer(0)][:2] for r in (v, b))
                     acc[mine] = m.mma(acc[mine], x, y, lane.case.dtype)
         return acc
+
+    def _v_words(self, place: Int, count: int) -> list[Int]:
+        m, most = self._lane.m, min(count, 4)
+        return [word for n in range(0, count, most) for word in m.get(place + n, most)]
+
+    def _b_words(self, row: Int, row_words: int, each: int, n: int) -> list[Int]:
+        """The lane's nth `each` ranks of a row of B, as products take them."""
+        lane, m = self._lane, self._lane.m
+        words = each * lane.case.weights.itemsize // 4
+        if words == 0:  # two ranks in 8 bits: half of a word
+            [word] = m.get(row + lane.quad // 2, 1)
+            return lane.operands([word >> lane.quad % 2 * 16])[:1]
+        at = lane.quad * words + 4 * words * n
+        if row_words == 32:  # halves change places in odd rows
+            at = lane.quad * 4 + (n // 2 * 2 + (lane.row + n) % 2) * 16
+        return lane.operands(m.get(row + at, words))
 
     def _y_words(self, strip: Strip, slot: Number) -> list[Int]:
         """The words of a lane's 8 columns of y."""

@@ -121,15 +121,19 @@ def _run_job(
 
 def _stacks(lane: Lane, job: Job, slot: Int, refs: Refs) -> Stacks:
     """Where the adapter's A and B are, and its scales."""
-    m, case, stacks = lane.m, lane.case, Stacks({}, {}, {})
+    m, case, stacks = lane.m, lane.case, Stacks({}, {}, {}, {})
     for p in job.parts:
         part, mine = case.parts[p], refs.parts[p]
         place = slot + lane.layer * part.range.slots
         if case.shrinks:
             stacks.a[p] = m.address(mine[0], place, part.rank * case.features)
-            own = slot + lane.layer * part.scales
-            scale = m.address(mine[-1], own, 1 if part.own_scales else 0)
-            stacks.scales[p] = m.as_real(m.load(scale, part.first_scale, lane.always))
+            if case.is_eight_bits:
+                own = slot * part.rank + lane.layer * part.scales
+                stacks.factors[p] = m.ahead(m.address(mine[-1], own, 1), part.first_scale)
+            else:
+                own = slot + lane.layer * part.scales
+                scale = m.address(mine[-1], own, 1 if part.own_scales else 0)
+                stacks.scales[p] = m.as_real(m.load(scale, part.first_scale, lane.always))
         if case.expands:
             b = mine[1 if case.shrinks else 0]
             stacks.b[p] = m.address(b, place, part.rank * part.width)

@@ -42,6 +42,12 @@ class Lane(NamedTuple):
     def always(self) -> Flag:
         return self.m.tid >= 0
 
+    def operands(self, words: list[Int]) -> list[Int]:
+        """Words of A or B as products take them: of 8 bits twice as many."""
+        if not self.case.is_eight_bits:
+            return words
+        return [wide for word in words for wide in self.m.widen(word, self.case.dtype)]
+
     @staticmethod
     def of(m: Machine, plan: Plan, share: Int) -> "Lane":
         work, at = plan
@@ -77,11 +83,13 @@ class Task(NamedTuple):
 
 
 class Stacks(NamedTuple):
-    """The adapter's A, B and scale of each of a job's parts, by the number of the part."""
+    """The adapter's A, B and scale of each of a job's parts, by the number of the part. Stacks in 8
+    bits have `factors` for a scale: that of each rank column."""
 
     a: dict[int, Address]
     b: dict[int, Address]
     scales: dict[int, Real]
+    factors: dict[int, Address]
 
 
 def row_of(lane: Lane, tokens: Seated, nth: Int, ref: Ref, width: int) -> tuple[Address, Flag]:

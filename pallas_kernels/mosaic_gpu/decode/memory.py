@@ -1,6 +1,6 @@
 """The map of a block's shared memory, in words. Strides keep a warp's lanes in different banks.
 
-    masks | rows | numbers | ids | v | sums of the cluster's blocks | each warp's: copies, sums
+    masks | rows | numbers | ids | factors | v | sums of the cluster's blocks | each warp's own
 
 The tokens' part (`masks` to `ids`) is written by seating.py. A warp's piece is a ring of copies: of
 columns of x and A, then, when these are used, of rows of B and columns of y. Its own sums lie in it
@@ -14,14 +14,15 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mosaic_gpu.decode.config import MAX_DECODE_TOKENS
 from pallas_kernels.mosaic_gpu.decode.work import (
     COLUMNS,
+    LINE,
     TOKENS,
-    UNIT,
     Job,
     Strip,
     Work,
     turn_ranks,
 )
 
+WARP_WORDS = 32 * 4  # what the lanes of a warp copy at once, 16 bytes each
 _COPIES = 4  # of B that a warp has on their way, unless the highest rank has more
 
 
@@ -62,9 +63,19 @@ class MemoryMap(NamedTuple):
     # --------------------------------------------------------------------------------- v, sums
 
     @property
-    def v(self) -> int:
-        """v in the dtype of B: the block's, or each warp's own."""
+    def factors(self) -> int:
+        """What columns of v are multiplied by, of a job with stacks in 8 bits."""
         return self.ids + self.ids_stride
+
+    @property
+    def factor_warps(self) -> int:
+        """How many warps copy them: each those of so many columns as it copies words at once."""
+        return pl.cdiv(self.work.ranks, WARP_WORDS) if self.work.case.is_eight_bits else 0
+
+    @property
+    def v(self) -> int:
+        """v as products take it: the block's, or each warp's own."""
+        return self.factors + self.factor_warps * WARP_WORDS
 
     @property
     def v_stride(self) -> int:
@@ -130,7 +141,12 @@ class MemoryMap(NamedTuple):
 
     def a_slot(self, job: Job) -> int:
         """Words of a copy of x and A."""
-        return (1 + max(len(bundle.octets) for bundle in job.bundles)) * 8 * UNIT // 2
+        return self.x_rows + max(len(bundle.octets) for bundle in job.bundles) * 8 * LINE // 4
+
+    @property
+    def x_rows(self) -> int:
+        """Words of x in a copy of x and A."""
+        return TOKENS * self.work.case.unit * self.work.case.dtype.itemsize // 4
 
     def a_stages(self, job: Job) -> int:
         """Copies of x and A that a warp has on their way; 0 without a shrink."""
@@ -141,7 +157,11 @@ class MemoryMap(NamedTuple):
 
     def b_rows(self, strip: Strip) -> int:
         """Words of B in a copy of B; y's columns follow."""
-        return COLUMNS * turn_ranks(self.work.strip_rank(strip)) // 2
+        return max(WARP_WORDS, COLUMNS * self.b_row(strip))
+
+    def b_row(self, strip: Strip) -> int:
+        """Words of one row of B there."""
+        return turn_ranks(self.work.strip_rank(strip)) * self.work.case.weights.itemsize // 4
 
     def b_slot(self, strip: Strip) -> int:
         """Words of a copy of B and y."""

@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_gpu.decode.work import (
     Work,
 )
 from pallas_kernels.mosaic_gpu.layouts import cuts
+from pallas_kernels.stacks import is_eight_bits
 
 # Blocks that are there at once, with one on a multiprocessor: the multiprocessors of a GPC take
 # whole clusters. H100, T=16, 16 adapters of R=128, 16 clusters of 8: 21.3 us with one block on a
@@ -46,7 +47,7 @@ class DecodePart(NamedTuple):
     Attributes:
       lora_a: `[L, R, H]`.
       lora_b: `[L, N, R]`.
-      scales: `[1]`, or `[S]`, of which the stack has L from `first_scale` on.
+      scales: `[1]`, or `[S]`, of which the stack has L from `first_scale` on; in 8 bits L * R.
       first_slot: the id of its first adapter.
       y_offset: its first column in all ys side by side.
       first_scale: where its scales start.
@@ -162,6 +163,11 @@ def _case(
         return None
     if any(stack.dtype != dtype for part in parts for stack in part.stacks):
         return None
+    weights = jnp.dtype(dtype)
+    if is_eight_bits(weights):  # rows of A are whole vectors of 16 bytes
+        dtype = jnp.dtype(jnp.bfloat16)
+        if x.shape[1] % 16:
+            return None
     if len({y.dtype for y in ys}) > 1 or (shrinks and x.dtype != dtype):
         return None
     return Case(
@@ -170,6 +176,7 @@ def _case(
         features=x.shape[1],
         y_widths=tuple(y.shape[1] for y in ys),
         dtype=jnp.dtype(dtype),
+        weights=weights,
         x_dtype=jnp.dtype(x.dtype),
         y_dtype=jnp.dtype(ys[0].dtype),
         parts=tuple(part.static for part in parts),

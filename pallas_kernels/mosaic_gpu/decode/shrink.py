@@ -1,7 +1,8 @@
 """v = x A^T, a warp's share of it: products of what its copies have brought.
 
 A lane's 8 consecutive columns serve two steps of `mma`, which wants columns 2c and 2c + 8 on of
-both operands: a product adds up in any order, so that both come from shared memory in vectors.
+both operands: a product adds up in any order, so that both come from shared memory in vectors. Of A
+in 8 bits a lane has 16 columns at once, for four steps.
 """
 
 import functools
@@ -79,6 +80,8 @@ def _first_copies(
     if len(lane.work.jobs) > 1 or len(task.job.bundles) > 1:
         m.arrived(0)
         m.warp_barrier()  # the ring is free
+    if turns[0][0] is task.job.bundles[0]:
+        copies.ask_factors()
     for slot, (bundle, n) in enumerate(turns[: lane.at.a_stages(task.job)]):
         copies.ask(bundle, n, slot)
         m.commit()
@@ -104,14 +107,24 @@ def _turn(
 
 def _multiply(lane: Lane, task: Task, bundle: Bundle, slot: Number, acc: list[Real]) -> list[Real]:
     """acc plus the products of a slot's columns; two sums of a lane for each octet."""
-    m, acc = lane.m, list(acc)
-    row = lane.ring + slot * lane.at.a_slot(task.job) + lane.row * 32 + lane.quad * 4
+    m, at, acc = lane.m, lane.at, list(acc)
+    row = lane.ring + slot * at.a_slot(task.job) + lane.row * 32
     for half in range(2):
-        at = row + (lane.row + half) % 2 * 16
-        tokens = m.get(at, 4)
+        place = row + lane.quad * 4 + (lane.row + half) % 2 * 16
+        if lane.case.is_eight_bits:
+            tokens = _beside_eight_bits(lane, row + 256 * half)
+        else:
+            tokens = m.get(place, 4)
         for n in range(len(bundle.octets)):
-            ranks, mine = m.get(at + 256 * (n + 1), 4), slice(2 * n, 2 * n + 2)
-            for step in (0, 2):
+            mine = slice(2 * n, 2 * n + 2)
+            ranks = lane.operands(m.get(place + (at.x_rows + 256 * n), 4))
+            for step in range(0, len(ranks), 2):
                 pair = tokens[step : step + 2], ranks[step : step + 2]
                 acc[mine] = m.mma(acc[mine], *pair, lane.case.dtype)
     return acc
+
+
+def _beside_eight_bits(lane: Lane, row: Int) -> list[Int]:
+    """A lane's 16 columns of x in a line, of which A in 8 bits has as many in 16 bytes."""
+    vectors = [(lane.quad * 2 + n) ^ lane.row % 2 for n in range(2)]
+    return [word for vector in vectors for word in lane.m.get(row + vector * 4, 4)]

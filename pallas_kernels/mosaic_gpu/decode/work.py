@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 TOKENS = 8  # of a cluster: the rows of mma's operand
-UNIT = 64  # columns of x and A that a warp takes in turn: a line of 128 bytes
+LINE = 128  # bytes of a row of A, as many columns of x and A as a warp takes in turn
 COLUMNS = 32  # columns of y that a warp takes in turn
 OCTETS = 8  # of ranks, whose sums are in registers at once
 # Ranks of the parts whose sums are exchanged together, unless one part has more.
@@ -98,7 +98,8 @@ class Case(NamedTuple):
     x_rows: int  # fewer than tokens where these take turns to read the same rows of x
     features: int
     y_widths: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype  # of the operands of products
+    weights: np.dtype  # of A and B, if in 8 bits another one
     x_dtype: np.dtype
     y_dtype: np.dtype
     parts: tuple[Part, ...]
@@ -106,6 +107,16 @@ class Case(NamedTuple):
     expands: bool
     add_inputs: bool
     layers: int  # whose stacks stand one behind the other; an operand says which one's are used
+
+    @property
+    def is_eight_bits(self) -> bool:
+        """Whether A and B are, so that each column of v has a scale of its own."""
+        return self.weights != self.dtype
+
+    @property
+    def unit(self) -> int:
+        """Columns of x and A that a warp takes in turn."""
+        return LINE // self.weights.itemsize
 
 
 class Work(NamedTuple):
@@ -203,7 +214,7 @@ class Work(NamedTuple):
     @property
     def share_units(self) -> int:
         """Units of H that are a block's."""
-        return pl.cdiv(pl.cdiv(self.case.features, UNIT), self.split)
+        return pl.cdiv(pl.cdiv(self.case.features, self.case.unit), self.split)
 
     @property
     def units(self) -> int:

@@ -18,6 +18,7 @@ from pallas_kernels.mosaic_gpu.lanes.values import (
     Real,
     Ref,
 )
+from pallas_kernels.stacks import EIGHT_BITS
 
 _NAN = 0x7FC00000
 
@@ -269,6 +270,10 @@ class Emulator:
     def unpack(self, word: Int, dtype: np.dtype) -> list[Real]:
         halves = np.ascontiguousarray(_of(word))[..., None].view(dtype).astype(np.float32)
         return [Lanes(halves[..., 0]), Lanes(halves[..., 1])]
+
+    def widen(self, word: Int, dtype: np.dtype) -> list[Int]:
+        wide = np.ascontiguousarray(_of(word))[..., None].view(EIGHT_BITS).astype(dtype)
+        return [Lanes(wide.view(np.int32)[..., n]) for n in range(2)]
 
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype) -> list[Real]:
         warps = self._active.reshape(self._shape[0], -1, 32)

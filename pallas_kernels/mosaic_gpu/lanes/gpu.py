@@ -220,6 +220,21 @@ class Gpu:
         )
         return [*_gives(text, (self._f32, self._f32), word)]
 
+    def widen(self, word: Int, dtype: np.dtype) -> list[Int]:
+        # The bits of float8_e4m3fn, moved to those of a bfloat16, are 2^-120 of it, subnormal ones
+        # too. Hopper converts to float16 alone.
+        assert dtype.name == "bfloat16"
+        text = (
+            "{{ .reg .b32 wide, digits; prmt.b32 wide, $1, 0, {bytes}; shr.u32 digits, wide, 4; "
+            "and.b32 digits, digits, 0x07f007f0; lop3.b32 wide, wide, 0x80008000, digits, 0xea; "
+            "mul.rn.bf16x2 $0, wide, $2; }}"
+        )
+        power = self.integer(0x7B807B80)  # 2^120, twice
+        return [
+            one for which in ("0x1404", "0x3424")
+            for one in _gives(text.format(bytes=which), (self._i32,), word, power)
+        ]  # fmt: skip
+
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype) -> list[Real]:
         kind = _PTX_TYPE[dtype.name]
         text = (

@@ -102,6 +102,9 @@ class Machine(Protocol):
     def unpack(self, word: Int, dtype: np.dtype, /) -> list[Real]:
         """The low half of a word and the high one."""
 
+    def widen(self, word: Int, dtype: np.dtype, /) -> list[Int]:
+        """Four floats of 8 bits as two words of `dtype`, exactly. They are no NaN."""
+
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype, /) -> list[Real]:
         """acc + a b by m16n8k16. a and acc are the upper 8 rows; the lower ones are zero."""
 

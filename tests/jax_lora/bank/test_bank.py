@@ -21,7 +21,17 @@ from flax import nnx
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tiny import FEATURES, Mlp, expected, filled_with, forward, make_adapter, make_bank, tokens
+from marks import PHASES, spread
+from tiny import (
+    FEATURES,
+    Mlp,
+    expected,
+    filled_with,
+    forward,
+    make_adapter,
+    make_bank,
+    tokens,
+)
 
 import jax_lora
 from jax_lora import (
@@ -58,7 +68,7 @@ def check_rows(model, bank, names, adapters, phase="decode"):
 # -------------------------------------------------------------------------- loading and evicting
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_row_uses_its_adapter(pair, phase):
     model, bank = pair
     a, b, c = make_adapter(1, 3), make_adapter(2, 8, rslora=True), make_adapter(3, 12, alpha=40)
@@ -529,7 +539,7 @@ def test_compiled_functions_keep_no_lease(leased, wrap):
     assert_free(bank)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("change", ["unload", "replace", "unload and fill"])
 def test_a_kept_batch_computes_the_old_weights_bit_for_bit(phase, change):
     model, bank = make_bank(slots=2, buckets=(8,))
@@ -563,8 +573,9 @@ def test_replacing_a_leased_adapter_needs_another_slot(leased):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("value", "phase"), spread([np.nan, np.inf, -np.inf], ["decode", "prefill"])
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_nan_and_infinity_stay_with_their_tenant(value, phase, dtype):
     model, bank = make_bank(slots=2, buckets=(8, 16), dtype=dtype)
@@ -1008,7 +1019,7 @@ def test_weights_of_other_tenants_are_not_read_from_a_file_of_the_bank(pair, tmp
     bank.save("small", tmp_path)
     assert {w.rank for w in load_peft(tmp_path).modules.values()} == {2}
     entry = bank._entry("small")
-    for a, b in read_slots(bank._sites, entry.bucket, entry.slot).values():
+    for a, b in read_slots(bank._sites, entry).values():
         np.testing.assert_array_equal(a[2:], 0)
         np.testing.assert_array_equal(b[:, 2:], 0)
 
@@ -1192,16 +1203,18 @@ def _eagerly(model, x, batch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("call", [forward, _explicitly, _eagerly])
 @pytest.mark.parametrize(
-    "copied",
-    [
-        lambda batch: batch,
-        jax.device_put,
-        lambda batch: jax.tree.map(jnp.asarray, batch),
-        lambda batch: batch.with_phase("prefill"),
-        copy.deepcopy,
-    ],
+    ("copied", "call"),
+    spread(
+        [
+            lambda batch: batch,
+            jax.device_put,
+            lambda batch: jax.tree.map(jnp.asarray, batch),
+            lambda batch: batch.with_phase("prefill"),
+            copy.deepcopy,
+        ],
+        [forward, _explicitly, _eagerly],
+    ),
 )
 def test_a_batch_of_another_models_bank_is_refused(call, copied):
     (mine, bank), (other, second) = make_bank(), make_bank()

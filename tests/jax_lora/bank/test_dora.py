@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import in_ci
 from safetensors.numpy import load_file, save_file
 from tiny import forward, make_adapter, make_bank
 
@@ -106,7 +107,8 @@ def wanted(right, rows=ROWS):
     return np.stack([right[name][n] for n, name in enumerate(rows)])
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("packed", [False, True])
 def test_mixed_batches_equal_peft(saved, packed, optimised):
     root, x, right = saved
     model, bank = make(3, packed=packed)
@@ -137,7 +139,7 @@ def test_evict_reload_and_replace(saved):
     np.testing.assert_allclose(got, right["plain"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dora", "one module"])
+@pytest.mark.parametrize("name", [in_ci("dora"), "one module"])
 def test_saved_again_it_is_the_same(saved, tmp_path, name):
     root, x, right = saved
     _, bank = make()
@@ -152,7 +154,7 @@ def test_saved_again_it_is_the_same(saved, tmp_path, name):
         np.testing.assert_allclose(model(torch.from_numpy(x)).numpy(), right[name], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dora", "high", "one module"])
+@pytest.mark.parametrize("name", ["dora", *map(in_ci, ("high", "one module"))])
 def test_merged_it_computes_the_same(saved, name):
     root, x, right = saved
     _, bank = make()
@@ -294,6 +296,7 @@ def test_a_step_trains_adapters_without_dora_alone(saved):
     assert bank.trainees(["plain"]).by_bucket[8].serials.any()
 
 
+@pytest.mark.ci
 def test_on_a_mesh_tokens_may_be_divided_and_kernels_may_not():
     x = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32)
     adapter = with_magnitudes(make_adapter(1, 3, features={"proj": (WIDTH, 8)}))

@@ -186,10 +186,13 @@ def test_compiled_programs_are_kept_where_help_says(
 
     names = "enable_compilation_cache compilation_cache_dir compilation_cache_max_size".split()
     names = [f"jax_{name}" for name in [*names, "persistent_cache_min_compile_time_secs"]]
-    before = {name: getattr(jax.config, name) for name in names}
+    of_tests = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        assert keep_programs() is None  # the tests have switched it off
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", None)
+        before = {name: getattr(jax.config, name) for name in names}
+        assert keep_programs() is None
         assert {name: getattr(jax.config, name) for name in names} == before
         jax.config.update("jax_enable_compilation_cache", True)
         assert keep_programs() == tmp_path / "jax-lora" / "programs"
@@ -198,6 +201,6 @@ def test_compiled_programs_are_kept_where_help_says(
         assert keep_programs() is None
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
-        for name, value in before.items():
+        for name, value in of_tests.items():
             jax.config.update(name, value)
     assert "~/.cache/jax-lora/programs" in run("generate", "--help").stdout

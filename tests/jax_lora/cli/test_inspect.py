@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from tiny import make_adapter
+from tiny import make_adapter, make_bank
 from typer.testing import CliRunner
 
 from jax_lora import Adapter, FullModule, TrainedTokens, save_peft
@@ -107,3 +107,16 @@ def test_inspect_shows_embeddings_and_whole_weights(tmp_path: Path) -> None:
     assert "embed (embedding) x1" in text
     assert "Whole: score, 3 x 500 and bias, 0.01 MB, takes a full slot" in text
     assert "Tokens: wte, 2 x 4, 0.00 MB, takes a full slot" in text
+
+
+def test_inspect_says_how_far_8_bits_are(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", 8)
+    _, bank = make_bank(dtype="float8_e4m3fn")
+    error = bank.load("a", folder)
+    result = run("inspect", "--eight-bits", "--json", folder)
+    report = json.loads(result.stdout)["adapters"][0]["eight_bits"]
+    assert report["largest"] == max(report["errors"].values()) == error
+    assert report["errors"].keys() == {"up", "down"} and report["is_taken"]
+    text = run("inspect", "--eight-bits", folder).stdout
+    assert f"8 bits: change what {report['module']} adds by {error:.1%}, others less" in text
+    assert json.loads(run("inspect", "--json", folder).stdout)["adapters"][0]["eight_bits"] is None

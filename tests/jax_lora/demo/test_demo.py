@@ -17,14 +17,15 @@ from jax_lora.llama import Llama, generate
 PROMPTS, BATCH = 100, 110
 
 
-@pytest.fixture(scope="module")
-def exact_match() -> dict[tuple[str | None, str], float]:
-    """Share of held-out prompts that each adapter (or none) completes as each task would."""
+@pytest.fixture(scope="module", params=[None, "float8_e4m3fn"])
+def exact_match(request: pytest.FixtureRequest) -> dict[tuple[str | None, str], float]:
+    """Share of held-out prompts that each adapter (or none) completes as each task would, in stacks
+    of the model's dtype, and in 8 bits."""
     model = Llama.from_pretrained(FOLDER / "base", dtype=jnp.float32)
     tokenizer = load_tokenizer(FOLDER / "base")
     adapters = {name: load_peft(path) for name, path in adapter_paths().items()}
     slots = fitting_slots([adapter.rank for adapter in adapters.values()])
-    apply_lora(model, slots=slots, buckets=tuple(slots))
+    apply_lora(model, slots=slots, buckets=tuple(slots), dtype=request.param)
     bank = AdapterBank(model)
     for name, adapter in adapters.items():
         bank.load(name, adapter)

@@ -16,6 +16,7 @@ from jax_lora import llama
 from jax_lora.generation import fitting_slots
 
 FAMILIES = ["Llama-3.2", "Mistral-v0.1", "Qwen2.5", "Qwen3", "Gemma-2", "Gemma-3", "Phi-3-4k"]
+QUICK = ["Llama-3.2", "Qwen3", "Gemma-3"]  # few of them have an option that these lack
 
 
 def build(tmp_path: Path, name: str) -> tuple[Any, Path, Path]:
@@ -43,7 +44,7 @@ def logits_of(reference: Any, tokens: np.ndarray) -> np.ndarray:
         pytest.param(
             name,
             marks=[]
-            if name in FAMILIES
+            if name in QUICK
             # `test_moe_models.py` has the logits of these two, beside those of adapters.
             else [pytest.mark.slow if name in ("Mixtral", "Qwen3-MoE") else pytest.mark.ci],
         )

@@ -523,6 +523,7 @@ def test_generate_in_a_forked_child_is_refused(pair):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.ci
 def test_a_decode_without_adapters_in_its_batch_runs_the_plain_model(pair):
     model = nnx.clone(pair[1])
     jax_lora.apply_lora(model, slots=1, buckets=(8,))

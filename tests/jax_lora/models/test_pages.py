@@ -1,6 +1,7 @@
 """Keys and values in blocks: the same logits as without a cache, wherever the blocks are."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_lora.llama import Llama, LlamaConfig
-from jax_lora.models.pages import Lanes, Pages, blocks_of
+from jax_lora.models.pages import Lanes, Pages, blocks_of, lacks_in_place
 
 CONFIG = LlamaConfig(
     vocab_size=31,
@@ -99,6 +101,45 @@ def test_a_step_writes_its_tokens_where_the_blocks_stand(scan):
     shape = re.escape(f"f32[{','.join(map(str, pages.keys.shape))}]")
     assert re.search(rf"= {shape}\S* (scatter|fusion)\(", text)
     assert not re.search(rf"= {shape}\S* (copy|copy-start)\(", text)
+
+
+@pytest.mark.ci
+def test_a_kernel_reads_the_blocks_as_xla_does():
+    """Decoding rows of a model with two kinds of layers, one of them of a window."""
+    config = dataclasses.replace(
+        WINDOWS, head_dim=64, attn_logit_softcapping=None, sliding_window=20
+    )
+    model = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    graphdef, state = nnx.split(model)
+    keys = jax.random.split(jax.random.key(0), 2)
+    pages = Pages.empty(config, 20, 8, jnp.bfloat16)
+    k, v = (jax.random.normal(key, pages.keys.shape, jnp.bfloat16) for key in keys)
+    pages = Pages(k, v, pages.blocks)
+    tables = np.arange(18, dtype=np.int32).reshape(2, 9)[:, ::-1]
+    rows = Lanes(tables, np.array([70, 9], np.int32), np.ones(2, np.int32))
+
+    def step(in_place, state, pages):
+        decoder = nnx.merge(graphdef, state).model
+        return decoder.paged(jnp.array([3, 5]), pages, ((rows, 1),), room=16, in_place=in_place)
+
+    right, written = jax.jit(functools.partial(step, False))(state, pages)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found, by_kernel = step(True, state, pages)
+    np.testing.assert_allclose(np.float32(found), np.float32(right), atol=0.05)
+    np.testing.assert_allclose(np.float32(by_kernel.values), np.float32(written.values), atol=0.05)
+
+
+def test_a_kernel_is_for_some_shapes_on_some_devices(monkeypatch):
+    big = dataclasses.replace(CONFIG, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    of = functools.partial(lacks_in_place, big, 64, 32)
+    assert of(jnp.bfloat16) == "a Hopper GPU with kernels"
+    monkeypatch.setattr("pallas_kernels.dispatch.gpu_capability", lambda: "9.0")
+    assert of(jnp.bfloat16) is None and of(jnp.float32) == "keys of float32"
+    assert "4 rows of 8 heads" in lacks_in_place(big, 4, 32, jnp.bfloat16)
+    capped = dataclasses.replace(big, attn_logit_softcapping=5.0)
+    assert lacks_in_place(capped, 64, 32, jnp.bfloat16) == "scores that are capped"
+    monkeypatch.setenv("JAX_LORA_DISABLE_KERNELS", "1")
+    assert of(jnp.bfloat16) == "a Hopper GPU with kernels"
 
 
 def test_blocks_of():

@@ -151,6 +151,7 @@ def test_mixed_batch_equals_peft_row_by_row_also_after_evict_and_reload(
     assert compiled == []
 
 
+@pytest.mark.ci
 def test_decode_dispatches_to_bgmv_prefill_and_large_ranks_to_sgmv(served: Served) -> None:
     def kernels(phase: str, buckets: tuple[int, ...]) -> set[str]:
         layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))

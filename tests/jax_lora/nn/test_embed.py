@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from marks import PHASES, in_ci
 from tiny import make_adapter
 
 import jax_lora
@@ -79,7 +80,7 @@ def served(**options):
     return model, bank
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_each_row_has_its_adapter(phase):
     model, bank = served()
     names, tokens = ["a", "b", None, "c", "a"], tokens_of(5, 4)
@@ -281,7 +282,7 @@ class Wide(nnx.Module):
         return self.embed.attend(self.embed(tokens))
 
 
-@pytest.mark.parametrize(("phase", "length"), [("decode", 1), ("prefill", 300)])
+@pytest.mark.parametrize(("phase", "length"), [("decode", 1), in_ci("prefill", 300)])
 def test_hopper_runs_both_by_kernels(phase, length):
     model = Wide()
     apply_lora(model, target=["embed", "embed.head"], slots=2, buckets=(16, 64))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from marks import PHASES, spread
 from tiny import Mlp, expected, forward, make_adapter, make_bank, tokens
 
 import jax_lora
@@ -105,7 +106,7 @@ def test_without_a_batch_it_is_nnx_linear():
     assert [stack.bucket for stack in layer.stacks] == [8, 16, 32, 64, 128]
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     ("x_dtype", "dtype", "param_dtype", "lora_dtype"),
     [
@@ -143,7 +144,7 @@ def test_delta_equals_float64(phase, x_dtype, dtype, param_dtype, lora_dtype):
     np.testing.assert_array_equal(got[1], base[1])  # the row without an adapter
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_packed_slices_of_unequal_widths(phase):
     layer = LoRADense(9, 12, slots=3, buckets=(8, 16), slices=(7, 1, 4), rngs=nnx.Rngs(0))
     assert [(s.bucket, s.y_offset, s.lora_b.shape[1]) for s in layer.stacks] == [
@@ -201,7 +202,7 @@ def layer():
     return layer, fill(layer)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("between", [(), (3,), (2, 3)])
 def test_rows_of_x(layer, phase, between):
     layer, filled = layer
@@ -534,16 +535,18 @@ def converted(layer):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    ("in_features", "out_features", "axis", "shape"),
-    [
-        (4, 6, -1, (5, 4)),
-        ((2, 3), 4, (-2, -1), (5, 2, 3)),
-        (4, (2, 3), -1, (5, 7, 4)),
-        ((2, 3), (3, 2), (1, 3), (5, 2, 7, 3)),
-        ((3, 3), (4,), (-1, 1), (5, 3, 3)),  # Flax sorts the axes
-    ],
+    ("in_features", "out_features", "axis", "shape", "phase"),
+    spread(
+        [
+            (4, 6, -1, (5, 4)),
+            ((2, 3), 4, (-2, -1), (5, 2, 3)),
+            (4, (2, 3), -1, (5, 7, 4)),
+            ((2, 3), (3, 2), (1, 3), (5, 2, 7, 3)),
+            ((3, 3), (4,), (-1, 1), (5, 3, 3)),  # Flax sorts the axes
+        ],
+        ["decode", "prefill"],
+    ),
 )
 def test_linear_general(phase, in_features, out_features, axis, shape):
     layer, filled = converted(
@@ -570,8 +573,7 @@ EINSUMS = {
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("equation", EINSUMS)
+@pytest.mark.parametrize(("equation", "phase"), spread(EINSUMS, ["decode", "prefill"]))
 def test_einsum(phase, equation):
     kernel_shape, shape, (lhs, out) = EINSUMS[equation]
     layer, filled = converted(nnx.Einsum(equation, kernel_shape, rngs=nnx.Rngs(0)))
@@ -602,7 +604,7 @@ def test_a_bias_of_an_einsum_is_kept():
     np.testing.assert_array_equal(got[1], base[1])
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_multi_head_attention(phase):
     """Merged weights compute the same: rows of three adapters, one of them for two layers only."""
 
@@ -792,18 +794,20 @@ def eagerly(model, bank, batch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    "run",
-    [
-        eagerly,
-        with_jit_of_state,
-        with_nnx_jit,
-        with_scan,
-        with_vmap,
-        with_remat,
-        with_inner_jit,
-    ],
+    ("run", "phase"),
+    spread(
+        [
+            eagerly,
+            with_jit_of_state,
+            with_nnx_jit,
+            with_scan,
+            with_vmap,
+            with_remat,
+            with_inner_jit,
+        ],
+        ["decode", "prefill"],
+    ),
 )
 def test_transformations(served, run, phase):
     model, bank, _ = served

@@ -10,8 +10,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import PHASES, spread
+from meshes import KINDS
 from tiny import Mlp, expected, make_adapter, tokens
 
 from jax_lora import AdapterBank, LoRAConfig, linen, load_peft, use
@@ -53,7 +55,7 @@ def right(x, adapters):
     return expected(Mlp(nnx.Rngs(0)), x, adapters)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("ambient", [False, True])
 def test_rows_use_their_adapters(pair, phase, ambient):
     params, bank = pair
@@ -84,7 +86,7 @@ def test_the_base_is_flax_dense():
     assert not any(leaf.any() for leaf in jax.tree.leaves(variables["lora"]))
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_slices_and_dtypes_equal_the_nnx_layer(phase):
     options = {"slots": 2, "buckets": (8,), "slices": (5, 2), "param_dtype": jnp.bfloat16}
     layer = LoRADense(7, **options, name="qkv")
@@ -222,6 +224,7 @@ class Scanned(nn.Module):
         return LoRADense(4, **OPTIONS, name="head")(x, adapters)
 
 
+@pytest.mark.ci
 def test_layers_of_a_scan():
     x, names = tokens(2), ["head", *(f"layers.{n}.proj" for n in range(3))]
     variables = Scanned().init(jax.random.key(0), x)
@@ -351,8 +354,9 @@ def value_and_grads(params, bank_variables, x, batch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("dp, tp", [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "dp, tp, kind", [*((2, 2, kind) for kind in KINDS), *spread([(1, 1), (4, 1)], KINDS)]
+)
 def test_layers_on_a_mesh_equal_those_of_one_device(dp, tp, kind):
     """Tokens over dp. Kernels over tp: the types of explicit axes say so, or Flax's metadata."""
     params = nn.meta.unbox(Divided().init(jax.random.key(0), tokens(4)))["params"]

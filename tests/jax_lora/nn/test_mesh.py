@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import in_ci, spread
 from meshes import COLUMN, KINDS, ROW, assert_equal, collectives, mesh_of
 from tiny import Mlp, expected, make_adapter, make_bank
 from tiny import tokens as tiny_tokens
@@ -109,8 +110,7 @@ def call(layer, x, adapters):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("how", ["metadata", "sharding"])
+@pytest.mark.parametrize("how, kind", spread(["metadata", "sharding"], KINDS))
 @pytest.mark.parametrize("spec", [COLUMN, ROW])
 def test_layers_follow_their_kernel(spec, how, kind):
     """Column-parallel: B and y are divided, nothing is exchanged. Row-parallel: A and x are, and
@@ -185,7 +185,7 @@ def _step(model, x, adapters):
 
 @pytest.mark.parametrize(
     "kind",
-    [AxisType.Explicit, *(pytest.param(k, marks=pytest.mark.ci) for k in (AxisType.Auto, None))],
+    [AxisType.Explicit, *map(in_ci, (AxisType.Auto, None))],
 )
 def test_a_bank_writes_where_a_step_has_moved_the_stacks(kind, tmp_path):
     """To a mesh, or to another device; from then on loads compile nothing."""
@@ -223,7 +223,7 @@ def served(mesh):
     return model, AdapterBank(model)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 def test_a_bank_of_divided_stacks(kind, tmp_path):
     """Loads change them in place, device by device, and compile nothing."""
     mesh = mesh_of(kind, tp=2)
@@ -290,11 +290,8 @@ LAYERS = {  # what makes the layer, the kernel's spec, the features of x
 }
 
 
-CASES = [(case, kind) for case in LAYERS for kind in (AxisType.Explicit, AxisType.Auto)]
-
-
 @pytest.mark.ci
-@pytest.mark.parametrize("case, kind", CASES)
+@pytest.mark.parametrize("case, kind", spread(LAYERS, KINDS))
 def test_layers_over_two_axes(case, kind):
     """Tokens over one axis of the mesh, weights over the other, or over both. In bfloat16 the
     kernels are traced too."""
@@ -345,7 +342,7 @@ def test_a_scan_over_divided_tokens_sorts_them_once(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, phase", [(64, "decode"), (1024, "prefill")])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 @pytest.mark.parametrize(
     "spec, fully, exchanged",
     [
@@ -491,24 +488,17 @@ def test_projections_of_one_x_equal_those_of_one_device(specs, plain, kind):
 TWO_AXES = P("b", "a")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "spec, sizes, exchanged, kind",
-    [
-        (COLUMN, {"tp": 4}, {"all-gather": 1}, AxisType.Explicit),
-        *(
-            pytest.param(spec, sizes, exchanged, kind, marks=pytest.mark.ci)
-            for kind in KINDS
-            for spec, sizes, exchanged in (
-                (COLUMN, {"tp": 8}, {"all-gather": 1}),
-                (ROW, {"tp": 8}, {"reduce-scatter": 1, "all-reduce": 1}),
-                (
-                    TWO_AXES,
-                    {"a": 2, "b": 4},
-                    {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1},
-                ),
-            )
-        ),
-    ],
+    spread(
+        [
+            (COLUMN, {"tp": 8}, {"all-gather": 1}),
+            (ROW, {"tp": 8}, {"reduce-scatter": 1, "all-reduce": 1}),
+            (TWO_AXES, {"a": 2, "b": 4}, {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1}),
+        ],
+        KINDS,
+    ),
 )
 def test_a_layer_whose_ranks_are_divided_too(spec, sizes, exchanged, kind):
     """Each device has its part of A and B alone. One small exchange comes to those of the base."""
@@ -563,7 +553,7 @@ def run_layers(layers, x, adapters):
         return jax_lora.scan_layers(body, layers, x)[0]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, in_ci(AxisType.Auto)])
 def test_a_scan_of_divided_layers(kind):
     mesh = mesh_of(kind, dp=2, tp=2)
     layers = stacked_layers(NamedSharding(mesh, P(None, "tp", None)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
+from marks import PHASES, in_ci
 from tiny import make_adapter, tokens
 
 from jax_lora import (
@@ -85,11 +86,8 @@ class Model(nnx.Module):
         return x
 
 
-def slow(how):
-    return pytest.param(how, marks=pytest.mark.ci)
-
-
-HOWS = ["unrolled", "scan_layers", "nnx.scan", slow("lax.scan"), slow("remat")]
+SCANS = ["nnx.scan", "lax.scan", "remat"]
+HOWS = ["unrolled", "scan_layers", *map(in_ci, SCANS)]
 FEATURES = {"first": (H, H), "head": (H, H)} | {
     f"layers.{n}.{name}": size
     for n in range(LAYERS)
@@ -153,7 +151,7 @@ def expected():
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_way_to_run_stacked_layers_computes_the_same(expected, how, phase):
     model, bank = served(how)
     got = outputs(model, X, bank.batch(NAMES, phase=phase))
@@ -180,7 +178,8 @@ def gradients(how):
     return {path: np.asarray(variable[...]) for path, variable in found}
 
 
-@pytest.mark.parametrize("how", ["scan_layers", slow("nnx.scan"), slow("lax.scan"), slow("remat")])
+@pytest.mark.ci
+@pytest.mark.parametrize("how", ["scan_layers", *SCANS])
 def test_every_way_has_the_same_gradients(right_gradients, how):
     found = gradients(how)
     for path, want in right_gradients.items():

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from marks import spread
 from tiny import Mlp, expected, forward, make_adapter, tokens
 from torch_mlp import TorchMlp, peft_run
 
@@ -99,8 +100,7 @@ OPTIMIZERS = {
 
 @pytest.mark.ci
 @pytest.mark.parametrize(("start", "steps"), [("elsewhere", 1), ("as created", 3)])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "phase"), spread(OPTIMIZERS, ["decode", "prefill"]))
 def test_one_mixed_step_equals_two_peft_runs(pair, tmp_path, optimizer, phase, steps, start):
     model, bank = pair
     if start == "elsewhere":
@@ -126,8 +126,7 @@ def test_one_mixed_step_equals_two_peft_runs(pair, tmp_path, optimizer, phase, s
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "phase"), spread(OPTIMIZERS, ["decode", "prefill"]))
 def test_absent_adapters_have_zero_gradient_and_padding_stays_zero(pair, optimizer, phase):
     model, bank = pair
     randomize(bank)
@@ -148,6 +147,7 @@ def test_absent_adapters_have_zero_gradient_and_padding_stays_zero(pair, optimiz
             assert not np.take(after[path], range(rank, bank.bucket(name)), axis).any()
 
 
+@pytest.mark.ci
 def test_adapters_of_different_ranks_learn_different_things(pair):
     """Both fit their own rows in one run, and the base rows stay."""
     model, bank = pair
@@ -189,6 +189,7 @@ def test_the_optimizer_of_flax_trains_the_same(pair):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
+@pytest.mark.ci
 def test_a_created_adapter_starts_as_pefts(pair, optimised):
     model, bank = pair
     rows = ["small", None, "large"]

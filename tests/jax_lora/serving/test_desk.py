@@ -130,3 +130,26 @@ def test_a_closed_desk_leases_nothing(desk):
     assert desk.leased() == ("a",)
     desk.desk.drop_all()
     assert desk.leased() == ()
+
+
+def test_a_slot_that_is_reserved_is_no_room_for_others(desk):
+    desk.bank.reserve("b", {8: 1})
+    wanted = {"a": Waiting(0, None), "b": Waiting(1, None)}
+    assert desk.desk.take("a", 0) is None and desk.desk.take("b", 1) is None
+    desk.pump(wanted, messages=2)  # read: b is uploaded, though a came first
+    desk.pump(wanted)
+    held = desk.desk.take("b", 1)
+    assert held is not None and desk.leased() == ("b",)
+    wanted = {"a": Waiting(0, None), "b": Waiting(None, 5)}
+    desk.desk.advance(wanted)
+    later = desk.desk.take("b", 2)  # gives way to nobody
+    assert later is not None and desk.desk.is_blocked
+    desk.bank.reserve("b", {})
+    desk.desk.advance(wanted)
+    assert desk.desk.take("b", 3) is None
+    held.lease.close()
+    later.lease.close()
+    wanted["b"] = Waiting(3, None)
+    desk.desk.advance(wanted)
+    desk.pump(wanted)
+    assert desk.desk.take("a", 0) is not None

@@ -266,7 +266,7 @@ def test_a_broken_adapter_fails_its_own_requests(served, tmp_path, kind, message
 def test_arrays_are_checked_as_files_are(served):
     for name, adapter, message in (
         ("nan", fill(decoder_adapter(1, 4), np.inf), "has NaN or infinite weights"),
-        ("large", decoder_adapter(1, 16), "it has 59392 bytes; max_bytes=58000"),
+        ("large", decoder_adapter(1, 16), "it has 59392 bytes of weights; max_bytes=58000"),
         ("rank", make_adapter(1, 20, features=QUERIES), "rank 20 and needs bucket 32"),
     ):
         served.engine.add_adapter(name, adapter)

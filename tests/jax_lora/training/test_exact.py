@@ -22,6 +22,7 @@ def test_rows_have_the_same_bits_in_batches_of_any_size(dtype, rank):
     check_exact(*rows_of_two_ranks(200, 96, 80, (8, rank), dtype), sizes=(1, 8, 64, 130))
 
 
+@pytest.mark.ci
 def test_mixes_of_adapters_have_the_same_bits_too():
     y, x, parts, _ = rows_of_two_ranks(100, 96, 80, (8, 16), "bfloat16")
     rng = np.random.default_rng(0)
@@ -49,6 +50,7 @@ def test_embeddings_are_refused_by_name():
         forward(model, np.array([[1]]), bank.batch([None], phase="exact"))
 
 
+@pytest.mark.ci
 def test_layers_take_it_and_give_the_gradients_that_they_give_else():
     model = Mlp(nnx.Rngs(0))
     apply_lora(model, slots=2, buckets=(8, 16))

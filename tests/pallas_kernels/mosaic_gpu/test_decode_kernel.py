@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.decode import (
     decode_kernel,
     plan,
 )
+from pallas_kernels.mosaic_gpu.decode.config import MAX_UNSEATED_TOKENS, most_unseated_tokens
 from pallas_kernels.mosaic_gpu.decode.work import Work
 from pallas_kernels.mosaic_gpu.lanes import Emulator, gpu
 
@@ -157,6 +158,19 @@ def test_ids_outside_of_one_range_are_none(first: int, way: Way, emulated: None)
     if way.wide:
         ids[2:4] = first + 2**32, first - 2**32  # whose low word is a slot
     check(z.y, (64,), z.x, ids, [DecodePart(z.a, z.b, z.scales, first)], way=way)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("way", [RAW, Way(wide=True)], ids=str)
+def test_a_launch_finds_the_rows_of_as_many_tokens_as_it_may(way: Way, emulated: None) -> None:
+    tokens = MAX_UNSEATED_TOKENS
+    assert most_unseated_tokens(16) == tokens and most_unseated_tokens(128) == tokens // 2
+    z = Case(tokens, 64, 64, 16, 3).arrays()
+    ids = np.full(tokens, -1)
+    used = np.array([0, 31, 32, 255, 256, 300, 383, 384, 480, 510, 511])
+    ids[used] = [2, 0, 2, 1, 2, 2, 0, 2, 2, 2, 2]  # eight of one adapter, from first to last
+    ids[257:262] = 2  # so that these lead a second cluster
+    check(z.y, (64,), z.x, ids, [DecodePart(z.a, z.b, z.scales)], way=way)
 
 
 @pytest.mark.parametrize("way", [Way(), Way(seated=True, delta=True)], ids=str)

@@ -587,7 +587,7 @@ def test_indices_of_no_slot_are_none_where_segments_are_made_by_hand(emulated: N
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "loop"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", ci("xla"), ci("loop")])
 @pytest.mark.parametrize("column_clusters", [1, ci(2), slow(3), ci(7)])
 @pytest.mark.filterwarnings("ignore:LoRA runs as one dense product")
 def test_parts_of_several_ys(
@@ -737,12 +737,19 @@ EVERY_RANK = (8, *range(16, 513, 16))
 MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any T
 
 
+def most_rank(num_tokens: int) -> int:
+    """Up to which rank so many tokens are one launch."""
+    return next(
+        (r for t, r in ((128, MOST_RANK), (256, 128), (512, 64), (1024, 32)) if num_tokens <= t), 0
+    )
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("num_tokens", [1, slow(64), 256, slow(300), 8192])
 @pytest.mark.parametrize("rank", [*BUCKETS, 144, 496])
 def test_every_bucket_lowers(rank: int, num_tokens: int) -> None:
     phase = "decode" if num_tokens <= 256 else "prefill"
-    one = rank <= (MOST_RANK if num_tokens <= 128 else 128 if num_tokens <= 256 else 0)
+    one = rank <= most_rank(num_tokens)
     assert_kernels(lowered(num_tokens, 4096, 4096, rank, phase=phase), rank, one=one)
 
 
@@ -774,7 +781,7 @@ def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> Non
         assert (config.warps is not None) == one
 
 
-@pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), 256])
+@pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), ci(256)])
 @pytest.mark.parametrize("rank", [*BUCKETS, 48, 96, 208, 256])
 def test_every_bucket_lowers_to_one_launch(rank: int, num_tokens: int) -> None:
     config = dataclasses.replace(DECODE, split=8)
@@ -847,7 +854,7 @@ def test_every_config_lowers(config: Config, num_tokens: int) -> None:
     assert_kernels(lowered(num_tokens, 2048, 512, 64, config=config), 64)
 
 
-@pytest.mark.parametrize("y", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("y", ["bfloat16", ci("float16"), "float32"])
 @pytest.mark.parametrize("columns", [136, 200])
 def test_a_delta_has_a_kernel_without_y(columns: int, y: str) -> None:
     dtypes = "bfloat16", "bfloat16", y
@@ -870,7 +877,7 @@ def test_a_delta_has_a_kernel_without_y(columns: int, y: str) -> None:
 def test_the_whole_grid_lowers(rank: int, num_tokens: int, weights: str) -> None:
     for x in (weights, "float32"):
         module = lowered(num_tokens, 3424, 4096, rank, 8, (x, weights, x))
-        one = x == weights and num_tokens <= (128 if rank >= 128 else 256)
+        one = x == weights and (rank <= most_rank(num_tokens) or num_tokens <= 128)
         if one and rank > MOST_RANK:
             one = f"lora_r{rank}" in module
         assert_kernels(module, rank, one=one)

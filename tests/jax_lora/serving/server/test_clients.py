@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
+import sys
 
 import openai
 import pytest
@@ -17,6 +20,23 @@ AIPERF = "aiperf==0.13.0"
 def openai_client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.KEY, max_retries=0) as client:
         yield client
+
+
+@pytest.mark.parametrize("command", ["curl", "python"])
+def test_blocks_of_the_guide(server, command):
+    """As docs/serving.md shows them, but for where the server is and its key."""
+    page = pathlib.Path(__file__).parents[4] / "docs/serving.md"
+    blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    [block] = [text for text in blocks if re.search(rf"^{command} ", text, re.MULTILINE)]
+    block = block.replace("http://127.0.0.1:8000", server.url).replace("none", server.KEY)
+    mine = f"""set -e
+        pip() {{ :; }}
+        python() {{ {sys.executable} "$@"; }}
+        curl() {{ command curl --silent --fail --oauth2-bearer {server.KEY} "$@"; }}
+    """
+    done = subprocess.run(["bash", "-c", mine + block], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "WINDOW" in done.stdout
 
 
 def test_openai_completions(openai_client):

@@ -1,0 +1,89 @@
+"""Adapters in and out of stacks in 8 bits, and how far these are from what they hold."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_lora.adapters import Adapter
+from pallas_kernels.eight_bits import Quantised, quantised
+from pallas_kernels.stacks import EIGHT_BITS
+
+# What a module adds may differ from the adapter's own by so much of its norm. Rounding to four
+# digits in both halves makes some 0.04; more says that ranks of the adapter cancel each other.
+MAX_ERROR = 0.1
+
+
+class InEightBits(NamedTuple):
+    """An adapter's modules in 8 bits, and the error of each; see `error_of`."""
+
+    modules: Mapping[str, Quantised]
+    errors: Mapping[str, float]
+
+    @property
+    def largest(self) -> float:
+        return max(self.errors.values())
+
+
+def in_eight_bits(name: str, adapter: Adapter) -> InEightBits:
+    """The adapter as stacks in 8 bits hold it.
+
+    Raises:
+      ValueError: a module's error is above `MAX_ERROR`.
+    """
+    held = measured(adapter)
+    worst = max(held.errors, key=lambda module: held.errors[module])
+    if not held.errors[worst] <= MAX_ERROR:
+        raise ValueError(
+            f"adapter {name!r}: {EIGHT_BITS} changes what {worst} adds by "
+            f"{held.errors[worst]:.1%}, and at most {MAX_ERROR:.0%} are taken; give apply_lora "
+            "dtype=jnp.bfloat16 for it"
+        )
+    return held
+
+
+def measured(adapter: Adapter) -> InEightBits:
+    """The adapter in 8 bits, whatever its errors, which are infinite where it is not finite."""
+    modules, errors = {}, {}
+    for module, weights in adapter.modules.items():
+        a, b = (np.asarray(half).astype(np.float32, copy=False) for half in (weights.a, weights.b))
+        with np.errstate(all="ignore"):
+            held = quantised(a, b)
+            errors[module] = float(np.nan_to_num(error_of(a, b, held), nan=np.inf))
+        modules[module] = held._replace(scales=held.scales * np.float32(weights.scale))
+    return InEightBits(modules, errors)
+
+
+def error_of(a: np.ndarray, b: np.ndarray, held: Quantised) -> float:
+    """`|B' A' - B A| / |B A|` in Frobenius norms, where `B' A'` is held for `B A`; 0 if both are 0.
+
+    By products of ranks alone: `|X Y|^2` is the trace of `(X^T X) (Y Y^T)`, and the difference is
+    `[B' - B, B'] [A; A' - A]`.
+    """
+    largest = np.max(np.abs(a), axis=-1) / np.max(np.abs(held.lora_a.astype(np.float32)), axis=-1)
+    wide_a, wide_b = _halves(held, np.where(np.isfinite(largest), largest, 1))
+    change = np.concatenate([wide_b - b, wide_b], axis=1), np.concatenate([a, wide_a - a])
+    norm = _norm(b, a)
+    return _norm(*change) / norm if norm else float(norm)
+
+
+def _norm(b: np.ndarray, a: np.ndarray) -> float:
+    square = np.sum((b.T @ b).astype(np.float64) * (a @ a.T).astype(np.float64))
+    return float(np.sqrt(np.maximum(square, 0.0)))
+
+
+def _halves(held: Quantised, of_a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A and B, float32, whose product is held, where each row of A has so much of its scale."""
+    of_b = held.scales / of_a
+    wide = held.lora_a.astype(np.float32), held.lora_b.astype(np.float32)
+    return wide[0] * of_a[..., None], wide[1] * of_b[..., None, :]
+
+
+def unscaled(
+    a: np.ndarray, b: np.ndarray, factors: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B, float32, of an adapter of a scale, out of stacks in 8 bits. Which of both was the
+    larger is not known there: their rows and columns are so as well."""
+    own = factors / np.float32(scale or 1)
+    root = np.sqrt(np.abs(own))
+    return _halves(Quantised(a, b, own), np.where(root > 0, root, np.float32(1)))

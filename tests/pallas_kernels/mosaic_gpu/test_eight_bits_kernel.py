@@ -1,0 +1,205 @@
+"""The kernels with stacks in 8 bits: emulated, interpreted, and lowered for CUDA."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from eight_bit_cases import EightBitCase, Stack, as_shapes, parts_of, wanted
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_cases import add_parts, bits, relative_error, y_tolerance
+
+import pallas_kernels as pk
+from pallas_kernels.mosaic_gpu import Config
+from pallas_kernels.mosaic_gpu.decode import DecodePart, plan
+from pallas_kernels.mosaic_gpu.lanes import ArrayMemory, Emulator
+from pallas_kernels.stacks import LayerStacks
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+DECODE = Config(split=2, warps=4, stages=2, expand_stages=2)
+ci = functools.partial(pytest.param, marks=pytest.mark.ci)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+TWO = (Stack(16, 3, 72, 0, 0), Stack(64, 2, 72, 3, 0), Stack(16, 3, 64, 0, 72))
+MANY = (*TWO, Stack(64, 2, 64, 3, 72), Stack(8, 2, 136, 5, 0))
+CASES = [
+    (EightBitCase(11, 256, (Stack(64, 3, 96),), "zipf"), {}),
+    (EightBitCase(9, 128, (Stack(8, 3, 72),)), {}),
+    ci(EightBitCase(10, 272, (Stack(16, 4, 64),), "out_of_range"), dict(split=4)),
+    ci(EightBitCase(5, 640, (Stack(32, 2, 200),), "identical"), dict(column_clusters=2)),
+    ci(EightBitCase(3, 192, (Stack(48, 2, 64),), y_dtype="float32"), dict(split=1)),
+    (EightBitCase(3, 256, (Stack(128, 2, 72),), "distinct"), {}),
+    ci(EightBitCase(2, 256, (Stack(272, 2, 64),)), dict(expand_stages=3)),
+    ci(EightBitCase(2, 8192, (Stack(16, 1, 64),)), dict(split=1, stages=3)),  # loops over H
+    ci(EightBitCase(2, 128, (Stack(16, 2, 2568),)), dict(expand_stages=3)),  # and over columns
+    ci(EightBitCase(13, 256, TWO, "zipf"), {}),
+    (EightBitCase(12, 128, MANY, "out_of_range"), dict(column_clusters=2)),
+]
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+def check(case: EightBitCase, new: np.ndarray) -> None:
+    """`new` against float64; what no part adds to keeps its bits."""
+    (x, y), ids = case.rows(), case.ids
+    delta, used = wanted(x, case.parts(), ids, case.columns)
+    want = y.astype(np.float64) + delta
+    assert used.any()
+    assert relative_error(new, want) < y_tolerance(case.y_dtype, "bfloat16")
+    np.testing.assert_array_equal(bits(new)[~used], bits(y)[~used])
+
+
+def decode_part(part: pk.LoRAPart) -> DecodePart:
+    a, b, scales = (jnp.asarray(t) for t in (part.lora_a, part.lora_b, part.scales))
+    return DecodePart(a, b, scales, part.first_slot, part.y_offset, part.scales_offset or 0)
+
+
+@pytest.mark.parametrize("seated", [False, True], ids=["ids", "segments"])
+@pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
+@pytest.mark.parametrize(("case", "change"), CASES, ids=str)
+def test_decode_emulated_against_float64(
+    case: EightBitCase, change: dict[str, int], delta: bool, seated: bool, emulated: None
+) -> None:
+    (x, y), config = case.rows(), dataclasses.replace(DECODE, **change)
+    assert plan((y,), x, tuple(map(decode_part, case.parts())), config) is not None
+    slots = max(one.first_slot + one.slots for one in case.stacks)
+    ids = pk.make_segments(case.ids, slots) if seated else case.ids
+    how: Any = {"implementation": "mosaic_gpu", "config": config}
+    check(case, np.asarray(add_parts(jnp.asarray(y), x, case.parts(), ids, delta=delta, **how)))
+
+
+def test_one_launch_of_several_layers(emulated: None) -> None:
+    """Stacks, and scales too, are read where they stand among those of all layers."""
+    case = EightBitCase(7, 128, (Stack(16, 2, 64), Stack(16, 3, 64, 2)))
+    (x, y), parts = case.rows(), case.parts()
+    scales = np.asarray(parts[0].scales)
+
+    def of_layers(own: Any) -> Any:
+        return np.stack([np.asarray(own)[::-1].copy(), np.asarray(own)])
+
+    parts = [
+        dataclasses.replace(
+            part,
+            layers=LayerStacks(
+                of_layers(part.lora_a), of_layers(part.lora_b), of_layers(scales), jnp.int32(1)
+            ),
+        )
+        for part in parts
+    ]
+    how: Any = {"implementation": "mosaic_gpu", "config": DECODE}
+    check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, parts, case.ids, **how)))
+
+
+def test_mixes(emulated: None) -> None:
+    case = EightBitCase(6, 128, (Stack(16, 4, 64),))
+    (x, y), [part] = case.rows(), case.parts()
+    rng = np.random.default_rng(5)
+    ids = rng.integers(-1, 4, (6, 2)).astype(np.int32)
+    weights = rng.normal(size=(6, 2)).astype(np.float32)
+    how: Any = {"implementation": "mosaic_gpu", "config": DECODE, "weights": weights}
+    new = pk.add_lora_multi(jnp.asarray(y), x, [part], ids, **how)
+    want = y.astype(np.float64)
+    for column, factors in zip(ids.T, weights.T):
+        want += wanted(x, [part], column, 64)[0] * factors[:, None]
+    assert relative_error(np.asarray(new), want) < y_tolerance("bfloat16")
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", ci("float32")])
+def test_prefill_interpreted(x_dtype: str, interpreted: None) -> None:
+    """By a copy in bfloat16; x may have any dtype."""
+    case = EightBitCase(70, 128, (Stack(16, 2, 64), Stack(32, 1, 64, 2)), "zipf")
+    x, y = case.rows()
+    how: Any = {"implementation": "mosaic_gpu", "phase": "prefill"}
+    x = x.astype(x_dtype)
+    check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
+
+
+def test_every_byte_is_widened_exactly() -> None:
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    memory = ArrayMemory([np.zeros(4, np.float32)])
+    m = Emulator(memory, 64, 1, 64)
+    words = m.integer(0)
+    words.array = every.view(np.int32)[None].copy()
+    pairs = np.stack([one.array for one in m.widen(words, np.dtype(ml_dtypes.bfloat16))], -1)
+    wide = np.ascontiguousarray(pairs).view(ml_dtypes.bfloat16).astype(np.float64).reshape(-1)
+    np.testing.assert_array_equal(wide, every.astype(np.float64))
+
+
+# ----------------------------------------------------------------------------------------- lowering
+
+
+def lowered(case: EightBitCase, config: Config | None, *, seated: bool = False) -> str:
+    like = [
+        pk.LoRAPart(
+            np.zeros((one.slots, one.rank, case.features), ml_dtypes.float8_e4m3fn),
+            np.zeros((one.slots, one.width, one.rank), ml_dtypes.float8_e4m3fn),
+            np.zeros(sum(s.slots * s.rank for s in case.stacks), np.float32),
+            one.first_slot,
+            one.y_offset,
+            sum(s.slots * s.rank for s in case.stacks[:n]),
+        )
+        for n, one in enumerate(case.stacks)
+    ]
+    slots = max(one.first_slot + one.slots for one in case.stacks)
+
+    def run(y: Any, x: Any, operands: Any, ids: Any) -> Any:
+        route = pk.make_segments(ids, slots) if seated else ids
+        how: Any = {"implementation": "mosaic_gpu", "config": config}
+        return pk.add_lora_multi(y, x, parts_of(like, operands), route, **how)
+
+    shapes = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), as_shapes(like))
+    traced = jax.jit(run).trace(
+        jax.ShapeDtypeStruct((case.tokens, case.columns), case.y_dtype),
+        jax.ShapeDtypeStruct((case.tokens, case.features), "bfloat16"),
+        shapes,
+        jax.ShapeDtypeStruct((case.tokens,), "int32"),
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(module: str) -> set[str]:
+    return set(re.findall(r"lora(?:_shrink|_expand)?(?:_r\d+)+", module))
+
+
+@pytest.mark.parametrize("tokens", [1, ci(64), ci(256)])
+@pytest.mark.parametrize("rank", [8, 64, 128, *map(ci, (16, 32, 48, 96, 256))])
+def test_decode_lowers(rank: int, tokens: int) -> None:
+    case = EightBitCase(tokens, 4096, (Stack(rank, 8, 4096),))
+    for seated in (False, True):
+        config = dataclasses.replace(DECODE, split=8) if tokens > 128 else None
+        assert kernels(lowered(case, config, seated=seated)) == {f"lora_r{rank}"}
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (576, 1536), ci((14336, 4096)), ci((131072, 72))])
+def test_every_size_lowers(sizes: tuple[int, int]) -> None:
+    features, width = sizes
+    for rank in (8, 16, 64):
+        case = EightBitCase(8, features, (Stack(rank, 2, width),), y_dtype="float32")
+        assert kernels(lowered(case, None)) == {f"lora_r{rank}"}
+
+
+def test_buckets_share_a_launch() -> None:
+    stacks = [
+        Stack(rank, 4, 1024, 4 * n, 1024 * column)
+        for n, rank in enumerate((8, 16, 64))
+        for column in range(2)
+    ]
+    assert kernels(lowered(EightBitCase(16, 1024, tuple(stacks)), None)) == {
+        "lora_r8_r8_r16_r16_r64_r64"
+    }
+
+
+def test_a_prefill_lowers_to_two_launches() -> None:
+    found = kernels(lowered(EightBitCase(2048, 1024, (Stack(64, 4, 1024),)), None))
+    assert found == {"lora_shrink_r64", "lora_expand_r64"}
