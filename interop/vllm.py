@@ -170,7 +170,7 @@ def add_lora_linear(
     no_lora: torch.Tensor,
     scaling: float,
 ) -> None:
-    """`lora_shrink` and `lora_expand` of all slices: one launch up to 512 tokens, and no buffer.
+    """`lora_shrink` and `lora_expand` of all slices: one launch up to 256 tokens, and no buffer.
 
     output[t, columns of s] += scaling * (x[t] @ lora_a[s][i].T) @ lora_b[s][i].T, in place, where
     i = ids[t]. The columns of the slices follow each other from 0 on.
