@@ -214,5 +214,10 @@ def test_what_reads_base_weights_takes_one_process(monkeypatch):
     monkeypatch.setattr(bank._agreement, "_members", [0, 1])
     with pytest.raises(ValueError, match=r"'two' has DoRA, whole .* one process holds, not 2"):
         bank._check_header("two", adapter.header)
-    with pytest.raises(ValueError, match=r"up has a copy of its base weight; .* not 2"):
+    with pytest.raises(ValueError, match=r"up has a copy of its base weight, .* not 2"):
         bank._base_weight("up")
+    with pytest.raises(ValueError, match=r"wait=2 is given, which takes .* one process holds"):
+        bank.load("three", plain, wait=2)
+    for call in (bank.save_checkpoint, bank.restore_checkpoint):
+        with pytest.raises(ValueError, match=r"the bank is to be .* not 2"):
+            call("nowhere")
