@@ -182,12 +182,13 @@ class Publisher(Roster):
         Raises:
           KeyError: `source` is not loaded.
           TypeError: `bank` is none.
-          ValueError: `name` is malformed or that of the source; the models differ, or one has
-            stacks in 8 bits, or this one
-            lacks the bucket; weights may overflow its dtype; the source has whole weights.
-          BankFullError: all slots of the bucket but the source's are pinned or leased.
+          ValueError: `name` is malformed or that of the source; the models differ, one has
+            stacks in 8 bits, or this one lacks the bucket; weights may overflow its dtype; the
+            source has whole weights.
+          BankFullError: all slots of the bucket but the source's are pinned, leased or reserved.
           RuntimeError: as in `load`.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         other = self if bank is None else bank
         if not isinstance(other, Publisher):
