@@ -653,9 +653,9 @@ def test_no_pattern_takes_long():
     name = "a" * 400 + "." + "a" * 100
     for pattern in ("(a|a)" * 30 + "x", "a?" * 200 + "a" * 100 + "x", ".*" * 100 + "x", "(a|aa)+x"):
         config = LoRAConfig(1, 1, rank_pattern={pattern: 2})
-        start = time.perf_counter()
+        start = time.process_time()
         assert config.rank_of(name) == 1
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1208,14 +1208,14 @@ def test_hostile_json_costs_little(tmp_path, case):
     text = (tmp_path / CONFIG).read_bytes().rstrip(b"}\n")
     (tmp_path / CONFIG).write_bytes(text + b', "task_type": ' + HOSTILE_JSON[case] + b"}")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with contextlib.suppress(ValueError):
             load_peft(tmp_path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 200e6 and time.perf_counter() - start < 10  # traced, so slower than it is
+    assert peak < 200e6 and time.process_time() - start < 10  # traced, so slower than it is
 
 
 def test_keys_that_come_twice_are_refused(tmp_path):
@@ -1249,19 +1249,19 @@ def many(count, folder, prefix="m", **config):
 )
 def test_patterns_and_names_cost_little(tmp_path, config):
     many(3000, tmp_path, **config)
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(ValueError):
         load_peft(tmp_path)
-    assert time.perf_counter() - start < 4  # alone one, but others use the processor too
+    assert time.process_time() - start < 4
 
 
 def test_escaped_names_are_as_cheap_as_names():
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(5000)]
     config = LoRAConfig(1, 1, rank_pattern={re.escape(n): i % 9 + 2 for i, n in enumerate(names)})
-    start = time.perf_counter()
+    start = time.process_time()
     assert [config.rank_of(name) for name in names] == [i % 9 + 2 for i in range(5000)]
     assert config.rank_of(names[3].replace(".", "x")) == 1
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
 
 
 def test_configs_can_be_pickled_and_copied():
