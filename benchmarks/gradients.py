@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ from pallas_kernels import LoRAPart, Segments, add_lora, lora_gradients, make_se
 from pallas_kernels.dispatch import Implementation
 
 ALONE = Turns(None)
+# Others may be faster than ours by so much: those that compute as much, and one adapter alone.
+_LEEWAY = {"xla": 1.0, "ragged": 1.0, "dense": 1.15}
 _MAX_ERROR = 1e-2  # of a bfloat16 gradient beside that of XLA's form, relative
 
 
@@ -203,7 +206,10 @@ class Result:
     def verdict(self) -> str:
         if "ours" not in self.us:
             return "failed"
-        slower = [name for name, us in self.us.items() if us < self.us["ours"]]
+        slower = [
+            name for name, leeway in _LEEWAY.items()
+            if self.us.get(name, math.inf) * leeway < self.us["ours"]
+        ]  # fmt: skip
         words = ["met" if self.us["ours"] <= self.case.aim_us else "missed"]
         words += [f"slower than {name}" for name in slower]
         return ", ".join(words + ([f"WRONG {self.wrong}"] if self.wrong else []) + self.notes)
@@ -232,7 +238,7 @@ def _sets(case: Case) -> list[tuple[jax.Array, ...]]:
     factors = [1.0, 1.0, h**-0.5, r**-0.5, 1.0]
     set_bytes = 2 * sum(int(np.prod(shape)) for shape in [*shapes, *shapes[1:4]])
     made = []
-    for n in range(sets_to_rotate(set_bytes)):
+    for n in range(sets_to_rotate(set_bytes, least=2)):
         keys = jax.random.split(jax.random.key(n), len(shapes))
         arrays = [
             (jax.random.normal(key, shape) * factor).astype(jnp.bfloat16)
@@ -306,7 +312,10 @@ def measure(case: Case, ways: tuple[str, ...], turns: Turns = ALONE) -> Result:
                 notes.append(f"{way}: {str(reason)[:300]!r}")
     with turns.alone():
         for way, (loop, given) in loops.items():
-            us[way] = loop.us(given, route)
+            try:
+                us[way] = loop.us(given, route)
+            except Exception as reason:  # of memory, as a rule, which processes share
+                notes.append(f"{way}: {str(reason)[:300]!r}")
     return Result(case, us, error, notes)
 
 

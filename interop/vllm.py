@@ -30,7 +30,7 @@ def lora_shrink(
     num_active_loras: Meta,
     scaling: float,
 ) -> None:
-    """output_tensor[s, t] = scaling * inputs[t] @ lora_a_weights[s][i].T, i the adapter of token t.
+    """`output_tensor[s, t] = scaling * inputs[t] @ lora_a_weights[s][i].T`, i token t's adapter.
 
     In place. Rows of -1 become zeros; nothing changes where `no_lora_flag_cpu` holds True.
 
@@ -41,7 +41,8 @@ def lora_shrink(
       token_lora_mapping: `[T]` int32 or int64, the adapter of each token.
       no_lora_flag_cpu: `[1]` bool on the CPU. A captured graph keeps the value of its capture.
       scaling: a number.
-      The other arguments size Triton's grids and are not read.
+
+    The other arguments size Triton's grids and are not read.
 
     Raises: as `interop.bgmv_shrink`; ValueError where slices and weights differ in number.
 
@@ -65,7 +66,7 @@ def lora_expand(
     offset_start: int = 0,
     add_inputs: bool = False,
 ) -> None:
-    """output_tensor[t, columns of s] (+)= inputs[s, t] @ lora_b_weights[s][i].T, i t's adapter.
+    """`output_tensor[t, columns of s] (+)= inputs[s, t] @ lora_b_weights[s][i].T`, i t's adapter.
 
     In place. The columns of the slices follow each other from `offset_start` on. Rows of -1 and
     other columns keep every byte.
@@ -170,10 +171,10 @@ def add_lora_linear(
     no_lora: torch.Tensor,
     scaling: float,
 ) -> None:
-    """`lora_shrink` and `lora_expand` of all slices: one launch up to 512 tokens, and no buffer.
+    """`lora_shrink` and `lora_expand` of all slices: one launch up to 256 tokens, and no buffer.
 
-    output[t, columns of s] += scaling * (x[t] @ lora_a[s][i].T) @ lora_b[s][i].T, in place, where
-    i = ids[t]. The columns of the slices follow each other from 0 on.
+    `output[t, columns of s] += scaling * (x[t] @ lora_a[s][i].T) @ lora_b[s][i].T`, in place, where
+    i is `ids[t]`. The columns of the slices follow each other from 0 on.
     """
     if len(lora_a) != len(lora_b):
         raise ValueError(f"lora_a and lora_b differ in slices: {len(lora_a)} and {len(lora_b)}")

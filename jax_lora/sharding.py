@@ -3,13 +3,14 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_batching import sequential_vmap
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
@@ -109,16 +110,15 @@ class Shards(NamedTuple):
 
         def one(leaf: Array) -> Array:
             missing = tuple(sorted(used - jax.typeof(leaf).manual_axis_type.varying))
-            cast = functools.partial(jax.lax.pcast, axis_name=missing, to="varying")
-            return _in_float32_on_a_cpu(cast, leaf) if missing else leaf
+            if leaf.dtype in (jnp.bfloat16, jnp.float16):
+                return _vary(missing, leaf) if missing else leaf
+            return jax.lax.pcast(leaf, missing, to="varying")
 
         return jax.tree.map(one, tree)
 
     def total(self, y: Array) -> Array:
         """The sum of the devices' `y`, inside of the `shard_map`, where each has part of H."""
-        if not self.inputs:
-            return y
-        return _in_float32_on_a_cpu(lambda y: jax.lax.psum(y, self.inputs), y)
+        return _total(self.inputs, y) if self.inputs else y
 
     def by_ranks(self, vs: Sequence[Array]) -> list[Array]:
         """What A's shards made of x, each `[T, R]`, as B's shards take it.
@@ -159,18 +159,54 @@ class Shards(NamedTuple):
         return PartitionSpec(*[None] * (ndim - len(end)), *end)
 
 
-def _in_float32_on_a_cpu(sum_of: Callable[[Array], Array], x: Array) -> Array:
-    """`sum_of(x)`, which sums over devices, or the gradient of which does.
+def _sum(axes: MeshAxes, x: Array) -> Array:
+    """The sum over devices.
 
     XLA's CPU compiler aborts on sums in half precision over some of a mesh's axes, in jax 0.11.2
     ("Invalid binary instruction opcode copy"): a bfloat16 `psum` in a `shard_map` is enough whose
     `axis_names` lack an axis of the mesh.
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return sum_of(x)
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: sum_of(x.astype(jnp.float32)).astype(x.dtype), default=sum_of
-    )
+        return jax.lax.psum(x, axes)
+
+    # Opaque, as JAX takes the choice itself out of a loop that it differentiates: XLA then has a
+    # branch for each sum of a turn.
+    @sequential_vmap  # type: ignore[untyped-decorator]
+    def of_platform(x: Array) -> Array:
+        return jax.lax.platform_dependent(
+            x,
+            cpu=lambda x: jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype),
+            default=lambda x: jax.lax.psum(x, axes),
+        )
+
+    total: Array = of_platform(x)
+    return total
+
+
+# JAX's own gradient of a choice by platform keeps the choice, and a scan over layers has it as an
+# array: a GPU then has branches for its sums. So each of these two is the other's gradient by name.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(axes: MeshAxes, x: Array) -> Array:
+    """`_sum`, which is the same on all devices."""
+    return _sum(axes, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vary(axes: MeshAxes, x: Array) -> Array:
+    """x, which may be different on each device."""
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+_total.defvjp(
+    lambda axes, x: (_sum(axes, x), None),
+    lambda axes, _, g: (jax.lax.pcast(g, axes, to="varying"),),
+)
+_vary.defvjp(
+    lambda axes, x: (jax.lax.pcast(x, axes, to="varying"), None),
+    lambda axes, _, g: (_sum(axes, g),),
+)
 
 
 def shards_of(layer: Placed, x: Array) -> Shards | None:

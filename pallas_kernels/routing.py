@@ -426,8 +426,8 @@ def make_mix(indices: ArrayLike, weights: ArrayLike, num_adapters: int) -> Mix:
         negative. Those of entries without adapter are not used.
       num_adapters: `L`, the slots of the stacks.
 
-    Raises: as `make_segments`; TypeError where `weights` are no real numbers; ValueError where they
-      are not `[T, K]`, or one in a NumPy array is NaN or infinite.
+    Raises: as `make_segments`; TypeError where `weights` are no real numbers; ValueError where
+    these are not `[T, K]`, or one in a NumPy array is NaN or infinite.
     """
     mix = unsorted_mix(indices, weights)
     columns = tuple(make_segments(ids_of(one), num_adapters) for one in mix.columns)

@@ -92,8 +92,8 @@ class LoRAPart:
       first_slot: the id of the part's first adapter (static).
       y_offset: the first column of y that the part adds to (static).
       scales_offset: where the part's L scales start in `scales` `[S]`, which then holds those of
-        several parts (static). A slice for each part would cost a launch. Of stacks in 8 bits they
-        are L * R, an adapter's side by side, and the offset is a multiple of 4.
+        several parts (static). A slice for each part would cost a launch. Stacks in 8 bits have
+        L * R of them, an adapter's side by side, and an offset that is a multiple of 4.
       layers: where the part's arrays stand among those of several layers, if they are slices of
         them; else None. `lora_a` and `lora_b` are then `[L, R, H]` and `[L, N, R]`, and `scales`
         has its `scales_offset`.

@@ -9,8 +9,8 @@ from jax_lora.adapters import Adapter
 from pallas_kernels.eight_bits import Quantised, quantised
 from pallas_kernels.stacks import EIGHT_BITS
 
-# What a module adds may differ from the adapter's own by so much of its norm. Rounding to four
-# digits in both halves makes some 0.04; more says that ranks of the adapter cancel each other.
+# What a module adds may differ from the adapter's own by so much of its norm. Rounding both halves
+# to four significant bits makes some 0.04; more says that ranks of the adapter cancel each other.
 MAX_ERROR = 0.1
 
 

@@ -20,7 +20,14 @@ from jax_lora.bank.sites import Site, check_fit, check_same
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.tokens import check_tokens
 from jax_lora.bank.waiting import SlotQueue
-from jax_lora.bank.writer import Layout, OfLayers, PreparedAdapter, SlotOfLayer, SlotWriter
+from jax_lora.bank.writer import (
+    Layout,
+    OfLayers,
+    PreparedAdapter,
+    SlotOfLayer,
+    SlotWriter,
+    places_of,
+)
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
 from pallas_kernels.stacks import EIGHT_BITS
@@ -122,7 +129,8 @@ def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> li
         for stack, shape in zip(stacks, wanted):
             _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
             halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
-        copied.append((scales[..., firsts + slot], list[np.ndarray | Array](halves)))
+        places = places_of(firsts, slot, source.columns)
+        copied.append((scales[..., places], list[np.ndarray | Array](halves)))
     return copied
 
 
@@ -174,12 +182,13 @@ class Publisher(Roster):
         Raises:
           KeyError: `source` is not loaded.
           TypeError: `bank` is none.
-          ValueError: `name` is malformed or that of the source; the models differ, or one has
-            stacks in 8 bits, or this one
-            lacks the bucket; weights may overflow its dtype; the source has whole weights.
-          BankFullError: all slots of the bucket but the source's are pinned or leased.
+          ValueError: `name` is malformed or that of the source; the models differ, one has
+            stacks in 8 bits, or this one lacks the bucket; weights may overflow its dtype; the
+            source has whole weights.
+          BankFullError: all slots of the bucket but the source's are pinned, leased or reserved.
           RuntimeError: as in `load`.
-          In each case the bank is as it was.
+
+        In each case the bank is as it was.
         """
         other = self if bank is None else bank
         if not isinstance(other, Publisher):

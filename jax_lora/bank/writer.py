@@ -56,10 +56,12 @@ class Layout:
     Attributes:
       shapes: its scales and arrays, as `_Held` has them, and where they go.
       firsts: where the scales of each stack start in the layer's.
+      columns: of stacks in 8 bits R, whose columns have scales; else ().
     """
 
     shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
     firsts: list[np.ndarray]
+    columns: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ class SlotWriter:
             for layer, some in zip(layers, of_layers)
         ]
         self._of_layers = of_layers
-        self.layout = Layout(_slot_shapes(self.arrays, of_layers), _scales_offsets(of_layers))
+        shapes = _slot_shapes(self.arrays, of_layers)
+        self.layout = Layout(shapes, _scales_offsets(of_layers), _columns(of_layers[0]))
         self._programs: list[_Program] = []
         self._program(self._arrays())
 
@@ -259,20 +262,23 @@ def _scales_offsets(of_layers: list[list[LoRAStack]]) -> list[np.ndarray]:
     return [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
 
+def places_of(firsts: np.ndarray, slot: Array, columns: tuple[int, ...]) -> Array:
+    """Where the scales of a slot of each stack stand in the layer's."""
+    if not columns:
+        return jnp.asarray(firsts) + slot
+    (each,) = columns
+    return (jnp.asarray(firsts) + slot * each)[:, None] + jnp.arange(each, dtype=jnp.int32)
+
+
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
-    firsts = _scales_offsets(of_layers)
+    firsts, columns = _scales_offsets(of_layers), _columns(of_layers[0])
 
     def write_slot(
         arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
     ) -> _Arrays:
         written = []
-        for (scales, stacks), (new_scales, new), first, some in zip(
-            arrays.layers, values, firsts, of_layers
-        ):
-            places = first + slot
-            if columns := _columns(some):
-                places = (first + slot * columns[0])[:, None] + np.arange(columns[0])
-            scales = scales.at[..., places].set(new_scales)
+        for (scales, stacks), (new_scales, new), first in zip(arrays.layers, values, firsts):
+            scales = scales.at[..., places_of(first, slot, columns)].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )

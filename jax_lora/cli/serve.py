@@ -75,6 +75,7 @@ def serve(
         if demo == (base is not None) or (demo and adapters is not None):
             raise ValueError("give either --demo, or --base and, if wanted, --adapters")
         _check_extra()
+        from jax_lora.demo import job
         from jax_lora.serving.server import run
         from jax_lora.serving.server.app import Server
         from jax_lora.serving.server.limits import Limits
@@ -84,10 +85,10 @@ def serve(
             keep_programs()
             start_jax()
             sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
-            model = run.demo(sizes)
-            if base is not None:
-                stored = dtype and dtype.value
-                model = run.Model(base, name, adapters, sizes, stored, eight_bits)
+            what = base or job.FOLDER / "base", name, adapters
+            if demo:
+                what = what[0], name or "demo", job.FOLDER / "adapters"
+            model = run.Model(*what, sizes, dtype and dtype.value, eight_bits)
             served = run.load(model, _told)
             limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
             server = Server(served, api_key or [], limits)

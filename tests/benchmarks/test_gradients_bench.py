@@ -25,6 +25,17 @@ def test_zeros_of_absent_slots_count() -> None:
     assert few.aim_us > Case(512, 8, 128).aim_us
 
 
+def test_dense_may_be_faster_by_some_and_compact_by_any() -> None:
+    def verdict(**others: float) -> str:
+        return gradients.Result(Case(8192, 8, 16), {"ours": 200.0, **others}, {}, []).verdict
+
+    assert verdict(dense=175, ragged=201, compact=100) == "met"
+    assert (
+        verdict(dense=173, ragged=199, xla=3)
+        == "met, slower than xla, slower than ragged, slower than dense"
+    )
+
+
 def test_every_case_uses_all_of_its_adapters() -> None:
     for case in CASES:
         assert set(case.ids()) == set(range(case.D)), case

@@ -30,7 +30,8 @@ class AdapterLimits(UploadLimits):
 
     Args:
       host_bytes: what the host keeps of adapters that it has read, as their slots hold them.
-      The others are those of `UploadLimits`.
+
+    The others are those of `UploadLimits`.
     """
 
     host_bytes: int = 8 << 30

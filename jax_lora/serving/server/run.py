@@ -169,10 +169,3 @@ def _slots(sizes: Sizes, ranks: Sequence[int]) -> dict[int, int]:
         largest = max(largest, padded_rank(sizes.max_rank))
     # The largest bucket takes any adapter that is loaded later.
     return {bucket: min(n, sizes.slots) for bucket, n in counts.items()} | {largest: sizes.slots}
-
-
-def demo(sizes: Sizes) -> Model:
-    """The bundled model and its adapters."""
-    from jax_lora.demo import job
-
-    return Model(job.FOLDER / "base", "demo", job.FOLDER / "adapters", sizes)

@@ -4,11 +4,11 @@ import dataclasses
 
 from pallas_kernels.mosaic_gpu.config import Config
 
-# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 512.
+# The most tokens of a launch; XLA seats them (`Seating`) where there are more than 256.
 MAX_DECODE_TOKENS = 1024
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
-# It compares each token with all earlier ones: of 1024 that would be four times what it is of 512.
-MAX_UNSEATED_TOKENS = 512
+# It compares each token with all earlier ones: of 512 that would be four times what it is of 256.
+MAX_UNSEATED_TOKENS = 256
 
 
 def decode_config(

@@ -229,7 +229,7 @@ class Expand:
         lane, m, acc = self._lane, self._lane.m, list(acc)
         ranks, columns = turn_ranks(lane.work.strip_rank(strip)), self._task.job.columns
         row_words = lane.at.b_row(strip)
-        # Of a lane at once: 16 bytes of a row of B, or what is a quarter of the row's.
+        # A lane has 16 bytes of a row of B at once, or a quarter of the row if that is less.
         most = 16 // lane.case.weights.itemsize
         each = next(n for n in (most, 8, 4, 2) if ranks % (4 * n) == 0)
         [first] = self._of_turn(strip, turn, lambda piece, _: [m.integer(columns[piece.part])])

@@ -59,8 +59,8 @@ class CopiesOfA:
         lane, m, case = self._lane, self._lane.m, self._lane.case
         first = (self._first_unit + n * lane.work.warps + lane.warp) * case.unit
         at = lane.ring + slot * lane.at.a_slot(self._task.job) + self._line * 32
-        # Rows of 128 bytes lie in the same banks: the halves of odd ones change places. Of x beside
-        # A in 8 bits a lane reads two vectors side by side, so these do.
+        # Rows of 128 bytes lie in the same banks: the halves of odd ones change places. A
+        # lane reads two vectors of x side by side if A is in 8 bits, so these do.
         of_a = at + (self._vector ^ self._line % 2 * 4) * 4
         of_x = at + (self._vector ^ self._line % 2) * 4 if case.is_eight_bits else of_a
         for part in range(lane.at.x_rows // 256):

@@ -1,8 +1,8 @@
 """v = x A^T, a warp's share of it: products of what its copies have brought.
 
 A lane's 8 consecutive columns serve two steps of `mma`, which wants columns 2c and 2c + 8 on of
-both operands: a product adds up in any order, so that both come from shared memory in vectors. Of A
-in 8 bits a lane has 16 columns at once, for four steps.
+both operands: a product adds up in any order, so that both come from shared memory in vectors.
+Where A is in 8 bits a lane has 16 columns at once, for four steps.
 """
 
 import functools

@@ -145,6 +145,18 @@ def test_layers_stacked_for_a_scan(tmp_path: Path) -> None:
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_checkpoint_holds_the_same_bytes(tmp_path: Path) -> None:
+    model, bank = make_bank(dtype=EIGHT)
+    for name, rank in (("one", 3), ("two", 16)):
+        bank.load(name, make_adapter(rank, rank))
+    x = tokens(4)
+    out = forward(model, x, bank.batch(NAMES))
+    bank.save_checkpoint(tmp_path / "bank")
+    again, restored = make_bank(dtype=EIGHT)
+    restored.restore_checkpoint(tmp_path / "bank")
+    np.testing.assert_array_equal(forward(again, x, restored.batch(NAMES)), out)
+
+
 def cancelling() -> Adapter:
     """Two ranks that all but cancel each other."""
     adapter = make_adapter(1, 2)

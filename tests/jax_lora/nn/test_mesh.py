@@ -1,6 +1,7 @@
 """LoRA layers on a mesh: up to eight devices compute what one does."""
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -316,8 +317,9 @@ def test_layers_over_two_axes(case, kind):
     assert_equal(got, want, rtol=1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-def stacked_layers(sharding=None):
-    layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(nnx.Rngs(0).split(3))
+def stacked_layers(sharding=None, dtype=jnp.float32):
+    make = functools.partial(nnx.Linear, 32, 32, dtype=dtype, param_dtype=dtype)
+    layers = nnx.vmap(lambda rngs: make(rngs=rngs))(nnx.Rngs(0).split(3))
     if sharding is not None:
         layers.kernel.set_value(jax.device_put(layers.kernel.get_value(), sharding))
     apply_lora(layers, slots=SLOTS, buckets=tuple(SLOTS))
@@ -561,6 +563,33 @@ def test_a_scan_of_divided_layers(kind):
     assert_equal(
         run_layers(layers, x, batch()), run_layers(stacked_layers(), tokens(8, 3), batch())
     )
+
+
+def outside_of_loops(jaxpr):
+    """The primitives of a jaxpr and of its calls, but for those of scans."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        if eqn.primitive.name != "scan":
+            for inner in jax.tree.leaves(list(eqn.params.values())):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from outside_of_loops(inner)
+
+
+def test_the_gradient_of_a_scan_has_no_branch_for_its_sums():
+    """JAX would take the choice of how a platform sums in half precision out of the loop. XLA then
+    can't know it in a turn."""
+    mesh = mesh_of(AxisType.Auto, tp=2)
+    layers = stacked_layers(NamedSharding(mesh, P(None, "tp", None)), jnp.bfloat16)
+    graphdef, state = nnx.split(layers)
+
+    def loss(state, x, adapters):
+        return jnp.sum(run_layers(nnx.merge(graphdef, state), x, adapters).astype(jnp.float32))
+
+    x = jnp.asarray(tokens(8, 3), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, allow_int=True))(state, x, batch(phase="prefill"))
+    names = list(outside_of_loops(jaxpr.jaxpr))
+    assert "scan" in names and "platform_index" not in names
 
 
 def test_a_model_that_is_placed_later():
