@@ -14,6 +14,6 @@ def test_steps_of_other_sizes_differ_by_rounding_alone(dtype: str) -> None:
     if dtype == "float32":  # token for token
         assert found.differences.max() < 1e-4 and found.diverging == 0
     else:
-        assert found.differences.max() < 0.5 and found.differences.mean() < 0.07
+        assert found.differences.max() < 1 and found.differences.mean() < 0.07
     assert f"{dtype:9}   234 tokens in 3 sizes of steps: mean" in found.line
     assert "of 6 requests diverge" in found.line
