@@ -231,7 +231,7 @@ def broken(path, kind):
     elif kind == "too large":
         save_peft(decoder_adapter(1, 16), path)
     elif kind == "no bucket":
-        save_peft(decoder_adapter(1, 17), path)
+        save_peft(make_adapter(1, 17, features=QUERIES), path)
     return path
 
 
