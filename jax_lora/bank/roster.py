@@ -88,6 +88,11 @@ class Roster(StackOwner):
         with self._lock:
             return {prefix: dict(own) for prefix, own in self._table.reservations.kept.items()}
 
+    def tenant(self, name: str) -> str | None:
+        """The prefix of `reserve` that a name begins with; None where there is none."""
+        with self._lock:
+            return self._table.reservations.tenant(name)
+
     def watch(self, callback: Callable[[BankEvent], None]) -> None:
         """Has `callback` told of each adapter that is loaded, evicted or unloaded from now on.
 

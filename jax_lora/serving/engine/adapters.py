@@ -244,9 +244,13 @@ class AdapterDesk:
             _bucket(load) for load in self._loads.values() if load.stage is _Stage.UPLOADING
         )
         taken = uploading.copy()  # and by those before in the order
+        rooms: dict[tuple[int, str | None], tuple[int, tuple[str, ...]]] = {}
         for name in sorted(ready, key=lambda name: wanted.get(name, _NOBODY).first or 0):
             load, bucket = ready[name], _bucket(ready[name])
-            room, later = self._bank.room(name, bucket)
+            # The same for all of a tenant, of whom hundreds may wait in each step.
+            if (kind := (bucket, self._bank.tenant(name))) not in rooms:
+                rooms[kind] = self._bank.room(name, bucket)
+            room, later = rooms[kind]
             if room > taken[bucket]:
                 taken[bucket] += 1
                 if not uploading:
