@@ -222,11 +222,10 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
 
 
 def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
-    from jax_lora.bank.eight_bits import MAX_ERROR, measured  # imports JAX, which few reports need
+    from jax_lora.bank.eight_bits import measured  # imports JAX, which few reports need
 
-    errors = dict(measured(load_peft(path, allow_links=allow_links)).errors)
-    module = max(errors, key=lambda name: errors[name])
-    return EightBitsReport(errors, errors[module], module, errors[module] <= MAX_ERROR)
+    held = measured(load_peft(path, allow_links=allow_links))
+    return EightBitsReport(dict(held.errors), held.largest, held.worst, held.is_taken)
 
 
 def _lorax(ranks: list[int]) -> list[str]:

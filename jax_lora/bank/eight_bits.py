@@ -21,8 +21,18 @@ class InEightBits(NamedTuple):
     errors: Mapping[str, float]
 
     @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.errors, key=lambda module: self.errors[module])
+
+    @property
     def largest(self) -> float:
-        return max(self.errors.values())
+        return self.errors[self.worst]
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a bank takes it so."""
+        return self.largest <= MAX_ERROR
 
 
 def in_eight_bits(name: str, adapter: Adapter) -> InEightBits:
@@ -32,11 +42,10 @@ def in_eight_bits(name: str, adapter: Adapter) -> InEightBits:
       ValueError: a module's error is above `MAX_ERROR`.
     """
     held = measured(adapter)
-    worst = max(held.errors, key=lambda module: held.errors[module])
-    if not held.errors[worst] <= MAX_ERROR:
+    if not held.is_taken:
         raise ValueError(
-            f"adapter {name!r}: {EIGHT_BITS} changes what {worst} adds by "
-            f"{held.errors[worst]:.1%}, and at most {MAX_ERROR:.0%} are taken; give apply_lora "
+            f"adapter {name!r}: {EIGHT_BITS} changes what {held.worst} adds by "
+            f"{held.largest:.1%}, and at most {MAX_ERROR:.0%} are taken; give apply_lora "
             "dtype=jnp.bfloat16 for it"
         )
     return held

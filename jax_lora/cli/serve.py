@@ -85,10 +85,10 @@ def serve(
             keep_programs()
             start_jax()
             sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
-            what = base or job.FOLDER / "base", name, adapters
-            if demo:
-                what = what[0], name or "demo", job.FOLDER / "adapters"
-            model = run.Model(*what, sizes, dtype and dtype.value, eight_bits)
+            if base is None:
+                base, name = str(job.FOLDER / "base"), name or "demo"
+                adapters = job.FOLDER / "adapters"
+            model = run.Model(base, name, adapters, sizes, dtype and dtype.value, eight_bits)
             served = run.load(model, _told)
             limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
             server = Server(served, api_key or [], limits)

@@ -53,7 +53,8 @@ def paged_attention(
 ) -> Float[Array, "B N G D"]:
     """See the top. A row that sees nothing gets zeros.
 
-    What lies in blocks at positions that the row does not see, NaN included, never reaches it.
+    What lies behind the row's last position, NaN included, never reaches it; nor does what lies
+    before its first one, but for NaN of values in the same 64 positions.
 
     Args:
       tables: blocks of each row; any numbers where the row sees nothing.
