@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from eight_bit_cases import EightBitCase, Stack, wanted
-from mosaic_cases import bits, relative_error, y_tolerance
+from eight_bit_cases import EightBitCase, Stack
+from mosaic_cases import bits, parts_in_float64, relative_error, y_tolerance
 
 import pallas_kernels as pk
 
@@ -51,7 +51,7 @@ def test_against_float64(case: EightBitCase) -> None:
         return pk.add_lora_multi(y, x, parts, ids, implementation="mosaic_gpu")
 
     new = np.asarray(run(y, x, ids))
-    delta, used = wanted(x, case.parts(), ids, case.columns)
+    delta, used = parts_in_float64(x, case.parts(), ids, case.columns)
     want = y.astype(np.float64) + delta
     assert relative_error(new, want) < y_tolerance(case.y_dtype, "bfloat16")
     np.testing.assert_array_equal(bits(new)[~used], bits(y)[~used])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mosaic_cases import indices, local_ids, products, signed
+from mosaic_cases import indices, signed
 
 import pallas_kernels as pk
 
@@ -64,21 +64,6 @@ class EightBitCase:
             pk.LoRAPart(q.lora_a, q.lora_b, flat, one.first_slot, one.y_offset, int(start))
             for q, one, start in zip(held, self.stacks, starts)
         ]
-
-
-def wanted(
-    x: np.ndarray, parts: Sequence[pk.LoRAPart], ids: np.ndarray, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What parts in 8 bits add, in float64, and which elements they add to."""
-    delta, used = np.zeros((len(x), columns)), np.zeros((len(x), columns), bool)
-    for part in parts:
-        a, b, scales = (np.asarray(z) for z in (part.lora_a, part.lora_b, part.scales))
-        own = scales[part.scales_offset or 0 :][: part.num_scales].reshape(part.slots, part.rank)
-        local, where = local_ids(ids, part), slice(part.y_offset, part.y_offset + part.width)
-        v = products(x, a, local) * own[np.maximum(local, 0)]
-        delta[:, where] += products(v, b, local)
-        used[:, where] |= (local >= 0)[:, None]
-    return delta, used
 
 
 def as_shapes(parts: Sequence[pk.LoRAPart]) -> Any:

@@ -168,13 +168,13 @@ def local_ids(ids: np.ndarray, part: pk.LoRAPart) -> np.ndarray:
 def parts_in_float64(
     x: np.ndarray, parts: Sequence[pk.LoRAPart], ids: np.ndarray, columns: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What parts add, and which elements they add to."""
+    """What parts add, of 8 bits too, and which elements they add to."""
     delta, used = np.zeros((len(x), columns)), np.zeros((len(x), columns), bool)
     for part in parts:
         a, b, scales = (np.asarray(z) for z in (part.lora_a, part.lora_b, part.scales))
         local, where = local_ids(ids, part), slice(part.y_offset, part.y_offset + b.shape[1])
-        own = scales[part.scales_offset or 0 :][: len(a)]
-        v = products(x, a, local) * own[np.maximum(local, 0)][:, None]
+        own = scales[part.scales_offset or 0 :][: part.num_scales].reshape(part.slots, -1)
+        v = products(x, a, local) * own[np.maximum(local, 0)]
         delta[:, where] += products(v, b, local)
         used[:, where] |= (local >= 0)[:, None]
     return delta, used

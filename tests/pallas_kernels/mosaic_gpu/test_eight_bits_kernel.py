@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from eight_bit_cases import EightBitCase, Stack, as_shapes, parts_of, wanted
+from eight_bit_cases import EightBitCase, Stack, as_shapes, parts_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from mosaic_cases import add_parts, bits, relative_error, y_tolerance
+from mosaic_cases import add_parts, bits, parts_in_float64, relative_error, y_tolerance
 
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu import Config
@@ -53,7 +53,7 @@ def emulated() -> Iterator[None]:
 def check(case: EightBitCase, new: np.ndarray) -> None:
     """`new` against float64; what no part adds to keeps its bits."""
     (x, y), ids = case.rows(), case.ids
-    delta, used = wanted(x, case.parts(), ids, case.columns)
+    delta, used = parts_in_float64(x, case.parts(), ids, case.columns)
     want = y.astype(np.float64) + delta
     assert used.any()
     assert relative_error(new, want) < y_tolerance(case.y_dtype, "bfloat16")
@@ -111,7 +111,7 @@ def test_mixes(emulated: None) -> None:
     new = pk.add_lora_multi(jnp.asarray(y), x, [part], ids, **how)
     want = y.astype(np.float64)
     for column, factors in zip(ids.T, weights.T):
-        want += wanted(x, [part], column, 64)[0] * factors[:, None]
+        want += parts_in_float64(x, [part], column, 64)[0] * factors[:, None]
     assert relative_error(np.asarray(new), want) < y_tolerance("bfloat16")
 
 
