@@ -138,9 +138,7 @@ class AdapterBank(Checkpoints):
         allow_links: bool = False,
         allow_nonfinite: bool = False,
     ) -> float | None:
-        """Puts an adapter into a slot, under `name`.
-
-        Into stacks in 8 bits it is rounded.
+        """Puts an adapter into a slot, under `name`. Into stacks in 8 bits it is rounded.
 
         Args:
           name: any text without `/`, `\\` and control characters.
@@ -160,9 +158,8 @@ class AdapterBank(Checkpoints):
           rename: from the adapter's names of modules to the model's, as in `load_peft`.
 
         Returns:
-          How far stacks in 8 bits are from the adapter: the largest of all modules' errors, the
-          norm of the difference of what a module adds over the norm of that itself. None of other
-          stacks. `jax-lora inspect --eight-bits` says the same, before a load.
+          How far stacks in 8 bits are from the adapter, as `jax-lora inspect --eight-bits` says:
+          the largest error of a module, `|B'A' - BA| / |BA|`. None of other stacks.
 
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is

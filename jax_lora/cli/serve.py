@@ -70,12 +70,11 @@ def serve(
     A page at `/` shows answers side by side. SIGTERM takes no more requests, and ends when those
     under way have their answers.
     """
-
     with input_errors():
         if demo == (base is not None) or (demo and adapters is not None):
             raise ValueError("give either --demo, or --base and, if wanted, --adapters")
         _check_extra()
-        from jax_lora.demo import job
+        from jax_lora.demo.job import FOLDER
         from jax_lora.serving.server import run
         from jax_lora.serving.server.app import Server
         from jax_lora.serving.server.limits import Limits
@@ -86,8 +85,7 @@ def serve(
             start_jax()
             sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
             if base is None:
-                base, name = str(job.FOLDER / "base"), name or "demo"
-                adapters = job.FOLDER / "adapters"
+                base, name, adapters = str(FOLDER / "base"), name or "demo", FOLDER / "adapters"
             model = run.Model(base, name, adapters, sizes, dtype and dtype.value, eight_bits)
             served = run.load(model, _told)
             limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)

@@ -83,10 +83,8 @@ def apply_lora(
         ("q_proj", "layers.0.*"); None for every linear layer. Layers of other types stay as they
         are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
-      dtype: dtype of the stacks; None for each kernel's own. In "float8_e4m3fn" they take half of
-        bfloat16's bytes, and a decode step on a GPU less time. Adapters are then rounded when they
-        are loaded, with a scale for each rank column; `AdapterBank.load` says how far that is from
-        them. They can't be trained there, nor lie on several devices or in embeddings.
+      dtype: dtype of the stacks; None for each kernel's own. "float8_e4m3fn" rounds adapters when
+        they are loaded (`AdapterBank.load`): not to train, nor on several devices or in embeddings.
       dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
         float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
@@ -107,8 +105,7 @@ def apply_lora(
         divide over its mesh; full slots of a layer that is no `nnx.Linear`, embedding or head of
         one. The model is unchanged.
     """
-    by_bucket = check_slots(slots, buckets)
-    layers = _matched_layers(model, target)
+    by_bucket, layers = check_slots(slots, buckets), _matched_layers(model, target)
     full = _full_slots(model, full_slots or {})
     layers |= {name: layer for name, (layer, _) in full.items()}
     for name, layer in layers.items():
@@ -124,11 +121,15 @@ def apply_lora(
         layer.guard = guard
         if dora and isinstance(layer, LoRADense | LoRADenseGeneral | EinsumLayer):
             layer.add_rescales()
-    for name, (_, count) in full.items():
-        own = layers[name].kernel.dtype  # no 8 bits for what an adapter has whole
-        of_full = own if dtype is None or is_eight_bits(dtype) else dtype
-        layers[name].add_full(count, sum(by_bucket.values()), of_full)
+    for layer, count in full.values():
+        layer.add_full(count, sum(by_bucket.values()), _full_dtype(layer, dtype))
     return sum(layer.room_bytes for layer in layers.values())
+
+
+def _full_dtype(layer: Any, dtype: DTypeLike | None) -> DTypeLike:
+    """What an adapter has whole is never in 8 bits."""
+    own: DTypeLike = layer.kernel.dtype
+    return own if dtype is None or is_eight_bits(dtype) else dtype
 
 
 def _check_dora(name: str, layer: LoRALayer, dora: bool) -> None:
