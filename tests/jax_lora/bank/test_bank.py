@@ -1065,6 +1065,8 @@ class _TimeLimit(BaseException):
     pass
 
 
+# Where Python can raise nothing, as in a finalizer, it reports what a handler raised and goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_exception_of_a_signal_handler_divides_no_load():
     model, bank = make_bank()
     adapters = {name: make_adapter(n, 5) for n, name in enumerate("abcd")}
@@ -1072,9 +1074,10 @@ def test_an_exception_of_a_signal_handler_divides_no_load():
     bank.load("b", adapters["b"])
     start = time.perf_counter()
     bank.load("c", adapters["c"])
-    took, rng, interrupted = time.perf_counter() - start, random.Random(0), 0
+    took, rng, interrupted, alarms = time.perf_counter() - start, random.Random(0), 0, []
 
     def on_alarm(*_):
+        alarms.append(n)
         raise _TimeLimit
 
     before = signal.signal(signal.SIGALRM, on_alarm)
@@ -1088,7 +1091,10 @@ def test_an_exception_of_a_signal_handler_divides_no_load():
                 else:
                     bank.load(bank.names[0], adapters[bank.names[0]], replace=True)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except _TimeLimit:
+            except (_TimeLimit, ValueError):
+                # A cache of JAX turns what it meets while it compares keys into a ValueError.
+                if n not in alarms:
+                    raise
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
