@@ -173,12 +173,14 @@ class PartRounds(NamedTuple):
         """The size of a round's route."""
         return RouteSize(rows, self.stack)
 
-    def most(self, num_tokens: int, rows: int, sorts: bool) -> int:
-        """How many rounds there are at most, whatever the adapters of the tokens are."""
-        slots, tiles = self.slots.slots, -(-num_tokens // rows)
-        pairs = min(num_tokens, tiles * slots)  # of a tile and an adapter that it has
-        if sorts:  # as `Order` cuts them
-            pairs = min(pairs, 2 * min(num_tokens, slots) + tiles + -(-num_tokens // TILE))
+    def most(self, num_tokens: int, rows: int, ordered: int | None) -> int:
+        """How many rounds there are at most, whatever the adapters of the tokens are. `ordered` is
+        how many adapters all parts have, if tokens are in `Order`; None for as they come."""
+        tiles = -(-num_tokens // rows)
+        pairs = min(num_tokens, tiles * self.slots.slots)  # of a tile and an adapter that it has
+        if ordered is not None:  # a run has a pair for each tile that it is in
+            runs = 2 * min(num_tokens, ordered) + -(-num_tokens // TILE)
+            pairs = min(pairs, runs + tiles)
         return tiles + pairs // self.stack
 
 
@@ -206,6 +208,7 @@ class Rounds:
 
 def _rounds(wanted: Rounds, segments: Segments) -> tuple[Int[Array, "rounds W"], ...]:
     rows, tokens = wanted.rows, order(segments, wanted.sorts)
+    ordered = segments.num_adapters if wanted.sorts else None
     tables, first_item = [], jnp.zeros((), jnp.int32)
     for part in wanted.parts:
         table = _routes(local_segments(segments, part.slots), rows, tokens)
@@ -217,7 +220,7 @@ def _rounds(wanted: Rounds, segments: Segments) -> tuple[Int[Array, "rounds W"],
         before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
         starts = jnp.sum(before, axis=1, dtype=jnp.int32)
         total = jnp.sum(per_tile, dtype=jnp.int32)
-        n = jnp.arange(part.most(segments.num_tokens, rows, wanted.sorts), dtype=jnp.int32)
+        n = jnp.arange(part.most(segments.num_tokens, rows, ordered), dtype=jnp.int32)
         tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
         nth = n - starts[tile]
         first = nth[:, None] * part.stack + jnp.arange(part.stack, dtype=jnp.int32)

@@ -101,7 +101,7 @@ def shrink_kernel(
     `[operand_rows, max(R, 16)]`; in interpret mode `[split, T, R]`, float32 partial sums. Rows are
     in `Order` if `sorts`, else in that of x. Rows of -1 are zero if `zero_rows`, else undefined.
     """
-    launch = _plan_launch(x, parts, segments.num_tokens, zero_rows, sorts)
+    launch = _plan_launch(x, parts, segments, zero_rows, sorts)
     plans = _plan_parts(launch, parts)
     sizes = [plan.rounds.size(launch.rows) for plan in plans]
     grid = {"block": _clusters(launch, plans)}
@@ -155,6 +155,7 @@ class _Launch:
       most_adapters: adapters of a round, of all parts.
       zero_rows: whether rows without an adapter become zero.
       sorts: whether tokens may be sorted, so that rows of x are copied one by one.
+      adapters: slots of all tokens' ids.
       interpreted: whether this is for Pallas's interpreter. It has no peers' shared memory, so
         blocks put their partial sums out.
     """
@@ -173,6 +174,7 @@ class _Launch:
     most_adapters: int
     zero_rows: bool
     sorts: bool
+    adapters: int
     interpreted: bool
 
     @property
@@ -244,7 +246,7 @@ def _stacks(parts: tuple[ShrinkPart, ...], rows: int) -> list[int]:
 def _plan_launch(
     x: Float[Array, "P T H"],
     parts: tuple[ShrinkPart, ...],
-    num_tokens: int,
+    segments: Segments,
     zero_rows: bool,
     sorts: bool,
 ) -> _Launch:
@@ -256,7 +258,7 @@ def _plan_launch(
     rows = row_tiles * TILE
     stacks = _stacks(parts, rows)
     launch = _Launch(
-        num_tokens=num_tokens,
+        num_tokens=segments.num_tokens,
         x_shape=(height, features),
         planes=planes,
         dtype=x.dtype,
@@ -270,6 +272,7 @@ def _plan_launch(
         most_adapters=max(stacks),
         zero_rows=zero_rows,
         sorts=sorts,
+        adapters=segments.num_adapters,
         interpreted=interpreted(),
     )
     room = _room(launch, parts)
@@ -303,7 +306,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
 def _clusters(launch: _Launch, plans: tuple[_PartPlan, ...]) -> int:
     """Clusters of the launch: as many as are there at once and can have work. Where tiles fill the
     chip, there are as many as tiles, which mostly have one round."""
-    most = (launch.num_tokens, launch.rows, launch.sorts)
+    most = (launch.num_tokens, launch.rows, launch.adapters if launch.sorts else None)
     items = sum(plan.rounds.most(*most) * plan.rounds.blocks for plan in plans)
     tiles = -(-launch.num_tokens // launch.rows) * max(plan.rounds.blocks for plan in plans)
     if tiles * launch.split > MULTIPROCESSORS * 3 // 4:

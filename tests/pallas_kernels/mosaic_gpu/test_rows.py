@@ -167,6 +167,21 @@ def test_rounds_hold_each_adapter_of_each_tile_once(
             items += table[0, 2 * rows + 5]
 
 
+def test_rounds_have_room_for_the_runs_that_adapters_of_other_parts_allow() -> None:
+    # 45 tokens with an adapter each of another part cut the runs of nine adapters, and as there
+    # are so many adapters, tokens are not sorted: every tile has all nine.
+    tiles = [
+        np.append(np.stack([np.arange(9), 9 + 9 * tile + np.arange(9)], axis=1), [-1] * 46)
+        for tile in range(5)
+    ]
+    ids = np.concatenate(tiles).astype(np.int32)
+    segments = pk.make_segments(ids, 54)
+    np.testing.assert_array_equal(route.order(segments, True), np.arange(320))
+    part = route.PartRounds(SlotRange(0, 9), stack=2, blocks=1)
+    [table] = segments.table(route.Rounds((part,), 64, True, False))
+    check_rounds(np.asarray(table), np.where(ids < 9, ids, -1), 64, 2, 1, False)
+
+
 def check_rounds(
     table: np.ndarray, ids: np.ndarray, rows: int, stack: int, blocks: int, every_tile: bool
 ) -> int:
