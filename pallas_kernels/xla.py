@@ -33,7 +33,7 @@ from pallas_kernels.routing import (
 from pallas_kernels.stacks import LoRAPart, Sharing, apart, is_eight_bits, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
-# and wants them in its cache: docs/performance.md has the times. On a GPU each step costs launches.
+# and wants them in its cache: docs/lab/2026-11.md has the times. On a GPU each step costs launches.
 _GATHER_BYTES_CPU = 2**20
 _GATHER_BYTES = 32 * 2**20
 

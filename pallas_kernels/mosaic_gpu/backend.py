@@ -1,10 +1,14 @@
 """The ops as Pallas:Mosaic GPU kernels for Hopper (sm_90): the seam of the backend "mosaic_gpu".
 
-`docs/kernels.md` draws them. There are two kinds. A *prefill* kernel takes tiles of 64 consecutive
-tokens, which are wgmma's M, and multiplies all of a tile with every adapter that occurs in it; each
-row then keeps its own product. So tokens may come in any order, no row is gathered, and what a row
-gets depends on that row alone. The *decode* kernel takes few tokens, does one half or both in
-one launch, and gathers the few tokens of one adapter for each cluster.
+`docs/kernels.md` draws them. There are two kinds.
+
+The *prefill* kernels take tiles of 64 tokens. They multiply all rows of a tile with every adapter
+that occurs in it, and each row keeps its own product. So tokens may come in any order, and what a
+row gets depends on that row and its adapter alone. A tile has consecutive tokens where adapters
+come in runs. Else it has tokens sorted by adapter, whose rows are copied one by one.
+
+The *decode* kernel takes few tokens, and does one half or both in one launch. A cluster takes up to
+eight tokens of one adapter, wherever they stand.
 """
 
 import dataclasses

@@ -19,10 +19,10 @@ class Config:
         2. A launch takes the least of its parts, and 1 where two don't fit.
       block_n: output features of one block of the expand.
       expand_stack: adapters that one block of the expand multiplies at once.
-      expand_stages: pipeline stages of the expand, at most; in the decode kernel those of its
-        highest rank, beside which lower ones may have up to four.
-      expand_columns: how many times `block_n` columns a block of the expand takes in turn, at most;
-        where it holds more than two parts at once twice as many, up to 8.
+      expand_stages: pipeline stages of the expand, at most. In the decode kernel they are those of
+        the widest rows of B. Narrower rows may have more, up to four, that take no more bytes.
+      expand_columns: a block of the expand takes `block_n` columns so many times, one after the
+        other, at most. From 2 on it is doubled, up to 8, where a sweep has more than two parts.
       expand_row_tiles: as `row_tiles`, of the expand and B.
       warps: of a block of the decode kernel, which does both halves in one launch; None for two.
       column_clusters: clusters of the decode kernel that deal the columns of y among themselves.

@@ -17,8 +17,9 @@ class NarrowCut(NamedTuple):
 
 
 def narrow_cut(blocks: int, columns: int) -> NarrowCut:
-    """As many shares as give each multiprocessor two blocks, of four squares or more; `blocks` is
-    how many there are of one share. A tile has those of one range."""
+    """Cuts the columns into as many shares as it takes for two blocks on each multiprocessor: at
+    most 16, of four squares or more. `blocks` is how many blocks one share would have. (A tile's
+    adapter is in one range, so it has blocks for the sums of that range alone.)"""
     wanted = -(-2 * MULTIPROCESSORS // blocks)
     most = max(1, squares_of(columns) // 4)
     return NarrowCut(split=min(16, most, 1 << (wanted - 1).bit_length()), stages=4)
@@ -45,8 +46,9 @@ class OuterCut(NamedTuple):
 
 
 def outer_cut(tiles: int, slots: int, columns: int) -> OuterCut:
-    """One square of columns where few slots have few blocks, else two; a stage more than a slot
-    has tiles if all are in use, as fewer stages let more blocks share a multiprocessor."""
+    """A block takes two squares of columns, or one where even that gives fewer blocks than there
+    are multiprocessors. It has a stage more than a slot has full tiles, if the tokens are spread
+    evenly over all slots, but 2 to 4. The fewer stages, the more blocks share a multiprocessor."""
     blocks = slots * squares_of(columns)
     return OuterCut(
         columns=1 if blocks < MULTIPROCESSORS else 2,

@@ -160,8 +160,8 @@ class Gathered:
         return self.memory.tiles.shape[1]
 
     def fetch(self, tile: Tile, column: Array, slot: Array) -> None:
-        """Starts to copy a tile's squares from `column` on. Rows behind its last are no other
-        adapter's: nothing that is not its own gets near its sums."""
+        """Starts to copy a tile's squares from `column` on. Behind the tile's last token come zeros
+        (in Pallas's interpreter that token again), and never rows of another adapter."""
 
         def box() -> None:
             for j in range(self.count):
@@ -179,7 +179,8 @@ class Gathered:
         pl.when(~tile.is_box)(row_by_row)
 
     def wait(self, tile: Tile, slot: Array) -> None:
-        """Until the squares are here. Each step closes a group of copies, as `take_steps` can."""
+        """Waits until the squares are here. For rows that lanes copied it counts groups of copies.
+        So each step must close one: `take_steps` does, if `close` is `close_fetched`."""
         pl.when(tile.is_box)(lambda: plgpu.barrier_wait(self.loaded.box.at[slot]))
         pending = self.memory.tiles.shape[0] - 2  # groups of steps that may be on their way
         pl.when(~tile.is_box)(lambda: wait_for_rows(pending, self.loaded.rows.at[slot]))

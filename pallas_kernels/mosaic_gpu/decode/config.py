@@ -42,8 +42,10 @@ def decode_config(
 
 
 def _most_tokens(rank: int, buckets: int) -> int:
-    """Up to how many tokens one launch is faster than two. With up to K adapters of a token, one
-    launch is as long as that of K times the tokens, and there are two for each of the K.
+    """Up to how many tokens one launch is faster than two.
+
+    It holds for K adapters per token too. One launch then takes as long as for K times the tokens.
+    But two launches are two for each of the K columns of ids, so that both grow alike.
 
     Each cluster of eight tokens reads its adapter from the L2 cache, tiles of 64 tokens read it
     once. But clusters take tokens in any order, and decode rows beside a prompt, without loss.

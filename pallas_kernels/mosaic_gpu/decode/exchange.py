@@ -1,9 +1,9 @@
-"""v, the sum of all shares: of warps, then of blocks, through shared memory in a fixed order.
+"""v, the sum over all columns of H: of warps, then of blocks, through shared memory in fixed order.
 
 Each block adds up its warps' sums. It pushes the result, a sheet, to the blocks of the cluster.
-Then each block adds up the sheets that it received. If there are many columns (`scatters`), each
-block adds up its own part of them, and tells the others the result. A lane takes four columns at a
-time (`quads`).
+Then each block adds up the sheets that it received. If there are many columns of v (`scatters`), a
+block gets and adds up an equal number of them alone, and then pushes the result to all. A lane
+takes four columns at a time (`quads`).
 """
 
 from collections.abc import Iterator, Sequence

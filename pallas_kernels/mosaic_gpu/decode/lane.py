@@ -1,4 +1,4 @@
-"""Where a lane is, and what it knows when a job starts: the values that all stages share."""
+"""Where a lane is, and what it knows when a job starts: the values that all files here share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

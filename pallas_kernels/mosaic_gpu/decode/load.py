@@ -10,11 +10,11 @@ from pallas_kernels.mosaic_gpu.lanes.values import Address, Flag, Int, Number, R
 
 
 class CopiesOfA:
-    """Asks for units of columns of x and A; made by kernel.py, called by shrink.py.
+    """Asks for x and A, turn by turn of H; made by kernel.py, called by shrink.py.
 
-    A slot of the ring takes 8 rows of x, and behind them 8 rows of A for each octet of a bundle. In
+    A stage of the ring has 8 rows of x, and behind them 8 rows of A for each octet of a bundle. In
     registers a lane has the rows of x that it copies from, and which 16 bytes of a row it copies.
-    Beside A in 8 bits, whose lines have as many columns again, x has two lines for each.
+    128 bytes of A in 8 bits are twice as many columns: x then takes two lines of 128 bytes.
     """
 
     def __init__(self, lane: Lane, task: Task, x: Ref) -> None:

@@ -2,9 +2,9 @@
 
     masks | rows | numbers | ids | factors | v | sums of the cluster's blocks | each warp's own
 
-The tokens' part (`masks` to `ids`) is written by seating.py. A warp's piece is a ring of copies: of
-columns of x and A, then, when these are used, of rows of B and columns of y. Its own sums lie in it
-too, behind the copies of B.
+seating.py writes what tells of the tokens (`masks` to `ids`). A warp's own memory is its ring. It
+holds columns of x and A, and later, when these are used up, rows of B and columns of y. The warp's
+sums stand behind the copies of B: where A was, or, where `holds_sums` is false, behind A too.
 """
 
 from typing import NamedTuple

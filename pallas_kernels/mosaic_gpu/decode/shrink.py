@@ -1,8 +1,9 @@
 """v = x A^T, a warp's share of it: products of what its copies have brought.
 
-A lane's 8 consecutive columns serve two steps of `mma`, which wants columns 2c and 2c + 8 on of
-both operands: a product adds up in any order, so that both come from shared memory in vectors.
-Where A is in 8 bits a lane has 16 columns at once, for four steps.
+By its layout, `mma` takes four columns from a lane: 2c, 2c + 1, 2c + 8 and 2c + 9, where c is the
+lane's `quad`. A lane loads 8 consecutive columns instead, in one vector, and gives four of them to
+each of two products. x and A are both dealt so: each column of x still meets the same column of A.
+Where A is in 8 bits, a lane has 16 columns, for four products.
 """
 
 import functools

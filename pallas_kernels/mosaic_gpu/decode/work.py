@@ -246,10 +246,10 @@ class Work(NamedTuple):
 
     @property
     def leaves(self) -> bool:
-        """Whether clusters without tokens leave late: where the first copies would be on their way.
+        """Whether clusters without tokens end only where others have asked for their first copies.
 
-        Until then they go on as if they had tokens. So the arithmetic that needs no table is done
-        while the table comes.
+        A branch at the start would wait for the table, which tells whether there are tokens. So all
+        clusters go on as if they had some, and meanwhile do the arithmetic that needs no table.
         """
         return self.seated and self.case.shrinks and len(self.jobs) == 1
 

@@ -138,10 +138,10 @@ def _gives(
 
 
 def take_over_start() -> bool:
-    """Takes out where Mosaic waits, at the start, until all of the cluster have begun.
+    """Removes Mosaic's wait at a kernel's start, until all blocks of the cluster have begun.
 
-    Whether it was there. A block that never pushes may end without it: who has ended counts as
-    arrived.
+    Returns whether there was one. `Gpu.begun` then waits instead, before the first push. A block
+    that pushes nothing may end without waiting: the hardware counts it as arrived.
     """
     waits = "llvm.inline_asm", "nvvm.cluster.wait"  # of JAX 0.11, and of later ones
     block = ir.InsertionPoint.current.block

@@ -2,7 +2,7 @@
 
 `config.py` decides how they cut their work. `route.py` tells a block which adapters its tokens
 have. `shrink.py` and `expand.py` are the kernels; each reads top down, from the plan of a launch to
-the stages of a block.
+what a block does.
 """
 
 from pallas_kernels.mosaic_gpu.prefill.config import default_config as default_config

@@ -667,8 +667,11 @@ class _YRing(NamedTuple):
         self.either(self.fetch_first, self.fetch_first_rows)
 
     def routed(self, used: Bool[Array, ""]) -> "_YRing":
-        """The ring once the route is here, which tells whether the tokens lie side by side. If not,
-        the first columns come anew, row by row. A tile has not waited for its route."""
+        """The ring once the route is here, which tells whether the tokens lie side by side.
+
+        Copies of the first columns did not wait for the route, and took consecutive tokens. Where
+        the tokens are others, these columns come anew, row by row.
+        """
         if not self.block.launched.plan.sorts:
             return self
         is_scattered = self.route.is_scattered()

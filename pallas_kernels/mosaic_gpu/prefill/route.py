@@ -268,7 +268,8 @@ class Route:
         return self.words[2 * self.rows]
 
     def is_scattered(self) -> Bool[Array, ""]:
-        """Whether the tokens are others than those of this place among all tokens."""
+        """Whether the tokens are others than the consecutive ones from the tile's first row on, so
+        that rows are copied one by one."""
         return self.words[2 * self.rows + 1] > 0
 
     def tile(self) -> Int[Array, ""]:

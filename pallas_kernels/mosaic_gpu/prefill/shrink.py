@@ -553,8 +553,12 @@ def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Ar
 def _fetch(
     block: _Block, adapters: list[Array], ring: _Pipeline, k: Array | int, slot: Array | int
 ) -> None:
-    """Starts the copies of step k: a tile of x, and A of the round's adapters. What is not copied
-    arrives, as do rows of x, which other barriers tell of."""
+    """Starts the copies of step k: a tile of x, and A of the round's adapters.
+
+    A stage's barrier expects the same arrivals in each step. So a block arrives itself for what TMA
+    does not copy: adapters that the round lacks, and x where lanes copy rows. No
+    barrier tells when such rows are here, but the groups of the lanes' copies.
+    """
     launch, plan, refs = block.launch, block.plan, block.refs
     barrier = refs.loaded.at[slot]
     columns = pl.ds(block.k_start + k * launch.block_k, launch.block_k)
