@@ -32,7 +32,7 @@ def _shrink(
 def _shrink_fwd(
     call: Call, v: Array | None, x: Array, lora_a: Array, token_ids: TokenIds, scale: Array
 ) -> tuple[Array, tuple[Array | None, Array, Array, TokenIds, Array]]:
-    return _shrink(call, v, x, lora_a, token_ids, scale), (v, x, lora_a, token_ids, scale)
+    return shrink(call, v, x, lora_a, token_ids, scale), (v, x, lora_a, token_ids, scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,7 +68,7 @@ def _expand(call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array) 
 def _expand_fwd(
     call: Call, v: Array, lora_b: Array, token_ids: TokenIds, y: Array
 ) -> tuple[Array, tuple[Array, Array, TokenIds]]:
-    return _expand(call, v, lora_b, token_ids, y), (v, lora_b, token_ids)
+    return expand(call, v, lora_b, token_ids, y), (v, lora_b, token_ids)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,7 +102,7 @@ def _add_lora_fwd(
     call: Call, ys: Ys, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
     derivatives.refuse_eight_bits(call.op, parts)
-    return _add_lora(call, ys, x, parts, ids), (x, _kept(parts), ids)
+    return add_lora(call, ys, x, parts, ids), (x, _kept(parts), ids)
 
 
 def _kept(parts: Parts) -> Parts:
@@ -128,7 +128,7 @@ def _lora_delta_fwd(
     call: Call, x: Array, parts: Parts, ids: AnyIds
 ) -> tuple[Ys, tuple[Array, Parts, AnyIds]]:
     derivatives.refuse_eight_bits(call.op, parts)
-    return _lora_delta(call, x, parts, ids), (x, _kept(parts), ids)
+    return lora_delta(call, x, parts, ids), (x, _kept(parts), ids)
 
 
 def _lora_delta_bwd(

@@ -45,7 +45,8 @@ def _refuse_second(*_: object, op: str) -> NoReturn:
 
 
 # An operand. Its tangent is one of the primitive below, which reverse mode transposes and forward
-# mode computes.
+# mode computes. What is differentiated gets the operand itself, for a gradient to keep: a scan then
+# sees that its turn keeps the very slices that it was given, and stores none of them.
 _operand_p = _identity("lora_operand")
 _tangent_p = Primitive("lora_tangent")
 _tangent_p.def_impl(_refuse_forward)
@@ -54,7 +55,7 @@ mlir.register_lowering(_tangent_p, _refuse_forward)
 batching.primitive_batchers[_tangent_p] = _refuse_forward  # reverse mode batches no tangents
 ad.deflinear2(_tangent_p, lambda cotangent, x, *, op: [cotangent])
 ad.primitive_jvps[_operand_p] = lambda primals, tangents, *, op: (
-    _operand_p.bind(*primals, op=op),
+    primals[0],
     tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent_p.bind(tangents[0], op=op),
 )
 

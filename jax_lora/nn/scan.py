@@ -25,9 +25,9 @@ def scan_layers[M: nnx.Module, C, X, Y](
 
     Layers are stacked by `nnx.vmap` of what makes one, which gives each array an axis of layers in
     front. In a plain `nnx.scan` or `jax.lax.scan` they compute the same. There a GPU reads the
-    stacks of adapters of a decode step in place too, if it is compiled with `step_options()`. But
-    it copies a layer's stacks in each turn of a prefill (B) and of gradients (A and B). Here each
-    layer reads them where they stand.
+    stacks of adapters in place too: XLA passes a layer's slice by its address. Only a turn in
+    `jax.checkpoint` (`nnx.remat`) copies them, unless it has `prevent_cse=False`, which a scan
+    allows. Here each layer reads them where they stand, whatever XLA does.
 
     Example::
 

@@ -44,11 +44,13 @@ def in_place(
 ) -> tuple[Array, ...]:
     """ys as `kernel(*y_refs, *operands)` leaves them, in their memory where XLA can donate that.
 
-    XLA fuses slices of operands and updates of slices into a custom call, and forgets there that
-    this one changes its operand: under `jax.vmap`, or where `lax.scan` slices or stacks something,
-    the result was zeros (jax 0.11.2, H200). Barriers keep the slices out.
+    XLA fuses slices of operands, and updates of slices, into a custom call. Where y is a slice, or
+    an update takes what the call makes, XLA forgets that the call changes its operand: under
+    `jax.vmap`, or where `lax.scan` slices or stacks ys, the result was zeros (jax 0.11.2, H200).
+    Barriers keep these out. Slices of other operands may come in: a scan over layers copies no
+    stack then.
     """
-    ys, operands = lax.optimization_barrier((ys, operands))
+    ys = lax.optimization_barrier(ys)
     refs = [jax.new_ref(untyped(y)) for y in ys]
     kernel(*refs, *operands)
     return lax.optimization_barrier(tuple(jax.freeze(ref) for ref in refs))

@@ -31,6 +31,7 @@ from mosaic_cases import (
 )
 
 import pallas_kernels as pk
+from benchmarks.compiling import made_in_loops
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
 from pallas_kernels import LoRAPart, make_segments, ops
 from pallas_kernels.call import Call
@@ -426,6 +427,23 @@ def test_parts(case: Buckets) -> None:
         np.testing.assert_array_equal(bits(layer), bits(added if at_once else y))
 
 
+def test_runs_that_many_adapters_of_another_part_allow() -> None:
+    """As in test_rows.py: all tiles have all nine adapters, whose runs the other part's cut."""
+    pairs = np.stack([np.tile(np.arange(9), 5), 9 + np.arange(45)], axis=1).reshape(5, 18)
+    ids = np.pad(pairs, ((0, 0), (0, 46)), constant_values=-1).reshape(320).astype(np.int32)
+    z = Case(320, 512, 128, 16, 54).arrays()
+    parts = [
+        LoRAPart(z.a[start:stop], z.b[start:stop], z.scales[start:stop], start)
+        for start, stop in ((0, 9), (9, 54))
+    ]
+    poison()
+    how = dict(phase="prefill", implementation="mosaic_gpu", config=Config(split=4, stack=2))
+    y = np.asarray(pk.add_lora_multi(z.y, z.x, parts, jnp.asarray(ids), **how))
+    want, used = parts_in_float64(z.x, parts, ids, 128)
+    assert relative_error(y[used], (z.y + want)[used]) < y_tolerance("bfloat16", "bfloat16")
+    np.testing.assert_array_equal(bits(y)[~used], bits(z.y)[~used])
+
+
 # A test of its own, since to compile all ways of many parts takes minutes.
 @pytest.mark.parametrize("route", ["split", "ids"])
 @pytest.mark.parametrize("case", BUCKET_CASES, ids=str)
@@ -480,9 +498,10 @@ def test_gradients_are_those_of_xla(num_tokens: int) -> None:
             assert not np.asarray(of_op[name][2]).astype(np.float32).any(), (op, name)
 
 
+@pytest.mark.parametrize("num_tokens", [20, 300])  # one launch, and two
 @pytest.mark.parametrize("delta", [False, True], ids=["in place", "delta"])
-def test_vmap_scan_and_fori_loop_change_nothing(delta: bool) -> None:
-    z = as_jax(Case(20, 256, 192, 16, 5).arrays())
+def test_vmap_scan_and_fori_loop_change_nothing(delta: bool, num_tokens: int) -> None:
+    z = as_jax(Case(num_tokens, 256, 192, 16, 5).arrays())
     part = LoRAPart(z["a"], z["b"], z["scales"])
 
     def call(y: Any, x: Any) -> Any:
@@ -497,6 +516,13 @@ def test_vmap_scan_and_fori_loop_change_nothing(delta: bool) -> None:
     looped = jax.jit(
         lambda y, x: jax.lax.fori_loop(0, 2, lambda _, y: call(y, x), y)
     )(z["y"], z["x"])  # fmt: skip
+    ys = jnp.stack([z["y"], z["y"] * 2])
+    sliced = jax.jit(  # slices ys, stacks what the call makes, and uses y again
+        lambda ys, x: jax.lax.scan(lambda x, y: (x, (call(y, x), y + 1)), x, ys)[1]
+    )(ys, z["x"])
+    for made, more, y in zip(*sliced, ys):
+        np.testing.assert_array_equal(bits(made), bits(call(y, z["x"])))
+        np.testing.assert_array_equal(bits(more), bits(y + 1))
     np.testing.assert_array_equal(bits(mapped[0]), bits(call(z["y"], z["x"])))
     np.testing.assert_array_equal(bits(mapped[1]), bits(call(z["y"], z["x"] * 2)))
     np.testing.assert_array_equal(bits(scanned), bits(twice))
@@ -505,7 +531,7 @@ def test_vmap_scan_and_fori_loop_change_nothing(delta: bool) -> None:
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_scan_over_layers_copies_no_stacks(phase: str) -> None:
-    """XLA passes a layer's slice of all stacks by its address."""
+    """XLA passes a layer's slice of all stacks by its address; in gradients too."""
     layers, slots, rank, size = 6, 16, 16, 1024
     num_tokens = 64 if phase == "decode" else 300
     keys = iter(jax.random.split(jax.random.key(0), 4))
@@ -527,8 +553,10 @@ def test_a_scan_over_layers_copies_no_stacks(phase: str) -> None:
     for n in range(layers):
         want = one(want, a[n], b[n])
     np.testing.assert_array_equal(bits(np.asarray(compiled(x, a, b))), bits(np.asarray(want)))
-    if phase == "decode":  # a prefill's expand adds in place, and then gets a copy of B
-        assert compiled.memory_analysis().temp_size_in_bytes < a[0].nbytes
+    gradients = jax.jit(jax.grad(lambda *args: jnp.sum(step(*args).astype(jnp.float32)), (1, 2)))
+    shapes = {a.shape, b.shape}
+    assert made_in_loops(compiled.as_text(), shapes) == []
+    assert made_in_loops(gradients.lower(x, a, b).compile().as_text(), shapes, whole=True) == []
 
 
 def test_gradients_of_a_layer_are_those_of_xla() -> None:
