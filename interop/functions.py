@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import pallas_kernels as kernels
-from pallas_kernels.ops import add_shrink
+from pallas_kernels.ops import add_by_kernels, add_shrink
 from pallas_kernels.routing import WideIndices
 from pallas_kernels.xla import add_rows
 
@@ -79,7 +79,7 @@ def add_lora(
     *, offset: int, phase: str,
 ) -> Array:  # fmt: skip
     part = kernels.LoRAPart(lora_a, lora_b, scales, y_offset=offset)
-    return kernels.add_lora_multi(y, x, [part], _ids(ids), phase=phase)
+    return add_by_kernels(y, x, [part], _ids(ids), phase=phase)
 
 
 def add_lora_slices(y: Array, x: Array, *others: Array, offsets: tuple[int, ...]) -> Array:
@@ -87,7 +87,7 @@ def add_lora_slices(y: Array, x: Array, *others: Array, offsets: tuple[int, ...]
     *stacks, ids, scale = others
     slices = zip(stacks[: len(offsets)], stacks[len(offsets) :], offsets)
     parts = [kernels.LoRAPart(a, b, scale, y_offset=offset) for a, b, offset in slices]
-    return kernels.add_lora_multi(y, x, parts, _ids(ids))
+    return add_by_kernels(y, x, parts, _ids(ids))
 
 
 def add_lora_backward(

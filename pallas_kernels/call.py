@@ -24,6 +24,7 @@ class Call(NamedTuple):
       unmasked: whether `lora_delta` of one adapter per token may hold anything where nothing is
         added. The caller masks it, together with what else it does to the ys.
       exact: whether `lora_delta` has the same bits in calls of any size; see `exact.in_chunks`.
+      few: whether `add_lora` by "auto" is "xla" on each platform; see `dispatch.prefers_xla`.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Call(NamedTuple):
     compact: int | None = None
     unmasked: bool = False
     exact: bool = False
+    few: bool = False
 
 
 @runtime_checkable

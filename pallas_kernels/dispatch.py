@@ -17,6 +17,8 @@ from pallas_kernels.mosaic_gpu import backend as mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.ranks import kernels_disabled, select_kernel
+from pallas_kernels.routing import AnyIds, Mix
+from pallas_kernels.stacks import LoRAPart
 
 Implementation = Literal["xla", "mosaic_gpu", "loop"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -119,10 +121,30 @@ def _check_named_kernels(missing: str | None) -> None:
 _XLA_FROM_RANK = {1: 64, 2: 128}
 
 
-def prefers_xla(num_tokens: int, rank: int, phase: str) -> bool:
-    """Whether `add_lora` takes "xla" on a GPU too, if not told otherwise."""
+def prefers_xla(call: Call, num_tokens: int, parts: tuple[LoRAPart, ...], ids: AnyIds) -> bool:
+    """Whether `add_lora` and `add_lora_multi` are "xla" on a GPU too, if not told otherwise.
+
+    They are for a token or two of a high rank, where the only part adds to all columns of the only
+    y: XLA's form is three launches then. All else stays with the one launch of the kernel. XLA
+    would take three for each part and for each adapter of a mix, and copies for slices of y and for
+    several ys. Stacks in 8 bits or transposed were not timed.
+
+    `lora_delta` and layers stay with the kernel too: they run beside the product that makes y. One
+    launch ahead of it is hidden by it. XLA's launches wait for each other, so all but the first
+    start behind a product that fills the GPU.
+
+    It is about the forward alone: gradients run as kernels, whose sums XLA makes in a loop.
+    """
+    if call.implementation != "auto" or len(parts) != 1 or isinstance(ids, Mix):
+        return False
+    [part] = parts
     least = _XLA_FROM_RANK.get(num_tokens)
-    return least is not None and rank >= least and select_kernel(rank, phase) == "bgmv"
+    return (
+        (least is not None and part.rank >= least)
+        and call.kernels == ("bgmv",)
+        and call.widths == (part.width,)
+        and not (part.is_eight_bits or part.transposed)
+    )
 
 
 # With more tokens XLA would gather too many copies of adapters.
@@ -163,6 +185,8 @@ def compiled(operation: Operation, call: Call) -> Callable[..., Any]:
     if call.implementation == "auto":
         on_gpu = compiled(operation, call._replace(implementation="mosaic_gpu"))
         elsewhere = compiled(operation, call._replace(implementation="xla"))
+        if call.few and operation == "add_lora":
+            return elsewhere
         return lambda *args: jax.lax.platform_dependent(*args, cuda=on_gpu, default=elsewhere)
     backend = BACKENDS[call.implementation]
     run = functools.partial(getattr(backend, operation), call)

@@ -350,8 +350,8 @@ def add_lora(
       scales: a number, `[L]`, or None for 1; `[L, R]` with stacks in 8 bits (see `LoRAPart`).
       phase: "decode" (few tokens per adapter) or "prefill", a hint for XLA's forms; None follows
         from T.
-      implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks,
-        where `add_lora_multi` stays with "mosaic_gpu".
+      implementation, config: as in `bgmv_shrink`. None is "xla" for a token or two of high ranks
+        with one adapter each; their gradients run as kernels.
 
     Returns:
       `[T, N]` in y's dtype.
@@ -363,12 +363,7 @@ def add_lora(
     y = checks.floats("y", y, "T N")
     lora_a = checks.stack("lora_a", lora_a, "L R H", of_part=True)
     lora_b = checks.stack("lora_b", lora_b, "L N R", of_part=True)
-    _, width, rank = lora_b.shape
-    checks.same("y and lora_b differ in features N", y.shape[1], width)
-    num_tokens = y.shape[0]
-    phase = phase_of(num_tokens) if phase is None else check_phase(phase)
-    if implementation is None and prefers_xla(num_tokens, rank, phase):
-        implementation = "xla"
+    checks.same("y and lora_b differ in features N", y.shape[1], lora_b.shape[1])
     part = LoRAPart(lora_a, lora_b, scales)
     for one in indices.columns if isinstance(indices, Mix) else (indices,):
         if isinstance(one, Segments):
@@ -443,7 +438,8 @@ def add_lora_multi(
         per token `[T, K]`, or the `Mix` of them and their weights.
       weights: `[T, K]`, as in `add_lora`. The float32 sum of a token's adapters is rounded once,
         or, by "mosaic_gpu" beyond the tokens of one launch, after each of them.
-      phase, implementation, config: as in `add_lora`.
+      phase, implementation, config: as in `add_lora`; but None is "mosaic_gpu" for a token or two
+        too, unless there is one part, one y, and the part has all of its columns.
 
     Returns:
       `[T, Ny]` in y's dtype; a tuple of them where y is one.
@@ -475,14 +471,34 @@ def _add_to(
     adapters: _Adapters,
     phase: str | None,
     how: _How,
+    *,
+    few_by_xla: bool = True,
 ) -> tuple[Array, ...]:
-    """`add_lora_multi` of ys that are checked."""
+    """`add_lora_multi` of ys that are checked. `few_by_xla`: whether `prefers_xla` is asked."""
     x = checks.floats("x", x, "T H")
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ys]
-    checked = _check_parts("add_lora", x, parts, adapters, phase, shapes, how)
-    if not (checked.parts and x.shape[0] * sum(checked.call.widths)):
+    call, x, parts, ids = _check_parts("add_lora", x, parts, adapters, phase, shapes, how)
+    if not (parts and x.shape[0] * sum(call.widths)):
         return ys
-    return autodiff.add_lora(checked.call, ys, x, checked.parts, checked.ids)
+    call = call._replace(few=few_by_xla and prefers_xla(call, x.shape[0], parts, ids))
+    return autodiff.add_lora(call, ys, x, parts, ids)
+
+
+def add_by_kernels(
+    y: ArrayLike,
+    x: ArrayLike,
+    parts: Sequence[LoRAPart],
+    indices: ArrayLike | Segments | WideIndices,
+    *,
+    phase: str | None = None,
+) -> Array:
+    """`add_lora_multi` of one y that is "mosaic_gpu" for few tokens too.
+
+    A call of `interop` is one launch then, by its native path, which launches kernels alone.
+    """
+    y, how = checks.floats("y", y, "T Ny"), _How(None, None)
+    [new] = _add_to((y,), x, parts, _Adapters(indices), phase, how, few_by_xla=False)
+    return new
 
 
 @overload

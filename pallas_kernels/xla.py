@@ -36,6 +36,9 @@ from pallas_kernels.stacks import LoRAPart, Sharing, apart, is_eight_bits, side_
 # and wants them in its cache: docs/lab/2026-11.md has the times. On a GPU each step costs launches.
 _GATHER_BYTES_CPU = 2**20
 _GATHER_BYTES = 32 * 2**20
+# On a GPU the host waits for what a branch asks, unless one CUDA graph holds both. To gather the
+# weights of so few tokens in vain takes less.
+_UNASKED_TOKENS = 2
 
 # One for all adapters, one for each, or one for each rank column of each.
 Scale = Float[Array, "*L"]
@@ -101,15 +104,27 @@ class Held(NamedTuple):
 ONE_EACH = Held()
 
 
-def slots_of(indices: Int[Array, " T"], stack: Array, held: Held = ONE_EACH) -> Int[Array, " T"]:
+def slots_of(indices: Int[Array, " T"], stack: Array) -> Int[Array, " T"]:
     """Ids for a gather that fills: -1 would wrap to the last adapter, `len(stack)` is out of
     bounds."""
-    return jnp.where(indices < 0, stack.shape[0], held.place(indices))
+    return jnp.where(indices < 0, stack.shape[0], indices)
 
 
 def take(stack: Array, ids: Array) -> Array:
     """Rows of `stack`; zeros for ids out of bounds."""
     return stack.at[ids].get(mode="fill", fill_value=0)
+
+
+def _places(indices: Int[Array, " T"], held: Held) -> Int[Array, " T"]:
+    """Ids for a gather whose rows of -1 are masked behind the product: they name adapter 0.
+
+    A gather that fills needs a table of what is in bounds, which on a GPU is a launch.
+    """
+    return held.place(jnp.maximum(indices, 0))
+
+
+def _at(stack: Array, places: Array) -> Array:
+    return stack.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def add_rows(v: Array, new: Array, segments: Segments) -> Array:
@@ -197,12 +212,12 @@ def _per_token(fn: Callable[..., Array], stack: Array, tokens: Array, ids: Array
     def chunked(limit: int, stack: Array, tokens: Array, ids: Array) -> Array:
         chunk = max(1, limit // slot_bytes)
         if chunk >= num_tokens:
-            return fn(tokens, take(stack, ids))
+            return fn(tokens, _at(stack, ids))
         chunks = -(-num_tokens // chunk)
         pad = chunks * chunk - num_tokens
         tokens = jnp.pad(tokens, ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
-        ids = jnp.pad(ids, (0, pad), constant_values=stack.shape[0]).reshape(chunks, chunk)
-        out = lax.map(lambda xs: fn(xs[0], take(stack, xs[1])), (tokens, ids))
+        ids = jnp.pad(ids, (0, pad)).reshape(chunks, chunk)
+        out = lax.map(lambda xs: fn(xs[0], _at(stack, xs[1])), (tokens, ids))
         return out.reshape(chunks * chunk, -1)[:num_tokens]
 
     return lax.platform_dependent(
@@ -257,14 +272,14 @@ def _shrink_bgmv(
     scale: Scale,
     held: Held = ONE_EACH,
 ) -> Float[Array, "T R"]:
-    ids = slots_of(segments.indices, lora_a, held)
+    ids = _places(segments.indices, held)
 
     def some(xs: Array, a: Array) -> Array:
         return dot("th,trh->tr", xs, turned(a, held.transposed))
 
     v = _per_token(some, lora_a, x, ids)
     if scale.ndim:
-        scale = take(scale, slots_of(segments.indices, scale)).reshape(x.shape[0], -1)
+        scale = _at(scale, _places(segments.indices, ONE_EACH)).reshape(x.shape[0], -1)
     return jnp.where(segments.indices[:, None] < 0, 0.0, v * scale)
 
 
@@ -302,7 +317,7 @@ def _expand_bgmv(
     *,
     add_inputs: bool,
 ) -> Float[Array, "T Ny"]:
-    ids = slots_of(segments.indices, lora_b, held)
+    ids = _places(segments.indices, held)
 
     def some(vs: Array, b: Array) -> Array:
         return dot("tr,tnr->tn", vs, turned(b, held.transposed))
@@ -381,17 +396,20 @@ def _touched(parts: list[LocalPart], y: Array) -> Bool[Array, "T Ny"]:
 
 
 def _add_parts(acc: Array, x: Array, parts: list[LocalPart], kernels: tuple[str, ...]) -> Array:
+    asks = len(parts) > 1 or x.shape[0] > _UNASKED_TOKENS
     for part, kernel in zip(parts, itertools.cycle(kernels)):
-        if kernel == "bgmv":
-            acc = lax.cond(
-                jnp.any(part.segments.indices >= 0),
-                lambda acc, part=part: _add_bgmv(acc, x, part),
-                lambda acc: acc,
-                acc,
-            )
-        else:
+        if kernel != "bgmv":
             acc = _add_sgmv(acc, x, part)
+            continue
+        add = functools.partial(_add_bgmv, part=part)
+        if_used = functools.partial(_if_used, add, part)
+        acc = if_used(acc, x) if asks else lax.platform_dependent(acc, x, cpu=if_used, default=add)
     return acc
+
+
+def _if_used(add: Callable[[Array, Array], Array], part: LocalPart, acc: Array, x: Array) -> Array:
+    """add(acc, x), unless no token has an adapter of the part."""
+    return lax.cond(jnp.any(part.segments.indices >= 0), add, lambda acc, _: acc, acc, x)
 
 
 def weighted(v: Float[Array, "T R"], weights: Float[Array, " T"] | None) -> Float[Array, "T R"]:

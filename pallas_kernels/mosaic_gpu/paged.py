@@ -53,8 +53,7 @@ def paged_attention(
 ) -> Float[Array, "B N G D"]:
     """See the top. A row that sees nothing gets zeros.
 
-    What lies behind the row's last position, NaN included, never reaches it; nor does what lies
-    before its first one, but for NaN of values in the same 64 positions.
+    What lies before the row's first position or behind its last, NaN included, never reaches it.
 
     Args:
       tables: blocks of each row; any numbers where the row sees nothing.
@@ -150,7 +149,8 @@ def _attend(of: _Inputs, out: Ref, memory: _Memory, block: int, scale: float) ->
         fade = jnp.exp2(most - above)
         memory.weights[...] = weights.astype(own.dtype)
         values = memory.values.at[slot]
-        pl.when((tile + 1) * TILE > length)(lambda: _clear(values, length - tile * TILE))
+        start, stop = first - tile * TILE, length - tile * TILE
+        pl.when((start > 0) | (stop < TILE))(lambda: _keep(values, start, stop))
         plgpu.commit_smem()
         acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0]) + _product(memory.weights, values)
         plgpu.commit_smem()  # all warps have read the slot
@@ -183,7 +183,7 @@ def _product(a: Ref, b: Ref) -> Array:
     return found
 
 
-def _clear(tile: Ref, count: Array) -> None:
-    """Zeros in the rows from `count` on: 0 times NaN would be NaN."""
-    held = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
-    tile[...] = jnp.where(_iota(tile.shape, 0) < count, held, jnp.zeros_like(held))
+def _keep(tile: Ref, start: Array, stop: Array) -> None:
+    """Zeros in all rows but those from `start` to `stop`: 0 times NaN would be NaN."""
+    held, row = plgpu.load(tile, layout=plgpu.Layout.WGMMA), _iota(tile.shape, 0)
+    tile[...] = jnp.where((row >= start) & (row < stop), held, jnp.zeros_like(held))

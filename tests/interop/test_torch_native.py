@@ -134,13 +134,15 @@ def test_expands_are_one_kernel(y_dtype, v_dtype, words):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("y_dtype", FLOATS)
 def test_both_halves_are_one_kernel(y_dtype, dtype, words):
-    for scales, slice_ in itertools.product([(), (6,)], (True, False)):
-        a = stack(dtype, 6, 16, 512, four_dim=slice_)
-        b = stack(dtype, 6, 320, 16, four_dim=slice_)
-        y = spec(y_dtype, 20, 400 if slice_ else 320)
-        given = y, spec(dtype, 20, 512), a, b, ids_of(words), spec(F32, *scales)
+    """For one token of rank 64 too, where `add_lora_multi` takes XLA's form."""
+    cases = ((), True, 20, 16), ((6,), False, 20, 16), ((6,), True, 20, 16), ((), False, 1, 64)
+    for scales, slice_, tokens, rank in cases:
+        a = stack(dtype, 6, rank, 512, four_dim=slice_)
+        b = stack(dtype, 6, 320, rank, four_dim=slice_)
+        y = spec(y_dtype, tokens, 400 if slice_ else 320)
+        given = y, spec(dtype, tokens, 512), a, b, ids_of(words, tokens), spec(F32, *scales)
         static = dict(offset=48 if slice_ else 0, phase="decode")
-        is_one_kernel(functions.add_lora, given, "lora_r16", **static)
+        is_one_kernel(functions.add_lora, given, f"lora_r{rank}", **static)
 
 
 def expand_case(num_tokens: int, dtype, *index):

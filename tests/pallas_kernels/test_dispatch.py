@@ -1,5 +1,6 @@
 """Which implementation runs where, seen in jaxprs and in modules lowered for CUDA without a GPU."""
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -71,16 +72,56 @@ def test_a_token_or_two_of_high_ranks_run_as_xla_unless_told_otherwise(
     a, b = jnp.ones((2, rank, 128), x.dtype), jnp.ones((2, 64, rank), x.dtype)
     ids = jnp.zeros(tokens, jnp.int32)
 
-    def one(implementation: Any = None) -> Any:
-        return functools.partial(pk.add_lora, phase=phase, implementation=implementation)
+    def one(*args: Any, **how: Any) -> Any:
+        return pk.add_lora(*args, phase=phase, **how)
 
-    assert bool(kernels(for_cuda(one(), y, x, a, b, ids))) == kernel
-    assert kernels(for_cuda(one("mosaic_gpu"), y, x, a, b, ids))
+    def multi(y: Any, x: Any, a: Any, b: Any, ids: Any, **how: Any) -> Any:
+        return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b)], ids, phase=phase, **how)
 
-    def multi(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        return pk.add_lora_multi(y, x, [pk.LoRAPart(a, b)], ids, phase=phase)
+    for op in (one, multi):
+        module = for_cuda(op, y, x, a, b, ids)
+        assert bool(kernels(module)) == kernel
+        assert "applies stablehlo.or" not in module  # whether any row is used: a host would wait
+        named = functools.partial(op, implementation="mosaic_gpu")
+        assert kernels(for_cuda(named, y, x, a, b, ids))
 
-    assert kernels(for_cuda(multi, y, x, a, b, ids))
+
+STAYS: dict[str, Any] = {
+    "parts": lambda y, x, part, ids: pk.add_lora_multi(
+        jnp.tile(y, 2), x, [part, dataclasses.replace(part, y_offset=64)], ids
+    ),
+    "ys": lambda y, x, part, ids: pk.add_lora_multi((y, y), x, [part], ids),
+    "8 bits": lambda y, x, part, ids: pk.add_lora_multi(
+        y, x, [pk.LoRAPart(*pk.quantised(part.lora_a, part.lora_b))], ids
+    ),
+    "transposed": lambda y, x, part, ids: pk.add_lora_multi(
+        y, x, [part.with_layout(transposed=True)], ids
+    ),
+    "mix": lambda y, x, part, ids: pk.add_lora(
+        y, x, part.lora_a, part.lora_b, ids[:, None], weights=jnp.ones((1, 1))
+    ),
+    "delta": lambda y, x, part, ids: pk.lora_delta(x, [part], ids, 64),
+}
+
+
+@pytest.mark.parametrize("op", STAYS.values(), ids=STAYS)
+def test_a_token_of_a_high_rank_stays_with_the_kernel(op: Any) -> None:
+    """Where XLA would launch more than a shrink, an expand and a sum, or beside a product."""
+    y, x, ids = jnp.ones((1, 64), "bfloat16"), jnp.ones((1, 128), "bfloat16"), jnp.zeros(1, int)
+    part = pk.LoRAPart(np.ones((2, 64, 128), "bfloat16"), np.ones((2, 64, 64), "bfloat16"))
+    module = for_cuda(lambda y, x, ids: op(y, x, part, ids), y, x, ids)
+    assert kernels(module) and "dot_general" not in module
+
+
+def test_the_gradients_of_a_token_of_a_high_rank_run_as_kernels() -> None:
+    def gradients(x: Any, a: Any, b: Any) -> Any:
+        call = functools.partial(pk.add_lora, jnp.ones((1, 64), x.dtype), indices=np.zeros(1, int))
+        return jax.vjp(call, x, a, b)[1](jnp.ones((1, 64), x.dtype))
+
+    shapes = (1, 128), (2, 64, 128), (2, 64, 64)
+    module = for_cuda(gradients, *(jnp.ones(shape, jnp.bfloat16) for shape in shapes))
+    assert "add_lora_grad_mosaic_gpu" in module
+    assert "dot_general" not in module
 
 
 def test_none_falls_back_to_xla_where_the_kernels_lack_something() -> None:
@@ -133,19 +174,19 @@ def test_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         add_lora("mosaic_gpu")(*arrays().values())
 
 
-def test_a_layer_runs_the_kernel_of_each_bucket() -> None:
+@pytest.mark.parametrize(("tokens", "buckets"), [(T, (16, 64)), (1, (64,))])
+def test_a_layer_runs_the_kernel_of_each_bucket(tokens: int, buckets: tuple[int, ...]) -> None:
     model = nnx.Linear(H, N, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    jax_lora.apply_lora(model, slots=2, buckets=(16, 64))
+    jax_lora.apply_lora(model, slots=2, buckets=buckets)
     bank = jax_lora.AdapterBank(model)
-    batch = bank.batch([None] * T)
+    batch = bank.batch([None] * tokens)
     graphdef, state = nnx.split(model)
 
     def step(state: Any, x: Any, batch: Any) -> Any:
         return nnx.merge(graphdef, state)(x, batch)
 
-    module = for_cuda(step, state, jnp.zeros((T, H), jnp.bfloat16), batch)
-    assert "r16" in "".join(kernels(module))
-    assert "r64" in "".join(kernels(module))
+    module = for_cuda(step, state, jnp.zeros((tokens, H), jnp.bfloat16), batch)
+    assert all(f"r{bucket}" in "".join(kernels(module)) for bucket in buckets)
     assert module.count("dot_general") == 1  # the base layer's own
 
 

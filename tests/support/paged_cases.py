@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PagedCase:
-    """Row b sees [firsts[b], lengths[b]); NaN stands in all that no row has written."""
+    """Row b sees [firsts[b], lengths[b]); NaN stands in all that no row sees."""
 
     firsts: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -29,11 +29,11 @@ class PagedCase:
         rng, tables = np.random.default_rng(1), self.tables
         q = rng.normal(size=(len(tables), self.heads, self.group, self.head_dim))
         pages = rng.normal(size=(2, tables.size + 2, self.heads, self.block, self.head_dim))
-        written = np.zeros((tables.size + 2, self.block), bool)
-        for table, length in zip(tables, self.lengths):
-            for n in range(length):
-                written[table[n // self.block], n % self.block] = True
-        pages = np.where(written[:, None, :, None], pages, np.nan)
+        seen = np.zeros((tables.size + 2, self.block), bool)
+        for table, first, length in zip(tables, self.firsts, self.lengths):
+            for n in range(first, length):
+                seen[table[n // self.block], n % self.block] = True
+        pages = np.where(seen[:, None, :, None], pages, np.nan)
         q, keys, values = (jnp.asarray(t, self.dtype) for t in (q, *pages))
         numbers = (jnp.asarray(t, jnp.int32) for t in (tables, self.firsts, self.lengths))
         return q, keys, values, *numbers
