@@ -17,7 +17,7 @@ import processes
 import pytest
 from flax import nnx
 
-from jax_lora import Adapter, AdapterBank, apply_lora, load_peft
+from jax_lora import Adapter, AdapterBank, LoRAConfig, apply_lora, load_peft
 from jax_lora.bank import agreement
 
 ROOT = Path(__file__).parents[3]
@@ -216,8 +216,14 @@ def test_what_reads_base_weights_takes_one_process(monkeypatch):
         bank._check_header("two", adapter.header)
     with pytest.raises(ValueError, match=r"up has a copy of its base weight, .* not 2"):
         bank._base_weight("up")
-    with pytest.raises(ValueError, match=r"wait=2 is given, which takes .* one process holds"):
-        bank.load("three", plain, wait=2)
+    monkeypatch.setattr(agreement, "_client", Service)
+    for call in (
+        lambda: bank.load("three", plain, wait=2),
+        lambda: bank.create("three", LoRAConfig(4, 4), rngs=nnx.Rngs(0), wait=2),
+        lambda: bank.publish("three", "one", wait=2),
+    ):
+        with pytest.raises(ValueError, match=r"wait=2 is given, which takes .* one process holds"):
+            call()
     for call in (bank.save_checkpoint, bank.restore_checkpoint):
         with pytest.raises(ValueError, match=r"the bank is to be .* not 2"):
             call("nowhere")
