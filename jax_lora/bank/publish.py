@@ -192,7 +192,7 @@ class Publisher(Roster):
             and so they were for `wait` seconds.
           RuntimeError: as in `load`.
 
-        In each case the bank is as it was.
+        In each case the bank is as it was; `source` alone counts as used.
         """
         other = self if bank is None else bank
         if not isinstance(other, Publisher):
