@@ -124,8 +124,9 @@ class ServerProcess:
 def demo_server(root: Path) -> ServerProcess:
     """A server of the bundled model, of which `root` gets a copy.
 
-    It has the adapters upper, reverse and rot13 for two slots, and 8 rows for which 40 requests may
-    wait. Clients may load `.later/sort`; `link` is sort too, but leads out of the folder.
+    It has the adapters upper, reverse and rot13 for two slots of each rank, and 8 rows for which 40
+    requests may wait. One slot of rank 16 is kept for rot13. Clients may load `.later/sort`; `link`
+    is sort too, but leads out of the folder.
     """
     adapters = job.FOLDER / "adapters"
     shutil.copytree(job.FOLDER / "base", root / "base")
@@ -136,4 +137,5 @@ def demo_server(root: Path) -> ServerProcess:
     (root / "adapters" / "link").symlink_to(root / "sort")
     options = ["--base", str(root / "base"), "--adapters", str(root / "adapters")]
     options += ["--name", "demo", "--slots", "2", "--rows", "8", "--max-waiting", "40"]
+    options += ["--reserve", "rot=1:16"]
     return ServerProcess([*options, "--max-body", "4000"], root / "programs")

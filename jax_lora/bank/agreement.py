@@ -20,6 +20,11 @@ TIMEOUT_S = 300
 
 Agree = Callable[[str], None]
 
+# Whoever catches one of these goes on, and so must do on all processes.
+_OF_INPUT: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, FileNotFoundError, FileExistsError)
+}
+
 _numbers = itertools.count()  # of the banks that several processes have: the same in each of them
 
 
@@ -39,6 +44,16 @@ class Agreement:
         self._bank = next(_numbers) if self.is_shared else 0
         self._turn = 0
         self._said: list[str] = []  # keys that the service still holds
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Those that have the bank."""
+        return tuple(self._members)
+
+    @property
+    def name(self) -> str:
+        """Of this turn, the same in all processes, and of no other."""
+        return f"jax_lora/bank/{self._bank}/{self._turn}"
 
     @property
     def is_shared(self) -> bool:
@@ -65,8 +80,10 @@ class Agreement:
         That takes what the process is about to do, and returns once all are about to do the same.
 
         Raises:
-          RuntimeError: in that call, where another process is about to do something else, has
-            failed before its call, or did not come.
+          RuntimeError: in that call, where another process is about to do something else, or did
+            not come.
+          Exception: in that call, where another process has failed before its own: of the same
+            kind as there, if that is an error of the caller's input; else RuntimeError.
         """
         if not self.is_shared:
             yield lambda claim: None
@@ -84,11 +101,12 @@ class Agreement:
             yield agree
         except BaseException as error:
             if not has_spoken:
-                self._say({"fails": printable(f"{type(error).__name__}: {error}")})
+                kind = type(error).__name__
+                self._say({"fails": printable(f"{kind}: {error}"), "kind": kind})
             raise
 
     def _key(self, process: int) -> str:
-        return f"jax_lora/bank/{self._bank}/{self._turn}/{process}"
+        return f"{self.name}/{process}"
 
     def _say(self, what: dict[str, str]) -> None:
         self._said.append(self._key(jax.process_index()))
@@ -105,7 +123,8 @@ class Agreement:
                 ) from error
             other = json.loads(heard)
             if "fails" in other:
-                raise RuntimeError(f"process {process} failed to {claim}: {other['fails']}")
+                kind = _OF_INPUT.get(other["kind"], RuntimeError)
+                raise kind(f"process {process} failed to {claim}: {other['fails']}")
             if other["does"] != claim:
                 raise RuntimeError(
                     f"process {jax.process_index()} is about to {claim}, but process {process} to "

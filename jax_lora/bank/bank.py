@@ -21,13 +21,11 @@ from jax_lora.bank.initial import new_adapter
 from jax_lora.bank.merge import as_adapter, merged
 from jax_lora.bank.mixes import NamedRow, row_names
 from jax_lora.bank.sites import Site, find_sites
-from jax_lora.bank.waiting import checked_wait
 from jax_lora.bank.writer import PreparedAdapter, SlotWriter, read_slots
 from jax_lora.batch import AdapterBatch, Lease, host_int32
 from jax_lora.nn.names import path_name
 from jax_lora.tokens import first_ids
 from pallas_kernels.routing import static
-from pallas_kernels.stacks import EIGHT_BITS
 
 
 class AdapterBank(Checkpoints):
@@ -172,27 +170,32 @@ class AdapterBank(Checkpoints):
 
         In each case the bank is as it was.
         """
-        if (wait := checked_wait(wait)) > 0:
-            self._agreement.check_alone(f"wait={wait:g} is given")
         with self._agreement.turn() as agree:
+            wait = self._checked_wait(wait)
             self._check_name(name, replace)
-            if isinstance(adapter, PreparedAdapter):
-                self._install(name, adapter, agree, replace=replace, wait=wait)
-                return adapter.error
-            is_own = not isinstance(adapter, Adapter)
-            if not isinstance(adapter, Adapter):
-                limits = UploadLimits(
-                    max_bytes=max_bytes, allow_links=allow_links, allow_nonfinite=allow_nonfinite
-                )
-                adapter = self.read(name, adapter, limits=limits, rename=rename)
-            elif rename is not None:
-                adapter = renamed(adapter, rename)
-            prepared = self.prepare(name, adapter, is_own=is_own)
-            self._install(name, prepared, agree, replace=replace, wait=wait)
-            return prepared.error
+            if not isinstance(adapter, PreparedAdapter):
+                is_own = not isinstance(adapter, Adapter)
+                if not isinstance(adapter, Adapter):
+                    limits = UploadLimits(
+                        max_bytes=max_bytes,
+                        allow_links=allow_links,
+                        allow_nonfinite=allow_nonfinite,
+                    )
+                    adapter = self.read(name, adapter, limits=limits, rename=rename)
+                elif rename is not None:
+                    adapter = renamed(adapter, rename)
+                adapter = self.prepare(name, adapter, is_own=is_own)
+            self._install(name, adapter, agree, replace=replace, wait=wait)
+            return adapter.error
 
     def create(
-        self, name: str, config: LoRAConfig, *, rngs: nnx.Rngs, replace: bool = False
+        self,
+        name: str,
+        config: LoRAConfig,
+        *,
+        rngs: nnx.Rngs,
+        replace: bool = False,
+        wait: float = 0,
     ) -> None:
         """Puts a new adapter into a slot, to be trained: as PEFT initialises it, so that it adds 0.
 
@@ -210,7 +213,7 @@ class AdapterBank(Checkpoints):
         each step.
 
         Args:
-          name: as in `load`.
+          name, replace, wait: as in `load`.
           config: `target_modules` says which of the model's LoRA layers it adapts, and
             `modules_to_save` which of those with full slots it has whole: the base's weights, to be
             trained.
@@ -223,16 +226,11 @@ class AdapterBank(Checkpoints):
         The others are those of `load`.
         """
         with self._agreement.turn() as agree:
+            wait = self._checked_wait(wait)
             self._check_name(name, replace)
-            if any(writer.is_eight_bits for writer in self._writers.values()):
-                raise ValueError(
-                    f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a "
-                    "model with stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and "
-                    "load it here"
-                )
-            adapter = new_adapter(config, rngs, self._sites)
+            adapter = new_adapter(name, config, rngs, self._sites)
             prepared = self.prepare(name, adapter, is_own=True)
-            self._install(name, prepared, agree, replace=replace)
+            self._install(name, prepared, agree, replace=replace, wait=wait)
 
     # ------------------------------------------------------------------------------------- batches
 

@@ -1,6 +1,8 @@
 """A bank's adapters, names and pins, to a folder and back in another process."""
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from jaxtyping import PyTree
 
 from jax_lora.adapters import FullModule, LoRAConfig
 from jax_lora.adapters.files import JsonObject
+from jax_lora.bank.checkpoint_files import on_host, read_arrays, read_said, write_files
 from jax_lora.bank.full import FullPlace
 from jax_lora.bank.publish import copied_slot
 from jax_lora.bank.reader import AdapterReader
@@ -53,31 +56,37 @@ class Checkpoints(AdapterReader):
         What the slots hold is written as it is, to the bit, that of adapters in training too. Steps
         and loads of other threads wait meanwhile. The base model is not part of it.
 
+        Where several processes hold the model, all save the same, into one folder that all of them
+        see. Each writes its shards, of which it first makes a copy on its devices.
+
         Args:
           path: of a folder that is not there yet. It appears when all is written.
 
         Raises:
           FileExistsError: it is there.
-          ValueError: several processes have the bank.
+          ValueError: process 0 of several does not have the bank; Orbax needs it.
+          RuntimeError: another process does not save the same. Nothing is written then.
         """
         folder = Path(path).absolute()
-        self._agreement.check_alone("the bank is to be saved")
-        if folder.exists():
-            raise FileExistsError(f"{printable(path)} is there already; give another folder")
-        with self.stepping, self._lock:
-            self._check_current()
-            said = self._said()
-            tree: dict[str, PyTree] = {"format": np.int32(_FORMAT)}
-            for n, entry in enumerate(self._table.entries.values()):
-                writer = self._writers[entry.bucket]
-                values = jax.device_get(copied_slot(writer, entry.slot, writer))
-                full = self._full.read(self._table.id(entry)).values()
-                tree[str(n)] = [values, [module.arrays for module in full]]
-        import orbax.checkpoint as ocp  # takes seconds
-
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-            adapters, bank = ocp.args.PyTreeSave(tree), ocp.args.JsonSave(said)
-            orbax.save(folder, args=ocp.args.Composite(adapters=adapters, bank=bank))
+        with self._agreement.turn() as agree:
+            if 0 not in self._agreement.processes:
+                raise ValueError(
+                    f"processes {[*self._agreement.processes]} have the bank, and a checkpoint is "
+                    "written where process 0 has it too; save each adapter by bank.save"
+                )
+            if folder.exists():
+                raise FileExistsError(f"{printable(path)} is there already; give another folder")
+            with self.stepping, self._lock:
+                self._check_current()
+                said = self._said()
+                tree: dict[str, PyTree] = {"format": np.int32(_FORMAT)}
+                for n, entry in enumerate(self._table.entries.values()):
+                    writer = self._writers[entry.bucket]
+                    values = on_host(copied_slot(writer, entry.slot, writer))
+                    full = self._full.read(self._table.id(entry)).values()
+                    tree[str(n)] = [values, [module.arrays for module in full]]
+            agree(f"save {_summary(said)} into {printable(folder)}")
+            write_files(folder, said, tree, self._agreement)
 
     def restore_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Puts the adapters of `save_checkpoint` into their slots, with their names and pins.
@@ -86,49 +95,59 @@ class Checkpoints(AdapterReader):
         which an optimizer knows them: the state that was saved together with the bank fits. A state
         of `per_adapter` that has trained others in this process does not; make a new one.
 
+        Where several processes hold the model, all restore the same. Each reads its shards, and
+        nothing is changed before all have read theirs. Other processes than those that saved may
+        have the model, in other shards.
+
         Args:
           path: of the folder.
 
         Raises:
           FileNotFoundError: there is no folder.
           ValueError: the bank has adapters, or batches that lease slots; the model's LoRA layers,
-            buckets, slots or dtypes are others; the files are no checkpoint, or damaged; or several
-            processes have the bank. Nothing is changed then.
+            buckets, slots or dtypes are others; the files are no checkpoint, or damaged, in this or
+            in another process. Nothing is changed then.
           RuntimeError: as `load`.
         """
-        self._agreement.check_alone("the bank is to be restored")
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"there is no folder {printable(path)}")
-        self._check_empty()
-        said = self._read(path, lambda: _read_json(Path(path).absolute()))
-        self._check_same(path, said)
-        saved = self._read(path, lambda: self._entries(said))
-        weights = self._read(path, lambda: self._weights(Path(path).absolute(), saved))
-
-        def commit() -> None:
+        folder = Path(path).absolute()
+        with self._agreement.turn() as agree:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"there is no folder {printable(path)}")
             self._check_empty()
-            for one, own in zip(saved, weights):
-                id_ = self._table.id(one.entry)
-                full = dict(zip(one.full, own.full))
-                placed = self._full.place(one.name, full, is_own=True)
-                place = FullPlace(one.full_slots, [])
-                try:
-                    writer = self._writers[one.entry.bucket]
-                    writer.write(one.entry.slot, writer.place(own.values), place.slots)
-                    self._full.put(id_, place, placed)
-                finally:
-                    self._guard.writes += 1
-            for one in saved:
-                pinned = one.entry.pinned
-                self._table.put(one.name, one.entry)
-                one.entry.pinned = pinned
-            self._table.reservations.kept = _reservations(said)
-            SERIALS.skip(max((one.entry.serial for one in saved), default=0))
+            said = self._read(path, lambda: read_said(folder))
+            self._check_same(path, said)
+            saved = self._read(path, lambda: self._entries(said))
+            weights = self._read(path, lambda: self._weights(folder, saved))
 
-        self._write(commit)
+            def commit() -> None:
+                self._check_empty()
+                agree(f"restore {_summary(said)} of {printable(folder)}")
+                self._put(saved, weights)
+                self._table.reservations.kept = _reservations(said)
+
+            self._write(commit)
         self._tell()
 
     # ------------------------------------------------------------------------------------- private
+
+    def _put(self, saved: list[_Saved], weights: list[_Weights]) -> None:
+        """Fills the slots, and then gives them their names."""
+        for one, own in zip(saved, weights):
+            id_ = self._table.id(one.entry)
+            full = dict(zip(one.full, own.full))
+            placed = self._full.place(one.name, full, is_own=True)
+            place = FullPlace(one.full_slots, [])
+            try:
+                writer = self._writers[one.entry.bucket]
+                writer.write(one.entry.slot, writer.place(own.values), place.slots)
+                self._full.put(id_, place, placed)
+            finally:
+                self._guard.writes += 1
+        for one in saved:
+            pinned = one.entry.pinned
+            self._table.put(one.name, one.entry)
+            one.entry.pinned = pinned
+        SERIALS.skip(max((one.entry.serial for one in saved), default=0))
 
     def _said(self) -> JsonObject:
         """All but the weights, the adapter used last at the end."""
@@ -233,9 +252,10 @@ class Checkpoints(AdapterReader):
             rooms = (self._full.rooms[module].slots[0].variables for module in one.full)
             full = [[v.get_value() for v in variables] for variables in rooms]
             shapes[str(n)] = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), [values, full]
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                [values, full],
             )
-        tree = _read_arrays(folder, shapes)
+        tree = read_arrays(folder, shapes)
         for (path, wanted), array in zip(
             jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(tree), strict=True
         ):
@@ -258,18 +278,8 @@ def _reservations(said: JsonObject) -> dict[str, dict[int, int]]:
     return {prefix: {int(bucket): n for bucket, n in own.items()} for prefix, own in kept}
 
 
-def _read_json(folder: Path) -> JsonObject:
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        return orbax.restore(folder, args=ocp.args.Composite(bank=ocp.args.JsonRestore()))["bank"]
-
-
-def _read_arrays(folder: Path, shapes: PyTree) -> PyTree:
-    """NumPy arrays in the structure of `shapes`."""
-    import orbax.checkpoint as ocp
-
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy)
-        return orbax.restore(folder, args=ocp.args.Composite(adapters=args))["adapters"]
+def _summary(said: JsonObject) -> str:
+    """What processes compare of a checkpoint: its names, and by a hash all the rest."""
+    names = [one["name"] for one in said["adapters"]]
+    seen = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8)
+    return f"a checkpoint of {some(names)} ({seen.hexdigest()})"

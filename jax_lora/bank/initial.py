@@ -9,16 +9,25 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site, some
+from pallas_kernels.stacks import EIGHT_BITS, is_eight_bits
 
 
-def new_adapter(config: LoRAConfig, rngs: nnx.Rngs, sites: Mapping[str, Site]) -> Adapter:
+def new_adapter(
+    name: str, config: LoRAConfig, rngs: nnx.Rngs, sites: Mapping[str, Site]
+) -> Adapter:
     """LoRA that adds nothing yet, and the base's whole weights, for the sites that the config
     names; see `AdapterBank.create`.
 
     Raises:
       TypeError: `config` or `rngs` is of another type.
-      ValueError: the config targets no site, saves none with full slots, or asks for DoRA.
+      ValueError: the config targets no site, saves none with full slots, or asks for DoRA; the
+        stacks are in 8 bits.
     """
+    if any(is_eight_bits(site.variables[0].dtype) for site in sites.values()):
+        raise ValueError(
+            f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a model with "
+            "stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and load it here"
+        )
     for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
         if not isinstance(value, kind):
             raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")

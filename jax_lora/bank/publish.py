@@ -19,7 +19,7 @@ from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, check_same
 from jax_lora.bank.slots import Entry
 from jax_lora.bank.tokens import check_tokens
-from jax_lora.bank.waiting import SlotQueue
+from jax_lora.bank.waiting import SlotQueue, checked_wait
 from jax_lora.bank.writer import (
     Layout,
     OfLayers,
@@ -160,7 +160,9 @@ class Publisher(Roster):
         self._alike: weakref.WeakSet[Publisher] = weakref.WeakSet([self])
         self._queue = SlotQueue()
 
-    def publish(self, name: str, source: str, *, bank: "Publisher | None" = None) -> None:
+    def publish(
+        self, name: str, source: str, *, bank: "Publisher | None" = None, wait: float = 0
+    ) -> None:
         """Serves a copy of an adapter under `name`, as it is now, while its training goes on.
 
             bank.publish("policy", "policy in training")
@@ -178,6 +180,7 @@ class Publisher(Roster):
           source: the adapter to copy, of another name where it is one of this bank.
           bank: which has `source`; None for this one. Its model must have the same LoRA layers.
             The copy has this model's dtype, and a bucket that holds all of the source's.
+          wait: as in `load`. The copy is made before the wait, and `source` keeps its slot in it.
 
         Raises:
           KeyError: `source` is not loaded.
@@ -185,15 +188,17 @@ class Publisher(Roster):
           ValueError: `name` is malformed or that of the source; the models differ, one has
             stacks in 8 bits, or this one lacks the bucket; weights may overflow its dtype; the
             source has whole weights.
-          BankFullError: all slots of the bucket but the source's are pinned, leased or reserved.
+          BankFullError: all slots of the bucket but the source's are pinned, leased or reserved;
+            and so they were for `wait` seconds.
           RuntimeError: as in `load`.
 
-        In each case the bank is as it was.
+        In each case the bank is as it was; `source` alone counts as used.
         """
         other = self if bank is None else bank
         if not isinstance(other, Publisher):
             raise TypeError(f"bank must be an AdapterBank, got {type(bank).__name__}")
         with self._agreement.turn() as agree:
+            wait = self._checked_wait(wait)
             self._check_name(name, replace=True)
             if other is self and name == source:
                 raise ValueError(f"publish {name!r} under another name than that of its training")
@@ -204,18 +209,41 @@ class Publisher(Roster):
                         f"not for; save it by its bank, and load the folder as {name!r}"
                     )
             lease, (entry,) = other._lease([source])  # lest the copy take its slot
-            other._full.check_none(source, other._table.id(entry))
-            if other not in self._alike:
-                check_same(self._sites, other._sites)
-                self._alike.add(other)
-            bucket = self._bucket_for(name, entry.bucket)
-            with other.stepping:
-                slot = other._writers[entry.bucket], entry.slot
-                values = copied_slot(*slot, self._writers[bucket])
-            filling = Filling(bucket, values, entry.config, entry.modules, {})
-            what = f"publish {source!r} as {name!r}"
-            self._fill(name, filling, lambda where: agree(f"{what} {where}"), replace=True)
-            lease.is_open = False
+            try:
+                filling = self._copy(name, source, other, entry)
+                what = f"publish {source!r} as {name!r}"
+                self._fill(
+                    name,
+                    filling,
+                    lambda where: agree(f"{what} {where}"),
+                    replace=True,
+                    wait=wait,
+                )
+            finally:
+                lease.is_open = False
+
+    def _copy(self, name: str, source: str, other: "Publisher", entry: Entry) -> "Filling":
+        """What a slot is to hold for a copy of `source`, which `other` has as `entry`."""
+        other._full.check_none(source, other._table.id(entry))
+        if other not in self._alike:
+            check_same(self._sites, other._sites)
+            self._alike.add(other)
+        bucket = self._bucket_for(name, entry.bucket)
+        with other.stepping:
+            writer = other._writers[entry.bucket]
+            values = copied_slot(writer, entry.slot, self._writers[bucket])
+        return Filling(bucket, values, entry.config, entry.modules, {})
+
+    def _checked_wait(self, wait: float) -> float:
+        """Seconds to wait for a slot.
+
+        Raises:
+          TypeError, ValueError: it is no such number; or several processes have the bank, and
+            would find a slot at different times.
+        """
+        if (seconds := checked_wait(wait)) > 0:
+            self._agreement.check_alone(f"wait={seconds:g} is given")
+        return seconds
 
     def _check_header(self, name: str, header: AdapterHeader) -> int:
         """The bucket of an adapter, before its weights are read, if the model has room for it."""
@@ -239,7 +267,7 @@ class Publisher(Roster):
         return np.asarray(self._sites[module].base_weight())
 
     def _install(
-        self, name: str, prepared: PreparedAdapter, agree: Agree, *, replace: bool, wait: float = 0
+        self, name: str, prepared: PreparedAdapter, agree: Agree, *, replace: bool, wait: float
     ) -> None:
         if prepared.guard is not self._guard:
             raise ValueError(f"adapter {name!r} was prepared for another model")
@@ -254,7 +282,7 @@ class Publisher(Roster):
         )
 
     def _fill(
-        self, name: str, filling: "Filling", agree: Agree, *, replace: bool, wait: float = 0
+        self, name: str, filling: "Filling", agree: Agree, *, replace: bool, wait: float
     ) -> None:
         """Writes what a slot is to hold, which is on the device, and gives it the name."""
         bucket, values, config, modules, full = filling

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from jax_lora.bank.names import check_name
 from jax_lora.messages import shown
 
 
@@ -24,6 +25,7 @@ class Reservations:
 
     def put(self, prefix: str, slots: Mapping[int, int]) -> None:
         """See `AdapterBank.reserve`."""
+        check_name(prefix)
         if not isinstance(slots, Mapping) or not all(
             type(number) is int for pair in slots.items() for number in pair
         ):

@@ -1,21 +1,18 @@
 """Which adapters a model holds, in which slots, and which of them must stay."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import LoRAConfig
+from jax_lora.bank.names import check_name
 from jax_lora.bank.owner import StackOwner
 from jax_lora.bank.slots import BankEvent, BucketUsage, Entry, SlotTable
 from jax_lora.bank.trainees import Trainees, Turns, checked_rates
 from jax_lora.batch import Lease
 from jax_lora.messages import shown
 from pallas_kernels.ranks import rank_bucket
-
-# No separators, no control characters, not "." or "..": a name may end up in somebody's path.
-_NAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/\\]{1,255}")
 
 
 class Roster(StackOwner):
@@ -77,7 +74,6 @@ class Roster(StackOwner):
           ValueError: so are they; a prefix begins with another; or all reservations together exceed
             a bucket's slots. All stay as they were.
         """
-        self.check_name(prefix)
         with self._lock:
             self._check_current()
             self._table.reservations.put(prefix, slots)
@@ -193,13 +189,7 @@ class Roster(StackOwner):
 
     def check_name(self, name: str) -> None:
         """Whether an adapter may be called so; else TypeError or ValueError."""
-        if not isinstance(name, str):
-            raise TypeError(f"an adapter's name must be a str, got {name!r:.300}")
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"an adapter's name must be 1 to 255 characters without '/', '\\' and control "
-                f"characters, got {name!r:.300}"
-            )
+        check_name(name)
 
     def _check_name(self, name: str, replace: bool) -> None:
         self.check_name(name)

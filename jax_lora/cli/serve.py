@@ -9,6 +9,24 @@ from jax_lora.cli.generate import DType
 from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import input_errors, start_jax, stderr
 from jax_lora.messages import without_controls
+from jax_lora.serving.server.reserve import Reserve
+
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="JAX_LORA_API_KEYS",
+        help="A key that clients must send; repeat it for several. Clients with one may load "
+        "and unload adapters below the folder.",
+    ),
+]
+Reserves = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PREFIX=SLOTS[:RANK]",
+        help="Keep slots on the device for a tenant, the adapters whose names begin with PREFIX: "
+        "so many of each rank, or of RANK alone. Repeat it for several.",
+    ),
+]
 
 
 def serve(
@@ -27,15 +45,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="The base model's name for requests; default: the folder's.")
     ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="JAX_LORA_API_KEYS",
-            help="A key that clients must send; repeat it for several. Clients with one may load "
-            "and unload adapters below the folder.",
-        ),
-    ] = None,
+    api_key: ApiKeys = None,
     slots: Annotated[int, typer.Option(min=1, help="Adapters of a rank on the device.")] = 16,
+    reserve: Reserves = None,
     max_rank: Annotated[
         int | None,
         typer.Option(min=1, max=512, help="Largest rank of adapters that are loaded later."),
@@ -73,6 +85,9 @@ def serve(
     with input_errors():
         if demo == (base is not None) or (demo and adapters is not None):
             raise ValueError("give either --demo, or --base and, if wanted, --adapters")
+        kept = tuple(map(Reserve.parsed, reserve or ()))
+        if kept and base and adapters is None:
+            raise ValueError("--reserve keeps slots for adapters; give --adapters, too")
         _check_extra()
         from jax_lora.demo.job import FOLDER
         from jax_lora.serving.server import run
@@ -83,7 +98,7 @@ def serve(
             _told("starting JAX ...")
             keep_programs()
             start_jax()
-            sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting)
+            sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting, kept)
             if base is None:
                 base, name, adapters = str(FOLDER / "base"), name or "demo", FOLDER / "adapters"
             model = run.Model(base, name, adapters, sizes, dtype and dtype.value, eight_bits)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import Mlp, make_adapter, tokens
@@ -36,13 +38,13 @@ def adapter(seed, rank):
     return make_adapter(seed, rank, features=FEATURES)
 
 
-def model_and_bank(mesh=None):
+def model_and_bank(mesh=None, buckets=(8, 16)):
     model = Wide(nnx.Rngs(0))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if mesh is not None:
             spec = SPECS[path[0]] if path[1] == "kernel" else P()
             variable.set_value(put(variable.get_value(), NamedSharding(mesh, spec)))
-    apply_lora(model, slots=2, buckets=(8, 16))
+    apply_lora(model, slots=2, buckets=buckets)
     return model, AdapterBank(model)
 
 
@@ -121,6 +123,79 @@ def disagree(bank, mesh, model, folder):
     return [*errors, *bank.names]
 
 
+# So large that Orbax does not put the shards of both processes into one file.
+LARGE = (8, 512)
+CHECKPOINT = ["b", "a", None]
+
+
+def filled(mesh=None):
+    """What a checkpoint of these tests holds: `b` is pinned and in slot 1."""
+    model, bank = model_and_bank(mesh, LARGE)
+    for name, seed, rank in (("gone", 3, 4), ("b", 0, 5), ("a", 1, 500)):
+        bank.load(name, adapter(seed, rank))
+    bank.unload("gone")
+    bank.pin("b")
+    bank.reserve("acme-", {8: 1})
+    return model, bank
+
+
+def places(bank):
+    entries = [bank._entry(name) for name in bank.names]
+    found = [[e.bucket, e.slot, e.serial, e.pinned] for e in entries]
+    return [[*bank.names], found, bank.reservations == {"acme-": {8: 1}}]
+
+
+def damaged(folder, kind, part):
+    """A copy of a checkpoint, of which the largest file of a part has lost its end."""
+    copy = folder.with_name(kind)
+    if jax.process_index() == 0:
+        shutil.copytree(folder, copy)
+        file = max(copy.glob(part), key=lambda file: file.stat().st_size)
+        file.write_bytes(file.read_bytes()[:9])
+    multihost_utils.sync_global_devices(kind)
+    return copy
+
+
+def checkpoint(_, mesh, __, folder):
+    """Saves and restores, and what goes wrong on one process or on both."""
+    first, found = jax.process_index() == 0, {}
+    _, own = model_and_bank()  # of this process alone; Orbax counts its save
+    own.load("own", adapter(0, 4))
+    found["own"] = error_of(lambda: own.save_checkpoint(folder / "own"))
+    model, bank = filled(mesh)
+    saved = folder / "saved"
+    bank.save_checkpoint(saved)
+    np.save(folder / f"{jax.process_index()}.npy", rows(model, bank, CHECKPOINT, mesh))
+    found["there"] = error_of(lambda: bank.save_checkpoint(saved))
+    found["others"] = error_of(lambda: bank.save_checkpoint(folder / f"{first}"))
+    assert not (folder / f"{first}").exists()
+
+    again, other = model_and_bank(mesh, LARGE)
+    before = [np.array(leaf.addressable_data(0)) for leaf in jax.tree.leaves(other.state)]
+
+    def refused(path):
+        error = error_of(lambda: other.restore_checkpoint(path))
+        assert other.names == () and other.reservations == {}
+        for old, new in zip(before, jax.tree.leaves(other.state), strict=True):
+            np.testing.assert_array_equal(new.addressable_data(0), old)
+        return error
+
+    found["missing"] = refused(folder / "nowhere")
+    found["names"] = refused(damaged(saved, "names", "bank/metadata"))
+    found["shards"] = refused(damaged(saved, "shards", "adapters/ocdbt.process_1/d/*"))
+    found["one of two"] = refused(saved if first else folder / "nowhere")
+    for path in (folder / "alone", saved):
+        other.restore_checkpoint(path)
+        found[path.name] = places(other)
+        np.testing.assert_array_equal(
+            rows(again, other, CHECKPOINT, mesh), rows(model, bank, CHECKPOINT, mesh)
+        )
+        for name in (*other.names, *other.reservations):
+            other.reserve(name, {}) if name == "acme-" else other.unload(name)
+    found["before"] = places(bank)
+    return found
+
+
 def die(bank, mesh, model, folder):
     """The last process is killed between two steps."""
     bank.load("a", adapter(0, 4))
@@ -141,7 +216,7 @@ def main(act, process, count, port, folder):
     )
     mesh = jax.make_mesh((int(count),), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     model, bank = model_and_bank(mesh)
-    acts = {"same": same, "disagree": disagree, "die": die}
+    acts = {"same": same, "disagree": disagree, "checkpoint": checkpoint, "die": die}
     print(json.dumps(acts[act](bank, mesh, model, Path(folder))))
 
 

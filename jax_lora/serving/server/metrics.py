@@ -51,7 +51,7 @@ class _EngineCollector(Collector):
         if engine.bank is None:
             return
         usage = engine.bank.usage()
-        for name in ("slots", "free"):
+        for name in ("slots", "free", "reserved"):
             gauge = GaugeMetricFamily(f"jax_lora_bucket_{name}", "By rank.", labels=["rank"])
             for rank, use in usage.items():
                 gauge.add_metric([str(rank)], getattr(use, name))

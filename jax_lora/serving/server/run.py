@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -16,8 +16,9 @@ from jax_lora.serving.engine import AdapterLimits, Engine, StepShape
 from jax_lora.serving.server.adapters import folder_adapters
 from jax_lora.serving.server.app import Server
 from jax_lora.serving.server.asking import Served
-from jax_lora.serving.text import bank_for, fitting_slots, load_tokenizer
-from pallas_kernels import padded_rank
+from jax_lora.serving.server.reserve import Reserve
+from jax_lora.serving.server.slots import planned_slots
+from jax_lora.serving.text import bank_for, load_tokenizer
 from pallas_kernels.stacks import EIGHT_BITS
 
 Told = Callable[[str], None]
@@ -33,6 +34,7 @@ class Sizes:
       slots: adapters of a rank bucket that are on the device at a time.
       max_rank: the largest that a client may have loaded; None for the folder's largest, or 64.
       max_length, rows: as in `StepShape`. max_waiting: as in `Engine`.
+      reserve: slots that are kept for tenants.
     """
 
     slots: int = 16
@@ -40,6 +42,7 @@ class Sizes:
     max_length: int | None = None
     rows: int = 64
     max_waiting: int = 1024
+    reserve: tuple[Reserve, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,8 @@ def load(model: Model, told: Told) -> Served:
     """The engine, compiled.
 
     Raises:
-      FileNotFoundError, ValueError: as `complete`; or an adapter has the base model's name.
+      FileNotFoundError, ValueError: as `complete`; an adapter has the base model's name; or the
+        slots that are reserved can't be. All but what the weights tell, before they are read.
     """
     base, sizes = local_folder(model.base), model.sizes
     check_format(base)
@@ -73,13 +77,16 @@ def load(model: Model, told: Told) -> Served:
     folders = _fitting(model, told)
     if name in folders:
         raise ValueError(f"the model and an adapter are both called {name!r}; give --name")
+    headers = [header for _, header in folders.values()]
+    ranks = [header.rank for header in headers]
+    slots, kept = planned_slots(ranks, sizes.slots, sizes.max_rank, sizes.reserve)
     told(f"loading {base}")
     llama, bank = Llama.from_pretrained(base, dtype=model.dtype), None
     if model.adapters is not None:
-        headers = [header for _, header in folders.values()]
-        slots = _slots(sizes, [header.rank for header in headers])
         stacks = EIGHT_BITS if model.eight_bits else None
         bank = bank_for(llama, headers, slots, dtype=stacks)
+        for prefix, own in kept.items():
+            bank.reserve(prefix, own)
     engine = Engine(
         llama,
         bank,
@@ -160,12 +167,3 @@ def _fitting(model: Model, told: Told) -> dict[str, tuple[Path, AdapterHeader]]:
         except (ValueError, OSError) as error:
             told(f"leaving out {printable(name)}: {printable(str(error))}")
     return found
-
-
-def _slots(sizes: Sizes, ranks: Sequence[int]) -> dict[int, int]:
-    counts = fitting_slots(ranks)
-    largest = max(counts, default=padded_rank(64))
-    if sizes.max_rank is not None:
-        largest = max(largest, padded_rank(sizes.max_rank))
-    # The largest bucket takes any adapter that is loaded later.
-    return {bucket: min(n, sizes.slots) for bucket, n in counts.items()} | {largest: sizes.slots}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import processes
 import pytest
 from flax import nnx
 
-from jax_lora import Adapter, AdapterBank, apply_lora, load_peft
+from jax_lora import Adapter, AdapterBank, LoRAConfig, apply_lora, load_peft
 from jax_lora.bank import agreement
 
 ROOT = Path(__file__).parents[3]
@@ -103,6 +104,50 @@ def test_a_load_that_processes_do_not_agree_on_fails_on_all(start, tmp_path):
 
 
 @pytest.mark.ci
+def test_processes_save_and_restore_a_checkpoint_together(start, tmp_path):
+    """What one process saved, too; and one restores what they did."""
+    _, bank = processes.filled()
+    bank.save_checkpoint(tmp_path / "alone")
+    first, second = results(start("checkpoint", 2, tmp_path))
+    for found in (first, second):
+        for name in ("saved", "alone"):
+            names, places, is_reserved = found[name]
+            assert names == ["b", "a"] and is_reserved
+            assert [(bucket, slot, pinned) for bucket, slot, _, pinned in places] == [
+                (8, 1, True),
+                (512, 0, False),
+            ]
+    assert first["saved"] == second["saved"] == first["before"]
+    again, other = processes.model_and_bank(buckets=processes.LARGE)
+    other.restore_checkpoint(tmp_path / "saved")
+    assert processes.places(other) == first["saved"]
+    for name in ("b", "a"):
+        restored = other._adapter(name).modules
+        for module, weights in bank._adapter(name).modules.items():
+            np.testing.assert_array_equal(restored[module].a, weights.a)
+            np.testing.assert_array_equal(restored[module].b, weights.b)
+    for process in range(2):
+        y = np.load(tmp_path / f"{process}.npy")
+        np.testing.assert_allclose(
+            y, processes.rows(again, other, processes.CHECKPOINT), 1e-5, 1e-5
+        )
+
+    damaged = r"ValueError: .*is no checkpoint of a bank, or is damaged: "
+    told = {
+        "own": ["none", r"ValueError: processes \[1\] have the bank, and a checkpoint is written"],
+        "there": [r"FileExistsError: \S*saved is there already; give another folder"] * 2,
+        "others": [rf"RuntimeError: process {n} is about to save .*nothing is" for n in (0, 1)],
+        "missing": [r"FileNotFoundError: there is no folder \S*nowhere"] * 2,
+        "names": [damaged] * 2,
+        "shards": [damaged] * 2,
+        "one of two": ["FileNotFoundError: process 1 failed to restore", "FileNotFoundError: the"],
+    }
+    for what, patterns in told.items():
+        for found, pattern in zip((first, second), patterns):
+            assert re.match(pattern, found[what]), (what, found[what])
+
+
+@pytest.mark.ci
 def test_a_process_that_is_killed_ends_the_others(start, tmp_path):
     """With a clear error, within a minute."""
     *others, killed = start("die", 4, tmp_path)
@@ -157,7 +202,7 @@ def turns(monkeypatch):
             try:
                 with both[process].turn() as agree:
                     acts[process](agree)
-            except (RuntimeError, KeyError) as error:
+            except (RuntimeError, KeyError, ValueError, OSError) as error:
                 errors[process] = f"{type(error).__name__}: {error}"
 
         threads = [threading.Thread(target=run, args=(n,)) for n, act in enumerate(acts) if act]
@@ -171,8 +216,8 @@ def turns(monkeypatch):
     return come
 
 
-def failing(agree):
-    raise KeyError("no\x1b[2J adapter")
+def failing(agree, error=KeyError):
+    raise error("no\x1b[2J adapter")
 
 
 def test_processes_agree_or_fail_together(turns, monkeypatch):
@@ -187,6 +232,12 @@ def test_processes_agree_or_fail_together(turns, monkeypatch):
     assert first.startswith("RuntimeError: process 1 failed to load 'a': KeyError: ")
     assert "\x1b" not in first
     assert second.startswith("KeyError")
+    for kind in (ValueError, FileNotFoundError):  # which callers catch, and on all processes then
+        first, second = turns(
+            lambda agree: agree("load 'a'"), lambda agree, kind=kind: failing(agree, kind)
+        )
+        assert first.startswith(f"{kind.__name__}: process 1 failed to load 'a': {kind.__name__}: ")
+        assert second.startswith(kind.__name__)
     monkeypatch.setattr(agreement, "TIMEOUT_S", 0.01)
     first, _ = turns(lambda agree: agree("load 'a'"), None)
     assert first.startswith("RuntimeError: process 1 did not come to load 'a' within 0.01 s; all ")
@@ -216,8 +267,11 @@ def test_what_reads_base_weights_takes_one_process(monkeypatch):
         bank._check_header("two", adapter.header)
     with pytest.raises(ValueError, match=r"up has a copy of its base weight, .* not 2"):
         bank._base_weight("up")
-    with pytest.raises(ValueError, match=r"wait=2 is given, which takes .* one process holds"):
-        bank.load("three", plain, wait=2)
-    for call in (bank.save_checkpoint, bank.restore_checkpoint):
-        with pytest.raises(ValueError, match=r"the bank is to be .* not 2"):
-            call("nowhere")
+    monkeypatch.setattr(agreement, "_client", Service)
+    for call in (
+        lambda: bank.load("three", plain, wait=2),
+        lambda: bank.create("three", LoRAConfig(4, 4), rngs=nnx.Rngs(0), wait=2),
+        lambda: bank.publish("three", "one", wait=2),
+    ):
+        with pytest.raises(ValueError, match=r"wait=2 is given, which takes .* one process holds"):
+            call()

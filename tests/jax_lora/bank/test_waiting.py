@@ -1,13 +1,113 @@
-"""`bank.load(wait=)`: a slot in the time given, in the order of the calls, or an error."""
+"""`wait=` of `load`, `create` and `publish`: a slot in the time given, in turn, or an error."""
 
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 from tiny import expected, forward, make_adapter, make_bank, tokens
 
-from jax_lora import BankFullError
+from jax_lora import BankFullError, LoRAConfig
 from jax_lora.bank.waiting import SlotQueue
+
+ADAPTER = make_adapter(1, 4)
+
+
+def load(bank, name, wait):
+    bank.load(name, ADAPTER, wait=wait)
+
+
+def create(bank, name, wait):
+    bank.create(name, LoRAConfig(4, 4), rngs=nnx.Rngs(0), wait=wait)
+
+
+def publish(bank, name, wait):
+    _, training = make_bank(slots=1, buckets=(8,))
+    training.load("training", ADAPTER)
+    bank.publish(name, "training", bank=training, wait=wait)
+
+
+def while_waiting(bank, work):
+    """A thread that does `work` when somebody waits for a slot of the bank."""
+
+    def run():
+        while not bank._queue._queues:
+            time.sleep(0.001)
+        work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("fill", [create, publish])
+def test_all_that_fills_a_slot_waits_for_one(fill):
+    model, bank = make_bank(slots=1, buckets=(8,))
+    bank.load("a", make_adapter(0, 4))
+    batch = [bank.batch(["a"])]
+    thread = while_waiting(bank, batch.clear)
+    fill(bank, "b", 60)
+    thread.join()
+    assert bank.names == ("b",)
+    x = tokens(1)
+    right = expected(model, x, [ADAPTER if fill is publish else None])
+    assert abs(forward(model, x, bank.batch(["b"])) - right).max() < 1e-5
+
+
+@pytest.mark.parametrize("fill", [load, create, publish])
+def test_the_error_comes_after_the_time_and_nothing_is_changed(fill):
+    _, bank = make_bank(slots=1, buckets=(8,))
+    bank.load("a", make_adapter(0, 4))
+    bank.pin("a")
+    before, usage = [np.array(leaf) for leaf in jax.tree.leaves(bank.state)], bank.usage()
+    start = time.monotonic()
+    message = r"no slot for 'b': of the 1 .* pinned \('a'\); .*; the load has waited 0.05 s"
+    with pytest.raises(BankFullError, match=message):
+        fill(bank, "b", 0.05)
+    assert time.monotonic() - start >= 0.05
+    assert bank.usage() == usage and not bank._queue._queues
+    for old, new in zip(before, jax.tree.leaves(bank.state), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for wait, error in ((-1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="wait must be"):
+            fill(bank, "b", wait)
+
+
+def test_a_copy_waits_for_the_end_of_its_old_version():
+    """It is of the source as it was at the call, and the source's slot is free again behind it."""
+    model, serving = make_bank(slots=1, buckets=(8,))
+    _, training = make_bank(slots=1, buckets=(8,))
+    training.load("policy", ADAPTER)
+    serving.publish("policy", "policy", bank=training)
+    newer, newest = make_adapter(2, 4), make_adapter(3, 4)
+    training.load("policy", newer, replace=True)
+    under_way = [serving.batch(["policy"])]
+
+    def go_on():
+        with pytest.raises(BankFullError, match="1 are leased"):
+            training.load("policy", newest, replace=True)
+        under_way.clear()
+
+    thread = while_waiting(serving, go_on)
+    serving.publish("policy", "policy", bank=training, wait=60)
+    thread.join()
+    training.load("policy", newest, replace=True)
+    x = tokens(1)
+    right = expected(model, x, [newer])
+    assert abs(forward(model, x, serving.batch(["policy"])) - right).max() < 1e-5
+
+
+def test_a_copy_that_found_no_slot_gives_its_source_back():
+    _, bank = make_bank(slots=2, buckets=(8,))
+    bank.load("training", ADAPTER)
+    bank.load("policy", ADAPTER)
+    batch = bank.batch(["policy"])
+    with pytest.raises(BankFullError) as error:
+        bank.publish("policy", "training", wait=0.02)
+    assert bank.usage()[8].leased == ("policy",), error  # while somebody holds the error, too
+    del batch
 
 
 def test_a_load_waits_until_a_batch_ends():
@@ -25,27 +125,10 @@ def test_a_load_waits_until_a_batch_ends():
     assert abs(forward(model, x, bank.batch(["b"])) - right).max() < 1e-5
 
 
-def test_the_error_comes_after_the_time_and_says_it():
-    _, bank = make_bank(slots=1, buckets=(8,))
-    bank.load("a", make_adapter(0, 4))
-    bank.pin("a")
-    start = time.monotonic()
-    message = (
-        r"of the 1 of bucket 8, 0 are leased .* pinned \('a'\); .*; the load has waited 0.05 s"
-    )
-    with pytest.raises(BankFullError, match=message):
-        bank.load("b", make_adapter(1, 4), wait=0.05)
-    assert time.monotonic() - start >= 0.05
-    assert bank.names == ("a",) and not bank._queue._queues
-
-
 def test_nobody_waits_for_what_is_wrong():
     _, bank = make_bank(slots=1, buckets=(8,))
     bank.load("a", make_adapter(0, 4))
     bank.pin("a")
-    for wait, error in ((-1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
-        with pytest.raises(error, match="wait must be"):
-            bank.load("b", make_adapter(1, 4), wait=wait)
     start = time.monotonic()
     with pytest.raises(ValueError, match="is loaded; unload it first"):
         bank.load("a", make_adapter(1, 4), wait=60)

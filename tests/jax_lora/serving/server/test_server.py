@@ -127,6 +127,28 @@ def test_adapters_load_from_below_the_folder_alone(client, root):
     assert client.post("/v1/completions", json=asked).status_code == 404
 
 
+def test_a_tenant_keeps_its_slot_while_others_take_turns(client, server):
+    """rot13 has the one that is kept for it; two others share the other one of rank 16."""
+
+    def ask(name):
+        answer = client.post("/v1/completions", json={**WINDOW, "model": name})
+        return answer.json()["choices"][0]["text"]
+
+    def count(what):
+        return server.metric(f'jax_lora_bucket_{what}{{rank="16"}}')
+
+    assert ask("rot13") == "jvaqbj" and count("slots") == 2 and count("reserved") == 0
+    for name in ("one", "two"):
+        body = {"lora_name": name, "lora_path": ".later/sort"}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    loads = count("loads_total")
+    for name in ("one", "two", "one", "rot13"):
+        assert ask(name) == ("jvaqbj" if name == "rot13" else "dinoww")
+    assert count("loads_total") == loads + 3
+    for name in ("one", "two"):
+        client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
 def test_health_metrics_and_page(client):
     assert client.get("/health").json() == {"status": "ok"}
     text = client.get("/metrics").text
