@@ -12,6 +12,11 @@ def in_ci(*values: Any) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.ci)
 
 
+def on_request(*values: Any) -> ParameterSet:
+    """Left to the long form of the tests: CI runs values that cover what this one does."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # For layers and banks: `test_ops.py` compares both phases of each op.
 PHASES = ["decode", in_ci("prefill")]
 

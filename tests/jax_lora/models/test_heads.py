@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from heads import Pair, compilations
+from marks import on_request
 
 import jax_lora
 from jax_lora import LoRAConfig
@@ -25,7 +26,7 @@ TARGET = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("family", "scan"), [("Llama-3.2", True), ("Llama-1", True), ("Gemma-3", False)]
+    ("family", "scan"), [on_request("Llama-3.2", True), ("Llama-1", True), ("Gemma-3", False)]
 )
 def test_a_mixed_batch_equals_peft(tmp_path: Path, family: str, scan: bool) -> None:
     """Tied (Llama 3.2, Gemma 3, whose embeddings are scaled) and not; after evict and reload."""
@@ -58,7 +59,7 @@ SAVED = {
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("family", ["Llama-3.2", "Llama-1", "Gemma-3"])
+@pytest.mark.parametrize("family", [on_request("Llama-3.2"), "Llama-1", "Gemma-3"])
 def test_modules_to_save_equal_peft(tmp_path: Path, family: str) -> None:
     options = dict(slots=2, buckets=(8,), target=["q_proj", "v_proj"])
     pair = Pair(tmp_path, family, SAVED, **options, full_slots={"lm_head": 1, "embed_tokens": 2})
