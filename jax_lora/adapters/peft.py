@@ -51,6 +51,7 @@ from jax_lora.adapters.types import (
     TrainedTokens,
     check_full,
     check_halves,
+    check_has_lora,
     check_magnitude,
     check_module,
     check_tokens,
@@ -381,11 +382,10 @@ def _read_headers(
             shapes[module] = _shape(config, module, pair, enabled)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}") from None
-    if not shapes:
-        raise ValueError(
-            f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
-            "none"
-        )
+    try:
+        check_has_lora(shapes, [*found.full, *found.tokens])
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
     tokens = {
         module: _tokens_shape(folder, values, found, module, stored)
         for module, stored in found.tokens.items()
