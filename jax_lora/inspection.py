@@ -69,13 +69,14 @@ class EightBitsReport:
     """How far stacks in 8 bits are from an adapter; see `AdapterBank.load`.
 
     Attributes:
-      errors: of each module. largest: of all, in `module`.
+      errors: of each module but embeddings, which 8 bits are not for.
+      largest: of all, in `module`; 0 and None if there are embeddings alone.
       is_taken: whether a bank takes it so.
     """
 
     errors: dict[str, float]
     largest: float
-    module: str
+    module: str | None
     is_taken: bool
 
 
@@ -224,7 +225,8 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
 def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
     from jax_lora.bank.eight_bits import measured  # imports JAX, which few reports need
 
-    held = measured(load_peft(path, allow_links=allow_links))
+    modules = load_peft(path, allow_links=allow_links).modules
+    held = measured({m: weights for m, weights in modules.items() if not weights.is_embedding})
     return EightBitsReport(dict(held.errors), held.largest, held.worst, held.is_taken)
 
 

@@ -120,3 +120,6 @@ def test_inspect_says_how_far_8_bits_are(tmp_path: Path) -> None:
     text = run("inspect", "--eight-bits", folder).stdout
     assert f"8 bits: change what {report['module']} adds by {error:.1%}, others less" in text
     assert json.loads(run("inspect", "--json", folder).stdout)["adapters"][0]["eight_bits"] is None
+    save_peft(make_adapter(0, 4, features={"wte": (9, 4)}, embeddings=("wte",)), tmp_path / "b")
+    text = run("inspect", "--eight-bits", tmp_path / "b").stdout
+    assert "8 bits: hold no embedding, and there is no other module" in text
