@@ -32,7 +32,8 @@ ADAPTER_FILES = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored.
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored; what
+    an expert's gate and up share in the file, each of both has.
 
     Of an embedding, the kernels are those of B: A is read by token.
     """
