@@ -55,8 +55,9 @@ def plan_slots(
     buckets are given up, and their adapters run in the next larger one. A slot takes
     `bucket * (H + N)` elements in each module that any of the adapters adapts, and in each expert
     up to the last of these. Before that, modules that adapters have whole (`modules_to_save`) get
-    one full slot each, and more from what is left.
-    Only configs and headers of files are read, no weights.
+    one full slot each, and more from what is left. Only configs and headers of files are read, no
+    weights and no model: where adapters leave out some of the layers that a model has stacked for a
+    scan, its stacks take more than is counted here.
 
     Args:
       adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.
