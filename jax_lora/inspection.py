@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import AdapterHeader, LoRAConfig, load_peft, peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header, peft_modules
 from jax_lora.messages import printable
 from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
@@ -226,7 +226,7 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
 def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
     from jax_lora.bank.eight_bits import measured  # imports JAX, which few reports need
 
-    modules = load_peft(path, allow_links=allow_links).modules
+    modules = peft_modules(path, allow_links=allow_links)
     held = measured({m: weights for m, weights in modules.items() if not weights.is_embedding})
     return EightBitsReport(dict(held.errors), held.largest, held.worst, held.is_taken)
 
