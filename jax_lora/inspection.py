@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import AdapterHeader, LoRAConfig, load_peft, peft_header
+from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header, peft_modules
 from jax_lora.messages import printable
 from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
@@ -32,7 +32,8 @@ ADAPTER_FILES = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored.
+    """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored; what
+    an expert's gate and up share in the file, each of both has.
 
     Of an embedding, the kernels are those of B: A is read by token.
     """
@@ -69,13 +70,14 @@ class EightBitsReport:
     """How far stacks in 8 bits are from an adapter; see `AdapterBank.load`.
 
     Attributes:
-      errors: of each module. largest: of all, in `module`.
+      errors: of each module but embeddings, which 8 bits are not for.
+      largest: of all, in `module`; 0 and None if there are embeddings alone.
       is_taken: whether a bank takes it so.
     """
 
     errors: dict[str, float]
     largest: float
-    module: str
+    module: str | None
     is_taken: bool
 
 
@@ -224,7 +226,8 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
 def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
     from jax_lora.bank.eight_bits import measured  # imports JAX, which few reports need
 
-    held = measured(load_peft(path, allow_links=allow_links))
+    modules = peft_modules(path, allow_links=allow_links)
+    held = measured({m: weights for m, weights in modules.items() if not weights.is_embedding})
     return EightBitsReport(dict(held.errors), held.largest, held.worst, held.is_taken)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
+from jax_lora.adapters.types import OUTPUT_LAYERS
 from jax_lora.messages import shown
 from jax_lora.nn.einsum import own_einsum
 from jax_lora.nn.embed import TiedHead
@@ -20,6 +21,10 @@ from jax_lora.nn.names import path_name
 from jax_lora.nn.stacks import stack_dtype
 from pallas_kernels.ranks import rank_bucket
 from pallas_kernels.stacks import is_eight_bits
+
+_SCALE_BYTES = 4  # of each rank column in 8 bits
+# A module of one expert: what is in front of the expert's number, the number, and what follows.
+_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 
 
 class Plan(TypedDict):
@@ -48,14 +53,17 @@ def plan_slots(
     One slot for each adapter where that fits; else each bucket holds about the same share of its
     adapters, at least one slot, and the others take turns. Where not even that fits, the smallest
     buckets are given up, and their adapters run in the next larger one. A slot takes
-    `bucket * (H + N)` elements in each module that any of the adapters adapts. Before that, modules
-    that adapters have whole (`modules_to_save`) get one full slot each, and more from what is left.
-    Only configs and headers of files are read, no weights.
+    `bucket * (H + N)` elements in each module that any of the adapters adapts, and in each expert
+    up to the last of these. Before that, modules that adapters have whole (`modules_to_save`) get
+    one full slot each, and more from what is left. Only configs and headers of files are read, no
+    weights and no model: where adapters leave out some of the layers that a model has stacked for a
+    scan, its stacks take more than is counted here.
 
     Args:
       adapters: a folder of PEFT adapters, one PEFT adapter, or several of them or of `Adapter`s.
       memory: bytes that stacks and full slots may take.
-      dtype: dtype of the stacks; None for the adapters' own (float32 where they differ).
+      dtype: dtype of the stacks; None for the adapters' own (float32 where they differ). With 8
+        bits, what embeddings and full slots take is counted in the adapters' own.
       allow_links: see `load_peft`.
 
     Returns:
@@ -76,9 +84,7 @@ def plan_slots(
     dtypes = {header.dtype for header in headers}
     own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     dtype = stack_dtype(dtype or own, eight_bits=True)
-    bytes_per_rank = dtype.itemsize * sum(h + n for h, n in shapes.values())
-    if is_eight_bits(dtype):  # and a scale for each rank column
-        bytes_per_rank += 4 * len(shapes)
+    bytes_per_rank = _bytes_per_rank(headers, shapes, dtype, own)
     full, given = _full(headers, own if is_eight_bits(dtype) else dtype), memory
     memory -= sum(full.values())
     wanted = Counter(rank_bucket(header.rank) for header in headers)
@@ -114,7 +120,9 @@ def plan_slots(
 def _targets(module: str) -> str:
     """An expression for the module; for that of an expert, one for all experts of the layer, which
     stand in one layer of the model."""
-    return re.sub(r"(?<=\bexperts\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
+    if (match := _EXPERT.fullmatch(module)) is None:
+        return re.escape(module)
+    return rf"{re.escape(match[1])}\d+{re.escape(match[3])}"
 
 
 def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
@@ -132,7 +140,41 @@ def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
                     f"adapters disagree about {module}: {shapes[module]} and {shape} features; "
                     "they belong to different models"
                 )
-    return shapes
+    return _with_all_experts(shapes)
+
+
+def _with_all_experts(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The modules, and those of experts that no adapter adapts: a layer has stacks for all."""
+    experts = {module: match for module in shapes if (match := _EXPERT.fullmatch(module))}
+    count = max((int(match[2]) + 1 for match in experts.values()), default=0)
+    others = {
+        f"{match[1]}{number}{match[3]}": shapes[module]
+        for module, match in experts.items()
+        for number in range(count)
+    }
+    return others | shapes
+
+
+def _bytes_per_rank(
+    headers: list[AdapterHeader],
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: np.dtype[Any],
+    own: np.dtype[Any],
+) -> int:
+    """What a slot takes for each rank of its bucket; `own`: the dtype of what is not in 8 bits."""
+    if not is_eight_bits(dtype):
+        return dtype.itemsize * sum(h + n for h, n in shapes.values())
+    adapted = {m: lora.is_embedding for header in headers for m, lora in header.modules.items()}
+    whole = {module for header in headers for module in header.full}
+
+    def may_be_embedding(module: str) -> bool:
+        is_whole = module in whole and module.rpartition(".")[2] not in OUTPUT_LAYERS
+        return adapted.get(module, is_whole)
+
+    return sum(
+        own.itemsize * (h + n) if may_be_embedding(module) else h + n + _SCALE_BYTES
+        for module, (h, n) in shapes.items()
+    )
 
 
 def _full(headers: list[AdapterHeader], dtype: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ from jax_lora.adapters.names import meant as meant
 from jax_lora.adapters.names import renamed as renamed
 from jax_lora.adapters.peft import load_peft as load_peft
 from jax_lora.adapters.peft import peft_header as peft_header
+from jax_lora.adapters.peft import peft_modules as peft_modules
 from jax_lora.adapters.peft import save_peft as save_peft
 from jax_lora.adapters.types import MAX_RANK as MAX_RANK
 from jax_lora.adapters.types import Adapter as Adapter

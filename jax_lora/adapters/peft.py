@@ -51,6 +51,7 @@ from jax_lora.adapters.types import (
     TrainedTokens,
     check_full,
     check_halves,
+    check_has_lora,
     check_magnitude,
     check_module,
     check_tokens,
@@ -189,15 +190,7 @@ def load_peft(
         read = _reader(folder, max_seconds)
         for module, copy in opened.copies.items():
             _check_copy(folder, module, copy, base_weight)
-        modules = {}
-        for module, halves in opened.halves.items():
-            tensors = {half: read(stored) for half, stored in halves.items()}
-            shape, magnitude = header.modules[module], tensors.get("magnitude")
-            modules[module] = LoRAWeights(
-                tensors["A"], tensors["B"], shape.scale, shape.is_embedding, magnitude
-            )
-            named = {f"lora_{half}": tensor for half, tensor in tensors.items()}
-            _check_finite(folder, module, named, allow_nonfinite)
+        modules = _modules(folder, opened, read, allow_nonfinite)
         full = {}
         for module, stored in opened.full.items():
             tensors = {name: read(tensor) for name, tensor in stored.items()}
@@ -209,6 +202,34 @@ def load_peft(
             _check_finite(folder, module, {"trained tokens": rows}, allow_nonfinite)
             tokens[module] = TrainedTokens(header.tokens[module].indices, rows)
     return Adapter(header.config, modules, full, tokens)
+
+
+def peft_modules(
+    path: str | os.PathLike[str], *, allow_links: bool = False
+) -> dict[str, LoRAWeights]:
+    """The modules of what `load_peft` would read, without whole weights, trained tokens and copies
+    of the base model's weights.
+
+    Raises: as `load_peft`.
+    """
+    folder = Path(path)
+    with _open(folder, allow_links) as opened:
+        return _modules(folder, opened, _reader(folder, None), False)
+
+
+def _modules(
+    folder: Path, opened: _Opened, read: Callable[[Half], np.ndarray], allow_nonfinite: bool
+) -> dict[str, LoRAWeights]:
+    modules = {}
+    for module, halves in opened.halves.items():
+        tensors = {half: read(stored) for half, stored in halves.items()}
+        shape, magnitude = opened.header.modules[module], tensors.get("magnitude")
+        modules[module] = LoRAWeights(
+            tensors["A"], tensors["B"], shape.scale, shape.is_embedding, magnitude
+        )
+        named = {f"lora_{half}": tensor for half, tensor in tensors.items()}
+        _check_finite(folder, module, named, allow_nonfinite)
+    return modules
 
 
 def _reader(folder: Path, max_seconds: float | None) -> Callable[[Half], np.ndarray]:
@@ -381,11 +402,10 @@ def _read_headers(
             shapes[module] = _shape(config, module, pair, enabled)
         except ValueError as error:
             raise ValueError(f"{printable(folder)}: {error}") from None
-    if not shapes:
-        raise ValueError(
-            f"{printable(folder)}: an adapter needs the LoRA weights of at least one module, got "
-            "none"
-        )
+    try:
+        check_has_lora(shapes, [*found.full, *found.tokens])
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
     tokens = {
         module: _tokens_shape(folder, values, found, module, stored)
         for module, stored in found.tokens.items()

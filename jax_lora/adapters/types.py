@@ -314,8 +314,7 @@ class Adapter:
     tokens: Mapping[str, TrainedTokens] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.modules:
-            raise ValueError("an adapter needs the LoRA weights of at least one module, got none")
+        check_has_lora(self.modules, [*self.full, *self.tokens])
         for module, weights in self.modules.items():
             _check_weights(self.config, module, weights)
         for module, whole in self.full.items():
@@ -345,6 +344,20 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return self.header.nbytes
+
+
+def check_has_lora(modules: Collection[str], others: Collection[str]) -> None:
+    """Raises ValueError if an adapter has LoRA of no module. `others`: those that it has whole, or
+    tokens of."""
+    if modules:
+        return
+    message = "an adapter needs the LoRA weights of at least one module, got none"
+    if others:
+        message += (
+            f" beside the weights of {shown([*others])}; write these into a copy of the base "
+            "model, or train the adapter with target_modules too"
+        )
+    raise ValueError(message)
 
 
 def _is_array(half: object) -> bool:

@@ -157,7 +157,7 @@ class AdapterBank(Checkpoints):
 
         Returns:
           How far stacks in 8 bits are from the adapter, as `jax-lora inspect --eight-bits` says:
-          the largest error of a module, `|B'A' - BA| / |BA|`. None of other stacks.
+          the largest error of a module, `|B'A' - BA| / |BA|`. None if no module is in 8 bits.
 
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is

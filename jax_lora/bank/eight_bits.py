@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lora.adapters import Adapter
+from jax_lora.adapters import LoRAWeights
 from pallas_kernels.eight_bits import Quantised, quantised
 from pallas_kernels.stacks import EIGHT_BITS
 
@@ -15,19 +15,19 @@ MAX_ERROR = 0.1
 
 
 class InEightBits(NamedTuple):
-    """An adapter's modules in 8 bits, and the error of each; see `error_of`."""
+    """Those of an adapter's modules that are in 8 bits, and the error of each; see `error_of`."""
 
     modules: Mapping[str, Quantised]
     errors: Mapping[str, float]
 
     @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.errors, key=lambda module: self.errors[module])
+    def worst(self) -> str | None:
+        """The module with the largest error; None if no module is in 8 bits."""
+        return max(self.errors, key=lambda module: self.errors[module], default=None)
 
     @property
     def largest(self) -> float:
-        return self.errors[self.worst]
+        return max(self.errors.values(), default=0.0)
 
     @property
     def is_taken(self) -> bool:
@@ -35,13 +35,13 @@ class InEightBits(NamedTuple):
         return self.largest <= MAX_ERROR
 
 
-def in_eight_bits(name: str, adapter: Adapter) -> InEightBits:
-    """The adapter as stacks in 8 bits hold it.
+def in_eight_bits(name: str, modules: Mapping[str, LoRAWeights]) -> InEightBits:
+    """Modules of an adapter as stacks in 8 bits hold them.
 
     Raises:
       ValueError: a module's error is above `MAX_ERROR`.
     """
-    held = measured(adapter)
+    held = measured(modules)
     if not held.is_taken:
         raise ValueError(
             f"adapter {name!r}: {EIGHT_BITS} changes what {held.worst} adds by "
@@ -51,16 +51,16 @@ def in_eight_bits(name: str, adapter: Adapter) -> InEightBits:
     return held
 
 
-def measured(adapter: Adapter) -> InEightBits:
-    """The adapter in 8 bits, whatever its errors, which are infinite where it is not finite."""
-    modules, errors = {}, {}
-    for module, weights in adapter.modules.items():
+def measured(modules: Mapping[str, LoRAWeights]) -> InEightBits:
+    """Modules in 8 bits, whatever their errors, which are infinite where weights are not finite."""
+    inside, errors = {}, {}
+    for module, weights in modules.items():
         a, b = (np.asarray(half).astype(np.float32, copy=False) for half in (weights.a, weights.b))
         with np.errstate(all="ignore"):
             held = quantised(a, b)
             errors[module] = float(np.nan_to_num(error_of(a, b, held), nan=np.inf))
-        modules[module] = held._replace(scales=held.scales * np.float32(weights.scale))
-    return InEightBits(modules, errors)
+        inside[module] = held._replace(scales=held.scales * np.float32(weights.scale))
+    return InEightBits(inside, errors)
 
 
 def error_of(a: np.ndarray, b: np.ndarray, held: Quantised) -> float:

@@ -119,7 +119,8 @@ def copied_slot(source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotO
 @functools.partial(jax.jit, static_argnames=("source", "target"))
 def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> list[SlotOfLayer]:
     copied: list[SlotOfLayer] = []
-    for (scales, stacks), firsts, (_, wanted) in zip(arrays, source.firsts, target.shapes):
+    places = zip(source.firsts, source.columns)
+    for (scales, stacks), place, (_, wanted) in zip(arrays, places, target.shapes):
         if len(stacks) != len(wanted):
             raise ValueError(
                 "one of the two models has room for DoRA and the other has none; give both "
@@ -129,8 +130,8 @@ def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> li
         for stack, shape in zip(stacks, wanted):
             _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
             halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
-        places = places_of(firsts, slot, source.columns)
-        copied.append((scales[..., places], list[np.ndarray | Array](halves)))
+        own = scales[..., places_of(slot, *place)]
+        copied.append((own, list[np.ndarray | Array](halves)))
     return copied
 
 

@@ -48,17 +48,17 @@ class AdapterReader(Publisher):
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
-        held = in_eight_bits(name, adapter) if writer.is_eight_bits else None
-        modules = None if held is None else held.modules
-        if held is None and is_on_device(adapter):
+        small = {m: w for m, w in adapter.modules.items() if self._sites[m].is_eight_bits}
+        held = in_eight_bits(name, small)
+        if not small and is_on_device(adapter):
             values = values_on_device(adapter, writer, self._sites, layers)
         else:
             values = slot_values(
-                name, adapter, writer, self._sites, layers, is_own=is_own, held=modules
+                name, adapter, writer, self._sites, layers, is_own=is_own, held=held.modules
             )
         if adapter.config.dora:
             dora.put_rescale(values, adapter, self._sites, layers)
-        error = None if held is None else held.largest
+        error = held.largest if small else None
         return PreparedAdapter(adapter, bucket, values, is_own, self._guard, error)
 
     def check(self, name: str, adapter: Adapter) -> int:

@@ -12,6 +12,7 @@ from jax_lora.nn.embed import LoRAEmbed
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import with_numbers
 from jax_lora.nn.stacks import LoRAStack, slots_of
+from pallas_kernels.stacks import is_eight_bits
 
 PeftNames = Mapping[str, str | Sequence[str]]
 
@@ -44,6 +45,11 @@ class Site:
     def variables(self) -> tuple[nnx.LoRAParam[Array], nnx.LoRAParam[Array]]:
         """A and B of some bucket; all have one dtype."""
         return self._first.variables
+
+    @property
+    def is_eight_bits(self) -> bool:
+        """Whether its stacks are in 8 bits."""
+        return is_eight_bits(self.variables[0].dtype)
 
     @property
     def is_embedding(self) -> bool:

@@ -56,12 +56,12 @@ class Layout:
     Attributes:
       shapes: its scales and arrays, as `_Held` has them, and where they go.
       firsts: where the scales of each stack start in the layer's.
-      columns: of stacks in 8 bits R, whose columns have scales; else ().
+      columns: of a layer with stacks in 8 bits R, whose columns have scales; of others ().
     """
 
     shapes: list[tuple[jax.ShapeDtypeStruct, list[jax.ShapeDtypeStruct]]]
     firsts: list[np.ndarray]
-    columns: tuple[int, ...]
+    columns: list[tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class PreparedAdapter:
     Attributes:
       is_own: nobody else writes the adapter's arrays.
       guard: of the model that it is for.
-      error: how far stacks in 8 bits are from it, as `AdapterBank.load` says; None in others.
+      error: how far stacks in 8 bits are from it, as `AdapterBank.load` says; or None.
     """
 
     adapter: Adapter
@@ -115,14 +115,15 @@ class SlotWriter:
         ]
         self._of_layers = of_layers
         shapes = _slot_shapes(self.arrays, of_layers)
-        self.layout = Layout(shapes, _scales_offsets(of_layers), _columns(of_layers[0]))
+        columns = [_columns(some) for some in of_layers]
+        self.layout = Layout(shapes, _scales_offsets(of_layers), columns)
         self._programs: list[_Program] = []
         self._program(self._arrays())
 
     @property
     def is_eight_bits(self) -> bool:
-        """Whether its stacks are."""
-        return is_eight_bits(self._of_layers[0][0].lora_a.dtype)
+        """Whether stacks of a layer are."""
+        return any(is_eight_bits(some[0].lora_a.dtype) for some in self._of_layers)
 
     @property
     def arrays(self) -> OfLayers:
@@ -262,7 +263,7 @@ def _scales_offsets(of_layers: list[list[LoRAStack]]) -> list[np.ndarray]:
     return [np.array([s.shape.scales_offset for s in some], np.int32) for some in of_layers]
 
 
-def places_of(firsts: np.ndarray, slot: Array, columns: tuple[int, ...]) -> Array:
+def places_of(slot: Array, firsts: np.ndarray, columns: tuple[int, ...]) -> Array:
     """Where the scales of a slot of each stack stand in the layer's."""
     if not columns:
         return jnp.asarray(firsts) + slot
@@ -271,14 +272,14 @@ def places_of(firsts: np.ndarray, slot: Array, columns: tuple[int, ...]) -> Arra
 
 
 def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -> _Program:
-    firsts, columns = _scales_offsets(of_layers), _columns(of_layers[0])
+    places = list(zip(_scales_offsets(of_layers), map(_columns, of_layers)))
 
     def write_slot(
         arrays: _Arrays, slot: Array, values: list[SlotOfLayer], full: list[Array]
     ) -> _Arrays:
         written = []
-        for (scales, stacks), (new_scales, new), first in zip(arrays.layers, values, firsts):
-            scales = scales.at[..., places_of(first, slot, columns)].set(new_scales)
+        for (scales, stacks), (new_scales, new), place in zip(arrays.layers, values, places):
+            scales = scales.at[..., places_of(slot, *place)].set(new_scales)
             written.append(
                 (scales, [set_slot(s, slot, jnp.asarray(v)) for s, v in zip(stacks, new)])
             )
@@ -302,11 +303,11 @@ def slot_values(
     layers: list[LoRALayer],
     *,
     is_own: bool,
-    held: Mapping[str, Quantised] | None = None,
+    held: Mapping[str, Quantised],
 ) -> list[SlotOfLayer]:
     """What a slot of each layer is to hold: zeros behind the rank and where it adapts nothing.
 
-    `held` are the modules of an adapter for stacks in 8 bits.
+    `held` are the modules of the adapter whose stacks are in 8 bits.
 
     Copies what is the caller's: JAX reads it later, or for ever, and the caller may go on writing.
     Where nobody else has the adapter's arrays (`is_own`), those of the bucket's rank are taken.
@@ -320,12 +321,12 @@ def slot_values(
         scales, arrays = slots[id(site.layer)]
         mine = slice(2 * site.nth, 2 * site.nth + 2)
         dtype = arrays[mine][0].dtype
-        if held is None:
-            scales[*site.index, site.nth] = weights.scale
-            halves = as_stored(name, module, [weights.a, weights.b], dtype)
-        else:
+        if module in held:
             *halves, factors = held[module]
             scales[site.index][site.nth, : weights.rank] = factors
+        else:
+            scales[*site.index, site.nth] = weights.scale
+            halves = as_stored(name, module, [weights.a, weights.b], dtype)
         if is_own and weights.rank == writer.bucket and not site.index:
             arrays[mine] = halves
             continue

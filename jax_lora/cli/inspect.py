@@ -91,8 +91,9 @@ def _print_report(report: "AdapterReport") -> None:
         stdout.print(Text(line), soft_wrap=True)
     if (held := report.eight_bits) is not None:
         taken = "" if held.is_taken else ", which a bank refuses"
-        line = f"  8 bits: change what {held.module} adds by {held.largest:.1%}, others less{taken}"
-        stdout.print(Text(line), soft_wrap=True)
+        line = f"change what {held.module} adds by {held.largest:.1%}, others less{taken}"
+        line = "hold no embedding, and there is no other module" if held.module is None else line
+        stdout.print(Text(f"  8 bits: {line}"), soft_wrap=True)
     labelled = ("LoRAX", report.lorax), ("For speed", report.advice), ("Mesh", report.mesh)
     for label, lines in labelled:
         for line in lines:

@@ -84,7 +84,8 @@ def apply_lora(
         are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
       dtype: dtype of the stacks; None for each kernel's own. "float8_e4m3fn" rounds adapters when
-        they are loaded (`AdapterBank.load`): not to train, nor on several devices or in embeddings.
+        they are loaded (`AdapterBank.load`): not to train, nor on several devices. Embeddings and
+        full slots then have their kernel's.
       dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
         float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's
@@ -117,19 +118,22 @@ def apply_lora(
         # The object stays the one that its parents and tied references know.
         lead = _lead(layer)
         layer.__class__ = _lora_class(layer)
-        layer.add_stacks(by_bucket, buckets, None, dtype or layer.kernel.dtype, lead, fully_sharded)
+        own = _dtype(layer, dtype, layer.takes_eight_bits)
+        layer.add_stacks(by_bucket, buckets, None, own, lead, fully_sharded)
         layer.guard = guard
         if dora and isinstance(layer, LoRADense | LoRADenseGeneral | EinsumLayer):
             layer.add_rescales()
     for layer, count in full.values():
-        layer.add_full(count, sum(by_bucket.values()), _full_dtype(layer, dtype))
+        layer.add_full(count, sum(by_bucket.values()), _dtype(layer, dtype, False))
     return sum(layer.room_bytes for layer in layers.values())
 
 
-def _full_dtype(layer: Any, dtype: DTypeLike | None) -> DTypeLike:
-    """What an adapter has whole is never in 8 bits."""
+def _dtype(layer: LoRALayer, dtype: DTypeLike | None, takes_eight_bits: bool) -> DTypeLike:
+    """The kernel's own for None, and for 8 bits where these are not taken."""
+    if dtype is not None and (takes_eight_bits or not is_eight_bits(dtype)):
+        return dtype
     own: DTypeLike = layer.kernel.dtype
-    return own if dtype is None or is_eight_bits(dtype) else dtype
+    return own
 
 
 def _check_dora(name: str, layer: LoRALayer, dora: bool) -> None:
@@ -300,7 +304,7 @@ def _check_layer(
     lead = _lead_of(kernel, expected)
     try:
         layer.matrix_shape()
-        dtype = stack_dtype(dtype or kernel.dtype, eight_bits=True)
+        dtype = stack_dtype(_dtype(layer, dtype, layer.takes_eight_bits), eight_bits=True)
         if kernel.shape == (*lead, *expected):
             layer.check_room(dtype, len(lead), buckets, fully_sharded)
     except ValueError as error:

@@ -158,18 +158,15 @@ class LoRALayer(nnx.Module):
         """Where its stacks go; None where they are not on a mesh.
 
         Raises:
-          ValueError: they do not divide over the mesh, or the layer takes none in 8 bits.
+          ValueError: they do not divide over the mesh, or are in 8 bits.
         """
         shards = placement_of(self, lead, buckets, fully=fully_sharded)
-        if is_eight_bits(dtype):
-            what = None if self.takes_eight_bits else "an embedding"
-            if shards is not None and shards.mesh.size > 1:
-                what = f"on a mesh of {shards.mesh.size} devices"
-            if what:
-                raise ValueError(
-                    f"the {type(self).__name__} is {what}, where stacks are not {EIGHT_BITS}; give "
-                    "apply_lora another dtype=, or leave the layer out of target"
-                )
+        if is_eight_bits(dtype) and shards is not None and shards.mesh.size > 1:
+            raise ValueError(
+                f"the {type(self).__name__} is on a mesh of {shards.mesh.size} devices, where "
+                f"stacks are not {EIGHT_BITS}; give apply_lora another dtype=, or leave the layer "
+                "out of target"
+            )
         return shards
 
     def add_rescales(self) -> None:

@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from jax_lora import adapters
 from jax_lora.adapters import (
     Adapter,
+    FullModule,
     LoRAConfig,
     LoRAWeights,
     config,
@@ -725,6 +726,14 @@ def test_adapters_in_memory_are_checked(modules, error, message):
         Adapter(LoRAConfig(2, 4), modules)
 
 
+def test_whole_weights_alone_are_no_adapter():
+    full = {"score": FullModule(np.ones((3, H), np.float32))}
+    with pytest.raises(
+        ValueError, match=r"got none beside the weights of \['score'\]; write these"
+    ):
+        Adapter(LoRAConfig(2, 4), {}, full)
+
+
 def test_mixed_dtypes_count_as_float32():
     modules = {"q": weights(), "k": weights(dtype=ml_dtypes.bfloat16)}
     assert Adapter(LoRAConfig(2, 4), modules).dtype == np.float32
@@ -1088,6 +1097,10 @@ def test_modules_to_save(tmp_path):
         ),
         (saved() | halves("score"), "score has both LoRA and a whole weight"),
         (saved("q"), "'base_model.model.q.weight' is unknown"),
+        (
+            {"base_model.model.score.weight": np.ones((3, H), np.float32)},
+            r"at least one module, got none beside the weights of \['score'\]; write these into",
+        ),
     ],
 )
 def test_modules_to_save_that_are_refused(tmp_path, tensors, message):

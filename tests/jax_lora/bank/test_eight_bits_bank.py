@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import Mlp, expected, filled_with, forward, make_adapter, make_bank, tokens
+from tiny import FEATURES, Mlp, expected, filled_with, forward, make_adapter, make_bank, tokens
 
 import jax_lora
 from jax_lora import (
@@ -22,6 +22,7 @@ from jax_lora import (
     scan_layers,
 )
 from jax_lora.bank.eight_bits import error_of
+from jax_lora.inspection import EightBitsReport, inspect_adapter
 from pallas_kernels.eight_bits import quantised
 
 EIGHT = "float8_e4m3fn"
@@ -201,17 +202,73 @@ def test_training_and_publishing_are_refused() -> None:
         nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
 
 
+@pytest.mark.parametrize("small", ["up", "down"])
+def test_layers_in_other_dtypes_beside_them(small: str, tmp_path: Path) -> None:
+    model = Mlp(nnx.Rngs(0))
+    for name in FEATURES:
+        apply_lora(
+            model, target=name, slots=2, buckets=(8,), dtype=EIGHT if name == small else None
+        )
+    bank, x = AdapterBank(model), tokens(3)
+    both = make_adapter(1, 3)
+    (wide,) = FEATURES.keys() - {small}
+    alone = make_adapter(2, 5, features={wide: FEATURES[wide]})
+    assert 0.001 < (bank.load("both", both) or 0) < 0.1
+    assert bank.load("alone", alone) is None  # no module of it is in 8 bits
+    held = {name: saved(bank, name, tmp_path) for name in ("both", "alone")}
+    np.testing.assert_array_equal(held["both"].modules[wide].a, both.modules[wide].a)
+    out = forward(model, x, bank.batch(["alone", None, "both"]))
+    want = expected(model, x, [alone, None, held["both"]])
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    on_device = {
+        name: LoRAWeights(jnp.asarray(w.a), jnp.asarray(w.b), w.scale)
+        for name, w in alone.modules.items()
+    }
+    assert bank.load("alone", Adapter(alone.config, on_device), replace=True) is None
+    again = forward(model, x, bank.batch(["alone", None, "both"]))
+    np.testing.assert_array_equal(again, out)
+
+
 class WithEmbedding(nnx.Module):
     def __init__(self) -> None:
         self.table = nnx.Embed(8, 4, rngs=nnx.Rngs(0))
         self.up = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.table(x))
 
-def test_embeddings_and_meshes_are_refused() -> None:
+
+def test_embeddings_stay_in_their_dtype(tmp_path: Path) -> None:
+    features = {"table": (8, 4), "up": (4, 6)}
+    both = make_adapter(1, 8, features=features, embeddings=["table"])
+    table = make_adapter(2, 8, features={"table": (8, 4)}, embeddings=["table"])
+    model, exact = WithEmbedding(), WithEmbedding()
+    plan = plan_slots([both, table], 1 << 20, dtype=EIGHT)
+    taken = apply_lora(model, **plan)
+    apply_lora(exact, **{**plan, "dtype": jnp.float32})
+    assert [layer.stacks[0].lora_a.dtype for layer in (model.table, model.up)] == [
+        jnp.float32,
+        EIGHT,
+    ]
+    slot = 8 * (4 * (8 + 4) + (4 + 6) + 4)
+    assert taken + model.up.scales.nbytes == 2 * slot
+    assert plan_slots([both, table], 2 * slot, dtype=EIGHT)["slots"] == {8: 2}
+    assert plan_slots([both, table], 2 * slot - 1, dtype=EIGHT)["slots"] == {8: 1}
+    bank, other = AdapterBank(model), AdapterBank(exact)
+    assert bank.load("both", both) and bank.load("table", table) is None
+    for name in ("both", "table"):
+        other.load(name, saved(bank, name, tmp_path))
+    x, names = np.arange(3), ["both", None, "table"]
+    out, want = (forward(m, x, b.batch(names)) for m, b in ((model, bank), (exact, other)))
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    report = inspect_adapter(tmp_path / "both", eight_bits=True).eight_bits
+    assert report is not None and report.errors.keys() == {"up"} and report.module == "up"
+    report = inspect_adapter(tmp_path / "table", eight_bits=True).eight_bits
+    assert report == EightBitsReport({}, 0.0, None, is_taken=True)
+
+
+def test_meshes_are_refused() -> None:
     model = WithEmbedding()
-    with pytest.raises(ValueError, match="LoRAEmbed is an embedding, where stacks are not float8"):
-        apply_lora(model, target=["table", "up"], dtype=EIGHT)
-    assert type(model.up) is nnx.Linear
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(None, "x")
     kernel = jax.device_put(model.up.kernel[...], jax.sharding.NamedSharding(mesh, spec))

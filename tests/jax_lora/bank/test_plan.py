@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from tiny import FEATURES, Mlp, make_adapter
 
-from jax_lora import Adapter, AdapterBank, FullModule, apply_lora, plan_slots, save_peft
+from jax_lora import Adapter, AdapterBank, Experts, FullModule, apply_lora, plan_slots, save_peft
 from jax_lora.adapters import files
 
 PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
@@ -170,3 +170,34 @@ def test_whole_weights_have_full_slots():
     with pytest.raises(ValueError, match=r"disagree about score: \(4, 3\) and \(4, 2\) features"):
         plan_slots([*adapters, saving(4, 4, labels=2)], 1 << 20)
     assert "full_slots" not in plan_slots(adapters[3:], 1 << 20)
+
+
+class Mixture(nnx.Module):
+    """Three experts, and an output layer."""
+
+    def __init__(self):
+        self.peft_names = {"experts": "experts.{}.up"}
+        self.experts = Experts(3, 4, 6, rngs=nnx.Rngs(0))
+        self.lm_head = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+def test_bytes_of_experts_are_those_of_the_arrays(dtype):
+    """A layer has stacks for all experts, also where adapters adapt two of them."""
+    own = make_adapter(0, 5, features={"experts.0.up": (4, 6), "experts.2.up": (4, 6)})
+    whole = {"lm_head": FullModule(np.ones((5, 4), np.float32))}
+    adapter = Adapter(own.config, own.modules, whole)
+    model = Mixture()
+    plan = plan_slots([adapter], 1 << 20, dtype=dtype)
+    apply_lora(model, **plan)
+    bank = AdapterBank(model)
+    bank.load("it", adapter)
+    arrays = {path: v.get_value() for path, v in nnx.to_flat_state(bank.state)}
+    nbytes = sum(
+        array.nbytes
+        for path, array in arrays.items()
+        if path[-1] != "table" and (path[-1] != "scales" or dtype != "float32")
+    )
+    assert plan_slots([adapter], nbytes, dtype=dtype) == plan
+    with pytest.raises(ValueError, match=f"memory={nbytes - 1} bytes hold no slot"):
+        plan_slots([adapter], nbytes - 1, dtype=dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from safetensors.numpy import load_file, save_file
 from tiny import make_adapter, make_bank
 from typer.testing import CliRunner
 
@@ -120,3 +121,10 @@ def test_inspect_says_how_far_8_bits_are(tmp_path: Path) -> None:
     text = run("inspect", "--eight-bits", folder).stdout
     assert f"8 bits: change what {report['module']} adds by {error:.1%}, others less" in text
     assert json.loads(run("inspect", "--json", folder).stdout)["adapters"][0]["eight_bits"] is None
+    weights = folder / "adapter_model.safetensors"
+    copy = {"base_model.model.lm_head.base_layer.weight": np.ones((9, 4), np.float32)}
+    save_file(load_file(weights) | copy, weights)
+    assert run("inspect", "--eight-bits", folder).stdout == text  # of the base, so none to round
+    save_peft(make_adapter(0, 4, features={"wte": (9, 4)}, embeddings=("wte",)), tmp_path / "b")
+    text = run("inspect", "--eight-bits", tmp_path / "b").stdout
+    assert "8 bits: hold no embedding, and there is no other module" in text
