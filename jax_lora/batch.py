@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -409,6 +410,21 @@ def use(batch: AdapterBatch | None) -> Iterator[None]:
             yield
     finally:
         _ambient.reset(token)
+
+
+def of_any_batch[**P, R](op: Callable[P, R]) -> Callable[P, R]:
+    """`op`, which knows of a batch by its arguments alone.
+
+    What it has jitted is then traced once: inside of `use` JAX traces anew for each batch, and to
+    trace and lower kernels takes most of the time in which a step is compiled.
+    """
+
+    @functools.wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _cache_key(None):
+            return op(*args, **kwargs)
+
+    return call
 
 
 def current() -> AdapterBatch | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jax_lora.batch import of_any_batch
 from jax_lora.sharding import Shards
 from pallas_kernels import LoRAPart, lora_delta
 from pallas_kernels.routing import Segments
@@ -15,6 +16,7 @@ from pallas_kernels.routing import Segments
 _LEAST = 64  # columns of x and y that kernels take
 
 
+@of_any_batch
 def add_by_ranks(
     y: Array, x: Array, parts: Sequence[LoRAPart], segments: Segments, phase: str, shards: Shards
 ) -> Array:

@@ -18,11 +18,12 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jax_lora.batch import AdapterBatch, current
 from jax_lora.nn.layer import LoRALayer
+from jax_lora.nn.ops import add_in_step
 from jax_lora.nn.stacks import LoRAStack, StackArrays, slots_of
 from jax_lora.sharding import Shards
 from jax_lora.tokens import Ranges
 from pallas_kernels import LoRAPart
-from pallas_kernels.ops import add_in_step, sgmv_shrink
+from pallas_kernels.ops import sgmv_shrink
 from pallas_kernels.routing import (
     Mix,
     Segments,

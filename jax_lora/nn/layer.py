@@ -15,6 +15,7 @@ from jax_lora.nn.divided import add_by_ranks
 from jax_lora.nn.dora import refuse_divided, rescaled
 from jax_lora.nn.full import FullRoom, FullWeights
 from jax_lora.nn.names import ModulePath
+from jax_lora.nn.ops import add_in_step, delta_ahead
 from jax_lora.nn.stacks import (
     InPlace,
     LoRAScale,
@@ -37,7 +38,6 @@ from jax_lora.sharding import (
     shards_of,
 )
 from pallas_kernels import LoRAPart
-from pallas_kernels.ops import add_in_step, delta_ahead
 from pallas_kernels.routing import Mix, Segments
 from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
 

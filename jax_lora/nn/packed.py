@@ -14,8 +14,8 @@ from jax_lora.batch import AdapterBatch, current, use
 from jax_lora.nn.dora import rescaled
 from jax_lora.nn.layer import on_shards
 from jax_lora.nn.linear import LoRADense
+from jax_lora.nn.ops import add_in_step, delta_ahead
 from jax_lora.sharding import shards_of
-from pallas_kernels.ops import add_in_step, delta_ahead
 
 
 def call_packed(layers: Sequence[Any], x: Array) -> tuple[Array, ...]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from pallas_kernels import xla
 from pallas_kernels.call import Call
 from pallas_kernels.masks import changed, masked
-from pallas_kernels.mosaic_gpu import inference
+from pallas_kernels.mosaic_gpu import inference, lowered
 from pallas_kernels.mosaic_gpu.backward import (
     GradientPart,
     expand_gradients,
@@ -68,6 +68,7 @@ from pallas_kernels.routing import (
 from pallas_kernels.stacks import LoRAPart, apart, side_by_side
 
 inference.shorten()
+lowered.keep()
 
 # ------------------------------------------------------------------------------ the right platform
 

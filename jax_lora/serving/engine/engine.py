@@ -78,11 +78,25 @@ class Stepper:
         return self._form.in_place
 
     def warm_up(self) -> None:
-        """Runs each step once, for nobody."""
+        """Compiles all steps, and runs each once, for nobody."""
         rows, chunk = self._shape.rows, self._shape.chunk
-        for lanes, blocks in self._shape.forms:
-            self.run(no_work(rows, lanes, chunk, blocks, self._vocabulary))
+        steps = [
+            no_work(rows, lanes, chunk, blocks, self._vocabulary)
+            for lanes, blocks in self._shape.forms
+        ]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            # JAX lowers in Python. Meanwhile XLA compiles, in other threads, what is lowered.
+            started = [pool.submit(self._lowered(inputs).compile) for inputs in steps]
+            for compiling in started:
+                compiling.result()
+        for inputs in steps:
+            self.run(inputs)
         jax.block_until_ready(self._last)
+
+    def _lowered(self, inputs: Inputs[np.ndarray]) -> jax.stages.Lowered:
+        """The program that `run` runs; it finds in JAX's caches what this one has compiled."""
+        lower = functools.partial(_lower, self._form)
+        return self._live.call(lower, self._pages, self._last, inputs)
 
     def run(self, inputs: Inputs[np.ndarray]) -> Outputs:
         """Launches a step behind those before it."""
@@ -92,6 +106,10 @@ class Stepper:
         for array in jax.tree.leaves(outputs):
             array.copy_to_host_async()
         return outputs
+
+
+def _lower(form: Form, structure: object, leaves: object, *args: object) -> jax.stages.Lowered:
+    return compiled_step().lower(structure, form, leaves, *args)
 
 
 def _call(form: Form, structure: object, leaves: object, *args: object) -> tuple[Pages, Outputs]:

@@ -211,7 +211,7 @@ def _least(order: UInt32[Array, "R V"], weights: Array, target: Array) -> UInt32
 
 
 @functools.cache
-def compiled_step() -> Callable[..., tuple[Pages, Outputs]]:
+def compiled_step() -> jax.stages.Wrapped:
     """The step, jitted: `(structure, form, leaves, pages, last, inputs)`, pages donated."""
     # By the first call: before, nobody knows whether JAX will run on a GPU.
     return jax.jit(

@@ -263,7 +263,9 @@ def test_answers_do_not_depend_on_the_shapes_of_steps():
     ):
         shape = StepShape(max_length=64, **options)
         with Engine(model, shape=shape) as engine:
-            engine.warmup()
+            with counted_compilations() as count:
+                engine.warmup()
+            assert count() == len(options["lanes"]) * len(options["contexts"])
             with counted_compilations() as count:
                 params = SamplingParams(max_tokens=20, stop_tokens=())
                 generations = [engine.submit(prompt, params) for prompt in PROMPTS * 2]
