@@ -25,7 +25,7 @@ from mosaic_cases import relative_error
 
 import pallas_kernels as pk
 from pallas_kernels.call import Call
-from pallas_kernels.mosaic_gpu import backend, support
+from pallas_kernels.mosaic_gpu import backend, layouts, support
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -64,6 +64,20 @@ CASES = [
 def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> None:
     z = case.arrays()
     check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
+
+
+def test_an_axis_with_more_blocks_than_others_may_have_comes_last() -> None:
+    few, many = (layouts.grid_of(job=4, tile=tiles, share=2) for tiles in (65535, 65536))
+    assert few == {"grid": (4, 65535, 2), "grid_names": ("job", "tile", "share")}
+    assert many == {"grid": (4, 2, 65536), "grid_names": ("job", "share", "tile")}
+
+
+@pytest.mark.ci
+def test_grids_in_another_order(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "MOST_BLOCKS", 4)  # the case has six tiles
+    case = GradientCase(12, 128, (64,), ((16, 5),), "shuffled")
+    z = case.arrays()
+    check(case, z, gradients(z, case.slots))
 
 
 @pytest.mark.ci
