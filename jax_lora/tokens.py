@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jax_lora.sharding import by_shard, resharded
-from pallas_kernels.routing import Mix, Segments, make_mix, make_segments
+from pallas_kernels.routing import Mix, Segments, make_mix, make_segments, nearest_int32
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -92,10 +92,14 @@ def _row_of_tokens(lengths: Array | np.ndarray, lead: tuple[int, ...]) -> Array:
         )
     num_tokens = math.prod(lead)
     if (known := concrete(lengths)) is not None:
+        if np.any(np.asarray(known) < 0):
+            raise ValueError(f"lengths must not be negative, got {np.asarray(known).tolist()}")
         total = int(np.sum(np.asarray(known), dtype=np.int64))
         if total > num_tokens:
             raise ValueError(f"lengths sum to {total}, but x has {num_tokens} tokens")
-    ends = jnp.cumsum(lengths)
+    # In a compiled function there may be any lengths, of any integers. If a sum wrapped around,
+    # tokens would belong to other rows.
+    ends = jnp.cumsum(jnp.clip(nearest_int32(lengths), 0, num_tokens))
     return jnp.searchsorted(ends, jnp.arange(num_tokens, dtype=ends.dtype), side="right")
 
 

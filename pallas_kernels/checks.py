@@ -211,6 +211,7 @@ def _check_layers(
                 f"{name}.layers.{what} must have shape {['layers', *mine.shape]} and dtype "
                 f"{mine.dtype}, got {list(one.shape)} and {one.dtype}"
             )
+        same(f"{name}.layers: lora_a and {what} differ in layers", len(given[0]), len(one))
     if jnp.shape(layers.layer) != () or jnp.result_type(layers.layer) != jnp.int32:
         raise ValueError(
             f"{name}.layers.layer must be one int32, got {jnp.result_type(layers.layer)} "

@@ -291,6 +291,12 @@ class _Adapters(NamedTuple):
     weights: ArrayLike | None = None
 
 
+def _layer_of(part: LoRAPart) -> tuple[int, int] | None:
+    """Which layer of how many a part's stacks are, if they are slices."""
+    layers = part.layers
+    return None if layers is None else (id(layers.layer), layers.lora_a.shape[0])
+
+
 def _check_parts(
     op: str,
     x: Array,
@@ -306,8 +312,8 @@ def _check_parts(
     phase = phase_of(x.shape[0]) if phase is None else check_phase(phase)
     y_shape = [x.shape[0], sum(widths)]
     parts = tuple(checks.part(n, part, x.shape[1], y_shape) for n, part in enumerate(given))
-    if len({None if part.layers is None else id(part.layers.layer) for part in parts}) > 1:
-        # A launch is of one layer.
+    if len({_layer_of(part) for part in parts}) > 1:
+        # A launch is of one layer, and all of its parts are of as many.
         parts = tuple(dataclasses.replace(part, layers=None) for part in parts)
     ranges = checks.slot_ranges(parts)
     ids = checks.shared_ids(*adapters, x.shape[0], ranges)

@@ -340,7 +340,8 @@ def expert_indices(
     call each pair is a token of its own.
 
     Args:
-      indices: `[T]` int32, the slot of each token's adapter; a negative number is none.
+      indices: `[T]` int32, the slot of each token's adapter; a negative number is none, and so is
+        one so large that its ids would leave int32.
       experts: `[T, K]` int32, the experts that the token is sent to. One outside of
         `[0, num_experts)` has no adapter.
       num_experts: of the layer.
@@ -350,7 +351,9 @@ def expert_indices(
     """
     num_experts = static("num_experts", num_experts)
     slots = indices[:, None]
-    is_pair = (slots >= 0) & (experts >= 0) & (experts < num_experts)
+    last = 2**31 // max(1, num_experts) - 1  # behind it, an id would wrap around to another slot's
+    is_slot = (slots >= 0) & (slots <= last)
+    is_pair = is_slot & (experts >= 0) & (experts < num_experts)
     return jnp.where(is_pair, slots * num_experts + experts, -1)
 
 
@@ -570,7 +573,8 @@ def segments_from_lengths(
     adapter_of = checked_indices(arrays["adapters"], num_adapters)
     if adapter_of.shape[0] == 0:
         return _sort(jnp.full(num_tokens, -1, jnp.int32), num_adapters)
-    start, length = (_nearest_int32(arrays[k]) for k in ("starts", "lengths"))
+    start, length = (nearest_int32(arrays[k]) for k in ("starts", "lengths"))
+    length = jnp.maximum(length, 0)  # else the next sum may wrap around
     length = jnp.minimum(jnp.where(start < 0, length + start, length), num_tokens)
     start = jnp.clip(start, 0, num_tokens)
     start = jnp.where(length > 0, start, num_tokens)  # empty segments hide no other
@@ -582,7 +586,8 @@ def segments_from_lengths(
     return _sort(jnp.where(covered, adapter_of[segment], -1), num_adapters)
 
 
-def _nearest_int32(values: Array | np.ndarray) -> Int[Array, " S"]:
+def nearest_int32(values: Array | np.ndarray) -> Int[Array, " S"]:
+    """`values` as int32; the nearest for those that do not fit."""
     bounds, wide = jnp.iinfo(np.int32), jnp.iinfo(values.dtype)
     clip = np.clip if isinstance(values, np.ndarray) else jnp.clip
     least, most = max(bounds.min, wide.min), min(bounds.max, wide.max)

@@ -10,3 +10,5 @@ TILE = 64
 # Columns that wgmma multiplies a tile with at once, at most. Two tiles share half as many: the
 # float32 sums of both would be all registers of a thread.
 MAX_COLUMNS = 256
+# Blocks along an axis of a grid, at most, but for the last axis, which has room for all.
+MOST_BLOCKS = 65535

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike
 
 from pallas_kernels.manual import untyped
+from pallas_kernels.mosaic_gpu.chip import MOST_BLOCKS
 from pallas_kernels.routing import tables_alone
 
 # A Pallas ref, to device memory, shared memory, or barriers: JAX types none of them.
@@ -59,6 +60,13 @@ def in_place(
 def interpreted() -> bool:
     """Whether Pallas's interpret mode is on."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def grid_of(**axes: int) -> dict[str, Any]:
+    """The arguments of a kernel for a grid of these axes, which it knows by name. One with more
+    blocks than others may have comes last."""
+    order = sorted(axes, key=lambda name: axes[name] > MOST_BLOCKS)
+    return {"grid": tuple(axes[name] for name in order), "grid_names": tuple(order)}
 
 
 class Cut(NamedTuple):

@@ -50,6 +50,16 @@ def test_the_id_of_a_pair_counts_through_slots_and_experts() -> None:
     np.testing.assert_array_equal(ids, [[11, 8], [-1, -1], [-1, -1]])
 
 
+@pytest.mark.parametrize("num_experts", [1, 3, 64, 128])
+def test_a_slot_beyond_all_ids_has_no_pairs(num_experts: int) -> None:
+    last = (2**31 - num_experts) // num_experts  # whose last id is the last int32, or below
+    slots = np.array([last, last + 1, 2**31 // num_experts + 1, 2**31 - 1]).clip(max=2**31 - 1)
+    experts = jnp.full((4, 1), num_experts - 1, jnp.int32)
+    ids = pk.expert_indices(jnp.asarray(slots, jnp.int32), experts, num_experts)
+    wide = np.where(slots > last, -1, slots * num_experts + num_experts - 1)
+    np.testing.assert_array_equal(ids[:, 0], wide)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("shared", SHARED)
 def test_against_float64(shared: str, way: tuple[Any, Any]) -> None:

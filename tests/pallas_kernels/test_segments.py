@@ -129,6 +129,7 @@ from_lengths = jax.jit(pk.segments_from_lengths, static_argnums=(3, 4))
     ("starts", "lengths", "covered"),
     [
         (jnp.array([-(2**31)]), jnp.array([2**31 - 1]), slice(0, 0)),
+        (jnp.array([-(2**31)]), jnp.array([-2]), slice(0, 0)),
         (jnp.array([-3]), jnp.array([5]), slice(0, 2)),
         (jnp.array([5]), jnp.array([2**31 - 1]), slice(5, 7)),
         (np.array([2**32]), jnp.array([3]), slice(0, 0)),

@@ -144,11 +144,28 @@ def test_parts_of_different_layers_in_one_call() -> None:
     np.testing.assert_array_equal(out, want)
 
 
+def test_parts_of_differently_many_layers_in_one_call() -> None:
+    """The kernel finds its operands by how many layers there are: slices again."""
+    (first, *rest), (y, x, ids) = whole_parts("bfloat16"), operands("bfloat16", 7)
+    fields = ("lora_a", "lora_b", "scales")
+    one_layer = dataclasses.replace(first, **{name: getattr(first, name)[:1] for name in fields})
+    parts = parts_of([one_layer, *rest], jnp.int32(0), in_place=True)
+    plain = [dataclasses.replace(part, layers=None) for part in parts]
+    implementation, config = CONFIGS["decode"]
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        out, want = (
+            pk.add_lora_multi(y, x, some, ids, implementation=implementation, config=config)
+            for some in (parts, plain)
+        )
+        np.testing.assert_array_equal(out, want)
+
+
 REFUSED = {
     "shape": ({"lora_b": jnp.zeros((3, 2, 64, 16))}, r"layers\.lora_b must have shape \['layers'"),
     "dtype": ({"lora_a": jnp.zeros((3, 2, 8, 64), jnp.bfloat16)}, "float32, got .* bfloat16"),
     "layer": ({"layer": jnp.zeros(2, jnp.int32)}, r"layer must be one int32, got int32 \[2\]"),
     "float": ({"layer": jnp.float32(1)}, "layer must be one int32, got float32"),
+    "layers": ({"lora_b": jnp.zeros((2, 2, 64, 8))}, "lora_a and lora_b differ in layers: 3 and 2"),
 }
 
 

@@ -81,12 +81,11 @@ def gradients(
     dx = wide_kernel(wide, tiles, segments.num_tokens, x.dtype)
     if weights is not None:
         dx = jnp.sum(dx.reshape(-1, *x.shape).astype(jnp.float32), axis=0).astype(x.dtype)
-    slot_tiles = tiles.slot_tiles(segments.num_adapters)
     sums = []
     for part, narrow in zip(parts, narrows):
         rank, features = part.lora_a.shape[1:]
         width = part.lora_b.shape[1]
-        own = jnp.where(part.wanted[:, None] >= 0, slot_tiles[part.slots.first + part.wanted], 0)
+        own = tiles.slot_tiles(jnp.where(part.wanted >= 0, part.slots.first + part.wanted, -1))
         sums.append(OuterSum(x, narrow.scaled, 1, own, 0, features, rank, True))
         sums.append(OuterSum(dy, narrow.scaled, 0, own, part.y_offset, width, rank, False))
     stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, reading)
@@ -147,7 +146,7 @@ def shrink_gradients(
     dx = wide_kernel(
         (WidePart(du[None], 0, lora_a, jnp.zeros(1, jnp.int32), every),), tiles, x.shape[0], x.dtype
     )
-    slot_tiles = tiles.slot_tiles(slots)
+    slot_tiles = tiles.slot_tiles(jnp.arange(slots, dtype=jnp.int32))
     [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
     return dx, da, _of_scales(u * dv, jnp.arange(slots, dtype=jnp.int32), tiles)
 
@@ -170,7 +169,8 @@ def expand_gradients(
     dv = jnp.zeros((v.shape[0], rank), jnp.float32)
     dv = dv.at[jnp.where(mine, tokens, v.shape[0])].set(of_tiles, mode="drop")
     operand = jnp.where(mine[:, None], v[tokens], 0)
-    one = OuterSum(dy, operand[None], 0, tiles.slot_tiles(slots), y_offset, width, rank, False)
+    slot_tiles = tiles.slot_tiles(jnp.arange(slots, dtype=jnp.int32))
+    one = OuterSum(dy, operand[None], 0, slot_tiles, y_offset, width, rank, False)
     [db] = outer_kernel((one,), tiles)
     return dv, db
 

@@ -39,7 +39,7 @@ from pallas_kernels.mosaic_gpu.backward.tiles import (
     Tiles,
     loaded_barriers,
 )
-from pallas_kernels.mosaic_gpu.layouts import Ref
+from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of
 from pallas_kernels.routing import SlotRange
 
 
@@ -154,8 +154,7 @@ def narrow_kernel(
             *loaded_barriers(cut.stages, 1),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=RANK_SQUARES),
         ],
-        grid=(jobs[-1].first_group + jobs[-1].groups, tiles.count, cut.split),
-        grid_names=("job", "tile", "share"),
+        **grid_of(job=jobs[-1].first_group + jobs[-1].groups, tile=tiles.count, share=cut.split),
         kernel_name=f"lora_narrow_{ranks}",
     )
     operands = (array for one in sums for array in (one.wide, one.weights, one.place))

@@ -85,9 +85,9 @@ class Tiles:
         table = self.table.at[:, 3].set(first).at[:, 4].set(is_box.astype(jnp.int32))
         return dataclasses.replace(self, table=table, rows=rows)
 
-    def slot_tiles(self, slots: int) -> Int[Array, "slots 2"]:
-        """Each slot's first tile, and how many tiles it has, for so many slots."""
-        mine = self.group_adapters[None] == jnp.arange(slots, dtype=jnp.int32)[:, None]
+    def slot_tiles(self, slots: Int[Array, " S"]) -> Int[Array, "S 2"]:
+        """The first tile of each of these slots, and how many tiles it has; none for -1."""
+        mine = self.group_adapters[None] == slots[:, None]
         return jnp.sum(
             jnp.where(mine[:, :, None], self.group_tiles[None], 0), axis=1, dtype=jnp.int32
         )

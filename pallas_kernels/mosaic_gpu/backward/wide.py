@@ -31,7 +31,7 @@ from pallas_kernels.mosaic_gpu.backward.squares import (
     take_steps,
 )
 from pallas_kernels.mosaic_gpu.backward.tiles import Tile, Tiles, put_tile
-from pallas_kernels.mosaic_gpu.layouts import Ref
+from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of
 from pallas_kernels.routing import SlotRange
 
 
@@ -103,8 +103,7 @@ def wide_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_tokens, features), dtype),
         scratch_types=[plgpu.Barrier(num_barriers=cut.stages, num_arrivals=1 + cut.columns)],
-        grid=(tiles.count, -(-squares_of(features) // cut.columns)),
-        grid_names=("tile", "columns"),
+        **grid_of(tile=tiles.count, columns=-(-squares_of(features) // cut.columns)),
         kernel_name=f"lora_wide_{ranks}",
     )
     operands = (array for part in parts for array in (part.dv, part.lora_a, part.place))

@@ -37,6 +37,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     body_of,
     cuts,
     end_group,
+    grid_of,
     in_place,
     operand_layout,
     plain_layout,
@@ -116,8 +117,7 @@ def expand_kernel(
                 for part in plan.parts
             ),
         ],
-        grid=(-(-y.shape[0] // plan.rows), sum(cut.blocks for cut in plan.cuts)),
-        grid_names=("tile", "block"),
+        **grid_of(tile=-(-y.shape[0] // plan.rows), block=sum(cut.blocks for cut in plan.cuts)),
         kernel_name=f"lora_expand_{ranks}",
     )
     operands: list[Array] = []

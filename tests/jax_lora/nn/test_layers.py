@@ -280,6 +280,28 @@ def test_lengths_beyond_x(layer):
     np.testing.assert_allclose(cut, right, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "tokens_of_rows"),
+    [
+        (np.array([2, 2**31 - 1, 2**31 - 1, 1, 1], np.int32), [2, 298, 0, 0, 0]),
+        (np.array([2, -9, 298, -(2**31), 1], np.int32), [2, 0, 298, 0, 0]),
+        (np.array([100, 0, 100, 90, 5], np.uint8), [100, 0, 100, 90, 5]),  # their sum is no uint8
+    ],
+)
+def test_no_lengths_give_tokens_another_row(lengths, tokens_of_rows):
+    @jax.jit
+    def ids(batch):
+        return batch.segments((300,)).indices
+
+    want = np.append(np.repeat(IDS, tokens_of_rows), np.full(300 - sum(tokens_of_rows), -1))
+    np.testing.assert_array_equal(ids(batch_of(ROWS, lengths)), want)
+
+
+def test_negative_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"must not be negative, got \[2, -1, 1, 1, 1\]"):
+        batch_of(ROWS, [2, -1, 1, 1, 1]).segments((4,))
+
+
 @pytest.mark.parametrize("adapters", ["a", 0, np.zeros((2, 5), np.int32), ROWS])
 def test_other_second_arguments_are_refused_by_name(layer, adapters):
     with pytest.raises(TypeError, match="LoRADense takes an AdapterBatch as its second argument"):

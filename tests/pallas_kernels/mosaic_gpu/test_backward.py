@@ -1,5 +1,7 @@
 """The backward kernels without a GPU: interpreted with race detection, and lowered for CUDA."""
 
+import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -23,7 +25,7 @@ from mosaic_cases import relative_error
 
 import pallas_kernels as pk
 from pallas_kernels.call import Call
-from pallas_kernels.mosaic_gpu import backend, support
+from pallas_kernels.mosaic_gpu import backend, layouts, support
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -62,6 +64,20 @@ CASES = [
 def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> None:
     z = case.arrays()
     check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
+
+
+def test_an_axis_with_more_blocks_than_others_may_have_comes_last() -> None:
+    few, many = (layouts.grid_of(job=4, tile=tiles, share=2) for tiles in (65535, 65536))
+    assert few == {"grid": (4, 65535, 2), "grid_names": ("job", "tile", "share")}
+    assert many == {"grid": (4, 2, 65536), "grid_names": ("job", "share", "tile")}
+
+
+@pytest.mark.ci
+def test_grids_in_another_order(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "MOST_BLOCKS", 4)  # the case has six tiles
+    case = GradientCase(12, 128, (64,), ((16, 5),), "shuffled")
+    z = case.arrays()
+    check(case, z, gradients(z, case.slots))
 
 
 @pytest.mark.ci
@@ -141,9 +157,17 @@ def test_tiles_hold_each_token_once(num_tokens: int, order: str) -> None:
     tokens, is_token = np.asarray(tiles.tokens()), np.asarray(tiles.is_token())
     assert sorted(tokens[is_token]) == list(range(num_tokens))
     np.testing.assert_array_equal(ids[tokens[is_token]], np.asarray(tiles.adapters())[is_token])
-    for slot, (first, count) in enumerate(np.asarray(tiles.slot_tiles(5))):
-        assert count == -(-np.sum(ids == slot) // 64)
+    slots = np.array([0, 1, 2, 3, 4, -1, 2**31 - 1], np.int32)
+    for slot, (first, count) in zip(slots, np.asarray(tiles.slot_tiles(jnp.asarray(slots)))):
+        assert count == -(-np.sum((ids == slot) & (ids >= 0)) // 64)
         assert (np.asarray(tiles.table)[first : first + count, 0] == slot).all()
+
+
+def test_gradients_take_no_memory_for_slots_that_no_part_has() -> None:
+    z, call = GradientCase(9, 64, (64,), ((16, 3),)).arrays(), Call("f", "mosaic_gpu", ("sgmv",))
+    parts = tuple(dataclasses.replace(part, first_slot=2**30) for part in z.parts)
+    traced = jax.make_jaxpr(functools.partial(backend.add_lora_grad, call))(z.dy, z.x, parts, z.ids)
+    assert max(out.aval.size for eqn in traced.eqns for out in eqn.outvars) < 2**20
 
 
 def lowered(
