@@ -5,10 +5,15 @@
 # interpreter that has all packages, instead of this project's environment.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-project=${1:?which project: qwix, sglang-jax, skyrl, tunix, vllm, sglang}
+project=${1:?which project: bonsai, qwix, sglang-jax, skyrl, tunix, vllm, sglang}
 shift
 tests=()
 case $project in
+bonsai) # its own tests compare with downloaded weights: ours are of its models at a tiny size
+    url=https://github.com/jax-ml/bonsai
+    commit=36284254cf738d99c1c5d1e3a292d27656a0a365
+    paths=(bonsai)
+    ;;
 qwix)
     url=https://github.com/google/qwix
     commit=aa623acb24c418563265fd8d541c1d51fc285269
