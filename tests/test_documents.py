@@ -139,7 +139,7 @@ NOT_RUN = {("docs/scaling.md", "Several hosts")}
 # Other projects, of which `tests/peers` runs what it shows.
 NOT_RUN |= {
     ("docs/guides/frameworks.md", name)
-    for name in ("qwix and Tunix", "Bonsai", "SkyRL-tx", "sglang-jax")
+    for name in ("qwix and Tunix", "Bonsai", "MaxText", "SkyRL-tx", "sglang-jax")
 }
 
 
