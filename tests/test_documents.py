@@ -138,7 +138,8 @@ GIVEN = {
 NOT_RUN = {("docs/scaling.md", "Several hosts")}
 # Other projects, of which `tests/peers` runs what it shows.
 NOT_RUN |= {
-    ("docs/guides/frameworks.md", name) for name in ("qwix and Tunix", "SkyRL-tx", "sglang-jax")
+    ("docs/guides/frameworks.md", name)
+    for name in ("qwix and Tunix", "Bonsai", "MaxText", "SkyRL-tx", "sglang-jax")
 }
 
 

@@ -1,10 +1,12 @@
 """LoRA over `nnx.Einsum`, and over modules of a user's own that are one."""
 
 import functools
+import inspect
 import math
 import operator
 import types
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +123,10 @@ class _OwnEinsum(EinsumLayer):
         """Nothing: it takes its sizes from the kernel."""
 
     def _base(self, x: Array, out_sharding: object = None) -> Array:
-        y: Array = super(LoRALayer, self).__call__(x)
+        call = super(LoRALayer, self).__call__
+        if "out_sharding" in inspect.signature(call).parameters:
+            return cast(Array, call(x, out_sharding=out_sharding))
+        y: Array = call(x)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 

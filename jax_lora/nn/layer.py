@@ -14,7 +14,7 @@ from jax_lora.batch import AdapterBatch, Guard, current
 from jax_lora.nn.divided import add_by_ranks
 from jax_lora.nn.dora import refuse_divided, rescaled
 from jax_lora.nn.full import FullRoom, FullWeights
-from jax_lora.nn.names import ModulePath
+from jax_lora.nn.names import ModulePath, array_of
 from jax_lora.nn.ops import add_in_step, delta_ahead
 from jax_lora.nn.stacks import (
     InPlace,
@@ -351,9 +351,9 @@ def on_shards[L: LoRALayer](
         for layer in layers:
             refuse_divided(layer)
     graphdef, state = nnx.split(list(layers))
-    paths, variables = zip(*nnx.to_flat_state(state))
+    paths, leaves = zip(*nnx.to_flat_state(state))
     names = [_name(layers[cast(int, path[0])], path[1:]) for path in paths]
-    specs = [shards.of_variable(name, v.ndim) for name, v in zip(names, variables)]
+    specs = [shards.of_variable(name, leaf.ndim) for name, leaf in zip(names, leaves)]
     of_x, of_y = shards.spec(shards.labels.x), shards.spec(shards.labels.y)
     tokens, labels = shards.tokens, shards.labels
     lead = tuple(size for size, label in zip(x.shape, labels.x) if label in labels.lead)
@@ -361,18 +361,23 @@ def on_shards[L: LoRALayer](
 
     def local(arrays: list[Array], x: Array, segments: Segments) -> list[Array]:
         arrays, x, segments = shards.varying((arrays, x, segments))
-        own = [(path, v.replace(t)) for path, v, t in zip(paths, variables, arrays)]
+        if shards.inputs:  # the sum over devices has a bias once
+            is_first = jax.lax.axis_index(shards.inputs) == 0
+            arrays = [
+                jnp.where(is_first, t, jnp.zeros_like(t)) if name == "bias" else t
+                for name, t in zip(names, arrays)
+            ]
+        own = [
+            (path, leaf.replace(t) if isinstance(leaf, nnx.Variable) else t)
+            for path, leaf, t in zip(paths, leaves, arrays)
+        ]
         mine: list[L] = nnx.merge(graphdef, nnx.from_flat_state(own))
         for layer in mine:
             layer.resize()
-            if shards.inputs and layer.bias is not None:  # the sum over devices has it once
-                is_first = jax.lax.axis_index(shards.inputs) == 0
-                bias = layer.bias.get_value()
-                layer.bias.set_value(jnp.where(is_first, bias, jnp.zeros_like(bias)))
         batch = adapters.with_segments(mine[0].x_matrix(x).shape[:-1], segments)
         return [shards.total(y) for y in call(mine, x, batch)]
 
-    arrays = [v.get_value() for v in variables]
+    arrays = list(map(array_of, leaves))
     mapped = jax.shard_map(
         local,
         mesh=shards.mesh,

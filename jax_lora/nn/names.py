@@ -2,9 +2,9 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 ModulePath = tuple[Hashable, ...]
 Shape = tuple[int, ...]
@@ -15,10 +15,15 @@ def path_name(path: Sequence[Hashable]) -> str:
     return ".".join(map(str, path))
 
 
+def array_of(leaf: nnx.Variable[Array] | Array) -> Array:
+    """What a leaf of a state holds: a model may hold arrays in no variable, by `nnx.data`."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 def array_shapes(model: nnx.Module) -> dict[ModulePath, Shape]:
     """The shapes of all of a model's arrays, by path."""
     flat = nnx.to_flat_state(nnx.state(model))
-    return {path: jnp.shape(variable.get_value()) for path, variable in flat}
+    return {path: np.shape(array_of(leaf)) for path, leaf in flat}
 
 
 def numbered_names(

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jax_lora.batch import AdapterBatch, current, use
 from jax_lora.nn.layer import LoRALayer
-from jax_lora.nn.names import path_name
+from jax_lora.nn.names import array_of, path_name
 from jax_lora.nn.stacks import InPlace, LoRAStack
 from jax_lora.sharding import tokens_of
 
@@ -78,7 +78,7 @@ def scan_layers[M: nnx.Module, C, X, Y](
 
 def _check_axis(state: nnx.State) -> None:
     """ValueError unless all arrays have one axis of layers in front."""
-    shapes = {path: jnp.shape(v.get_value()) for path, v in nnx.to_flat_state(state)}
+    shapes = {path: jnp.shape(array_of(leaf)) for path, leaf in nnx.to_flat_state(state)}
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or sizes == {()}:
         shown = ", ".join(f"{path_name(p)} {list(s)}" for p, s in list(shapes.items())[:8])

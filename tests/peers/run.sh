@@ -5,10 +5,22 @@
 # interpreter that has all packages, instead of this project's environment.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-project=${1:?which project: qwix, sglang-jax, skyrl, tunix, vllm, sglang}
+project=${1:?which project: bonsai, maxtext, qwix, sglang-jax, skyrl, tunix, vllm, sglang}
 shift
 tests=()
 case $project in
+bonsai) # its own tests compare with downloaded weights: ours are of its models at a tiny size
+    url=https://github.com/jax-ml/bonsai
+    commit=36284254cf738d99c1c5d1e3a292d27656a0a365
+    paths=(bonsai)
+    ;;
+maxtext) # it has no tests of several adapters: ours are of its NNX transformer
+    url=https://github.com/AI-Hypercomputer/maxtext
+    commit=e591f30cbbf217ed67ef71263ec0538239f9c3b8
+    paths=(src/maxtext/{__init__,version}.py)
+    paths+=(src/maxtext/{checkpoint_conversion,common,configs,inference,input_pipeline,integration})
+    paths+=(src/maxtext/{kernels,layers,models,multimodal,optimizers,trainers,utils})
+    ;;
 qwix)
     url=https://github.com/google/qwix
     commit=aa623acb24c418563265fd8d541c1d51fc285269
@@ -64,7 +76,7 @@ fi
 files=("${tests[@]/#/$home/}") plugins=() name=${project//-/_}
 [ ! -f "tests/peers/${name}_adapters.py" ] || files+=("tests/peers/${name}_adapters.py")
 [ ! -f "tests/peers/over_$name.py" ] || plugins=(-p "over_$name")
-export PYTHONPATH=tests/peers:benchmarks/peers:$home:$home/python:. XLA_PYTHON_CLIENT_PREALLOCATE=false
+export PYTHONPATH=tests/peers:benchmarks/peers:$home:$home/python:$home/src:. XLA_PYTHON_CLIENT_PREALLOCATE=false
 runner=(uv run --with-requirements "tests/peers/$project.txt" python)
 [ -z "${PYTHON:-}" ] || runner=("$PYTHON")
 # Their settings, not ours: no strict promotion, and warnings are theirs.

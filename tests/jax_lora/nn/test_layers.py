@@ -1053,6 +1053,29 @@ def test_modules_of_a_users_own_that_are_einsums():
     np.testing.assert_array_equal(got[0], OwnModel(nnx.Rngs(0))(x)[0])
 
 
+class Scaled(nnx.Module):
+    """With an array and a number that are in no variable."""
+
+    def __init__(self, rngs):
+        self.proj = nnx.Linear(6, 8, rngs=rngs)
+        self.scale, self.shift = nnx.data(jnp.full(8, 3.0)), nnx.data(1.0)
+
+    def __call__(self, x):
+        return self.proj(x) * self.scale + self.shift
+
+
+def test_models_with_arrays_in_no_variable():
+    model, plain = Scaled(nnx.Rngs(0)), Scaled(nnx.Rngs(0))
+    apply_lora(model, slots=1, buckets=(8,))
+    bank = AdapterBank(model)
+    bank.load("one", make_adapter(0, 4, features={"proj": (6, 8)}))
+    x = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    got = forward(model, x, bank.batch([None, "one"]))
+    np.testing.assert_array_equal(got[0], plain(x)[0])
+    nnx.update(plain, bank.merge("one"))
+    np.testing.assert_allclose(got[1], plain(x)[1], rtol=1e-5, atol=1e-5)
+
+
 def test_modules_that_do_not_say_their_product_are_refused_by_name():
     model = OwnModel(nnx.Rngs(0))
     del model.q_proj.einsum_str

@@ -139,6 +139,39 @@ def test_x_that_would_be_gathered_is_refused():
         layer(x, batch())
 
 
+class OwnSharded(nnx.Module):
+    """Its call wants to be told the output's sharding, and its bias is in no variable."""
+
+    einsum_str = "...d,df->...f"
+
+    def __init__(self, sharding):
+        kernel = np.random.default_rng(2).normal(size=(32, 24)).astype(np.float32)
+        self.kernel = nnx.Param(jax.device_put(kernel, sharding))
+        self.bias = nnx.data(jnp.ones(24))
+
+    def __call__(self, x, *, out_sharding):
+        return jnp.matmul(x, self.kernel[...], out_sharding=out_sharding) + self.bias
+
+
+@pytest.mark.ci
+def test_modules_of_a_users_own_get_the_sharding_of_their_output():
+    mesh = mesh_of(tp=4)
+    plain = OwnSharded(NamedSharding(mesh, ROW))
+    layer = OwnSharded(NamedSharding(mesh, ROW))
+    apply_lora(layer, slots=SLOTS, buckets=tuple(SLOTS))
+    fill(layer)
+    x, rows = jax.device_put(tokens(8), NamedSharding(mesh, P(None, "tp"))), P(None, None)
+    with jax.set_mesh(mesh):
+        want = plain(x, out_sharding=rows)
+        assert_equal(layer(x, out_sharding=rows), want)
+        got = layer(x, batch(), out_sharding=rows)
+    kernel = np.asarray(layer.kernel[...])
+    alone = nnx.Linear(32, 24, kernel_init=lambda *_: jnp.asarray(kernel), rngs=nnx.Rngs(0))
+    alone.bias.set_value(jnp.ones(24))
+    apply_lora(alone, slots=SLOTS, buckets=tuple(SLOTS))
+    assert_equal(got, fill(alone)(tokens(8), batch()))
+
+
 @pytest.mark.parametrize("spec, features", [(COLUMN, "22 output"), (ROW, "30 input")])
 def test_widths_that_do_not_divide_are_refused(spec, features):
     layer = nnx.Linear(30, 22, rngs=nnx.Rngs(0))
