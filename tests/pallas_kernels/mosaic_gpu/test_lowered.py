@@ -1,7 +1,7 @@
 """A kernel is traced and lowered once for all programs that launch it, and so compiled once."""
 
 import re
-from collections.abc import Callable
+import types
 from typing import Any
 
 import jax
@@ -21,39 +21,51 @@ def kernels(text: str) -> list[str]:
     return re.findall(r'kernel_hash = "([^"]*)"', text)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_programs_share_kernels(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    bodies = [(decode, "run_cluster"), (shrink, "_block_body"), (expand, "_block_body")]
-    for module, name in bodies:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels whose bodies are traced or made, one after the other."""
+    names: list[str] = []
 
-        def counted(*args: Any, body: Callable[..., None] = getattr(module, name)) -> None:
-            made.append(body)
+    def count(module: types.ModuleType, name: str) -> None:
+        body = getattr(module, name)
+
+        def counted(*args: Any) -> None:
+            names.append(module.__name__)
             body(*args)
 
         monkeypatch.setattr(module, name, counted)
 
-    def lowered(tokens: int, *, again: bool) -> list[str]:
-        layer = nnx.eval_shape(
-            lambda: LoRADense(H, H, slots=3, buckets=(16,), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        )
-        graphdef, state = nnx.split(layer)
+    count(decode, "run_cluster")
+    count(shrink, "_block_body")
+    count(expand, "_block_body")
+    return names
 
-        def step(state: nnx.State, x: jax.Array, batch: AdapterBatch) -> jax.Array:
-            with use(batch):
-                y = nnx.merge(graphdef, state)(x)
-            return jnp.sin(y) if again else y
 
-        x = jax.ShapeDtypeStruct((tokens, H), jnp.bfloat16)
-        batch = AdapterBatch(jnp.zeros(tokens, jnp.int32), ranges=RANGES, phase=phase)
-        traced = jax.jit(step).trace(state, x, batch)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        return kernels(text)
+def make_layer() -> LoRADense:
+    options = dict(slots=3, buckets=(16,), param_dtype=jnp.bfloat16)
+    return LoRADense(H, H, **options, rngs=nnx.Rngs(0))
 
-    tokens = {"decode": 24, "prefill": 2056}[phase]
-    first = lowered(tokens, again=False)
-    assert len(first) == len(made) == {"decode": 1, "prefill": 2}[phase]
-    assert lowered(tokens, again=True) == first
-    assert len(made) == len(first)
-    assert not {*lowered(tokens + 64, again=True)} & {*first}
-    assert len(made) == 2 * len(first)
+
+def lowered(phase: str, tokens: int, *, again: bool) -> list[str]:
+    """The kernels of a program; of another one if `again`."""
+    graphdef, state = nnx.split(nnx.eval_shape(make_layer))
+
+    def step(state: nnx.State, x: jax.Array, batch: AdapterBatch) -> jax.Array:
+        with use(batch):
+            y = nnx.merge(graphdef, state)(x)
+        return jnp.sin(y) if again else y
+
+    x = jax.ShapeDtypeStruct((tokens, H), jnp.bfloat16)
+    batch = AdapterBatch(jnp.zeros(tokens, jnp.int32), ranges=RANGES, phase=phase)
+    traced = jax.jit(step).trace(state, x, batch)
+    return kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+@pytest.mark.parametrize(("phase", "tokens", "launches"), [("decode", 24, 1), ("prefill", 2056, 2)])
+def test_programs_share_kernels(phase: str, tokens: int, launches: int, made: list[str]) -> None:
+    first = lowered(phase, tokens, again=False)
+    assert len(first) == len(made) == launches
+    assert lowered(phase, tokens, again=True) == first
+    assert len(made) == launches
+    assert not {*lowered(phase, tokens + 64, again=True)} & {*first}
+    assert len(made) == 2 * launches
