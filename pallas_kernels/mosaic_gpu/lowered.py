@@ -13,7 +13,7 @@ from typing import Any
 
 from jax._src.pallas.mosaic_gpu import lowering  # JAX has no public way to it
 from jax.extend.core import Jaxpr
-from jaxlib.mlir import ir
+from jax.interpreters import mlir
 
 _Result = lowering.LoweringResult
 _kept: weakref.WeakKeyDictionary[Jaxpr, dict[Hashable, Callable[[], _Result]]]
@@ -45,7 +45,7 @@ def _maker(result: _Result) -> Callable[[], _Result]:
     result.module.operation.write_bytecode(bytecode)
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     del fields["module"]
-    return lambda: _Result(module=ir.Module.parse(bytecode.getvalue()), **fields)
+    return lambda: _Result(module=mlir.ir.Module.parse(bytecode.getvalue()), **fields)
 
 
 def keep() -> None:
