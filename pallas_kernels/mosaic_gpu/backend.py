@@ -13,6 +13,7 @@ eight tokens of one adapter, wherever they stand.
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -154,17 +155,49 @@ def add_lora(
             return tuple(map(_plus, ys, sums))
     elif (launch := _one_launch(ys, x, _decode_parts(parts), ids, call)) is not None:
         return launch.run(ys, x)
-    y = side_by_side(ys)
-    for some in _launches(parts):
-        for column in columns_of(ids):
-            launch = None
-            if not isinstance(ids, Mix):
-                launch = _one_launch((y,), x, _decode_parts(some), ids, call)
-            if launch is None:
-                y = _two_launches(y, x, some, column, call.config)
-            else:
-                [y] = launch.run((y,), x)
-    return apart(y, widths)
+    launches = _launches(parts)
+    homes = [_home(some, widths) for some in launches]
+    if None in homes:  # a launch adds to several ys: then they are copied side by side, and back
+        y = side_by_side(ys)
+        for some in launches:
+            y = _add_some(call, y, x, some, ids)
+        return apart(y, widths)
+    new = list(ys)
+    for some, home in zip(launches, filter(None, homes)):
+        own = (dataclasses.replace(p, y_offset=p.y_offset - home.start) for p in some)
+        new[home.number] = _add_some(call, new[home.number], x, tuple(own), ids)
+    return tuple(new)
+
+
+class _Home(NamedTuple):
+    """One of the ys, and where its columns start among those of all."""
+
+    number: int
+    start: int
+
+
+def _home(parts: tuple[LoRAPart, ...], widths: tuple[int, ...]) -> _Home | None:
+    """The one of the ys to which all of the parts add; None if there is none."""
+    edges = itertools.pairwise(itertools.accumulate(widths, initial=0))
+    for n, (start, stop) in enumerate(edges):
+        if all(start <= p.y_offset and p.y_offset + p.width <= stop for p in parts):
+            return _Home(n, start)
+    return None
+
+
+# Jitted, so that JAX traces and lowers the kernels of like ys once.
+@functools.partial(jax.jit, static_argnums=0)
+def _add_some(call: Call, y: Array, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> Array:
+    """y plus the parts of `_launches`, in one launch, or in two for each column of a mix."""
+    for column in columns_of(ids):
+        launch = None
+        if not isinstance(ids, Mix):
+            launch = _one_launch((y,), x, _decode_parts(parts), ids, call)
+        if launch is None:
+            y = _two_launches(y, x, parts, column, call.config)
+        else:
+            [y] = launch.run((y,), x)
+    return y
 
 
 def lora_delta(call: Call, x: Array, parts: tuple[LoRAPart, ...], ids: AnyIds) -> tuple[Array, ...]:

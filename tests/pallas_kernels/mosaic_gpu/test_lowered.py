@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jax_lora import AdapterBatch, LoRADense, use
+from pallas_kernels import LoRAPart, add_lora_multi
 from pallas_kernels.mosaic_gpu.decode import kernel as decode
 from pallas_kernels.mosaic_gpu.prefill import expand, shrink
 
@@ -69,3 +70,24 @@ def test_programs_share_kernels(phase: str, tokens: int, launches: int, made: li
     assert len(made) == launches
     assert not {*lowered(phase, tokens + 64, again=True)} & {*first}
     assert len(made) == 2 * launches
+
+
+@pytest.mark.ci
+def test_like_projections_share_kernels() -> None:
+    """Five parts for each of three ys: none of the ys is copied, and k and v are launched alike."""
+    tokens, widths, ranks = 192, (512, H, H), (8, 16, 32, 64, 128)
+    offsets = (0, 512, 512 + H)
+
+    def add(ys: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
+        parts = [
+            LoRAPart(jnp.zeros((2, r, H), x.dtype), jnp.zeros((2, n, r), x.dtype), None, 2 * i, y)
+            for n, y in zip(widths, offsets)
+            for i, r in enumerate(ranks)
+        ]
+        return add_lora_multi(ys, x, parts, ids, implementation="mosaic_gpu")
+
+    ys = tuple(jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in widths)
+    x, ids = jax.ShapeDtypeStruct((tokens, H), jnp.bfloat16), jnp.zeros(tokens, jnp.int32)
+    text = jax.jit(add).trace(ys, x, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert len({*kernels(text)}) == len(kernels(text)) == 4
+    assert not re.search(rf"concatenate.*{tokens}x{sum(widths)}xbf16", text)

@@ -361,6 +361,26 @@ def test_overlapping_parts_of_mixed_ranks(
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("ranks", [(8, 16), (8, 16, 32, 48)], ids=["a launch for both", "for each"])
+def test_several_ys(ranks: tuple[int, ...], interpreted: None) -> None:
+    widths, slots = (64, 72), 2
+    z = Case(70, 64, sum(widths), 16, slots).arrays()
+    ids = np.random.default_rng(0).integers(-1, slots * len(ranks), 70).astype(np.int32)
+    parts = []
+    for n, rank in enumerate(ranks):
+        own = Case(70, 64, sum(widths), rank, slots, seed=rank).arrays()
+        for start, stop in ((0, 64), (64, 136)):
+            b = own.b[:, start:stop]
+            parts.append(pk.LoRAPart(own.a, b, own.scales, slots * n, start))
+    ys = tuple(map(jnp.asarray, np.split(z.y, [64], axis=1)))
+    how = dict(implementation="mosaic_gpu", config=TWO)
+    new = np.concatenate(pk.add_lora_multi(ys, z.x, parts, ids, **how), axis=1)
+    delta, used = parts_in_float64(z.x, parts, ids, sum(widths))
+    assert relative_error(new, z.y.astype(np.float64) + delta) < y_tolerance("bfloat16")
+    np.testing.assert_array_equal(bits(new)[~used], bits(z.y)[~used])
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("shared_bytes", "add_inputs", "sweeps"),
     [(2**20, True, [(0, 2), (1,)]), (11 * 1024, False, [(0,), (2,), (1,)])],
