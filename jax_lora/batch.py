@@ -375,8 +375,9 @@ _ambient: contextvars.ContextVar[AdapterBatch | None] = contextvars.ContextVar(
     "jax_lora_batch", default=None
 )
 # Part of the keys of JAX's caches: a function that was traced under one batch, or under none, must
-# not serve another. Each traced batch is a key of its own. The key is a weak reference, because the
-# caches last. All batches that are not traced share one key.
+# not serve another. A batch is a key of its own if what is traced keeps some of it: its tracers, or
+# the segments of `with_segments`. The key is a weak reference, because the caches last. All other
+# batches share one key.
 _cache_key = jax.make_user_context(None)
 
 
@@ -403,10 +404,11 @@ def use(batch: AdapterBatch | None) -> Iterator[None]:
         batch = batch._untraced()
     token = _ambient.set(batch)
     try:
-        has_tracers = batch is not None and any(
-            isinstance(leaf, jax.core.Tracer) for leaf in (batch.indices, batch.weights)
+        is_kept = batch is not None and (
+            any(isinstance(leaf, jax.core.Tracer) for leaf in (batch.indices, batch.weights))
+            or any(trace is None for trace, *_ in batch._segments)
         )
-        with _cache_key(weakref.ref(batch) if has_tracers else batch is not None or None):
+        with _cache_key(weakref.ref(batch) if is_kept else batch is not None or None):
             yield
     finally:
         _ambient.reset(token)

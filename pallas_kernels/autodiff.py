@@ -39,7 +39,8 @@ def _shrink_fwd(
 def _shrink_bwd(
     call: Call, residuals: tuple[Array | None, Array, Array, TokenIds, Array], dv: Array
 ) -> tuple[Array | None, ...]:
-    v, x, lora_a, token_ids, scale = derivatives.cotangents(call.op, residuals)
+    residuals, dv = derivatives.cotangents(call.op, (residuals, dv))
+    v, x, lora_a, token_ids, scale = residuals
     gradient = compiled("shrink_grad", call)
     dx, da, ds = gradient(dv.astype(jnp.float32), x, lora_a, token_ids, scale)
     return None if v is None else dv, dx, da, None, ds
@@ -75,7 +76,7 @@ def _expand_fwd(
 def _expand_bwd(
     call: Call, residuals: tuple[Array, Array, TokenIds], dy: Array
 ) -> tuple[Array | None, ...]:
-    v, lora_b, token_ids = derivatives.cotangents(call.op, residuals)
+    (v, lora_b, token_ids), dy = derivatives.cotangents(call.op, (residuals, dy))
     dv, db, dy = compiled("expand_grad", call)(dy, v, lora_b, token_ids)
     return dv, db, None, dy
 
@@ -144,7 +145,7 @@ _lora_delta.defvjp(_lora_delta_fwd, _lora_delta_bwd)
 def _gradients(
     call: Call, residuals: tuple[Array, Parts, AnyIds], dys: Ys
 ) -> tuple[Array, Parts, Mix | None]:
-    x, parts, ids = derivatives.cotangents(call.op, residuals)
+    (x, parts, ids), dys = derivatives.cotangents(call.op, (residuals, dys))
     parts = tuple(part.with_slices() for part in parts)
     gradient = compiled("add_lora_grad", call)
     dx, dparts, dweights = gradient(side_by_side(dys), x, parts, ids)

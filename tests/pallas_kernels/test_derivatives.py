@@ -81,6 +81,13 @@ def test_second_derivatives_are_refused_by_the_name_of_the_op(op, mode):
         SECOND[mode](lambda x: (OPS[op](x) ** 2).sum())
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_derivative_in_a_cotangent_is_refused_by_the_name_of_the_op(op):
+    y, pull_back = jax.vjp(OPS[op], X)
+    with pytest.raises(NotImplementedError, match=f"{op} has first derivatives alone"):
+        jax.grad(lambda dy: (pull_back(dy)[0] ** 2).sum())(y)
+
+
 def test_reverse_mode_works_under_vmap_scan_and_remat():
     def loss(x):
         return (OPS["add_lora"](x) ** 2).sum()

@@ -204,6 +204,25 @@ def test_tokens_are_sorted_once_for_all_layers(monkeypatch):
     assert "make_segments" in str(jaxpr) and "make_segments" not in str(scan)
 
 
+def test_what_a_layer_compiles_outside_of_jit_serves_no_other_batch():
+    layers = nnx.vmap(lambda rngs: nnx.Linear(H, H, rngs=rngs))(nnx.Rngs(0).split(2))
+    apply_lora(layers, slots=2, buckets=(8,))
+    for variable in layers.stacks[0].variables:
+        slots = np.array([0.1, 0.2], np.float32)[:, None, None]
+        variable.set_value(jnp.asarray(np.broadcast_to(slots, variable.shape)))
+    layers.scales.set_value(jnp.asarray(np.ones(layers.scales.shape, np.float32)))
+    once = jax.jit(lambda split, x: nnx.merge(*split)(x))
+
+    def outputs_of(slot, call):
+        with use(AdapterBatch(np.array([slot]), ranges=((8, 2),))):
+            x, _ = scan_layers(lambda layer, x, _: (call(layer, x), None), layers, np.ones((1, H)))
+        return np.asarray(x)
+
+    first, second = (outputs_of(n, lambda layer, x: once(nnx.split(layer), x)) for n in (0, 1))
+    np.testing.assert_allclose(second, outputs_of(1, lambda layer, x: layer(x)), rtol=1e-5)
+    assert abs(first - second).max() > 0.1
+
+
 def loops_over_layers(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan" and eqn.params["length"] == LAYERS:
