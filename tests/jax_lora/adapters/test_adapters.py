@@ -287,12 +287,21 @@ def test_shards_that_disagree(tmp_path):
     index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match="has no weight_map"):
         load_peft(tmp_path)
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="names no shards"):
+        load_peft(tmp_path)
     index.unlink()
     save_file(halves(), tmp_path / "adapter_model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="which another shard holds too"):
         load_peft(tmp_path)
     save_file(halves(), tmp_path / "adapter_model-00001-of-00003.safetensors")
     with pytest.raises(ValueError, match=r"several sets of shards, of \['00002', '00003'\] files"):
+        load_peft(tmp_path)
+
+
+def test_shards_that_count_to_none(tmp_path):
+    write(tmp_path, name="adapter_model-00001-of-00000.safetensors")
+    with pytest.raises(ValueError, match="names no shards"):
         load_peft(tmp_path)
 
 
