@@ -547,14 +547,15 @@ def _add_weight(folder: Path, found: _Found, stored: Half, config: LoRAConfig) -
     """Adds a tensor that is no half of a LoRA to what was found."""
     key = stored.key
     name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+    place: dict[str, Half]
     if match := _COPY.fullmatch(name):
-        found.copies[match[1]] = stored
+        place, part = found.copies, match[1]
     elif match := _TOKENS.fullmatch(name):
-        found.tokens[match[1]] = stored
+        place, part = found.tokens, match[1]
     elif (match := _FULL.fullmatch(name)) and config.saves(match[1]):
-        found.full.setdefault(match[1], {})[match[2]] = stored
+        place, part = found.full.setdefault(match[1], {}), match[2]
     elif match and match[2] == "weight" and match[1].rpartition(".")[2] in _EMBEDDINGS:
-        found.copies[match[1]] = stored
+        place, part = found.copies, match[1]
     else:
         what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
         raise ValueError(
@@ -563,6 +564,12 @@ def _add_weight(folder: Path, found: _Found, stored: Half, config: LoRAConfig) -
             f"modules_to_save; {MERGE}"
         )
     _check_name(folder, match[1])
+    if part in place:
+        raise ValueError(
+            f"{printable(folder)}: {shown(place[part].key, 200)} and {shown(key, 200)} are the "
+            "same weight of one module; save the adapter again"
+        )
+    place[part] = stored
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:

@@ -1153,6 +1153,20 @@ def test_trained_tokens_that_are_refused(tmp_path, rows, given, message):
         load_peft(write(tmp_path, tensors, trainable_token_indices=given))
 
 
+@pytest.mark.parametrize("key", [f"{DELTA}.other", f"module.{DELTA}"])
+def test_a_weight_that_comes_twice_is_refused(tmp_path, key):
+    tensors = halves() | dict.fromkeys((DELTA, key), np.ones((1, 4), np.float32))
+    write(tmp_path, tensors, trainable_token_indices=[5])
+    with pytest.raises(ValueError, match="are the same weight of one module; save the adapter ag"):
+        load_peft(tmp_path)
+
+
+def test_a_whole_weight_that_comes_twice_is_refused(tmp_path):
+    tensors = saved() | {"module.base_model.model.score.weight": np.zeros((3, H), np.float32)}
+    with pytest.raises(ValueError, match=r"'module\.base_model.*' are the same weight of one"):
+        load_peft(write(tmp_path, tensors, modules_to_save=["score"]))
+
+
 @pytest.mark.parametrize("names", [["", "score"], ["a"] * 257])
 def test_names_of_modules_to_save_are_bounded(tmp_path, names):
     with pytest.raises(ValueError, match="modules_to_save must be at most 256 names, none of them"):
