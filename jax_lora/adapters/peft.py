@@ -410,6 +410,11 @@ def _read_headers(
         module: _tokens_shape(folder, values, found, module, stored)
         for module, stored in found.tokens.items()
     }
+    if not tokens and (given := values.get("trainable_token_indices")):
+        raise ValueError(
+            f"{printable(folder)} lacks the trained tokens of trainable_token_indices="
+            f"{shown(given)}; save the adapter again"
+        )
     new = new_names({**shapes, **found.copies, **found.full, **tokens}, rename)
     own = {module: new[module] for module in shapes}
     full = {new[m]: full_shape(t["weight"], t.get("bias")) for m, t in found.full.items()}

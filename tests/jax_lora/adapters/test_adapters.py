@@ -1153,6 +1153,12 @@ def test_trained_tokens_that_are_refused(tmp_path, rows, given, message):
         load_peft(write(tmp_path, tensors, trainable_token_indices=given))
 
 
+def test_trained_tokens_that_the_file_lacks_are_refused(tmp_path):
+    write(tmp_path, trainable_token_indices={"embed_tokens": [5, 2]})
+    with pytest.raises(ValueError, match=r"lacks the trained tokens of .*\{'embed_tokens': \[5, 2"):
+        load_peft(tmp_path)
+
+
 @pytest.mark.parametrize("key", [f"{DELTA}.other", f"module.{DELTA}"])
 def test_a_weight_that_comes_twice_is_refused(tmp_path, key):
     tensors = halves() | dict.fromkeys((DELTA, key), np.ones((1, 4), np.float32))
