@@ -631,7 +631,8 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{printable(folder)} is, or lies under, a file; give a folder to save the adapter in"
         ) from None
-    text = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    # Not sort_keys, which sorts the patterns too: the first that matches counts.
+    text = (json.dumps(dict(sorted(values.items())), indent=2) + "\n").encode()
     # A folder inside `folder`, as a rename is only atomic within one file system.
     with (
         _one_save_at_a_time(folder),

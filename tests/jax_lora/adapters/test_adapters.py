@@ -762,6 +762,15 @@ def test_saving_replaces_its_own_files_and_no_other(tmp_path):
     assert set(load_file(folder / WEIGHTS)) == {*halves("q"), *halves("k")}
 
 
+def test_saved_patterns_keep_their_order(tmp_path):
+    patterns = {r"z\.q": 2, "q": 8}
+    config = LoRAConfig(2, 5, alpha_pattern=patterns, rank_pattern=dict.fromkeys(patterns, 2))
+    modules = {"q": weights(scale=4.0), "z.q": weights(scale=1.0)}
+    save_peft(Adapter(config, modules), tmp_path)
+    loaded = load_peft(tmp_path).modules
+    assert {name: module.scale for name, module in loaded.items()} == {"q": 4, "z.q": 1}
+
+
 def test_a_loaded_adapter_can_be_saved_where_it_was(tmp_path):
     adapter = load_peft(write(tmp_path, halves(fill=3)))
     save_peft(adapter, tmp_path)
