@@ -591,6 +591,8 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     config = adapter.config
     ranks = {module: config.rank_of(module) for module in adapter.modules}
     alphas = {module: config.alpha_of(module) for module in adapter.modules}
+    # The first name that a module ends in counts, so a name comes before its ends.
+    tokens = sorted(adapter.tokens.items(), key=lambda item: -len(item[0]))
     values = {
         "peft_type": "LORA",
         "r": config.rank,
@@ -601,7 +603,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "alpha_pattern": {**config.alpha_pattern, **of_parameter(alphas, config.alpha)},
         "target_modules": _targets(adapter),
         "modules_to_save": sorted(adapter.full) or None,
-        "trainable_token_indices": {m: [*t.indices] for m, t in adapter.tokens.items()} or None,
+        "trainable_token_indices": {m: [*t.indices] for m, t in tokens} or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -619,9 +621,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for module, full in adapter.full.items():
         for name, tensor in zip(("weight", "bias"), full.arrays):
             tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(tensor)
-    for module, tokens in adapter.tokens.items():
+    for module, trained in tokens:
         key = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
-        tensors[key] = np.ascontiguousarray(tokens.rows)
+        tensors[key] = np.ascontiguousarray(trained.rows)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")

@@ -771,6 +771,20 @@ def test_saved_patterns_keep_their_order(tmp_path):
     assert {name: module.scale for name, module in loaded.items()} == {"q": 4, "z.q": 1}
 
 
+def test_saved_tokens_of_modules_whose_names_end_alike(tmp_path):
+    rows = np.ones((1, 4), np.float32)
+    tokens = {
+        "emb": adapters.TrainedTokens((1,), rows),
+        "x.emb": adapters.TrainedTokens((2,), rows),
+    }
+    save_peft(Adapter(LoRAConfig(2, 4), {"q": weights()}, {}, tokens), tmp_path)
+    loaded = load_peft(tmp_path).tokens
+    assert {name: trained.indices for name, trained in loaded.items()} == {
+        "emb": (1,),
+        "x.emb": (2,),
+    }
+
+
 def test_a_loaded_adapter_can_be_saved_where_it_was(tmp_path):
     adapter = load_peft(write(tmp_path, halves(fill=3)))
     save_peft(adapter, tmp_path)
