@@ -1127,6 +1127,10 @@ def test_modules_to_save(tmp_path):
             saved(weight=np.full((3, H), np.nan, np.float32)),
             "score has NaN or infinite weights in w",
         ),
+        (
+            saved(bias=np.ones(1, np.float32)),
+            r"bias of a fully trained module must be \[3\].*got \[1\]",
+        ),
         (saved() | halves("score"), "score has both LoRA and a whole weight"),
         (saved("q"), "'base_model.model.q.weight' is unknown"),
         (
