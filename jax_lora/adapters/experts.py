@@ -88,7 +88,7 @@ def _modules(config: LoRAConfig, parameter: str, pair: Pair) -> Iterator[tuple[s
     names = EXPERT_PARAMETERS[last]
     fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] and 0 not in b.shape
     count = a.shape[0] // rank if fits else 0
-    fits &= a.shape[0] == count * rank and 0 < count <= _MAX_EXPERTS
+    fits = 0 < count <= _MAX_EXPERTS and a.shape[0] == count * rank
     if not fits or b.shape[0] % len(names):
         raise ValueError(
             f"{parameter}: lora_A must be [experts * {rank}, H] and lora_B [N, {rank} * experts], "

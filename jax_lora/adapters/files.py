@@ -298,6 +298,8 @@ def _refuse_holes(folder: Path, files: list[os.stat_result]) -> None:
 
 
 def _check_count(folder: Path, count: int) -> None:
+    if count == 0:
+        raise ValueError(f"{printable(folder)} names no shards; save the model again")
     if count > _MAX_SHARDS:  # all are open together
         raise ValueError(
             f"{printable(folder)} names {count} shards; at most {_MAX_SHARDS} are read"

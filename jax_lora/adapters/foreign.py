@@ -351,6 +351,8 @@ def _of_diffusers(
         weights, alphas = {}, {}
         for name, module in modules.items():
             a, b = (tensors[pairs.halves[module][half]] for half in "AB")
+            if a.ndim == 0:
+                raise ValueError(f"{shown(module)}: lora_A must be [r, H], got a number")
             weights[name] = a, b
             if (key := pairs.alphas.get(module)) is not None:
                 alphas[name] = _number(key, tensors[key])

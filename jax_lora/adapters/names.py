@@ -1,5 +1,6 @@
 """Names of modules in other people's files: wrappers, renaming, and which name was meant."""
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -75,7 +76,7 @@ def renamed_config(config: LoRAConfig, names: Mapping[str, str]) -> LoRAConfig:
         return config
     ranks = {new: config.rank_of(old) for old, new in names.items()}
     alphas = {new: config.alpha_of(old) for old, new in names.items()}
-    return config_of(ranks, alphas, rslora=config.rslora)
+    return dataclasses.replace(config_of(ranks, alphas, rslora=config.rslora), dora=config.dora)
 
 
 def config_of(

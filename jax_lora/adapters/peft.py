@@ -410,6 +410,11 @@ def _read_headers(
         module: _tokens_shape(folder, values, found, module, stored)
         for module, stored in found.tokens.items()
     }
+    if not tokens and (given := values.get("trainable_token_indices")):
+        raise ValueError(
+            f"{printable(folder)} lacks the trained tokens of trainable_token_indices="
+            f"{shown(given)}; save the adapter again"
+        )
     new = new_names({**shapes, **found.copies, **found.full, **tokens}, rename)
     own = {module: new[module] for module in shapes}
     full = {new[m]: full_shape(t["weight"], t.get("bias")) for m, t in found.full.items()}
@@ -547,14 +552,15 @@ def _add_weight(folder: Path, found: _Found, stored: Half, config: LoRAConfig) -
     """Adds a tensor that is no half of a LoRA to what was found."""
     key = stored.key
     name = unwrapped(key) if len(key) <= _MAX_KEY else ""
+    place: dict[str, Half]
     if match := _COPY.fullmatch(name):
-        found.copies[match[1]] = stored
+        place, part = found.copies, match[1]
     elif match := _TOKENS.fullmatch(name):
-        found.tokens[match[1]] = stored
+        place, part = found.tokens, match[1]
     elif (match := _FULL.fullmatch(name)) and config.saves(match[1]):
-        found.full.setdefault(match[1], {})[match[2]] = stored
+        place, part = found.full.setdefault(match[1], {}), match[2]
     elif match and match[2] == "weight" and match[1].rpartition(".")[2] in _EMBEDDINGS:
-        found.copies[match[1]] = stored
+        place, part = found.copies, match[1]
     else:
         what = next((name for part, name in _FOREIGN.items() if part in key), "unknown")
         raise ValueError(
@@ -563,6 +569,12 @@ def _add_weight(folder: Path, found: _Found, stored: Half, config: LoRAConfig) -
             f"modules_to_save; {MERGE}"
         )
     _check_name(folder, match[1])
+    if part in place:
+        raise ValueError(
+            f"{printable(folder)}: {shown(place[part].key, 200)} and {shown(key, 200)} are the "
+            "same weight of one module; save the adapter again"
+        )
+    place[part] = stored
 
 
 def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -579,6 +591,8 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     config = adapter.config
     ranks = {module: config.rank_of(module) for module in adapter.modules}
     alphas = {module: config.alpha_of(module) for module in adapter.modules}
+    # The first name that a module ends in counts, so a name comes before its ends.
+    tokens = sorted(adapter.tokens.items(), key=lambda item: -len(item[0]))
     values = {
         "peft_type": "LORA",
         "r": config.rank,
@@ -589,7 +603,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "alpha_pattern": {**config.alpha_pattern, **of_parameter(alphas, config.alpha)},
         "target_modules": _targets(adapter),
         "modules_to_save": sorted(adapter.full) or None,
-        "trainable_token_indices": {m: [*t.indices] for m, t in adapter.tokens.items()} or None,
+        "trainable_token_indices": {m: [*t.indices] for m, t in tokens} or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -607,9 +621,9 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     for module, full in adapter.full.items():
         for name, tensor in zip(("weight", "bias"), full.arrays):
             tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(tensor)
-    for module, tokens in adapter.tokens.items():
+    for module, trained in tokens:
         key = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
-        tensors[key] = np.ascontiguousarray(tokens.rows)
+        tensors[key] = np.ascontiguousarray(trained.rows)
     for name in (_WEIGHTS, _CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{printable(folder / name)} is a folder; remove it or save elsewhere")
@@ -619,7 +633,8 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{printable(folder)} is, or lies under, a file; give a folder to save the adapter in"
         ) from None
-    text = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    # Not sort_keys, which sorts the patterns too: the first that matches counts.
+    text = (json.dumps(dict(sorted(values.items())), indent=2) + "\n").encode()
     # A folder inside `folder`, as a rename is only atomic within one file system.
     with (
         _one_save_at_a_time(folder),

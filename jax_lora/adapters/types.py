@@ -228,12 +228,16 @@ class FullModule:
 
 @dataclass(frozen=True)
 class FullShape:
-    """A whole weight without its values."""
+    """A whole weight without its values. `bias`: its shape, if there is one."""
 
     shape: tuple[int, ...]
-    has_bias: bool
+    bias: tuple[int, ...] | None
     dtype: np.dtype[Any]
     nbytes: int
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
 
 @dataclass(frozen=True)
@@ -447,7 +451,7 @@ def full_shape(weight: Matrix, bias: Matrix | None) -> FullShape:
     arrays = [weight] if bias is None else [weight, bias]
     sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     dtype = common_dtype([array.dtype for array in arrays])
-    return FullShape(weight.shape, bias is not None, dtype, sum(sizes))
+    return FullShape(weight.shape, None if bias is None else bias.shape, dtype, sum(sizes))
 
 
 def check_full(module: str, full: FullShape, adapted: Collection[str]) -> None:
@@ -460,6 +464,11 @@ def check_full(module: str, full: FullShape, adapted: Collection[str]) -> None:
             f"{module}: a fully trained module with a weight {shown([*full.shape])} of "
             f"{full.dtype} is not supported: linear layers and embeddings in float32, float16 or "
             "bfloat16 are"
+        )
+    if full.bias not in (None, full.shape[:1]):
+        raise ValueError(
+            f"{module}: the bias of a fully trained module must be {[full.shape[0]]}, as its "
+            f"weight is {[*full.shape]}, got {shown([*full.bias])}"
         )
 
 

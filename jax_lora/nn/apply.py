@@ -20,6 +20,7 @@ from jax_lora.nn.linear import LoRADense, LoRADenseGeneral
 from jax_lora.nn.names import (
     ModulePath,
     Shape,
+    along_second,
     array_shapes,
     numbered_names,
     path_name,
@@ -113,6 +114,7 @@ def apply_lora(
         with _with_lora(layer):
             _check_layer(name, layer, dtype, buckets, fully_sharded)
             _check_dora(name, layer, dora)
+    _check_axis(model, layers)
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
@@ -222,11 +224,7 @@ def _other_names(model: nnx.Module) -> dict[str, list[str]]:
 def _names_of_stacked(model: nnx.Module, given: Mapping[str, str]) -> dict[str, list[str]]:
     """The names of layers that are stacked for a scan, by the path that they share; `given`: names
     of some, with a `{}` for each number."""
-    leads: dict[ModulePath, Shape] = {
-        path: lead
-        for path, module in nnx.iter_modules(model)
-        if _lora_class(module) and not isinstance(module, _Tied) and (lead := _lead(module))
-    }
+    leads = _leads(model)
     names = numbered_names(array_shapes(model), leads) if leads else {}
     leads_by_name = {path_name(path): lead for path, lead in leads.items()}
     return {
@@ -236,6 +234,15 @@ def _names_of_stacked(model: nnx.Module, given: Mapping[str, str]) -> dict[str, 
             for numbered in with_numbers(one, leads_by_name[path]).values()
         ]
         for path, name in names.items()
+    }
+
+
+def _leads(model: nnx.Module) -> dict[ModulePath, Shape]:
+    """The axes of layers of all that are stacked for a scan."""
+    return {
+        path: lead
+        for path, module in nnx.iter_modules(model)
+        if _lora_class(module) and not isinstance(module, _Tied) and (lead := _lead(module))
     }
 
 
@@ -314,6 +321,25 @@ def _check_layer(
             f"{name}: kernel {list(kernel.shape)} should be {list(expected)}; of layers "
             "stacked for a scan, the axes of layers come in front of these"
         )
+
+
+def _check_axis(model: nnx.Module, layers: Mapping[str, Any]) -> None:
+    """ValueError where layers are stacked along their second axis.
+
+    An `einsum_str` says how many axes a kernel has, but not how large: features would be layers.
+    """
+    stacked = {path: path_name(path) for path, lead in _leads(model).items() if len(lead) == 1}
+    matched = [path for path, name in stacked.items() if name in layers]
+    shapes = array_shapes(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))) if matched else {}
+    for path in matched:
+        if along_second(path, shapes, stacked):
+            with _with_lora(layer := layers[stacked[path]]):
+                kernel = _kernel(layer).shape
+            raise ValueError(
+                f"{stacked[path]}: kernel {list(kernel)} is of layers stacked along axis 1, as the "
+                "parameters beside it show; stack them along axis 0 (out_axes=0 of nnx.vmap, "
+                "param_scan_axis=0 of MaxText)"
+            )
 
 
 def _kernel(layer: Any) -> nnx.Variable[Array]:

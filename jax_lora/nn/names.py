@@ -1,6 +1,6 @@
 """Where the number of a layer stands in its name, if like layers are stacked in one module."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -20,9 +20,9 @@ def array_of(leaf: nnx.Variable[Array] | Array) -> Array:
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-def array_shapes(model: nnx.Module) -> dict[ModulePath, Shape]:
-    """The shapes of all of a model's arrays, by path."""
-    flat = nnx.to_flat_state(nnx.state(model))
+def array_shapes(model: nnx.Module, kind: nnx.filterlib.Filter = ...) -> dict[ModulePath, Shape]:
+    """The shapes of all of a model's arrays of a kind, by path."""
+    flat = nnx.to_flat_state(nnx.state(model, kind))
     return {path: np.shape(array_of(leaf)) for path, leaf in flat}
 
 
@@ -57,6 +57,27 @@ def _common(one: Shape, other: Shape) -> Shape:
     pairs = list(zip(one, other))
     same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     return one[:same]
+
+
+def along_second(
+    path: ModulePath, shapes: Mapping[ModulePath, Shape], stacked: Collection[ModulePath]
+) -> bool:
+    """Whether shapes tell that the layer at `path` is stacked along the second axis.
+
+    Parameters that are stacked together share the axis of layers. So it is the second where that is
+    the same in all of a module around the layer, and the first differs between stacked layers.
+
+    Args:
+      shapes: of all parameters of the model, by path.
+      stacked: the layers whose kernels have one axis too many.
+    """
+    for end in range(len(path), -1, -1):
+        below = {of: shape for of, shape in shapes.items() if of[:end] == path[:end]}
+        if len({shape[1:2] for shape in below.values()}) > 1:
+            return False  # and all modules around this one have its parameters too
+        if len({shape[:1] for of, shape in below.items() if of[:-1] in stacked}) > 1:
+            return True
+    return False
 
 
 def with_numbers(name: str, lead: Shape) -> dict[Shape, str]:

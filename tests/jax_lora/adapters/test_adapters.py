@@ -287,12 +287,21 @@ def test_shards_that_disagree(tmp_path):
     index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match="has no weight_map"):
         load_peft(tmp_path)
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="names no shards"):
+        load_peft(tmp_path)
     index.unlink()
     save_file(halves(), tmp_path / "adapter_model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="which another shard holds too"):
         load_peft(tmp_path)
     save_file(halves(), tmp_path / "adapter_model-00001-of-00003.safetensors")
     with pytest.raises(ValueError, match=r"several sets of shards, of \['00002', '00003'\] files"):
+        load_peft(tmp_path)
+
+
+def test_shards_that_count_to_none(tmp_path):
+    write(tmp_path, name="adapter_model-00001-of-00000.safetensors")
+    with pytest.raises(ValueError, match="names no shards"):
         load_peft(tmp_path)
 
 
@@ -753,6 +762,29 @@ def test_saving_replaces_its_own_files_and_no_other(tmp_path):
     assert set(load_file(folder / WEIGHTS)) == {*halves("q"), *halves("k")}
 
 
+def test_saved_patterns_keep_their_order(tmp_path):
+    patterns = {r"z\.q": 2, "q": 8}
+    config = LoRAConfig(2, 5, alpha_pattern=patterns, rank_pattern=dict.fromkeys(patterns, 2))
+    modules = {"q": weights(scale=4.0), "z.q": weights(scale=1.0)}
+    save_peft(Adapter(config, modules), tmp_path)
+    loaded = load_peft(tmp_path).modules
+    assert {name: module.scale for name, module in loaded.items()} == {"q": 4, "z.q": 1}
+
+
+def test_saved_tokens_of_modules_whose_names_end_alike(tmp_path):
+    rows = np.ones((1, 4), np.float32)
+    tokens = {
+        "emb": adapters.TrainedTokens((1,), rows),
+        "x.emb": adapters.TrainedTokens((2,), rows),
+    }
+    save_peft(Adapter(LoRAConfig(2, 4), {"q": weights()}, {}, tokens), tmp_path)
+    loaded = load_peft(tmp_path).tokens
+    assert {name: trained.indices for name, trained in loaded.items()} == {
+        "emb": (1,),
+        "x.emb": (2,),
+    }
+
+
 def test_a_loaded_adapter_can_be_saved_where_it_was(tmp_path):
     adapter = load_peft(write(tmp_path, halves(fill=3)))
     save_peft(adapter, tmp_path)
@@ -1095,6 +1127,10 @@ def test_modules_to_save(tmp_path):
             saved(weight=np.full((3, H), np.nan, np.float32)),
             "score has NaN or infinite weights in w",
         ),
+        (
+            saved(bias=np.ones(1, np.float32)),
+            r"bias of a fully trained module must be \[3\].*got \[1\]",
+        ),
         (saved() | halves("score"), "score has both LoRA and a whole weight"),
         (saved("q"), "'base_model.model.q.weight' is unknown"),
         (
@@ -1142,6 +1178,26 @@ def test_trained_tokens_that_are_refused(tmp_path, rows, given, message):
     tensors = halves() | {DELTA: np.ones((rows, 4), np.float32)}
     with pytest.raises(ValueError, match=f"model.embed_tokens.*{message}"):
         load_peft(write(tmp_path, tensors, trainable_token_indices=given))
+
+
+def test_trained_tokens_that_the_file_lacks_are_refused(tmp_path):
+    write(tmp_path, trainable_token_indices={"embed_tokens": [5, 2]})
+    with pytest.raises(ValueError, match=r"lacks the trained tokens of .*\{'embed_tokens': \[5, 2"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("key", [f"{DELTA}.other", f"module.{DELTA}"])
+def test_a_weight_that_comes_twice_is_refused(tmp_path, key):
+    tensors = halves() | dict.fromkeys((DELTA, key), np.ones((1, 4), np.float32))
+    write(tmp_path, tensors, trainable_token_indices=[5])
+    with pytest.raises(ValueError, match="are the same weight of one module; save the adapter ag"):
+        load_peft(tmp_path)
+
+
+def test_a_whole_weight_that_comes_twice_is_refused(tmp_path):
+    tensors = saved() | {"module.base_model.model.score.weight": np.zeros((3, H), np.float32)}
+    with pytest.raises(ValueError, match=r"'module\.base_model.*' are the same weight of one"):
+        load_peft(write(tmp_path, tensors, modules_to_save=["score"]))
 
 
 @pytest.mark.parametrize("names", [["", "score"], ["a"] * 257])

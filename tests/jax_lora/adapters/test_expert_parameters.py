@@ -21,7 +21,9 @@ TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 def write(folder: pathlib.Path, modules: dict, **keys: object) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     tensors = {
-        f"base_model.model.{module}.lora_{half}.weight": rng.normal(size=shape).astype(np.float32)
+        f"base_model.model.{module}.lora_{half}.weight": np.asarray(
+            rng.normal(size=shape), np.float32
+        )
         for module, shapes in modules.items()
         for half, shape in zip("AB", shapes)
     }
@@ -72,6 +74,7 @@ def test_ranks_of_parameters_are_those_of_their_modules(tmp_path: pathlib.Path) 
         ({HOLDER: SHAPES[HOLDER]}, TARGETS, r"must name the parameters of layers.0.mlp.experts"),
         ({HOLDER: ((5, H), (H, 5))}, TARGETS[1:], r"lora_A must be \[experts \* 2, H\]"),
         ({HOLDER: ((6, H), (5, 6))}, TARGETS[:1], r"lora_A must be \[experts \* 2, H\]"),
+        ({HOLDER: ((), (6, 6))}, TARGETS[:1], r"lora_A must be .*, got \[\] and \[6, 6\]"),
         ({HOLDER: ((6, H),)}, TARGETS[:1], "lacks a half of its LoRA; save the adapter again"),
     ],
 )

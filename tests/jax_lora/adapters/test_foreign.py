@@ -373,6 +373,10 @@ KOHYA = "lora_unet_down_blocks_0_attentions_0_proj_in"
             r"up.alpha' must be a number, got \[2\]",
         ),
         (peft_halves(), "alpha is needed .*no tensor or metadata says that of 'down'"),
+        (
+            peft_halves("unet.") | {"unet.up.lora_A.weight": np.array(1, np.float32)},
+            r"'unet\.up': lora_A must be \[r, H\], got a number",
+        ),
         (peft_halves("base_model.model."), "is PEFT's; give the folder that holds adapter_config"),
         (
             {

@@ -164,6 +164,18 @@ def test_a_bank_loads_renamed_modules(tmp_path, prefix, rename):
     assert load_peft(tmp_path / "again").modules["up"].rank == 7
 
 
+def test_renamed_modules_keep_dora(tmp_path):
+    w, m = np.ones((4, 4), np.float32), np.full(4, 3, np.float32)
+    weights = {"model.up": LoRAWeights(w, w, 0.5, magnitude=m)}
+    save_peft(Adapter(LoRAConfig(4, alpha=2, dora=True), weights), tmp_path)
+    for adapter in (
+        load_peft(tmp_path, rename={"model": ""}),
+        renamed(load_peft(tmp_path), {"model": ""}),
+    ):
+        assert adapter.config.dora
+        np.testing.assert_array_equal(adapter.modules["up"].magnitude, m)
+
+
 def test_prefixes():
     modules = ["model.a.q", "model.b.q", "q", "modelb.q"]
     for rename, right in (

@@ -1005,6 +1005,43 @@ class OwnDense(nnx.Module):
         return jax.lax.dot_general(x, self.kernel[...], axes) + self.bias[...]
 
 
+class OwnBlock(nnx.Module):
+    """As MaxText's: kernels that no attribute gives sizes to."""
+
+    def __init__(self, rngs, wide=12):
+        self.up = OwnEinsum("...d,df->...f", (6, wide), rngs)
+        self.gate = OwnEinsum("...d,df->...f", (6, wide), rngs)
+        self.down = OwnEinsum("...f,fd->...d", (wide, 6), rngs)
+        self.scale = nnx.Param(jnp.ones(6))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+class OwnBlocks(nnx.Module):
+    def __init__(self, axis, make=OwnBlock):
+        axes = nnx.StateAxes({nnx.Param: axis, ...: 0})
+        self.layers = nnx.vmap(make, out_axes=axes)(nnx.Rngs(0).split(3))
+        self.head, self.norm = OwnDense(nnx.Rngs(0)), nnx.Param(jnp.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "shape"),
+    [(OwnBlock, "layers.up", [6, 3, 12]), (OwnDense, "layers", [8, 3, 6])],
+)
+def test_own_layers_stacked_along_the_second_axis_are_refused(make, name, shape):
+    model = OwnBlocks(1, make)
+    before = nnx.graphdef(model)
+    found = rf"^{name}: kernel {re.escape(str(shape))} is of layers stacked along axis 1"
+    with pytest.raises(ValueError, match=found):
+        apply_lora(model, slots=1, buckets=(8,), target=name)
+    with pytest.raises(ValueError, match=r"is of layers stacked along axis 1, .* along axis 0"):
+        apply_lora(model, slots=1, buckets=(8,))
+    assert nnx.graphdef(model) == before
+    apply_lora(model, slots=1, buckets=(8,), target="head")  # the others may be as they are
+    first = OwnBlocks(0, make)
+    apply_lora(first, slots=1, buckets=(8,))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(nnx.state(first.layers, nnx.Param))} == {3}
+
+
 class OwnModel(nnx.Module):
     def __init__(self, rngs):
         self.q_proj = OwnEinsum("BTD,DNH->BTNH", (6, 2, 4), rngs)
