@@ -329,7 +329,11 @@ def _check_axis(model: nnx.Module, layers: Mapping[str, Any]) -> None:
     An `einsum_str` says how many axes a kernel has, but not how large: features would be layers.
     """
     stacked = {path: path_name(path) for path, lead in _leads(model).items() if len(lead) == 1}
-    matched = [path for path, name in stacked.items() if name in layers]
+    einsums = set[str]()
+    for name, layer in layers.items():
+        if (made := _lora_class(layer)) is not None and issubclass(made, EinsumLayer):
+            einsums.add(name)
+    matched = [path for path, name in stacked.items() if name in einsums]
     shapes = array_shapes(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))) if matched else {}
     for path in matched:
         if along_second(path, shapes, stacked):
