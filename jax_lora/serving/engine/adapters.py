@@ -319,7 +319,12 @@ class AdapterDesk:
         then: Callable[[Future[T]], None],
     ) -> None:
         """Has `work` done in the background, and `then` what came of it taken by the loop."""
-        pool.submit(work).add_done_callback(lambda done: self._post(lambda: then(done)))
+
+        def tell(done: Future[T]) -> None:
+            if not done.cancelled():  # the end of the threads has cancelled what had not begun
+                self._post(lambda: then(done))
+
+        pool.submit(work).add_done_callback(tell)
 
     def _read(self, name: str, place: Source) -> PreparedAdapter:
         limits = self.limits

@@ -1,6 +1,7 @@
 """The engine's adapters without a model that says anything: who has a slot, and for how long."""
 
 import queue
+import threading
 
 import pytest
 from tiny import make_adapter, make_bank
@@ -130,6 +131,25 @@ def test_a_closed_desk_leases_nothing(desk):
     assert desk.leased() == ("a",)
     desk.desk.drop_all()
     assert desk.leased() == ()
+
+
+def test_a_close_before_all_is_read_ends_what_had_not_begun(desk):
+    go, read = threading.Event(), desk.desk._read
+
+    def slow(*args):
+        go.wait(30)
+        return read(*args)
+
+    desk.desk._read = slow
+    for n, name in enumerate("abc"):  # of two threads that read
+        assert desk.desk.take(name, n) is None
+    threading.Timer(0.1, go.set).start()
+    desk.desk.close()
+    for _ in range(2):
+        desk.messages.get_nowait()()
+    assert desk.messages.empty() and not desk.failed
+    desk.desk.drop_all()
+    assert not desk.desk.has_loads
 
 
 def test_a_slot_that_is_reserved_is_no_room_for_others(desk):
