@@ -305,6 +305,9 @@ class Publisher(Roster):
             self._table.put(name, Entry(bucket, slot, config, modules))
 
         with self._lock:
-            kind = bucket, self._table.reservations.tenant(name), bool(full)
+            # Nobody who waits stands before a load into the slot of its own adapter.
+            is_own = self._table.has_idle(bucket, name, list(self._guard.leases))
+            tenant = self._table.reservations.tenant(name)
+            kind = bucket, tenant, bool(full), name if is_own else None
         self._queue.run(kind, wait, lambda: self._write(commit))
         self._tell()

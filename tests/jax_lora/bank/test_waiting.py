@@ -126,6 +126,24 @@ def test_a_load_waits_until_a_batch_ends():
     assert abs(forward(model, x, bank.batch(["b"])) - right).max() < 1e-5
 
 
+def test_a_load_into_its_own_slot_waits_behind_nobody():
+    _, bank = make_bank(slots=2, buckets=(8,))
+    bank.load("policy", make_adapter(0, 4))
+    bank.load("a", make_adapter(1, 4))
+    bank.pin("policy")
+    batch = [bank.batch(["a"])]
+    thread = threading.Thread(target=load, args=(bank, "b", 60))
+    thread.start()
+    while not bank._queue._places:
+        time.sleep(0.001)
+    start = time.monotonic()
+    bank.load("policy", ADAPTER, replace=True, wait=60)
+    assert time.monotonic() - start < 30 and bank._queue._places
+    batch.clear()
+    thread.join()
+    assert bank.names == ("policy", "b")
+
+
 def test_nobody_waits_for_what_is_wrong():
     _, bank = make_bank(slots=1, buckets=(8,))
     bank.load("a", make_adapter(0, 4))
