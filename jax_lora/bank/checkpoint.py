@@ -18,6 +18,7 @@ from jax_lora.bank.checkpoint_files import on_host, read_arrays, read_said, writ
 from jax_lora.bank.full import FullPlace
 from jax_lora.bank.publish import copied_slot
 from jax_lora.bank.reader import AdapterReader
+from jax_lora.bank.reservations import Reservations
 from jax_lora.bank.sites import some
 from jax_lora.bank.slots import SERIALS, Entry
 from jax_lora.bank.writer import SlotOfLayer
@@ -117,13 +118,14 @@ class Checkpoints(AdapterReader):
             said = self._read(path, lambda: read_said(folder))
             self._check_same(path, said)
             saved = self._read(path, lambda: self._entries(said))
+            reservations = self._read(path, lambda: self._reservations(said))
             weights = self._read(path, lambda: self._weights(folder, saved))
 
             def commit() -> None:
                 self._check_empty()
                 agree(f"restore {_summary(said)} of {printable(folder)}")
                 self._put(saved, weights)
-                self._table.reservations.kept = _reservations(said)
+                self._table.reservations = reservations
 
             self._write(commit)
         self._tell()
@@ -234,6 +236,7 @@ class Checkpoints(AdapterReader):
         found, taken = [], set()
         for one in said["adapters"]:
             config, modules = LoRAConfig(**one["config"]), frozenset(one["modules"])
+            pinned, serial = bool(one["pinned"]), int(one["serial"])
             name, full, bucket, slot = one["name"], one["full"], one["bucket"], one["slot"]
             self.check_name(name)
             if not modules <= self._sites.keys() or not {*full} <= self._full.rooms.keys():
@@ -241,9 +244,15 @@ class Checkpoints(AdapterReader):
             if (bucket, slot) in taken or not 0 <= slot < self._slots[bucket]:
                 raise ValueError(f"{name!r} has slot {slot} of bucket {bucket}")
             taken.add((bucket, slot))
-            entry = Entry(bucket, slot, config, modules, one["pinned"], one["serial"])
+            entry = Entry(bucket, slot, config, modules, pinned, serial)
             found.append(_Saved(name, entry, one["full_slots"], full))
         return found
+
+    def _reservations(self, said: JsonObject) -> Reservations:
+        reservations = Reservations(self._slots)
+        for prefix, own in said["reservations"].items():
+            reservations.put(prefix, {int(bucket): count for bucket, count in own.items()})
+        return reservations
 
     def _weights(self, folder: Path, saved: list[_Saved]) -> list[_Weights]:
         shapes: dict[str, PyTree] = {"format": jax.ShapeDtypeStruct((), np.int32)}
@@ -271,11 +280,6 @@ class Checkpoints(AdapterReader):
             )
             for n in range(len(saved))
         ]
-
-
-def _reservations(said: JsonObject) -> dict[str, dict[int, int]]:
-    kept = said["reservations"].items()
-    return {prefix: {int(bucket): n for bucket, n in own.items()} for prefix, own in kept}
 
 
 def _summary(said: JsonObject) -> str:

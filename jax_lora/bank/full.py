@@ -1,6 +1,6 @@
 """Which adapters have a layer's full slots, and their whole weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -91,6 +91,22 @@ class FullSlots:
                 gone.add(held[movable[0]])
         moved = [other for other in table.entries if other in gone - {name, evicted}]
         return FullPlace(list(slots.values()), moved)
+
+    def later(
+        self, name: str, modules: Collection[str], table: SlotTable, leases: Collection[Lease]
+    ) -> tuple[str, ...]:
+        """Leased adapters whose full slots of `modules` one of this name could take once they are
+        idle."""
+        leased = {place for lease in leases if lease.is_open for place in lease.slots}
+        tenant = table.reservations.tenant
+        return tuple(
+            other
+            for other, entry in table.entries.items()
+            if (entry.bucket, entry.slot) in leased
+            and not entry.pinned
+            and any(self._tables[module][table.id(entry)] >= 0 for module in modules)
+            and (tenant(other) == tenant(name) or table.may_evict(other, (), leases))
+        )
 
     def check_alone(self, ids: Mapping[str, int], mixes: Iterable[Mapping[str, float]]) -> None:
         """ValueError if an adapter with whole weights shares a row, or has a weight there."""

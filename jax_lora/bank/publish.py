@@ -17,7 +17,7 @@ from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.roster import Roster
 from jax_lora.bank.sites import Site, check_fit, check_same
-from jax_lora.bank.slots import Entry
+from jax_lora.bank.slots import BankFullError, Entry
 from jax_lora.bank.tokens import check_tokens
 from jax_lora.bank.waiting import SlotQueue, checked_wait
 from jax_lora.bank.writer import (
@@ -223,6 +223,19 @@ class Publisher(Roster):
             finally:
                 lease.is_open = False
 
+    def room_of(self, name: str, prepared: PreparedAdapter) -> tuple[int, tuple[str, ...]]:
+        """What `room` says, for this adapter: its whole weights need full slots, too."""
+        modules = prepared.adapter.full
+        with self._lock:
+            leases = list(self._guard.leases)
+            room, later = self._table.room(name, prepared.bucket, leases)
+            if room and modules:
+                try:
+                    self._full.find(name, modules, self._table, None, leases)
+                except BankFullError:
+                    return 0, self._full.later(name, modules, self._table, leases)
+            return room, later
+
     def _copy(self, name: str, source: str, other: "Publisher", entry: Entry) -> "Filling":
         """What a slot is to hold for a copy of `source`, which `other` has as `entry`."""
         other._full.check_none(source, other._table.id(entry))
@@ -305,6 +318,9 @@ class Publisher(Roster):
             self._table.put(name, Entry(bucket, slot, config, modules))
 
         with self._lock:
-            kind = bucket, self._table.reservations.tenant(name), bool(full)
+            # Nobody who waits stands before a load into the slot of its own adapter.
+            is_own = self._table.has_idle(bucket, name, list(self._guard.leases))
+            tenant = self._table.reservations.tenant(name)
+            kind = bucket, tenant, bool(full), name if is_own else None
         self._queue.run(kind, wait, lambda: self._write(commit))
         self._tell()

@@ -189,6 +189,14 @@ class SlotTable:
         )
         return self._room(tenant, here, shares), later
 
+    def has_idle(self, bucket: int, name: str, leases: Iterable[Lease]) -> bool:
+        """Whether the bucket has an adapter of this name that no batch leases, so that a load may
+        take its slot."""
+        entry = self.entries.get(name)
+        if entry is None or entry.bucket != bucket:
+            return False
+        return (bucket, entry.slot) not in _leased(leases)
+
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
 

@@ -1,7 +1,5 @@
 """Loads that wait for a slot, in the order in which they came."""
 
-import collections
-import threading
 import time
 from collections.abc import Callable, Hashable
 
@@ -20,8 +18,9 @@ class SlotQueue:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queues: dict[Hashable, collections.deque[object]] = {}
+        # The key of each, in the order in which they came. No lock: an exception of a signal
+        # handler comes before or after a call of a dict's method, and so leaves nobody in here.
+        self._places: dict[object, Hashable] = {}
 
     def run(self, key: Hashable, seconds: float, load: Callable[[], None]) -> None:
         """`load()`; where that finds no slot, again until it does, for so many seconds.
@@ -34,13 +33,12 @@ class SlotQueue:
             load()
             return
         end, place = time.monotonic() + seconds, object()
-        with self._lock:
-            queue = self._queues.setdefault(key, collections.deque())
-            queue.append(place)
         try:
+            self._places[place] = key
             while True:
                 is_late = time.monotonic() >= end
-                if queue[0] is place or is_late:  # a late one tries once, and has the error's words
+                # A late one tries once, and has the error's words.
+                if is_late or self._is_first(place, key):
                     try:
                         load()
                         return
@@ -51,10 +49,12 @@ class SlotQueue:
                             ) from None
                 time.sleep(_TURN_S)
         finally:
-            with self._lock:
-                queue.remove(place)
-                if not queue:
-                    del self._queues[key]
+            self._places.pop(place, None)
+
+    def _is_first(self, place: object, key: Hashable) -> bool:
+        """Whether nobody of the key came before."""
+        places = self._places.copy()
+        return next(other for other, its in places.items() if its == key) is place
 
 
 def checked_wait(wait: float) -> float:

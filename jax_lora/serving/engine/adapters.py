@@ -244,12 +244,14 @@ class AdapterDesk:
             _bucket(load) for load in self._loads.values() if load.stage is _Stage.UPLOADING
         )
         taken = uploading.copy()  # and by those before in the order
-        rooms: dict[tuple[int, str | None], tuple[int, tuple[str, ...]]] = {}
+        rooms: dict[tuple[int, str | None, frozenset[str]], tuple[int, tuple[str, ...]]] = {}
         for name in sorted(ready, key=lambda name: wanted.get(name, _NOBODY).first or 0):
-            load, bucket = ready[name], _bucket(ready[name])
+            load, bucket, prepared = ready[name], _bucket(ready[name]), ready[name].prepared
+            assert prepared is not None
             # The same for all of a tenant, of whom hundreds may wait in each step.
-            if (kind := (bucket, self._bank.tenant(name))) not in rooms:
-                rooms[kind] = self._bank.room(name, bucket)
+            kind = bucket, self._bank.tenant(name), frozenset(prepared.adapter.full)
+            if kind not in rooms:
+                rooms[kind] = self._bank.room_of(name, prepared)
             room, later = rooms[kind]
             if room > taken[bucket]:
                 taken[bucket] += 1
@@ -319,7 +321,12 @@ class AdapterDesk:
         then: Callable[[Future[T]], None],
     ) -> None:
         """Has `work` done in the background, and `then` what came of it taken by the loop."""
-        pool.submit(work).add_done_callback(lambda done: self._post(lambda: then(done)))
+
+        def tell(done: Future[T]) -> None:
+            if not done.cancelled():  # the end of the threads has cancelled what had not begun
+                self._post(lambda: then(done))
+
+        pool.submit(work).add_done_callback(tell)
 
     def _read(self, name: str, place: Source) -> PreparedAdapter:
         limits = self.limits

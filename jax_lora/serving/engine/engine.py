@@ -259,15 +259,16 @@ class Engine:
 
         def work() -> None:
             try:
+                self._start()  # an error, if the engine was closed since
                 self._stepper.warm_up()
             except Exception as error:
                 done.set_exception(error)
             else:
                 done.set_result(None)
 
-        with self._lock:
+        with self._lock:  # what is put in here, the thread takes
             self._start()
-        self._inbox.put(work)
+            self._inbox.put(work)
         done.result()
 
     def submit(

@@ -97,7 +97,11 @@ def load(model: Model, told: Told) -> Served:
         max_waiting=sizes.max_waiting,
     )
     told("compiling")
-    engine.warmup()
+    try:
+        engine.warmup()
+    except BaseException:
+        engine.close()
+        raise
     return Served(engine, base, name, model.adapters)
 
 

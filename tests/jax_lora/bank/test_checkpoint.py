@@ -271,6 +271,11 @@ def test_damaged_files_are_told_and_change_nothing(tmp_path):
     refused(lambda v: v["adapters"][0].update(modules=["x"]), "modules that the model lacks")
     refused(lambda v: v["adapters"][0].update(name="../x"), "name must be 1 to 255")
     refused(lambda v: v["adapters"][0]["config"].update(rank=0), "damaged: ValueError")
+    refused(lambda v: v["adapters"][0].update(serial="x"), "damaged: ValueError")
+    refused(lambda v: v.pop("reservations"), "damaged: KeyError: 'reservations'")
+    refused(
+        lambda v: v["reservations"]["acme-"].update({"8": 9}), "9 slots of bucket 8 for 'acme-'"
+    )
     refused(lambda v: v["adapters"].append(v["adapters"][0]), "'b' has slot 1 of bucket 8")
     assert other.names == () and other.reservations == {}
     for old, new in zip(before, stacks_of(other)):

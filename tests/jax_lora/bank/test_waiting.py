@@ -1,5 +1,6 @@
 """`wait=` of `load`, `create` and `publish`: a slot in the time given, in turn, or an error."""
 
+import signal
 import threading
 import time
 
@@ -33,7 +34,7 @@ def while_waiting(bank, work):
     """A thread that does `work` when somebody waits for a slot of the bank."""
 
     def run():
-        while not bank._queue._queues:
+        while not bank._queue._places:
             time.sleep(0.001)
         work()
 
@@ -67,7 +68,7 @@ def test_the_error_comes_after_the_time_and_nothing_is_changed(fill):
     with pytest.raises(BankFullError, match=message):
         fill(bank, "b", 0.05)
     assert time.monotonic() - start >= 0.05
-    assert bank.usage() == usage and not bank._queue._queues
+    assert bank.usage() == usage and not bank._queue._places
     for old, new in zip(before, jax.tree.leaves(bank.state), strict=True):
         np.testing.assert_array_equal(old, new)
     for wait, error in ((-1, ValueError), (float("nan"), ValueError), ("1", TypeError)):
@@ -125,6 +126,24 @@ def test_a_load_waits_until_a_batch_ends():
     assert abs(forward(model, x, bank.batch(["b"])) - right).max() < 1e-5
 
 
+def test_a_load_into_its_own_slot_waits_behind_nobody():
+    _, bank = make_bank(slots=2, buckets=(8,))
+    bank.load("policy", make_adapter(0, 4))
+    bank.load("a", make_adapter(1, 4))
+    bank.pin("policy")
+    batch = [bank.batch(["a"])]
+    thread = threading.Thread(target=load, args=(bank, "b", 60))
+    thread.start()
+    while not bank._queue._places:
+        time.sleep(0.001)
+    start = time.monotonic()
+    bank.load("policy", ADAPTER, replace=True, wait=60)
+    assert time.monotonic() - start < 30 and bank._queue._places
+    batch.clear()
+    thread.join()
+    assert bank.names == ("policy", "b")
+
+
 def test_nobody_waits_for_what_is_wrong():
     _, bank = make_bank(slots=1, buckets=(8,))
     bank.load("a", make_adapter(0, 4))
@@ -152,7 +171,7 @@ def test_many_threads_get_a_slot_each_in_turn():
     for n in range(6):
         threads.append(threading.Thread(target=work, args=(n,)))
         threads[-1].start()
-        while sum(map(len, bank._queue._queues.values())) <= n:
+        while len(bank._queue._places) <= n:
             time.sleep(0.001)
     bank.load("other", make_adapter(9, 16), wait=60)  # of another bucket: at once
     assert bank.names == ("thread -1", "other")
@@ -173,5 +192,28 @@ def test_an_interrupted_wait_leaves_no_place_in_the_queue():
 
     with pytest.raises(KeyboardInterrupt):
         queue.run("kind", 60, load)
-    assert not queue._queues
+    assert not queue._places
     queue.run("kind", 60, lambda: None)
+
+
+def test_a_signal_at_any_point_leaves_no_place_in_the_queue():
+    """Else all who come later would wait for one who is gone."""
+    queue, random, interrupts = SlotQueue(), np.random.default_rng(0), 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay in random.uniform(1e-5, 5e-4, 200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                while True:
+                    queue.run("kind", 60, lambda: None)
+            except KeyboardInterrupt:
+                interrupts += 1
+            assert not queue._places
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts == 200

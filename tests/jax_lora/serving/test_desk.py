@@ -1,19 +1,22 @@
 """The engine's adapters without a model that says anything: who has a slot, and for how long."""
 
 import queue
+import threading
 
+import numpy as np
 import pytest
 from tiny import make_adapter, make_bank
 
+from jax_lora import Adapter, FullModule
 from jax_lora.serving import AdapterLimits
 from jax_lora.serving.engine.adapters import AdapterDesk, Waiting
 
 
 class Desk:
-    """A desk over one slot of each bucket, and what its loop would do."""
+    """A desk over one slot of each bucket, or another bank, and what its loop would do."""
 
-    def __init__(self):
-        _, self.bank = make_bank(slots=1)
+    def __init__(self, bank=None):
+        self.bank = bank or make_bank(slots=1)[1]
         self.messages, self.failed = queue.SimpleQueue(), []
         fail = lambda name, reason: self.failed.append((name, reason))  # noqa: E731
         self.desk = AdapterDesk(self.bank, AdapterLimits(), self.messages.put, fail)
@@ -132,6 +135,25 @@ def test_a_closed_desk_leases_nothing(desk):
     assert desk.leased() == ()
 
 
+def test_a_close_before_all_is_read_ends_what_had_not_begun(desk):
+    go, read = threading.Event(), desk.desk._read
+
+    def slow(*args):
+        go.wait(30)
+        return read(*args)
+
+    desk.desk._read = slow
+    for n, name in enumerate("abc"):  # of two threads that read
+        assert desk.desk.take(name, n) is None
+    threading.Timer(0.1, go.set).start()
+    desk.desk.close()
+    for _ in range(2):
+        desk.messages.get_nowait()()
+    assert desk.messages.empty() and not desk.failed
+    desk.desk.drop_all()
+    assert not desk.desk.has_loads
+
+
 def test_a_slot_that_is_reserved_is_no_room_for_others(desk):
     desk.bank.reserve("b", {8: 1})
     wanted = {"a": Waiting(0, None), "b": Waiting(1, None)}
@@ -153,3 +175,26 @@ def test_a_slot_that_is_reserved_is_no_room_for_others(desk):
     desk.desk.advance(wanted)
     desk.pump(wanted)
     assert desk.desk.take("a", 0) is not None
+
+
+def test_whole_weights_take_turns_in_their_full_slot():
+    """Else the upload would be tried again and again, while others begin with the one in it."""
+    model, bank = make_bank(slots=2, buckets=(8,), full_slots={"down": 1})
+    desk, weight = Desk(bank), np.array(model.down.kernel[...].T)
+    full = {"down": FullModule(weight, np.array(model.down.bias[...]))}
+    for name in "ab":
+        lora = make_adapter(0, 4)
+        modules = {module: w for module, w in lora.modules.items() if module != "down"}
+        desk.desk.add(name, Adapter(lora.config, modules, full=full), replace=True)
+        desk.pump({})
+    held = desk.bring("a", 0)
+    assert desk.desk.take("b", 1) is None
+    wanted = {"a": Waiting(2, 5), "b": Waiting(1, None)}
+    desk.pump(wanted)  # read
+    assert desk.messages.empty() and desk.desk.is_blocked
+    assert desk.desk.take("a", 2) is None
+    held.lease.close()
+    desk.desk.advance(wanted)
+    desk.pump(wanted)
+    assert desk.desk.take("b", 1) is not None and not desk.failed
+    desk.desk.close()

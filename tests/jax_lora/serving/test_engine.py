@@ -1,5 +1,10 @@
 """The engine's answers: what they are, that they come token by token, and that nothing compiles."""
 
+import contextlib
+import queue
+import threading
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -300,6 +305,47 @@ def test_a_full_queue_is_busy_and_a_closed_engine_says_so():
     engine.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.submit([1])
+
+
+def test_a_warm_up_ends_where_the_engine_is_closed_meanwhile():
+    engine = Engine(plain_model(), shape=StepShape(rows=1, max_length=32))
+    closing, ended = threading.Thread(target=engine.close), []
+
+    class Inbox(queue.SimpleQueue):
+        def put(self, message):
+            if closing.ident is None:
+                closing.start()
+                closing.join(0.2)  # as far as it comes
+            super().put(message)
+
+    def warm_up():
+        with contextlib.suppress(RuntimeError):
+            engine.warmup()
+        ended.append(True)
+
+    engine._inbox, engine._stepper.warm_up = Inbox(), lambda: None
+    warming = threading.Thread(target=warm_up, daemon=True)
+    warming.start()
+    warming.join(10)
+    closing.join(10)
+    assert ended and not closing.is_alive()
+
+
+def test_a_warm_up_that_waits_when_the_engine_is_closed_compiles_nothing():
+    engine = Engine(plain_model(), shape=StepShape(rows=1, max_length=32))
+    closing, compiled = threading.Thread(target=engine.close), []
+    engine._stepper.warm_up = lambda: compiled.append(True)
+
+    def close():  # while the loop takes a message
+        closing.start()
+        while engine.end is None:
+            time.sleep(0.001)
+
+    engine._inbox.put(close)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.warmup()
+    closing.join(10)
+    assert not compiled and not closing.is_alive()
 
 
 def test_a_device_that_fails_ends_all_requests():
