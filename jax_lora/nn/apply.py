@@ -110,11 +110,7 @@ def apply_lora(
     by_bucket, layers = check_slots(slots, buckets), _matched_layers(model, target)
     full = _full_slots(model, full_slots or {})
     layers |= {name: layer for name, (layer, _) in full.items()}
-    for name, layer in layers.items():
-        with _with_lora(layer):
-            _check_layer(name, layer, dtype, buckets, fully_sharded)
-            _check_dora(name, layer, dora)
-    _check_axis(model, layers)
+    _check_layers(model, layers, dtype, buckets, fully_sharded, dora)
     guard = Guard()
     for layer in layers.values():
         # The object stays the one that its parents and tied references know.
@@ -300,6 +296,17 @@ def _with_lora(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer.__class__ = plain
+
+
+def _check_layers(
+    model: nnx.Module, layers: Mapping[str, Any], dtype: DTypeLike | None, buckets: Sequence[int],
+    fully_sharded: bool, dora: bool,
+) -> None:  # fmt: skip
+    for name, layer in layers.items():
+        with _with_lora(layer):
+            _check_layer(name, layer, dtype, buckets, fully_sharded)
+            _check_dora(name, layer, dora)
+    _check_axis(model, layers)
 
 
 def _check_layer(
