@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jax_lora.adapters import FullModule
 from jax_lora.bank.sites import Site, some
-from jax_lora.bank.slots import BankFullError, SlotTable
+from jax_lora.bank.slots import BankFullError, SlotTable, leased_slots
 from jax_lora.bank.writer import as_stored, home_of
 from jax_lora.batch import Lease
 from jax_lora.nn.full import FullRoom
@@ -59,7 +59,7 @@ class FullSlots:
         """
         open_leases = [lease for lease in leases if lease.is_open]
         own = table.reservations.tenant(name)
-        leased = {table.id_of(*place) for lease in open_leases for place in lease.slots}
+        leased = {table.id_of(*place) for place in leased_slots(open_leases)}
         gone = {name, evicted}
         slots = dict.fromkeys(self.rooms, -1)
         for module in modules:
@@ -97,12 +97,12 @@ class FullSlots:
     ) -> tuple[str, ...]:
         """Leased adapters whose full slots of `modules` one of this name could take once they are
         idle."""
-        leased = {place for lease in leases if lease.is_open for place in lease.slots}
+        busy = leased_slots(leases)
         tenant = table.reservations.tenant
         return tuple(
             other
             for other, entry in table.entries.items()
-            if (entry.bucket, entry.slot) in leased
+            if (entry.bucket, entry.slot) in busy
             and not entry.pinned
             and any(self._tables[module][table.id(entry)] >= 0 for module in modules)
             and (tenant(other) == tenant(name) or table.may_evict(other, (), leases))

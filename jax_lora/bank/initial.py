@@ -9,7 +9,7 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site, some
-from pallas_kernels.stacks import EIGHT_BITS, is_eight_bits
+from pallas_kernels.stacks import EIGHT_BITS
 
 
 def new_adapter(
@@ -23,7 +23,7 @@ def new_adapter(
       ValueError: the config targets no site, saves none with full slots, or asks for DoRA; the
         stacks are in 8 bits.
     """
-    if any(is_eight_bits(site.variables[0].dtype) for site in sites.values()):
+    if any(site.is_eight_bits for site in sites.values()):
         raise ValueError(
             f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a model with "
             "stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and load it here"

@@ -195,7 +195,7 @@ class SlotTable:
         entry = self.entries.get(name)
         if entry is None or entry.bucket != bucket:
             return False
-        return (bucket, entry.slot) not in _leased(leases)
+        return (bucket, entry.slot) not in leased_slots(leases)
 
     def find(self, bucket: int, name: str, leases: Iterable[Lease]) -> tuple[int, str | None]:
         """A slot to write for an adapter of this name, and whom that evicts. Never a leased one.
@@ -240,7 +240,7 @@ class SlotTable:
 
     def _bucket(self, bucket: int, leases: Iterable[Lease]) -> "_Bucket":
         entries = {name: e for name, e in self.entries.items() if e.bucket == bucket}
-        busy = {slot for of, slot in _leased(leases) if of == bucket}
+        busy = {slot for of, slot in leased_slots(leases) if of == bucket}
         taken = {entry.slot for entry in entries.values()}
         slots = range(self._slots[bucket])
         return _Bucket(entries, busy, [s for s in slots if s not in taken | busy], busy - taken)
@@ -281,6 +281,6 @@ class _Bucket(NamedTuple):
         return [n for n, e in self.entries.items() if not e.pinned and e.slot not in self.busy]
 
 
-def _leased(leases: Iterable[Lease]) -> set[tuple[int, int]]:
+def leased_slots(leases: Iterable[Lease]) -> set[tuple[int, int]]:
     """The slots `(bucket, slot)` that batches lease."""
     return {slot for lease in leases if lease.is_open for slot in lease.slots}
