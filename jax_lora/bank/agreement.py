@@ -52,7 +52,7 @@ class Agreement:
 
     @property
     def name(self) -> str:
-        """Of this turn, the same in all processes, and of no other."""
+        """The turn's name. It is the same in all processes, and no other turn has it."""
         return f"jax_lora/bank/{self._bank}/{self._turn}"
 
     @property

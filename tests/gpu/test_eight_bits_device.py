@@ -61,7 +61,7 @@ def test_against_float64(case: EightBitCase) -> None:
 
 
 def test_every_byte_is_widened_exactly() -> None:
-    """Of A and of B: a token reads one column of A, and so one of B."""
+    """Each column of A and of B: a token reads one column of A, and so one of B."""
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     every = np.where(np.isnan(every), 0, every).astype(ml_dtypes.float8_e4m3fn)
     ones = np.eye(16, 256, dtype=np.float32).astype(every.dtype)

@@ -26,7 +26,7 @@ class Reserve(NamedTuple):
 
     @classmethod
     def parsed(cls, option: str) -> Self:
-        """Of `PREFIX=SLOTS` or `PREFIX=SLOTS:RANK`.
+        """What `PREFIX=SLOTS` or `PREFIX=SLOTS:RANK` asks for.
 
         Raises:
           ValueError: the option has another form.

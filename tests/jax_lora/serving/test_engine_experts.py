@@ -30,7 +30,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "router": dict(r=7, target_modules=[], target_parameters=[EXPERTS[1], "mlp.gate.weight"]),
     "attention": dict(r=5, target_modules=["q_proj", "v_proj"]),
 }
-# Of 1 to 6 chunks.
+# They take 1 to 6 chunks.
 PROMPTS = [[7], [5, 9, 2], [*range(3, 16)], [*range(40, 18, -1)]]
 ASKED = [(prompt, name) for prompt in PROMPTS for name in (None, *ADAPTERS)]
 PARAMS = SamplingParams(max_tokens=8, stop_tokens=())
