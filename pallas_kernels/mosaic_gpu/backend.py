@@ -377,6 +377,7 @@ def _plan(
             x.shape[0],
             width,
             rank,
+            features=x.shape[1],
             buckets=len(ranges),
             delta=not add_inputs,
             weight_bytes=parts[0].stacks[0].dtype.itemsize,

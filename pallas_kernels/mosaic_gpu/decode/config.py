@@ -9,6 +9,9 @@ MAX_DECODE_TOKENS = 1024
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
 # It compares each token with all earlier ones: of 512 that would be four times what it is of 256.
 MAX_UNSEATED_TOKENS = 256
+# Clusters of eight tokens read an eighth of so many elements of A and B from the L2 cache, in the
+# time that two launches take. H200, T=384, 8 adapters of R=64, H=28672, N=2048: 35.6 us in one.
+_MOST_ELEMENTS = 700_000_000
 
 
 def decode_config(
@@ -16,33 +19,49 @@ def decode_config(
     width: int,
     rank: int,
     *,
+    features: int = 0,
     buckets: int = 1,
     delta: bool = False,
     weight_bytes: int = 2,
 ) -> Config:
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
-    is None where two launches are taken.
+    is None where two launches are taken. `features`: of x, which decide above 256 tokens alone.
 
     A token that may have several adapters counts once. `buckets` counts the ranges of ids. `delta`:
     XLA adds what the kernel makes, so that it may run beside the product that makes y.
     `weight_bytes`: of an element of A or B.
     """
-    if num_tokens > _most_tokens(rank, buckets):
+    columns = features + width
+    if num_tokens > _most_tokens(rank, buckets, num_tokens * rank * columns):
         return Config()
     config = _decode_config(num_tokens, width, rank, weight_bytes, delta)
     if buckets > 1 and rank >= 64:
-        # Few tokens have the highest rank: one cluster would be busy with it when all others are
-        # done. H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer: 124
-        # us with 1 cluster, 96 with 2, 88 with 4. Gate and up, which are wide, take 12. Beside a
-        # product they take 3, as clusters beyond those that fit at once wait: all 32 layers 41 us
-        # with 4, 31 with 3.
-        clusters = 4 if width <= 8192 else 3 if delta else 12
+        clusters = _clusters_of_buckets(num_tokens, width, delta)
         return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
     return config
 
 
-def _most_tokens(rank: int, buckets: int) -> int:
-    """Up to how many tokens one launch is faster than two.
+def _clusters_of_buckets(num_tokens: int, width: int, delta: bool) -> int:
+    """Clusters that deal the columns of y where there are several buckets, the highest of 64 ranks
+    or more.
+
+    Few tokens have the highest rank: one cluster would be busy with it when all others are done.
+    H100, Llama-3-8B's projections, T=64, 8 adapters of ranks 8 to 128, one layer: 124 us with 1
+    cluster, 96 with 2, 88 with 4. Gate and up, which are wide, take 12. Beside a product they take
+    3, as clusters beyond those that fit at once wait: all 32 layers 41 us with 4, 31 with 3.
+
+    More tokens keep all busy, and each cluster computes v. H200, ranks 16 to 128, T=192, 16
+    adapters, H=14336: 23.9 us with 1, 19.6 with 2, 33.1 with 4; T=512, 32 adapters: 21.1 with 1,
+    23.8 with 2.
+    """
+    if num_tokens > 64:
+        return 2 if num_tokens <= 256 else 1
+    return 4 if width <= 8192 else 3 if delta else 12
+
+
+def _most_tokens(rank: int, buckets: int, elements: int = 0) -> int:
+    """Up to how many tokens one launch is faster than two. `elements`: of A and B that all tokens
+    would read if each had to read its own.
 
     It holds for K adapters per token too. One launch then takes as long as for K times the tokens.
     But two launches are two for each of the K columns of ids, so that both grow alike.
@@ -50,14 +69,20 @@ def _most_tokens(rank: int, buckets: int) -> int:
     Each cluster of eight tokens reads its adapter from the L2 cache, tiles of 64 tokens read it
     once. But clusters take tokens in any order, and decode rows beside a prompt, without loss.
 
-    H100, T=256, 8 adapters: R=256 44.1 us in one, 28.0 in two; R=128 20.6 and 24.9. H200, T=512,
-    R=16: 4 adapters 7.6 us in one, 9.7 in two; shuffled, 32 adapters, 9.3 and 16.6; 64 rows of 64
-    adapters and a prompt of 448 tokens 14.5 and 24.3. Several buckets were not timed.
+    H200, T=256, R=128: 8 adapters 17.8 us in one, 12.4 in two; 2 adapters, H=28672, 44.0 and 19.8;
+    64 adapters 39.5 and 48.1. T=512, R=16: 4 adapters 7.6 us in one, 9.7 in two; shuffled, 32
+    adapters, 9.3 and 16.6; 64 rows of 64 adapters and a prompt of 448 tokens 14.5 and 24.3. Several
+    buckets are two launches of parts that follow each other. Ranks 16 to 128, T=512, 32 adapters:
+    21.1 us in one, 35.2 in two; T=768, 64 adapters, H=14336: 63.5 and 98.2.
     """
-    if rank > 128 or (rank == 128 and buckets > 1):
+    if rank > 128:
         return 128
-    if rank > 64 or buckets > 1:
-        return 256
+    if buckets > 1:
+        return 768 if rank > 32 else MAX_DECODE_TOKENS
+    if rank > 64:
+        return 128
+    if elements > _MOST_ELEMENTS:
+        return MAX_UNSEATED_TOKENS
     return 512 if rank > 32 else MAX_DECODE_TOKENS
 
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels.mosaic_gpu import chip
-from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, TILE
+from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, MULTIPROCESSORS, TILE
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.layouts import (
     Band,
@@ -46,6 +46,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
 )
 from pallas_kernels.mosaic_gpu.prefill import rows as lanes
 from pallas_kernels.mosaic_gpu.prefill.route import (
+    Portions,
     Route,
     Routes,
     RouteSize,
@@ -117,12 +118,14 @@ def expand_kernel(
                 for part in plan.parts
             ),
         ],
-        **grid_of(tile=-(-y.shape[0] // plan.rows), block=sum(cut.blocks for cut in plan.cuts)),
+        **grid_of(
+            tile=plan.tiles + plan.portions.spare, block=sum(cut.blocks for cut in plan.cuts)
+        ),
         kernel_name=f"lora_expand_{ranks}",
     )
     operands: list[Array] = []
     for part in parts:
-        [table] = segments.table(Routes(part.slots, plan.rows, sorts))
+        [table] = segments.table(Routes(part.slots, plan.rows, sorts, plan.portions))
         operands += part.v, part.lora_b, moved(table, plan.rows, part.first)
     [y] = in_place(kernel, (y,), *operands)
     return y
@@ -177,6 +180,7 @@ class _Plan:
       rows: tokens of a block.
       block_n: columns of y that a block takes at once.
       columns: how many times it takes those, at most.
+      portions: of tiles, that blocks deal among themselves.
       y_stages: stages of y's ring.
       sorts: whether tokens may be sorted, so that rows of y are copied one by one.
     """
@@ -188,8 +192,19 @@ class _Plan:
     rows: int
     block_n: int
     columns: int
+    portions: Portions
     y_stages: int
     sorts: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.y_shape[0] // self.rows)
+
+    @property
+    def y_early(self) -> int:
+        """Stages of y's ring that a block asks for before it has its route: those that it takes in
+        any case."""
+        return 1 if self.portions.spare else self.y_stages
 
     # A barrier expects the same number of arrivals in every block. A block with fewer copies than
     # another arrives itself for each that it lacks.
@@ -242,9 +257,16 @@ def _plan(
         rows=fit.rows,
         block_n=fit.block_n,
         columns=fit.columns,
+        portions=_portions(-(-y.shape[0] // fit.rows), fit.columns, plans),
         y_stages=min(most_ys, fit.columns),
         sorts=sorts,
     )
+
+
+def _portions(tiles: int, columns: int, plans: list[_CutPlan]) -> Portions:
+    """Blocks without work end at once: one for each multiprocessor costs nothing."""
+    spare = max(columns - 1, MULTIPROCESSORS // sum(cut.blocks for cut in plans))
+    return Portions(columns, min(spare, tiles * (columns - 1)))
 
 
 def _columns(parts: tuple[ExpandPart, ...], widest: int, most_at_once: int) -> int:
@@ -397,15 +419,36 @@ class _Launched(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Block:
     """What a block owns: `count` times `width` columns of y from `column` on, of `rows` tokens from
-    `row_start` on, which are number `tile`."""
+    `row_start` on; `route`: its row in the tables of routes. Where `is_spare`, that has a further
+    portion of a tile, and only the route tells which tokens and columns the block owns."""
 
     launched: _Launched
     cut: _CutPlan
     width: int
     column: Array
     count: Array
-    tile: Array
+    route: Array
     row_start: Array
+    is_spare: Bool[Array, ""] | bool
+
+    def placed(self, route: Route) -> "_Block":
+        """The block once its route is here."""
+        plan = self.launched.plan
+        if not plan.portions.spare:
+            return self
+        first = route.first_step()
+        return dataclasses.replace(
+            self,
+            column=self.column + first * self.width,
+            count=jnp.clip(self.count - first, 0, route.steps()),
+            row_start=route.tile() * plan.rows,
+        )
+
+    def early(self, run: Callable[[], None]) -> None:
+        """run() if the block knows its tokens before the route is here."""
+        if not self.launched.plan.portions.spare:
+            return run()
+        pl.when(jnp.logical_not(self.is_spare))(run)
 
 
 def _block_body(plan: _Plan, y_ref: Ref, *refs: Ref) -> None:
@@ -414,11 +457,16 @@ def _block_body(plan: _Plan, y_ref: Ref, *refs: Ref) -> None:
     routes_loaded, v_loaded, y_loaded, *b_loaded = refs[3 * len(plan.parts) :]
     inputs = [_Inputs(v, b, table, loaded) for (v, b, table), loaded in zip(operands, b_loaded)]
     launched = _Launched(plan, y_ref, inputs, routes_loaded, v_loaded, y_loaded)
-    tile, block = lax.axis_index("tile"), lax.axis_index("block")
-    row_start = tile * plan.rows
+    place, block = lax.axis_index("tile"), lax.axis_index("block")
+    route: Array = place
+    is_spare: Array | bool = False
+    if spare := plan.portions.spare:  # these start first, as they take long
+        is_spare = place < spare
+        route = jnp.where(is_spare, place + plan.tiles, place - spare)
 
     def run(cut: _CutPlan, width: int, column: Array, count: Array) -> None:
-        _run_block(_Block(launched, cut, width, column, count, tile, row_start))
+        row_start = route * plan.rows
+        _run_block(_Block(launched, cut, width, column, count, route, row_start, is_spare))
 
     first = 0
     for cut in plan.cuts:
@@ -469,7 +517,7 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     launched, sweeps = block.launched, block.cut.sweeps
     plan, cut = launched.plan, block.cut.cut
     for i in cut.parts:
-        route_of[i].fetch(launched.inputs[i].table, block.tile, launched.routes_loaded)
+        route_of[i].fetch(launched.inputs[i].table, block.route, launched.routes_loaded)
     for _ in range(plan.copies_of_routes(cut), plan.route_arrivals):
         plgpu.barrier_arrive(launched.routes_loaded)
     if len(sweeps) == 1:
@@ -477,12 +525,13 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
             functools.partial(_only_sweep, block, ring, route_of), _sweep_memory(block, cut.parts)
         )
     else:
-        ring.fetch_first()
+        block.early(ring.fetch_early)
         plgpu.barrier_wait(launched.routes_loaded)
-        ring = ring.routed(_is_used(cut.parts, route_of))
+        placed = block.placed(route_of[cut.parts[0]])
+        routed = ring.routed(placed, _is_used(cut.parts, route_of))
         for n, sweep in enumerate(sweeps):
             pl.when(_is_used(sweep.parts, route_of))(
-                functools.partial(_one_of_several, block, ring, route_of, n)
+                functools.partial(_one_of_several, placed, routed, route_of, n)
             )
     ring.wait_for_unused(~_is_used(cut.parts, route_of))
 
@@ -490,16 +539,21 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
 def _only_sweep(
     block: _Block, ring: "_YRing", route_of: dict[int, Route], memory: list[_PartMemory]
 ) -> None:
-    """All parts at once. Nothing waits for the routes to ask for v and y."""
+    """All parts at once. Only further portions wait for the routes to ask for v and y."""
     launched, [sweep] = block.launched, block.cut.sweeps
-    _fetch_v(block, sweep.parts, memory)
-    ring.fetch_first()
+
+    def fetch_v(block: _Block) -> None:
+        _fetch_v(block, sweep.parts, memory)
+
+    block.early(functools.partial(fetch_v, block))
+    block.early(ring.fetch_early)
     plgpu.barrier_wait(launched.routes_loaded)
-    ring = ring.routed(_is_used(sweep.parts, route_of))
-    pl.when(_is_used(sweep.parts, route_of))(
-        functools.partial(_add_sweep, block, ring, route_of, sweep, memory)
-    )
-    pl.when(~_is_used(sweep.parts, route_of))(lambda: plgpu.barrier_wait(launched.v_loaded))
+    placed, used = block.placed(route_of[sweep.parts[0]]), _is_used(sweep.parts, route_of)
+    if launched.plan.portions.spare:
+        pl.when(used & block.is_spare)(functools.partial(fetch_v, placed))
+    routed = ring.routed(placed, used)
+    pl.when(used)(functools.partial(_add_sweep, placed, routed, route_of, sweep, memory))
+    pl.when(~used)(lambda: block.early(lambda: plgpu.barrier_wait(launched.v_loaded)))
 
 
 def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n: int) -> None:
@@ -630,6 +684,17 @@ class _YRing(NamedTuple):
         for n in range(self.stages):
             pl.when(n < self.block.count)(functools.partial(self.fetch, n, n))
 
+    def fetch_early(self) -> None:
+        """As `fetch_first`, of the columns that do not wait for the route."""
+        for n in range(self.block.launched.plan.y_early):
+            pl.when(n < self.block.count)(functools.partial(self.fetch, n, n))
+
+    def fetch_late(self) -> None:
+        """As `fetch_first`, of the other columns."""
+        for n in range(self.stages):
+            is_late = self.block.is_spare | (n >= self.block.launched.plan.y_early)
+            pl.when(is_late & (n < self.block.count))(functools.partial(self.fetch, n, n))
+
     def fetch_rows(self, n: Array, slot: Array, is_more: Bool[Array, ""]) -> None:
         """Starts to copy columns n row by row, if there `is_more`; in either case one group."""
         plan = self.block.launched.plan
@@ -666,22 +731,25 @@ class _YRing(NamedTuple):
         """The first columns once more, with what was stored."""
         self.either(self.fetch_first, self.fetch_first_rows)
 
-    def routed(self, used: Bool[Array, ""]) -> "_YRing":
-        """The ring once the route is here, which tells whether the tokens lie side by side.
+    def routed(self, placed: _Block, used: Bool[Array, ""]) -> "_YRing":
+        """The ring of the `placed` block once its route is here, which tells whether the tokens lie
+        side by side.
 
-        Copies of the first columns did not wait for the route, and took consecutive tokens. Where
-        the tokens are others, these columns come anew, row by row.
+        Copies of early columns did not wait for the route, and took consecutive tokens. Where the
+        tokens are others, these columns come anew, row by row.
         """
-        if not self.block.launched.plan.sorts:
-            return self
-        is_scattered = self.route.is_scattered()
+        plan, ring = placed.launched.plan, self._replace(block=placed)
+        if plan.sorts:
+            ring = ring._replace(is_scattered=self.route.is_scattered())
 
-        @pl.when(used & is_scattered)
-        def change() -> None:
-            self.wait_for_first()
-            self.fetch_first_rows()
+            @pl.when(used & ring.is_scattered)
+            def change() -> None:
+                self.block.early(self.wait_for_early)
+                ring.fetch_first_rows()
 
-        return self._replace(is_scattered=is_scattered)
+        if plan.portions.spare:
+            pl.when(used & jnp.logical_not(ring.is_scattered))(ring.fetch_late)
+        return ring
 
     def put(
         self, n: Array, delta: Float[Array, "rows width"], touched: Bool[Array, " rows"], *,
@@ -732,17 +800,17 @@ class _YRing(NamedTuple):
             is_more = (n > 0) & (ahead < self.block.count)
             self.fetch_rows(ahead, lax.rem(ahead, jnp.int32(self.stages)), is_more)
 
-    def wait_for_first(self) -> None:
-        """Waits for the first columns of a tile."""
-        for n in range(self.stages):
+    def wait_for_early(self) -> None:
+        """Waits for the columns of `fetch_early`."""
+        for n in range(self.block.launched.plan.y_early):
             pl.when(n < self.block.count)(
                 functools.partial(plgpu.barrier_wait, self.block.launched.y_loaded.at[n])
             )
 
     def wait_for_unused(self, unused: Bool[Array, ""]) -> None:
-        """If the columns are `unused`, waits for the first ones: a block must not end before what
+        """If the columns are `unused`, waits for the early ones: a block must not end before what
         it has copied is here."""
-        pl.when(unused)(self.wait_for_first)
+        pl.when(unused)(lambda: self.block.early(self.wait_for_early))
 
 
 class _BRing(NamedTuple):

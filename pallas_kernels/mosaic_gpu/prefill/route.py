@@ -7,9 +7,9 @@ XLA makes tables with one row of int32 words per route, once for all layers of a
     word      0 ..               rows ..   2 rows          2 rows + _HEAD ...
               adapters of rows   tokens    six numbers     distinct adapters, then -1
 
-The expand has a route for each tile (`Routes`), the shrink for each round of a tile, which has only
-a few of the tile's adapters (`Rounds`). Tokens are taken as they come, or, where their adapters
-change often, sorted by adapter: `order`.
+The expand has a route for each tile, or for each portion of one (`Routes`), the shrink for each
+round of a tile, which has only a few of the tile's adapters (`Rounds`). Tokens are taken as they
+come, or, where their adapters change often, sorted by adapter: `order`.
 """
 
 import dataclasses
@@ -30,6 +30,8 @@ from pallas_kernels.routing import Segments, SlotRange, local_segments
 _LOOK_AHEAD = 96
 # Numbers between the tokens and the adapters of a route: `Route.count` to `Route.items`.
 _HEAD = 6
+# Where a portion's first step stands among these; its steps follow.
+_FIRST_STEP = 3
 # Elements that TMA copies at once along an axis, at most.
 _COPIED = 256
 
@@ -93,23 +95,81 @@ def route_size(slots: int, rows: int) -> RouteSize:
     return RouteSize(rows, min(rows, slots) + _LOOK_AHEAD)
 
 
+class Portions(NamedTuple):
+    """How blocks share the columns of a tile with many adapters, which would take one block long.
+
+    Attributes:
+      steps: in which a block takes its columns, one after the other. A portion has some of them.
+      spare: rows of the table for portions, of all tiles together, besides each tile's first.
+    """
+
+    steps: int = 1
+    spare: int = 0
+
+    def deal(self, adapters: Int[Array, " tiles"]) -> tuple[Int[Array, " tiles"], ...]:
+        """Steps of a portion, and portions, of tiles with so many adapters."""
+        # The least work of a block, in products of an adapter in a step, for which the rows are
+        # enough. A tile has two adapters where one prompt ends.
+        limits = self.steps * jnp.left_shift(2, jnp.arange(8, dtype=jnp.int32))[:, None]
+        steps = jnp.clip(limits // jnp.maximum(adapters, 1)[None], 1, self.steps)
+        portions = (self.steps + steps - 1) // steps
+        is_enough = jnp.sum(portions - 1, axis=1, dtype=jnp.int32) <= self.spare
+        least = jnp.argmax(is_enough)
+        return steps[least], portions[least]
+
+
+_ONE_PORTION = Portions()
+
+
 @dataclasses.dataclass(frozen=True)
 class Routes:
-    """The table of tiles' routes.
+    """The table of tiles' routes, and behind them those of `portions.spare` further portions.
 
     Attributes:
       slots: those of the adapters; ids count from the first one.
       rows: tokens of a tile.
       sorts: whether tiles take tokens in `Order`.
+      portions: of tiles. They follow from all adapters, so that they are the same for all parts.
     """
 
     slots: SlotRange
     rows: int
     sorts: bool
+    portions: Portions = _ONE_PORTION
 
-    def make(self, segments: Segments) -> tuple[Int[Array, "tiles W"]]:
-        local = local_segments(segments, self.slots)
-        return (_routes(local, self.rows, order(segments, self.sorts)),)
+    def make(self, segments: Segments) -> tuple[Int[Array, "routes W"]]:
+        tokens = order(segments, self.sorts)
+        table = _routes(local_segments(segments, self.slots), self.rows, tokens)
+        if self.portions.spare:
+            ids = segments.indices if tokens is None else segments.indices[tokens]
+            table = _with_portions(table, _runs(ids, self.rows), self.rows, self.portions)
+        return (table,)
+
+
+def _runs(ids: Int[Array, " T"], rows: int) -> Int[Array, " tiles"]:
+    """How often the adapter changes in each tile: at least as many as it has."""
+    ids = pad_to(ids, 0, rows, -1).reshape(-1, rows)
+    changes = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.sum(changes & (ids >= 0), axis=1, dtype=jnp.int32)
+
+
+def _with_portions(
+    table: Int[Array, "tiles W"], adapters: Int[Array, " tiles"], rows: int, portions: Portions
+) -> Int[Array, "routes W"]:
+    """The routes of tiles' first portions, then those of their others."""
+    steps, count = portions.deal(adapters)
+    tiles = table.shape[0]
+    starts = jnp.cumsum(count - 1, dtype=jnp.int32) - (count - 1)
+    n = jnp.arange(portions.spare, dtype=jnp.int32)
+    tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
+    nth = n - starts[tile] + 1
+    is_there = n < jnp.sum(count - 1, dtype=jnp.int32)
+    tile = jnp.concatenate([jnp.arange(tiles, dtype=jnp.int32), tile])
+    first = jnp.concatenate([jnp.zeros(tiles, jnp.int32), nth]) * steps[tile]
+    is_there = jnp.concatenate([jnp.ones(tiles, bool), is_there])
+    own = jnp.where(is_there, steps[tile], 0)
+    head = 2 * rows + _FIRST_STEP
+    return table[tile].at[:, head].set(first).at[:, head + 1].set(own)
 
 
 def _routes(
@@ -287,6 +347,14 @@ class Route:
     def items(self) -> Int[Array, ""]:
         """Items of the round's part."""
         return self.words[2 * self.rows + 5]
+
+    def first_step(self) -> Int[Array, ""]:
+        """The first step of a portion."""
+        return self.words[2 * self.rows + _FIRST_STEP]
+
+    def steps(self) -> Int[Array, ""]:
+        """Steps of a portion; 0 where the table has more rows than there are portions."""
+        return self.words[2 * self.rows + _FIRST_STEP + 1]
 
     def adapter(self, first: Array | int, nth: int) -> Int[Array, ""]:
         """The distinct adapter number `first + nth`; -1 behind the last."""

@@ -48,7 +48,7 @@ from pallas_kernels.mosaic_gpu.prefill import (
     expand_kernel,
     shrink_kernel,
 )
-from pallas_kernels.mosaic_gpu.prefill.route import Routes, RouteSize, route_size
+from pallas_kernels.mosaic_gpu.prefill.route import Portions, Routes, RouteSize, route_size
 from pallas_kernels.routing import SlotRange, WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
@@ -189,6 +189,8 @@ def test_nothing_leaks(config: Any, delta: bool, request: pytest.FixtureRequest)
         ci(Case(9, 64, 96, 8, 4, "distinct", y_dtype="float32"), dict(expand_columns=6)),
         ci(Case(66, 64, 112, 16, 3, "uniform"), dict(expand_columns=7, expand_stack=2)),
         ci(Case(66, 64, 64, 16, 3, "none"), dict(expand_columns=4)),
+        # The first tile is cut into portions.
+        ci(Case(90, 64, 200, 16, 12, "uniform"), dict(expand_columns=4)),
         (Case(12, 64, 72, 16, 3, "uniform", y_offset=40, y_extra=16), dict(expand_columns=2)),
     ],
     ids=str,
@@ -759,9 +761,7 @@ MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any
 
 def most_rank(num_tokens: int) -> int:
     """Up to which rank so many tokens are one launch."""
-    return next(
-        (r for t, r in ((128, MOST_RANK), (256, 128), (512, 64), (1024, 32)) if num_tokens <= t), 0
-    )
+    return next((r for t, r in ((128, MOST_RANK), (512, 64), (1024, 32)) if num_tokens <= t), 0)
 
 
 @pytest.mark.ci
@@ -792,13 +792,36 @@ def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int
         shrink, expand = (re.findall(r"tensor<(\d+)x(\d+)xi32>", call)[-1] for call in calls)
         shrinks, expands = tokens_of_a_block
         assert int(shrink[1]) == RouteSize(shrinks, 1).words  # a route for each round
-        assert int(expand[0]) == -(-num_tokens // expands)  # and for each tile
+        assert int(expand[1]) == route_size(64, expands).words  # and for each tile
 
 
-def test_of_many_tokens_several_buckets_of_high_ranks_take_two_launches() -> None:
-    for ranks, one in ((64, 32), True), ((128, 32), False):
-        config = decode_config(256, 4096, max(ranks), buckets=len(ranks))
-        assert (config.warps is not None) == one
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "is_one"),
+    [
+        (256, (64,), True),
+        (128, (128,), True),
+        (129, (128,), False),
+        (768, (16, 128), True),
+        (769, (16, 128), False),
+        (1024, (8, 32), True),
+        (129, (8, 256), False),
+    ],
+    ids=str,
+)
+def test_one_launch_is_taken_where_it_is_faster(
+    tokens: int, ranks: tuple[int, ...], is_one: bool
+) -> None:
+    config = decode_config(tokens, 4096, max(ranks), features=4096, buckets=len(ranks))
+    assert (config.warps is not None) == is_one
+
+
+def test_wide_stacks_take_two_launches_of_fewer_tokens() -> None:
+    """Tokens of one adapter would read it once for each eight of them."""
+    for tokens, features, is_one in (
+        (512, 4096, True), (384, 28672, False), (256, 28672, True),
+    ):  # fmt: skip
+        config = decode_config(tokens, 2048, 64, features=features)
+        assert (config.warps is not None) == is_one
 
 
 @pytest.mark.parametrize("num_tokens", [2, slow(16), slow(63), ci(256)])
@@ -1019,6 +1042,31 @@ def test_routes_list_the_adapters_of_each_block(
         assert sorted(adapters[:count]) == sorted(set(row[:rows].tolist()) - {-1})
         assert (adapters[count:] == -1).all()
         assert len(adapters) - count >= 63  # kernels look ahead
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize(
+    "portions", [Portions(4, 3), Portions(4, 9), Portions(8, 40), Portions(3, 2)]
+)
+def test_portions_of_a_tile_are_all_of_its_steps(portions: Portions, popularity: str) -> None:
+    ids = np.concatenate([np.arange(64), indices(popularity, 200, 64), np.full(80, 7)])
+    segments = pk.make_segments(jnp.asarray(ids, jnp.int32), 64)
+    slots, rows = SlotRange(0, 64), 64
+    [tiles] = map(np.asarray, segments.table(Routes(slots, rows, sorts=False)))
+    [table] = map(np.asarray, segments.table(Routes(slots, rows, sorts=False, portions=portions)))
+    assert table.shape == (len(tiles) + portions.spare, tiles.shape[1])
+    taken = np.zeros((len(tiles), portions.steps), int)
+    for row in table:
+        tile, first, steps = row[2 * rows + 2], row[2 * rows + 3], row[2 * rows + 4]
+        taken[tile, first : first + steps] += 1
+        same = np.r_[: 2 * rows + 3, 2 * rows + 6 : len(row)]
+        np.testing.assert_array_equal(row[same], tiles[tile][same])
+    assert (taken == 1).all()
+    np.testing.assert_array_equal(table[: len(tiles), 2 * rows + 2], np.arange(len(tiles)))
+    steps = table[: len(tiles), 2 * rows + 4]
+    assert steps[-1] == portions.steps  # a tile of one adapter is not cut
+    if popularity == "identical":  # one with 64 is, where no other is
+        assert steps[0] < portions.steps
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
