@@ -245,6 +245,31 @@ def test_two_tiles_share_what_a_block_loads(
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("rank", "change"), [
+    (8, dict(expand_columns=4)), (16, dict(expand_columns=8, expand_stack=4)),
+    (128, dict(expand_columns=3, expand_row_tiles=2)),
+])  # fmt: skip
+def test_tiles_with_many_adapters_are_cut_and_keep_their_bits(
+    rank: int, change: dict[str, int], shuffled: bool
+) -> None:
+    """Decode rows beside a prompt; shuffled, all of them are sorted."""
+    given = Case(600, 512, 1160, rank, 64, "distinct").arrays()
+    ids = np.concatenate([np.arange(64), np.full(536, 7)]).astype(np.int32)
+    ids[70:140:7] = -1
+    order = np.random.default_rng(1).permutation(ids)
+    arrays = dataclasses.replace(given, ids=order if shuffled else ids)
+    config = Config(split=2, block_n=32, **change)
+    cut = run(arrays, config=config)
+    whole = run(arrays, config=dataclasses.replace(config, expand_columns=1))
+    for op, got, want in zip(IN_PLACE, cut, whole):
+        np.testing.assert_array_equal(bits(got), bits(want), err_msg=op)
+    want = arrays.y.astype(np.float64)
+    want += products(arrays.v.astype(arrays.b.dtype), arrays.b, arrays.ids)
+    got = cut[list(IN_PLACE).index("expand")]
+    assert relative_error(got, want) < y_tolerance("bfloat16")
+
+
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
 @pytest.mark.parametrize("num_tokens", [64, 200])
 def test_nothing_leaks(rank: int, num_tokens: int) -> None:
