@@ -568,14 +568,14 @@ def test_kernels_take_the_stacks_of_all_layers(phase):
 
     model, rows = nnx.eval_shape(make), 16 if phase == "decode" else 4
     graphdef, state = nnx.split(model)
-    ids, tokens = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows,), (rows, 128)))
+    ids, tokens = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows,), (rows, 320)))
     inputs = (ids,) if phase == "decode" else (tokens, ids)
 
     def step(state, batch, *inputs):
         model = nnx.merge(graphdef, state)
         with use(batch):
             return (decode if phase == "decode" else prefill)(
-                model, model.init_cache(rows, 256), *inputs
+                model, model.init_cache(rows, 512), *inputs
             )
 
     batch = AdapterBatch(ids, ranges=((8, 7), (16, 5)), phase=phase)
