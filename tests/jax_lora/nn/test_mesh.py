@@ -477,8 +477,8 @@ def test_a_prefill_adds_in_place_on_shards():
     mesh = mesh_of(AxisType.Auto, tp=2)
     for name, spec in (("q", COLUMN), ("k", ROW)):
         layer = projections(mesh, {name: spec}, jnp.bfloat16)[name]
-        x = jnp.ones((1024, FEATURES), jnp.bfloat16)
-        rows = batch([0] * 1024, phase="prefill")
+        x = jnp.ones((1536, FEATURES), jnp.bfloat16)
+        rows = batch([0] * 1536, phase="prefill")
         [form] = form_of(type(layer).__call__, layer, x, rows)
         assert any("add_lora_mosaic_gpu" in name for name in form)
         assert not any("lora_delta" in name for name in form)
