@@ -423,10 +423,11 @@ def _two_launches(
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         slots = SlotRange(part.first_slot, part.slots)
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
-        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first))
+        shared = part.sharing.lora_a
+        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first, shared))
     vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts, weights=column.weights)
     expands = tuple(
-        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first)
+        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first, part.sharing.lora_b)
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
     return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
@@ -436,10 +437,13 @@ def _in_bfloat16(part: LoRAPart) -> LoRAPart:
     """A part in 8 bits as the prefill kernels take it, with its scales in A; others as they are."""
     if not part.is_eight_bits:
         return part
-    a = jnp.asarray(part.lora_a).astype(jnp.float32) * part.own_scales()[..., None]
+    a = jnp.asarray(part.lora_a)
+    # Adapters that share A have scales of their own, and so a copy each.
+    scales = part.own_scales().reshape(a.shape[0], -1, part.rank, 1)
+    scaled = (a.astype(jnp.float32)[:, None] * scales).reshape(part.slots, *a.shape[1:])
     return dataclasses.replace(
         part,
-        lora_a=a.astype(jnp.bfloat16),
+        lora_a=scaled.astype(jnp.bfloat16),
         lora_b=jnp.asarray(part.lora_b).astype(jnp.bfloat16),
         scales=jnp.float32(1.0),
         scales_offset=None,
@@ -495,6 +499,7 @@ class _Shrink(NamedTuple):
     first_scale: int
     config: Config
     first: Int[Array, ""] | None = None
+    shared: int = 1
 
 
 def _shrink_parts(
@@ -527,6 +532,7 @@ def _shrink_parts(
                 part.config,
                 part.first_scale,
                 part.first,
+                part.shared,
             )
             for part in (parts[i] for i in which)
         )
@@ -603,7 +609,8 @@ def add_lora_grad(
 ) -> tuple[Array, tuple[LoRAPart, ...], Array | None]:
     """Gradients of `add_lora` in x, in each part's stacks and own scales, and in weights."""
     dtypes = [jnp.result_type(part.lora_a) for part in parts]
-    if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
+    lacks = missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype)
+    if lacks is not None or any(max(part.sharing) > 1 for part in parts):
         return xla.add_lora_grad(call, dy, x, parts, ids)
     x, layouts, parts = _needs_hopper(x), [part.transposed for part in parts], _by_rows(parts)
     token_ids = ids.as_tokens() if isinstance(ids, Mix) else ids
