@@ -609,8 +609,7 @@ def add_lora_grad(
 ) -> tuple[Array, tuple[LoRAPart, ...], Array | None]:
     """Gradients of `add_lora` in x, in each part's stacks and own scales, and in weights."""
     dtypes = [jnp.result_type(part.lora_a) for part in parts]
-    lacks = missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype)
-    if lacks is not None or any(max(part.sharing) > 1 for part in parts):
+    if missing_gradient(x.shape[0], dtypes, x=x.dtype, y=dy.dtype) is not None:
         return xla.add_lora_grad(call, dy, x, parts, ids)
     x, layouts, parts = _needs_hopper(x), [part.transposed for part in parts], _by_rows(parts)
     token_ids = ids.as_tokens() if isinstance(ids, Mix) else ids
@@ -624,7 +623,8 @@ def add_lora_grad(
         wanted = jnp.arange(slots.slots, dtype=jnp.int32)
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)
-        kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
+        how = slots, part.y_offset, wanted, part.sharing
+        kernel_parts.append(GradientPart(a, b, place, scales, *how))
     segments = _segments_of_all(parts, token_ids)
     dx, found, dweights = gradients(dy, x, tuple(kernel_parts), segments, weights)
     if dweights is not None:

@@ -3,10 +3,12 @@
 PYTHONPATH=. python3 -m pytest tests/gpu/test_shared_stacks_device.py -m gpu
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
-from sharing_cases import SHARED, SharingCase, check_sharing
+from sharing_cases import SHARED, SharingCase, check_sharing, check_sharing_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +32,18 @@ def poison() -> None:
 
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_float64(size: dict, shared: str) -> None:
+def test_against_float64(size: dict[str, Any], shared: str) -> None:
     case = SharingCase(shared=shared, **size)
     for delta in (False, True):
         check_sharing(case, sorted_once=delta, delta=delta, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("shared", ["A", "B", "A, B"])
+@pytest.mark.parametrize("size", SIZES[1:], ids=str)
+def test_gradients_against_float64(size: dict[str, Any], shared: str) -> None:
+    check_sharing_gradients(SharingCase(shared=shared, **size))
+
+
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_gradients_of_several_layers(shared: str) -> None:
+    check_sharing_gradients(SharingCase(200, 1024, 512, 16, shared), of_layers=True)

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from gradient_cases import GradientArrays, by_name, in_float64, in_layers, tolerance
 from mosaic_cases import add_parts, bits, local_ids, relative_error, signed, y_tolerance
 
 import pallas_kernels as pk
 from pallas_kernels import reference
+from pallas_kernels.call import Call
+from pallas_kernels.mosaic_gpu import backend
 
 # The halves that all experts of a slot share in each part of a call.
 SHARED = {"A": ("A",), "B": ("B",), "A, B": ("A", "B"), "A, none": ("A", "")}
@@ -112,3 +116,30 @@ def check_sharing(case: SharingCase, *, sorted_once: bool, delta: bool = False, 
     unchanged = (ids < case.first_slot) | (ids >= case.num_adapters)
     np.testing.assert_array_equal(bits(new)[unchanged], bits(y)[unchanged])
     np.testing.assert_array_equal(bits(new), bits(run(repeated(parts))))
+
+
+def check_sharing_gradients(case: SharingCase, *, of_layers: bool = False) -> None:
+    """Against float64: those of a shared A or B are sums. All else has the bits that it has in a
+    call in which each adapter has its own A and B."""
+    (x, dy), ids = case.rows(), case.ids()
+    parts = tuple(case.parts())
+    z, apart = (GradientArrays(x, dy, of, ids) for of in (parts, tuple(repeated(parts))))
+    call = Call("add_lora", "mosaic_gpu", ("sgmv",) * len(parts))
+
+    def run(z: GradientArrays) -> dict[str, np.ndarray]:
+        operands = jax.tree.map(jnp.asarray, (z.dy, z.x, z.parts))
+        segments = pk.make_segments(z.ids, case.num_adapters)
+        dx, dparts, _ = jax.jit(lambda *a: backend.add_lora_grad(call, *a))(*operands, segments)
+        return by_name(dx, dparts)
+
+    got, each = run(in_layers(z) if of_layers else z), run(apart)
+    stacks = {f"dA{n}": np.asarray(part.lora_a) for n, part in enumerate(parts)}
+    stacks |= {f"dB{n}": np.asarray(part.lora_b) for n, part in enumerate(parts)}
+    for name, want in in_float64(apart).items():
+        if name in stacks and len(stacks[name]) < len(want):
+            want = want.reshape(len(stacks[name]), -1, *want.shape[1:]).sum(1)
+        else:
+            np.testing.assert_array_equal(bits(got[name]), bits(each[name]))
+        assert got[name].shape == want.shape
+        assert relative_error(got[name], want) < tolerance(name, case.dtype), name
+        assert not got[name][want == 0].any(), name

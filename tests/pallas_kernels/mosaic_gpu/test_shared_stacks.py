@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mosaic_cases import bits, relative_error, y_tolerance
-from sharing_cases import SharingCase, check_sharing, repeated, wanted
+from sharing_cases import SharingCase, check_sharing, check_sharing_gradients, repeated, wanted
 
 import pallas_kernels as pk
 from pallas_kernels import reference
@@ -118,13 +118,35 @@ def test_in_8_bits(shared: str, phase: str, request: pytest.FixtureRequest) -> N
     np.testing.assert_array_equal(bits(new), bits(run(*repeated([part]))))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        SharingCase(13, 64, 64, 16, "A, B"),
+        ci(SharingCase(13, 128, 72, 8, "A, none", dtype="float16")),
+        ci(SharingCase(100, 64, 64, 80, "A", slots=2, experts=3)),
+        ci(SharingCase(9, 64, 72, 16, "B", slots=3, experts=1)),
+    ],
+    ids=str,
+)
+def test_gradients_against_float64(case: SharingCase, interpreted: None) -> None:
+    check_sharing_gradients(case)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_gradients_of_several_layers(shared: str, interpreted: None) -> None:
+    check_sharing_gradients(SharingCase(9, 64, 64, 16, shared), of_layers=True)
+
+
 def names_in(shared: str, tokens: int, rank: int) -> set[str]:
-    """The kernels of a call that names them, lowered for CUDA."""
+    """The kernels of a call that names them and of its gradients, lowered for CUDA."""
     of, slots, every = jax.ShapeDtypeStruct, 8, 8 * 16
     of_a, of_b = (slots if half == shared else every for half in "AB")
 
     def run(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        return pk.add_lora(y, x, a, b, ids, implementation="mosaic_gpu")
+        add = functools.partial(pk.add_lora, indices=ids, implementation="mosaic_gpu")
+        new, pull = jax.vjp(add, y, x, a, b)
+        return pull(new)
 
     traced = jax.jit(run).trace(
         of((tokens, 512), jnp.bfloat16),
@@ -135,12 +157,13 @@ def names_in(shared: str, tokens: int, rank: int) -> set[str]:
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "dot_general" not in text
-    return {*re.findall(r"lora(?:_shrink|_expand)?_r\d+", text)}
+    return {*re.findall(r"lora(?:_[a-z]+)?_r\d+", text)}
 
 
 @pytest.mark.parametrize("shared", ["A", "B"])
 @pytest.mark.parametrize("rank", [16, ci(8), ci(32), ci(64), ci(128), ci(272), ci(512)])
 def test_every_rank_lowers(rank: int, shared: str) -> None:
     one, two = {f"lora_r{rank}"}, {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
-    assert names_in(shared, 64, rank) == (one if rank <= 464 else two)
-    assert names_in(shared, 4096, rank) == two
+    backward = {f"lora_{kind}_r{rank}" for kind in ("narrow", "wide", "outer")}
+    assert names_in(shared, 64, rank) == (one if rank <= 464 else two) | backward
+    assert names_in(shared, 4096, rank) == two | backward
