@@ -138,13 +138,13 @@ def test_gradients_of_several_layers(shared: str, interpreted: None) -> None:
     check_sharing_gradients(SharingCase(9, 64, 64, 16, shared), of_layers=True)
 
 
-def names_in(shared: str, tokens: int, rank: int) -> set[str]:
-    """The kernels of a call that names them and of its gradients, lowered for CUDA."""
+def names_in(shared: str, tokens: int, rank: int, implementation: Any = "mosaic_gpu") -> set[str]:
+    """The kernels of a call and of its gradients, lowered for CUDA."""
     of, slots, every = jax.ShapeDtypeStruct, 8, 8 * 16
     of_a, of_b = (slots if half == shared else every for half in "AB")
 
     def run(y: Any, x: Any, a: Any, b: Any, ids: Any) -> Any:
-        add = functools.partial(pk.add_lora, indices=ids, implementation="mosaic_gpu")
+        add = functools.partial(pk.add_lora, indices=ids, implementation=implementation)
         new, pull = jax.vjp(add, y, x, a, b)
         return pull(new)
 
@@ -167,3 +167,8 @@ def test_every_rank_lowers(rank: int, shared: str) -> None:
     backward = {f"lora_{kind}_r{rank}" for kind in ("narrow", "wide", "outer")}
     assert names_in(shared, 64, rank) == (one if rank <= 464 else two) | backward
     assert names_in(shared, 4096, rank) == two | backward
+
+
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_kernels_are_taken_where_nothing_is_named(shared: str) -> None:
+    assert names_in(shared, 64, 16, None) == names_in(shared, 64, 16)
