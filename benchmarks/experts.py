@@ -26,7 +26,8 @@ _MAX_ERROR = 1e-2  # of bfloat16 results, relative
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsCase:
-    """T tokens of `features`, each with `top` of `experts`, and one of `slots` adapters."""
+    """T tokens of `features`, each with `top` of `experts`, and one of `slots` adapters. All
+    experts of an adapter may have one A, or one B, the half that is `shared`."""
 
     tokens: int
     features: int
@@ -34,6 +35,7 @@ class ExpertsCase:
     top: int = 2
     slots: int = 8
     rank: int = 32
+    shared: str = ""
 
     def __str__(self) -> str:
         return f"T={self.tokens} H=N={self.features}"
@@ -42,6 +44,12 @@ class ExpertsCase:
     def pairs(self) -> int:
         return self.slots * self.experts
 
+    @property
+    def halves(self) -> tuple[int, int]:
+        """How many A, and how many B."""
+        of_a, of_b = (self.slots if half == self.shared else self.pairs for half in "AB")
+        return of_a, of_b
+
     def ids(self) -> Array:
         rng = np.random.default_rng(self.tokens)
         slots = rng.integers(0, self.slots, self.tokens).astype(np.int32)
@@ -49,14 +57,14 @@ class ExpertsCase:
         return expert_indices(jnp.asarray(slots), jnp.asarray(experts), self.experts)
 
     def floor_us(self) -> float:
-        """Bytes over COPY_RATE: each pair's A and B once, x once, y read and written."""
-        used = len(np.unique(self.ids()))
-        numbers = used * self.rank * 2 * self.features + 3 * self.tokens * self.features
+        """Bytes over COPY_RATE: each A and B in use once, x once, y read and written."""
+        used = sum(len(np.unique(self.ids() // (self.pairs // held))) for held in self.halves)
+        numbers = used * self.rank * self.features + 3 * self.tokens * self.features
         return 2e6 * numbers / COPY_RATE
 
     def sets(self) -> list[Operands]:
         """Operands that together exceed the L2 cache."""
-        count = sets_to_rotate(4 * self.pairs * self.rank * self.features)
+        count = sets_to_rotate(2 * sum(self.halves) * self.rank * self.features)
         return [self._operands(seed) for seed in range(count)]
 
     def _operands(self, seed: int) -> Operands:
@@ -66,8 +74,9 @@ class ExpertsCase:
         def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
             return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
 
-        a = normal(keys[2], (self.pairs, self.rank, self.features), self.features**-0.5)
-        b = normal(keys[3], (self.pairs, self.features, self.rank), 1.0)
+        of_a, of_b = self.halves
+        a = normal(keys[2], (of_a, self.rank, self.features), self.features**-0.5)
+        b = normal(keys[3], (of_b, self.features, self.rank), 1.0)
         y, x = (normal(key, (self.tokens, self.features), 1.0) for key in keys[:2])
         weights = jax.nn.softmax(jax.random.normal(keys[4], (self.tokens, self.top)), axis=-1)
         return y, x, a, b, self.ids(), weights
@@ -94,17 +103,21 @@ def _summed(y: Array, pairs: Array, order: Array, weights: Array) -> Array:
 def as_pairs(y: Array, x: Array, a: Array, b: Array, ids: Array, weights: Array) -> Array:
     """Each pair as a token, in the order of ids, as a layer of experts has them."""
     order, tokens = _sorted(ids)
-    segments = make_segments(ids.reshape(-1)[order], a.shape[0])
-    delta = lora_delta(x[tokens], [LoRAPart(a, b)], segments, y.shape[1])
+    part = LoRAPart(a, b)
+    segments = make_segments(ids.reshape(-1)[order], part.slots)
+    delta = lora_delta(x[tokens], [part], segments, y.shape[1])
     return _summed(y, delta, order, weights)
 
 
 def by_ragged_dot(y: Array, x: Array, a: Array, b: Array, ids: Array, weights: Array) -> Array:
     """`jax.lax.ragged_dot` of both halves; A is `[L, H, R]` and B `[L, R, N]`, as it wants them."""
     order, tokens = _sorted(ids)
-    sizes = jnp.bincount(ids.reshape(-1), length=a.shape[0]).astype(jnp.int32)
-    v = jax.lax.ragged_dot(x[tokens], a, sizes, preferred_element_type=jnp.float32)
-    delta = jax.lax.ragged_dot(v.astype(b.dtype), b, sizes)
+    of_a, of_b = (
+        jnp.bincount(ids.reshape(-1) // shared, length=len(t)).astype(jnp.int32)
+        for t, shared in zip((a, b), LoRAPart(a, b).sharing)
+    )
+    v = jax.lax.ragged_dot(x[tokens], a, of_a, preferred_element_type=jnp.float32)
+    delta = jax.lax.ragged_dot(v.astype(b.dtype), b, of_b)
     return _summed(y, delta, order, weights)
 
 
@@ -139,26 +152,30 @@ def _check(way: str, case: ExpertsCase, got: Array) -> None:
     rows = slice(0, 64)
     own, local = np.unique(ids[rows], return_inverse=True)
     local = local.reshape(ids[rows].shape)
-    want = reference.mix(y[rows], x[rows], a[own], b[own], local, weights[rows])
+    a, b = (t[own // (case.pairs // len(t))] for t in (a, b))
+    want = reference.mix(y[rows], x[rows], a, b, local, weights[rows])
     error = np.linalg.norm(np.asarray(got[rows], np.float64) - want) / np.linalg.norm(want)
     if not error < _MAX_ERROR:
         raise RuntimeError(f"{way} is wrong: relative error {error:.1e}")
 
 
-def cases(features: int) -> Iterator[ExpertsCase]:
+def cases(features: int, shared: str = "") -> Iterator[ExpertsCase]:
     for tokens in (1, 4, 8, 32, 256, 512, 1024):
-        yield ExpertsCase(tokens, features)
+        yield ExpertsCase(tokens, features, shared=shared)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--features", type=int, default=3072, help="H and N; FlashInfer: 2688 too")
+    parser.add_argument(
+        "--shared", choices=["", "A", "B"], default="", help="by an adapter's experts"
+    )
     parser.add_argument("--ways", default=",".join(WAYS), help="which to time")
     given = parser.parse_args()
     ways = given.ways.split(",")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, microseconds")
     print(f"{'case':20} {'floor':>8} {'target':>8}", *(f"{way:>11}" for way in ways))
-    for case in cases(given.features):
+    for case in cases(given.features, given.shared):
         floor, sets = case.floor_us(), case.sets()
         print(f"{case!s:20} {floor:8.1f} {1.08 * floor + 5:8.1f}", end="", flush=True)
         for way in ways:

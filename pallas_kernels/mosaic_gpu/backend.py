@@ -424,10 +424,11 @@ def _two_launches(
     for part, (a, b, scales, first_scale, first) in zip(parts, placed):
         slots = SlotRange(part.first_slot, part.slots)
         own = config or _prefill_config(x, (part.slots, *a.shape[1:]), b.shape[1])
-        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first))
+        shared = part.sharing.lora_a
+        shrinks.append(_Shrink(a, slots, scales, first_scale, own, first, shared))
     vs = _shrink_parts(x, shrinks, segments, operands=True, sorts=sorts, weights=column.weights)
     expands = tuple(
-        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first)
+        ExpandPart(v, p.b, s.slots, part.y_offset, s.config, s.first, part.sharing.lora_b)
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
     return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
@@ -437,10 +438,13 @@ def _in_bfloat16(part: LoRAPart) -> LoRAPart:
     """A part in 8 bits as the prefill kernels take it, with its scales in A; others as they are."""
     if not part.is_eight_bits:
         return part
-    a = jnp.asarray(part.lora_a).astype(jnp.float32) * part.own_scales()[..., None]
+    a = jnp.asarray(part.lora_a)
+    # Adapters that share A have scales of their own, and so a copy each.
+    scales = part.own_scales().reshape(a.shape[0], -1, part.rank, 1)
+    scaled = (a.astype(jnp.float32)[:, None] * scales).reshape(part.slots, *a.shape[1:])
     return dataclasses.replace(
         part,
-        lora_a=a.astype(jnp.bfloat16),
+        lora_a=scaled.astype(jnp.bfloat16),
         lora_b=jnp.asarray(part.lora_b).astype(jnp.bfloat16),
         scales=jnp.float32(1.0),
         scales_offset=None,
@@ -496,6 +500,7 @@ class _Shrink(NamedTuple):
     first_scale: int
     config: Config
     first: Int[Array, ""] | None = None
+    shared: int = 1
 
 
 def _shrink_parts(
@@ -528,6 +533,7 @@ def _shrink_parts(
                 part.config,
                 part.first_scale,
                 part.first,
+                part.shared,
             )
             for part in (parts[i] for i in which)
         )
@@ -618,7 +624,8 @@ def add_lora_grad(
         wanted = jnp.arange(slots.slots, dtype=jnp.int32)
         if call.compact is not None:
             wanted = slots_in_use(token_ids, slots, call.compact)
-        kernel_parts.append(GradientPart(a, b, place, scales, slots, part.y_offset, wanted))
+        how = slots, part.y_offset, wanted, part.sharing
+        kernel_parts.append(GradientPart(a, b, place, scales, *how))
     segments = _segments_of_all(parts, token_ids)
     dx, found, dweights = gradients(dy, x, tuple(kernel_parts), segments, weights)
     if dweights is not None:

@@ -57,6 +57,11 @@ def in_place(
     return lax.optimization_barrier(tuple(jax.freeze(ref) for ref in refs))
 
 
+def place_of(adapter: Array, shared: int) -> Array:
+    """Where an adapter's A, or B, stands in a stack in which `shared` adapters have one."""
+    return lax.div(adapter, jnp.int32(shared)) if shared > 1 else adapter
+
+
 def interpreted() -> bool:
     """Whether Pallas's interpret mode is on."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None

@@ -58,8 +58,6 @@ def missing_parts(
             for weights in (a, b)
             for width in (*widths, sum(widths))
         ]
-        if a.shape[0] != b.shape[0]:
-            lacks.append(f"{a.shape[0]} lora_a for {b.shape[0]} lora_b (it takes as many of both)")
         if a.dtype != b.dtype:
             lacks.append(f"{a.dtype} lora_a beside {b.dtype} lora_b (it takes both in one dtype)")
     spans = tuple((p.y_offset, p.y_offset + p.width) for p in parts)

@@ -130,7 +130,9 @@ def in_layers(z: GradientArrays) -> GradientArrays:
     scales = np.stack([np.zeros_like(part.scales), part.scales])
     layers = LayerStacks(*map(jnp.asarray, (*whole, scales)), layer=jnp.int32(1))
     a, b, own = layers.own()
-    placed = pk.LoRAPart(a, b, own, scales_offset=0, layers=layers)
+    placed = dataclasses.replace(
+        part, lora_a=a, lora_b=b, scales=own, scales_offset=0, layers=layers
+    )
     return dataclasses.replace(z, parts=(placed,))
 
 

@@ -162,7 +162,7 @@ def of_integers(arrays: Arrays) -> Arrays:
 def local_ids(ids: np.ndarray, part: pk.LoRAPart) -> np.ndarray:
     """The part's own ids, -1 for those of other ranges."""
     local = ids.astype(np.int64) - part.first_slot
-    return np.where((local >= 0) & (local < len(np.asarray(part.lora_a))), local, -1)
+    return np.where((local >= 0) & (local < part.slots), local, -1)
 
 
 def parts_in_float64(

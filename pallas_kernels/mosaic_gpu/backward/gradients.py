@@ -13,6 +13,7 @@ from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
 from pallas_kernels.routing import Segments, SlotRange
+from pallas_kernels.stacks import Sharing
 
 # A kernel's code has pieces for each part, and lowering takes more than in proportion: 15 parts
 # (five rank buckets of three slices) 29 s in one launch each, 8 s in three (2 CPU cores, busy).
@@ -24,11 +25,13 @@ class GradientPart(NamedTuple):
 
     Attributes:
       lora_a, lora_b: the stacks, or those of several layers one behind the other.
-      place: where its first slot stands among them.
+      place: where its first slot stands among them, if no slots share A or B.
       scales: `[L]`, float32.
       slots: the ids of its adapters.
       y_offset: the first column of dy that is its own.
       wanted: those of its slots, counted from the first, whose gradients are wanted; zeros for -1.
+        All of them, in order, if some share A or B.
+      sharing: how many of its slots share one A, and one B.
     """
 
     lora_a: Float[Array, "M R H"]
@@ -38,13 +41,19 @@ class GradientPart(NamedTuple):
     slots: SlotRange
     y_offset: int
     wanted: Int[Array, " S"]
+    sharing: Sharing = Sharing()
+
+    def tiles(self, tiles: Tiles, shared: int) -> Int[Array, "_ 2"]:
+        """The tiles of each A, or B, that is wanted; `shared` slots have one."""
+        wanted = self.wanted[::shared]
+        return tiles.slot_tiles(jnp.where(wanted >= 0, self.slots.first + wanted, -1), shared)
 
 
 class PartGradient(NamedTuple):
     """The gradients in a part's A, B and scales, of the wanted slots."""
 
-    lora_a: Float[Array, "S R H"]
-    lora_b: Float[Array, "S N R"]
+    lora_a: Float[Array, "_ R H"]
+    lora_b: Float[Array, "_ N R"]
     scales: Float[Array, " S"]
 
 
@@ -77,7 +86,10 @@ def gradients(
     reading = tiles.reading(x.shape[0])
     factors = None if weights is None else jnp.where(tiles.is_token(), weights[tiles.tokens()], 0.0)
     narrows = _narrow(dy, x, parts, reading, factors)
-    wide = tuple(WidePart(n.scaled, 1, p.lora_a, p.place, p.slots) for p, n in zip(parts, narrows))
+    wide = tuple(
+        WidePart(n.scaled, 1, p.lora_a, p.place, p.slots, p.sharing.lora_a)
+        for p, n in zip(parts, narrows)
+    )
     dx = wide_kernel(wide, tiles, segments.num_tokens, x.dtype)
     if weights is not None:
         dx = jnp.sum(dx.reshape(-1, *x.shape).astype(jnp.float32), axis=0).astype(x.dtype)
@@ -85,9 +97,9 @@ def gradients(
     for part, narrow in zip(parts, narrows):
         rank, features = part.lora_a.shape[1:]
         width = part.lora_b.shape[1]
-        own = tiles.slot_tiles(jnp.where(part.wanted >= 0, part.slots.first + part.wanted, -1))
-        sums.append(OuterSum(x, narrow.scaled, 1, own, 0, features, rank, True))
-        sums.append(OuterSum(dy, narrow.scaled, 0, own, part.y_offset, width, rank, False))
+        of_a, of_b = (part.tiles(tiles, shared) for shared in part.sharing)
+        sums.append(OuterSum(x, narrow.scaled, 1, of_a, 0, features, rank, True))
+        sums.append(OuterSum(dy, narrow.scaled, 0, of_b, part.y_offset, width, rank, False))
     stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, reading)
     found = []
     for part, narrow, (da, db) in zip(parts, narrows, itertools.batched(stacks, 2)):
@@ -184,8 +196,9 @@ def _narrow(
 ) -> list[_Narrow]:
     alike = []
     for part in parts:
-        u = NarrowSum(x, part.lora_a, part.place, True, part.slots, 0)
-        dv = NarrowSum(dy, part.lora_b, part.place, False, part.slots, part.y_offset)
+        of_a, of_b = part.sharing
+        u = NarrowSum(x, part.lora_a, part.place, True, part.slots, 0, of_a)
+        dv = NarrowSum(dy, part.lora_b, part.place, False, part.slots, part.y_offset, of_b)
         alike.append((u, dv))
     adapters, is_token = tiles.adapters(), tiles.is_token()
     found = []

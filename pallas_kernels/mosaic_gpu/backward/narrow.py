@@ -39,7 +39,7 @@ from pallas_kernels.mosaic_gpu.backward.tiles import (
     Tiles,
     loaded_barriers,
 )
-from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of
+from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of, place_of
 from pallas_kernels.routing import SlotRange
 
 
@@ -49,10 +49,11 @@ class NarrowSum(NamedTuple):
     Attributes:
       wide: x or dy.
       weights: A `[M, R, columns]` or B `[M, columns, R]`.
-      place: where the weights of the first slot stand among them.
+      place: where the weights of the first slot stand among them, if none shared any.
       ranks_first: whether they are like A.
       slots: that they hold.
       first: of the columns of `wide`.
+      shared: how many slots share one matrix of the weights.
     """
 
     wide: Float[Array, "T C"]
@@ -61,6 +62,7 @@ class NarrowSum(NamedTuple):
     ranks_first: bool
     slots: SlotRange
     first: int
+    shared: int = 1
 
     @property
     def rank(self) -> int:
@@ -180,7 +182,7 @@ def _run(launched: _Launched, job: _Job, of: _Refs, tile: Tile, group: Array) ->
     def run(wide: Ref, weights: Ref) -> None:
         gathered = Gathered(of.wide, launched.rows, Squares.of(wide), launched.loaded)
         ring = _Ring(tile, gathered, of.weights, Squares.of(weights), launched.weights_loaded)
-        adapter = tile.adapter - job.sum.slots.first + of.place[0]
+        adapter = place_of(tile.adapter - job.sum.slots.first + of.place[0], job.sum.shared)
         products = functools.partial(_products, job, adapter, first_rank, ring)
         for j, value in enumerate(pl.run_scoped(products, accumulators(job.width))):
             columns = pl.ds(first_rank + j * SIDE, ranks)

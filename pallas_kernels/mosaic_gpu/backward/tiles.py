@@ -37,13 +37,13 @@ class Tiles:
         in `rows`; how many there are; the first of them; and whether 64 follow each other.
       rows: the tokens, sorted by adapter.
       group_adapters: the adapters in use, then -1.
-      group_tiles: of each group its first tile, and how many it has.
+      group_tiles: how many tiles each group has.
     """
 
     table: Int[Array, "tiles 5"]
     rows: Int[Array, " T"]
     group_adapters: Int[Array, " G"]
-    group_tiles: Int[Array, "G 2"]
+    group_tiles: Int[Array, " G"]
 
     @property
     def count(self) -> int:
@@ -71,8 +71,7 @@ class Tiles:
         adapters = jnp.append(segments.group_adapters, jnp.int32(-1))[group]
         adapters = jnp.where(live, adapters, _DEAD)
         table = jnp.stack([adapters, start, count, first, is_box.astype(jnp.int32)], axis=1)
-        group_tiles = jnp.stack([ends - per_group, per_group], axis=1)[:-1]
-        return cls(table, segments.rows, segments.group_adapters, group_tiles)
+        return cls(table, segments.rows, segments.group_adapters, per_group[:-1])
 
     def reading(self, count: int) -> "Tiles":
         """The same tiles, for arrays of so many rows: token n reads row n % count of them."""
@@ -85,11 +84,15 @@ class Tiles:
         table = self.table.at[:, 3].set(first).at[:, 4].set(is_box.astype(jnp.int32))
         return dataclasses.replace(self, table=table, rows=rows)
 
-    def slot_tiles(self, slots: Int[Array, " S"]) -> Int[Array, "S 2"]:
-        """The first tile of each of these slots, and how many tiles it has; none for -1."""
-        mine = self.group_adapters[None] == slots[:, None]
+    def slot_tiles(self, slots: Int[Array, " S"], shared: int = 1) -> Int[Array, "S 2"]:
+        """The first tile of each of these slots, and how many tiles it has; none for -1. Or those
+        of the `shared` slots that start with each, whose tiles follow each other."""
+        groups, slots = self.group_adapters[None], slots[:, None]
+        before = (groups >= 0) & (groups < slots)
+        mine = (slots >= 0) & (groups >= slots) & (groups - slots < shared)
+        chosen = jnp.stack([before, mine], axis=2)
         return jnp.sum(
-            jnp.where(mine[:, :, None], self.group_tiles[None], 0), axis=1, dtype=jnp.int32
+            jnp.where(chosen, self.group_tiles[None, :, None], 0), axis=1, dtype=jnp.int32
         )
 
     def tokens(self) -> Int[Array, " rows"]:

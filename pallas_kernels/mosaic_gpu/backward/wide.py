@@ -31,7 +31,7 @@ from pallas_kernels.mosaic_gpu.backward.squares import (
     take_steps,
 )
 from pallas_kernels.mosaic_gpu.backward.tiles import Tile, Tiles, put_tile
-from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of
+from pallas_kernels.mosaic_gpu.layouts import Ref, grid_of, place_of
 from pallas_kernels.routing import SlotRange
 
 
@@ -40,8 +40,9 @@ class WidePart(NamedTuple):
 
     Attributes:
       dv: in the order of the tiles: number `nth` of these arrays.
-      lora_a: `[M, R, H]`; `place`: where that of the first slot stands.
+      lora_a: `[M, R, H]`; `place`: where that of the first slot would stand if none shared any.
       slots: that it holds.
+      shared: how many slots share one A.
     """
 
     dv: Float[Array, "_ rows R"]
@@ -49,14 +50,16 @@ class WidePart(NamedTuple):
     lora_a: Float[Array, "M R H"]
     place: Int[Array, " 1"]
     slots: SlotRange
+    shared: int = 1
 
 
 class _Refs(NamedTuple):
-    """A part's operands in device memory."""
+    """A part's operands in device memory; `shared` as in `WidePart`."""
 
     dv: Ref
     a: Ref
     place: Ref
+    shared: int
 
 
 class _Block(NamedTuple):
@@ -86,7 +89,7 @@ def wide_kernel(
     def body(table: Ref, rows: Ref, *refs: Ref) -> None:
         operands, (dx, loaded) = refs[:-2], refs[-2:]
         pairs = [
-            _Refs(dv.at[part.nth], a, place)
+            _Refs(dv.at[part.nth], a, place, part.shared)
             for part, (dv, a, place) in zip(parts, itertools.batched(operands, 3))
         ]
         tile = Tile.read(table, lax.axis_index("tile"))
@@ -159,7 +162,7 @@ def _products(
         ranks, loaded = pl.ds(rank, SIDE), block.loaded.at[slot]
         rows = pl.ds(tile_start, SIDE)
         plgpu.copy_gmem_to_smem(part.dv.at[rows, ranks], dv.rows.at[slot], loaded)
-        adapter = nth + part.place[0]
+        adapter = place_of(nth + part.place[0], part.shared)
         for j in range(block.cut.columns):
             columns = pl.ds(block.column + j * SIDE, SIDE)
             plgpu.copy_gmem_to_smem(part.a.at[adapter, ranks, columns], a.rows.at[slot, j], loaded)

@@ -124,9 +124,10 @@ def _stacks(lane: Lane, job: Job, slot: Int, refs: Refs) -> Stacks:
     m, case, stacks = lane.m, lane.case, Stacks({}, {}, {}, {})
     for p in job.parts:
         part, mine = case.parts[p], refs.parts[p]
-        place = slot + lane.layer * part.range.slots
+        adapter = slot + lane.layer * part.range.slots
+        of_a, of_b = (adapter // n if n > 1 else adapter for n in part.sharing)
         if case.shrinks:
-            stacks.a[p] = m.address(mine[0], place, part.rank * case.features)
+            stacks.a[p] = m.address(mine[0], of_a, part.rank * case.features)
             if case.is_eight_bits:
                 own = slot * part.rank + lane.layer * part.scales
                 stacks.factors[p] = m.ahead(m.address(mine[-1], own, 1), part.first_scale)
@@ -136,7 +137,7 @@ def _stacks(lane: Lane, job: Job, slot: Int, refs: Refs) -> Stacks:
                 stacks.scales[p] = m.as_real(m.load(scale, part.first_scale, lane.always))
         if case.expands:
             b = mine[1 if case.shrinks else 0]
-            stacks.b[p] = m.address(b, place, part.rank * part.width)
+            stacks.b[p] = m.address(b, of_b, part.rank * part.width)
     return stacks
 
 

@@ -27,7 +27,7 @@ from pallas_kernels.mosaic_gpu.decode.work import (
     Work,
 )
 from pallas_kernels.mosaic_gpu.layouts import cuts
-from pallas_kernels.stacks import is_eight_bits
+from pallas_kernels.stacks import Sharing, is_eight_bits
 
 # Blocks that are there at once, with one on a multiprocessor: the multiprocessors of a GPC take
 # whole clusters. H100, T=16, 16 adapters of R=128, 16 clusters of 8: 21.3 us with one block on a
@@ -43,6 +43,7 @@ class DecodePart(NamedTuple):
     """A stack of L adapters: `scales * (x A^T) B^T` for tokens of ids [first_slot, first_slot + L).
 
     Without lora_a and scales, x is v `[T, R]`. Without lora_b, y is v, to which its sum is added.
+    Where adapters share one A, or B, that stack has fewer: see `LoRAPart`.
 
     Attributes:
       lora_a: `[L, R, H]`.
@@ -65,7 +66,14 @@ class DecodePart(NamedTuple):
     @property
     def slots(self) -> int:
         """L."""
-        return self.stacks[0].shape[0] // self.layers
+        return max(stack.shape[0] for stack in self.stacks) // self.layers
+
+    @property
+    def sharing(self) -> Sharing:
+        """How many adapters share one A, and one B."""
+        places = self.slots * self.layers
+        of_a, of_b = (1 if t is None else places // t.shape[0] for t in (self.lora_a, self.lora_b))
+        return Sharing(of_a, of_b)
 
     @property
     def stacks(self) -> list[Array]:
@@ -92,6 +100,7 @@ class DecodePart(NamedTuple):
             rank=self.rank,
             width=self.width,
             range=Range(self.first_slot, self.slots),
+            sharing=self.sharing,
             own_scales=self.scales is not None and self.scales.size > 1,
             first_scale=self.first_scale,
             scales=0 if self.scales is None else self.scales.size // self.layers,

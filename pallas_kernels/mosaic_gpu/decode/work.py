@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels.stacks import Sharing
+
 TOKENS = 8  # of a cluster: the rows of mma's operand
 LINE = 128  # bytes of a row of A, as many columns of x and A as a warp takes in turn
 COLUMNS = 32  # columns of y that a warp takes in turn
@@ -43,6 +45,7 @@ class Part(NamedTuple):
     rank: int
     width: int
     range: Range
+    sharing: Sharing
     own_scales: bool  # one for each slot, else one for all
     first_scale: int
     scales: int  # of a layer: those of all of its stacks

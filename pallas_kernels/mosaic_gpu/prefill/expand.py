@@ -40,6 +40,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     grid_of,
     in_place,
     operand_layout,
+    place_of,
     plain_layout,
     shared_bytes,
     wait_for_groups,
@@ -75,7 +76,9 @@ class ExpandPart(NamedTuple):
         adapter of one range at most.
       y_offset: first column of y that the part adds to (static).
       config: how to cut the work.
-      first: where its adapters start in `lora_b`, if that is of several layers.
+      first: where its adapters start in `lora_b`, if that is of several layers. It counts
+        adapters, of which several may share one B.
+      shared: how many adapters share one B (static).
     """
 
     v: Float[Array, "rows K"]
@@ -84,6 +87,7 @@ class ExpandPart(NamedTuple):
     y_offset: int
     config: Config
     first: Int[Array, ""] | None = None
+    shared: int = 1
 
 
 def expand_kernel(
@@ -868,8 +872,9 @@ class _BRing(NamedTuple):
         n, nth = lax.div(jnp.int32(item), self.rounds), lax.rem(jnp.int32(item), self.rounds)
 
         def copy(j: int, adapter: Array) -> None:
+            place = place_of(adapter, self.part.shared)
             plgpu.copy_gmem_to_smem(
-                self.inputs.b.at[adapter, pl.ds(self.feature + n * self.width, self.width)],
+                self.inputs.b.at[place, pl.ds(self.feature + n * self.width, self.width)],
                 self.memory.b.at[slot, pl.ds(j * self.width, self.width)],
                 loaded,
             )

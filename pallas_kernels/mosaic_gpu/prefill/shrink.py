@@ -39,6 +39,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     interpreted,
     operand_layout,
     operand_rows,
+    place_of,
     shared_bytes,
     wait_for_groups,
 )
@@ -74,7 +75,8 @@ class ShrinkPart(NamedTuple):
       config: how to cut the work.
       first_scale: where the part's scales start (static).
       first: where its adapters start in `lora_a` and, behind `first_scale`, in `scales`, if these
-        are those of several layers.
+        are those of several layers. It counts adapters, of which several may share one A.
+      shared: how many adapters share one A (static).
     """
 
     lora_a: Float[Array, "L R H"]
@@ -84,6 +86,7 @@ class ShrinkPart(NamedTuple):
     config: Config
     first_scale: int = 0
     first: Int[Array, ""] | None = None
+    shared: int = 1
 
 
 def shrink_kernel(
@@ -207,6 +210,7 @@ class _PartPlan:
       rounds: how many adapters a block multiplies at once, and how many blocks deal the ranks among
         themselves.
       first_scale: where its scales start.
+      shared: how many adapters share one A.
       out: shape and dtype of v.
     """
 
@@ -214,6 +218,7 @@ class _PartPlan:
     width: int
     rounds: PartRounds
     first_scale: int
+    shared: int
     out: jax.ShapeDtypeStruct
 
     @property
@@ -297,6 +302,7 @@ def _plan_parts(launch: _Launch, parts: tuple[ShrinkPart, ...]) -> tuple[_PartPl
             width=width,
             rounds=PartRounds(part.slots, stack, part.lora_a.shape[1] // width),
             first_scale=part.first_scale,
+            shared=part.shared,
             out=_out_type(launch, part),
         )
         for part, width, stack in zip(parts, _widths(parts), _stacks(parts, launch.rows))
@@ -573,7 +579,7 @@ def _fetch(
 
     def copy_a(j: int, adapter: Array) -> None:
         plgpu.copy_gmem_to_smem(
-            refs.a.at[adapter, pl.ds(block.rank_start, plan.width), columns],
+            refs.a.at[place_of(adapter, plan.shared), pl.ds(block.rank_start, plan.width), columns],
             ring.a.at[slot, pl.ds(j * plan.width, plan.width)],
             barrier,
         )

@@ -16,3 +16,10 @@ def interpreted() -> Iterator[None]:
         assert not gpu_callbacks.get_races().races_found
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    """For the decode kernel alone, whose emulator finds races by itself."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield

@@ -161,6 +161,11 @@ def test_tiles_hold_each_token_once(num_tokens: int, order: str) -> None:
     for slot, (first, count) in zip(slots, np.asarray(tiles.slot_tiles(jnp.asarray(slots)))):
         assert count == -(-np.sum((ids == slot) & (ids >= 0)) // 64)
         assert (np.asarray(tiles.table)[first : first + count, 0] == slot).all()
+    pairs = np.asarray(tiles.slot_tiles(jnp.asarray([0, 2], jnp.int32), 2))
+    for slot, (first, count) in zip((0, 2), pairs):
+        mine = np.asarray(tiles.table)[first : first + count, 0]
+        assert set(mine) == set(ids) & {slot, slot + 1}
+        assert count == sum(-(-np.sum(ids == one) // 64) for one in (slot, slot + 1))
 
 
 def test_gradients_take_no_memory_for_slots_that_no_part_has() -> None:

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import hypothesis
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import Case, bits, products, relative_error, y_tolerance
 
 from pallas_kernels.mosaic_gpu import Config
@@ -35,12 +34,6 @@ from pallas_kernels.mosaic_gpu.lanes import Emulator, gpu
 
 DECODE = Config(split=2, warps=4, stages=2, expand_stages=2)
 ci = functools.partial(pytest.param, marks=pytest.mark.ci)
-
-
-@pytest.fixture
-def emulated() -> Iterator[None]:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
 
 
 class Way(NamedTuple):

@@ -2,14 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from gradient_cases import GradientCase
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from mix_cases import check_mix, check_mix_gradients, check_one_of_several
 
 import pallas_kernels as pk
@@ -19,12 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 DECODE = Config(split=2, warps=4, stages=2, expand_stages=2)
 BUCKETS = GradientCase(21, 128, (72, 64), ((8, 3), (16, 2)), "shuffled")
-
-
-@pytest.fixture
-def emulated() -> Iterator[None]:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
 
 
 @pytest.mark.parametrize("sorted_once", [False, True])
