@@ -5,6 +5,7 @@ Pallas's interpreter cannot run that, and lets numpy widen. Tests give it to the
 """
 
 import dataclasses
+import itertools
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from pallas_kernels.mosaic_gpu.prefill.rows import THREADS, swizzled
 _WIDE = np.dtype(jnp.bfloat16)
 # Bytes of two rows of B of rank 8: TMA copies 16 at least.
 PAIR = 16
+# Chunks that a lane loads before it stores the first: no load then waits for a store.
+_AT_ONCE = 4
 
 
 class Places(Protocol):
@@ -27,6 +30,10 @@ class Places(Protocol):
     @property
     def chunks(self) -> int:
         """How many times 16 bytes there are in 8 bits."""
+
+    @property
+    def words(self) -> int:
+        """Words of `targets` between two chunks, if they are as many as a block's lanes apart."""
 
     def source(self, n: Int, /) -> Int: ...
 
@@ -43,6 +50,7 @@ class Tiles:
 
     chunks: int
     line: int
+    words = 8
 
     def source(self, n: Int) -> Int:
         return n * 4
@@ -59,6 +67,7 @@ class Pairs:
 
     stack: int
     width: int
+    words = 16
 
     @property
     def chunks(self) -> int:
@@ -80,16 +89,18 @@ def pairs_of(width: int) -> int:
 
 def widen(m: Machine, source: Machine, target: Machine, places: Places) -> None:
     """Widens what `source` holds in shared memory to `target`'s."""
-    zeros = [m.integer(0)] * 4
-    for first in range(0, places.chunks, THREADS):
-        n = m.tid + first
-        where = n < places.chunks if places.chunks < first + THREADS else None
-        if where is not None:
-            n = m.select(where, n, 0)
-        words = source.get(places.source(n), 4)
-        wide = [half for word in words for half in m.widen(word, _WIDE)]
-        for half, place in enumerate(places.targets(n)):
-            target.put(place, wide[4 * half : 4 * half + 4] or zeros, where)
+    zeros, targets = [m.integer(0)] * 4, places.targets(m.tid)
+    for some in itertools.batched(range(0, places.chunks, THREADS), _AT_ONCE):
+        loaded = []
+        for first in some:
+            n = m.tid + first
+            where = n < places.chunks if places.chunks < first + THREADS else None
+            n = n if where is None else m.select(where, n, 0)
+            loaded.append((first * places.words, where, source.get(places.source(n), 4)))
+        for ahead, where, words in loaded:
+            wide = [half for word in words for half in m.widen(word, _WIDE)]
+            for half, place in enumerate(targets):
+                target.put(place + ahead, wide[4 * half : 4 * half + 4] or zeros, where)
 
 
 # -------------------------------------------------------------------------------- in a kernel

@@ -149,6 +149,16 @@ def test_x_of_another_dtype(x_dtype: str, interpreted: None) -> None:
     check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
 
 
+def test_beside_a_part_in_bfloat16(interpreted: None) -> None:
+    case = EightBitCase(9, 128, (Stack(16, 2, 64), Stack(32, 2, 64, 2)))
+    (x, y), [one, two] = case.rows(), case.parts()
+    a, b = (np.asarray(t).astype(ml_dtypes.bfloat16) for t in (two.lora_a, two.lora_b))
+    two = pk.LoRAPart(a, b, np.float32([2**-18, 2**-19]), 2)
+    new = pk.add_lora_multi(jnp.asarray(y), x, [one, two], case.ids, implementation="mosaic_gpu")
+    delta, _ = parts_in_float64(x, [one, two], case.ids, 64)
+    assert relative_error(np.asarray(new), y.astype(np.float64) + delta) < y_tolerance("bfloat16")
+
+
 def test_every_byte_is_widened_exactly() -> None:
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
     memory = ArrayMemory([np.zeros(4, np.float32)])
