@@ -1,4 +1,4 @@
-"""Decode with stacks in 8 bits beside the same in bfloat16, in one process.
+"""Decode and prefill with stacks in 8 bits beside the same in bfloat16, in one process.
 
     PYTHONPATH=. python benchmarks/eight_bits.py [--cases T,D,r ...] [--stages N ...]
 
@@ -24,6 +24,7 @@ from benchmarks.cases import Case
 from benchmarks.timing import Loop, rounds_of, sets_to_rotate, turn
 from pallas_kernels.mosaic_gpu import Config
 from pallas_kernels.mosaic_gpu.decode import decode_config
+from pallas_kernels.mosaic_gpu.prefill import default_config
 
 _MAX_ERROR = 1e-2
 Call = Callable[..., jax.Array]
@@ -99,13 +100,15 @@ def _error(
 def runs_of(case: Case, stages: Sequence[int]) -> list[Run]:
     """The case in both dtypes, and with other numbers of copies."""
     config = decode_config(case.T, case.N, case.r)
+    if config.warps is None:  # two launches
+        config = default_config(case.T, case.H, case.N, case.r, case.L)
     others = [dataclasses.replace(config, expand_stages=n) for n in stages]
     return [Run(case, False), Run(case, True), *(Run(case, True, other) for other in others)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", nargs="*", default=["64,64,64"], metavar="T,D,r")
+    parser.add_argument("--cases", nargs="*", default=["64,64,64", "1024,64,64"], metavar="T,D,r")
     parser.add_argument("--stages", nargs="*", type=int, default=[])
     given = parser.parse_args()
     sizes = [map(int, one.split(",")) for one in given.cases]

@@ -1,5 +1,6 @@
 """Each kernel once, on small shapes, checked: what compute-sanitizer runs (see sanitize.sh)."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mosaic_cases import Case, as_jax, products, relative_error
+from eight_bit_cases import EightBitCase, Stack
+from mosaic_cases import Case, as_jax, parts_in_float64, products, relative_error
 
 from pallas_kernels import LoRAPart, make_segments
 from pallas_kernels.call import Call
@@ -62,4 +64,17 @@ for case in (
     delta = products(want, arrays.b, arrays.ids)
     for y in ys:
         assert relative_error(np.asarray(y.astype(jnp.float32)), arrays.y + delta) < 4e-3
+    print("ok", case)
+
+for case in (
+    EightBitCase(150, 1040, (Stack(8, 3, 200),)),
+    EightBitCase(300, 1024, (Stack(64, 5, 192),)),
+):
+    (x, y), parts, ids = case.rows(), tuple(case.parts()), case.ids
+    delta, _ = parts_in_float64(x, parts, ids, case.columns)
+    segments = make_segments(jnp.asarray(ids), case.stacks[0].slots)
+    for call in DEFAULT, TWO_LAUNCHES, TWO_TILES:
+        add = jax.jit(functools.partial(backend.add_lora, call))
+        [new] = add((jnp.asarray(y),), jnp.asarray(x), parts, segments)
+        assert relative_error(np.asarray(new), y.astype(np.float64) + delta) < 4e-3
     print("ok", case)

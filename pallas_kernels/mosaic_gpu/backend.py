@@ -66,7 +66,7 @@ from pallas_kernels.routing import (
     local_segments,
     slots_in_use,
 )
-from pallas_kernels.stacks import LoRAPart, apart, side_by_side
+from pallas_kernels.stacks import LoRAPart, apart, is_eight_bits, side_by_side
 
 inference.shorten()
 lowered.keep()
@@ -417,7 +417,6 @@ def _two_launches(
     config: Config | None,
 ) -> Array:
     """A shrink and an expand of the prefill kernels."""
-    parts = tuple(map(_in_bfloat16, parts))
     segments = _segments_of_all(parts, column.token_ids)
     sorts = may_sort(segments.num_tokens)
     placed, shrinks = [_placed(part) for part in parts], []
@@ -432,24 +431,6 @@ def _two_launches(
         for part, p, s, v in zip(parts, placed, shrinks, vs)
     )
     return expand_kernel(y, expands, segments, add_inputs=True, sorts=sorts)
-
-
-def _in_bfloat16(part: LoRAPart) -> LoRAPart:
-    """A part in 8 bits as the prefill kernels take it, with its scales in A; others as they are."""
-    if not part.is_eight_bits:
-        return part
-    a = jnp.asarray(part.lora_a)
-    # Adapters that share A have scales of their own, and so a copy each.
-    scales = part.own_scales().reshape(a.shape[0], -1, part.rank, 1)
-    scaled = (a.astype(jnp.float32)[:, None] * scales).reshape(part.slots, *a.shape[1:])
-    return dataclasses.replace(
-        part,
-        lora_a=scaled.astype(jnp.bfloat16),
-        lora_b=jnp.asarray(part.lora_b).astype(jnp.bfloat16),
-        scales=jnp.float32(1.0),
-        scales_offset=None,
-        layers=None,
-    )
 
 
 def _segments_of_all(parts: tuple[LoRAPart, ...], token_ids: TokenIds) -> Segments:
@@ -477,7 +458,7 @@ def _placed(part: LoRAPart) -> _Placed:
     if layers is None or a.shape[2] % 16:
         return _Placed(a, b, scales, offset, None)
     a, b, _ = layers.flat
-    scales = layers.scales[:, offset : offset + part.slots].reshape(-1)
+    scales = layers.scales[:, offset : offset + part.num_scales].reshape(-1)
     return _Placed(a, b, scales, 0, layers.layer * part.slots)
 
 
@@ -517,8 +498,9 @@ def _shrink_parts(
     `sorts`, else in that of x."""
     twin, tokens = interpreted(), order(segments, sorts)
     vs: dict[int, Array] = {}
-    for dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
-        which = [i for i, part in enumerate(parts) if part.lora_a.dtype == dtype]
+    for weights_dtype in dict.fromkeys(part.lora_a.dtype for part in parts):
+        which = [i for i, part in enumerate(parts) if part.lora_a.dtype == weights_dtype]
+        dtype = jnp.dtype(jnp.bfloat16) if is_eight_bits(weights_dtype) else weights_dtype
         planes, factor = _planes(x, dtype)
         if weights is not None:
             factor = weights if factor is None else weights * factor

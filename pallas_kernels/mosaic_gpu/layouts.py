@@ -25,6 +25,8 @@ type Memory = pl.MemoryRef
 
 # One value per row of a wgmma product, in the registers of the threads that hold the row.
 ROWS = plgpu.Layout.WGMMA.reduce(1)
+# And one per column.
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 # JAX leaves a method of these abstract, which mypy minds.
 _Tiling: Any = plgpu.TilingTransform
 _Swizzle: Any = plgpu.SwizzleTransform
@@ -148,6 +150,13 @@ def shared_bytes(arrays: Iterable[Memory]) -> int:
     """Shared memory of these arrays, of which each takes whole KiB."""
     sizes = (math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays)
     return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
+def eight_bit_layout(columns: int) -> tuple[plgpu.Transform, ...]:
+    """Stacks in 8 bits in shared memory: the tiles that the same columns have in bfloat16, whose
+    rows have half of the bytes."""
+    line = next(n for n in (64, 32, 16) if columns % n == 0)
+    return _Tiling((8, line)), *plain_layout(line)
 
 
 def store_rows(ref: Ref, value: Array) -> None:

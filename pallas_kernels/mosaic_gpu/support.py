@@ -25,8 +25,7 @@ def missing(
     """What the kernels lack for a case, as the object of "lacks"; None if they take it.
 
     `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
-    x may have any dtype of the ops. The decode kernel alone reads weights in 8 bits; the prefill
-    kernels read a copy in bfloat16, which each call makes of all adapters of its layer.
+    x may have any dtype of the ops.
     """
     if weight_dtype not in (jnp.bfloat16, jnp.float16, EIGHT_BITS):
         return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"

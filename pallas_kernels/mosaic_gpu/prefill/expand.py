@@ -15,6 +15,7 @@ The functions stand top down: the plan of a launch, a block, its sweeps, and the
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from pallas_kernels.mosaic_gpu.layouts import (
     bands,
     body_of,
     cuts,
+    eight_bit_layout,
     end_group,
     grid_of,
     in_place,
@@ -55,7 +57,9 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     route_size,
     row_mask,
 )
+from pallas_kernels.mosaic_gpu.prefill.widening import PAIR, pairs_of, widen_pairs, widen_rows
 from pallas_kernels.routing import Segments, SlotRange
+from pallas_kernels.stacks import is_eight_bits
 
 # Stages of y's ring: one is being stored, one added to, and one loaded.
 _Y_STAGES = 3
@@ -70,7 +74,7 @@ class ExpandPart(NamedTuple):
     """One stack of adapters.
 
     Attributes:
-      v: `[rows, max(R, 16)]` in B's dtype, `operand_rows` of them.
+      v: `[rows, max(R, 16)]` in B's dtype, `operand_rows` of them; bfloat16 where B is in 8 bits.
       lora_b: `[L, N, R]`.
       slots: those of its adapters: a token of id i has adapter `i - slots.first`. A token has an
         adapter of one range at most.
@@ -130,9 +134,20 @@ def expand_kernel(
     operands: list[Array] = []
     for part in parts:
         [table] = segments.table(Routes(part.slots, plan.rows, sorts, plan.portions))
-        operands += part.v, part.lora_b, moved(table, plan.rows, part.first)
+        operands += part.v, _as_copied(part), moved(table, plan.rows, part.first)
     [y] = in_place(kernel, (y,), *operands)
     return y
+
+
+def _in_pairs(part: ExpandPart) -> bool:
+    """Whether rows of B have 8 bytes, too few for a copy, so that two of them are copied as one."""
+    return is_eight_bits(part.lora_b.dtype) and part.lora_b.shape[2] == 8
+
+
+def _as_copied(part: ExpandPart) -> Array:
+    """B by the rows that are copied."""
+    b = part.lora_b
+    return b.reshape(b.shape[0], -1, PAIR) if _in_pairs(part) else b
 
 
 # ------------------------------------------------------------------------ the plan, from shapes
@@ -368,9 +383,11 @@ class _PartMemory(NamedTuple):
 
     Attributes:
       v: `[rows, max(R, 16)]`.
-      b: a ring, `[stages, wide, R]`: the adapters of a round one below the other.
-      wide_b: `[wide, 16]`, only where R is 8. Rows of 16 bytes cannot be swizzled, and wgmma's K is
-        16, so B goes through here, with zeros behind its ranks.
+      b: a ring, `[stages, wide, R]`: the adapters of a round one below the other. Of rank 8 in 8
+        bits `[stages, pairs, 16]`.
+      wide_b: `[wide, max(R, 16)]`, only where R is 8, or B in 8 bits. Rows of 16 bytes cannot be
+        swizzled, wgmma's K is 16, and it has no product with 8 bits. So B goes through here, with
+        zeros behind its 8 ranks.
     """
 
     v: Ref
@@ -388,12 +405,23 @@ def _part_memory(part: ExpandPart, rows: int, width: int) -> _PartMemory:
     (_, width_v), dtype, rank = part.v.shape, part.v.dtype, part.lora_b.shape[2]
     wide, stages = _stacked(part.config, rows, width) * width, part.config.expand_stages
     v: Memory = plgpu.SMEM((rows, width_v), dtype, transforms=operand_layout(dtype, width_v))
+    if is_eight_bits(part.lora_b.dtype):
+        wide_b = plgpu.SMEM((wide, width_v), dtype, transforms=operand_layout(dtype, width_v))
+        return _PartMemory(v, _ring_of_eight_bits(part, wide, width), wide_b)
     if rank > 8:
         layout = operand_layout(dtype, rank)
         return _PartMemory(v, plgpu.SMEM((stages, wide, rank), dtype, transforms=layout))
     wide = -(-wide // TILE) * TILE  # B passes through registers, whose WGMMA layout has 64 rows
     wide_b = plgpu.SMEM((wide, 16), dtype, transforms=operand_layout(dtype, 16))
     return _PartMemory(v, plgpu.SMEM((stages, wide, rank), dtype), wide_b)
+
+
+def _ring_of_eight_bits(part: ExpandPart, wide: int, width: int) -> Memory:
+    """The ring of B in 8 bits, of `wide` rows of which `width` have the same adapter."""
+    stages, rank, dtype = part.config.expand_stages, part.lora_b.shape[2], part.lora_b.dtype
+    if _in_pairs(part):
+        return plgpu.SMEM((stages, wide // width * pairs_of(width), PAIR), dtype)
+    return plgpu.SMEM((stages, wide, rank), dtype, transforms=eight_bit_layout(rank))
 
 
 # --------------------------------------------------------------------------------- a block
@@ -870,12 +898,15 @@ class _BRing(NamedTuple):
         """Starts to copy an item. What is not copied arrives."""
         loaded = self.inputs.b_loaded.at[slot]
         n, nth = lax.div(jnp.int32(item), self.rounds), lax.rem(jnp.int32(item), self.rounds)
+        first, count = self.feature + n * self.width, self.width
+        if _in_pairs(self.part):  # whole 128 bytes; rows behind the item's are not used
+            first, count = lax.div(first, jnp.int32(2)), pairs_of(count)
 
         def copy(j: int, adapter: Array) -> None:
             place = place_of(adapter, self.part.shared)
             plgpu.copy_gmem_to_smem(
-                self.inputs.b.at[place, pl.ds(self.feature + n * self.width, self.width)],
-                self.memory.b.at[slot, pl.ds(j * self.width, self.width)],
+                self.inputs.b.at[place, pl.ds(first, count)],
+                self.memory.b.at[slot, pl.ds(j * count, count)],
                 loaded,
             )
 
@@ -919,9 +950,17 @@ class _BRing(NamedTuple):
 
     def operand(self, slot: Array) -> Ref:
         """B of an item as wgmma takes it, in shared memory."""
-        used, wide_b = pl.ds(0, self.stack * self.width), self.memory.wide_b
+        wide, wide_b = self.stack * self.width, self.memory.wide_b
+        used = pl.ds(0, wide)
         if wide_b is None:
             return self.memory.b.at[slot, used]
+        if is_eight_bits(self.part.lora_b.dtype):
+            here = self.memory.b.at[slot]
+            if _in_pairs(self.part):
+                widen_pairs(here, wide_b, self.stack, self.width)
+            else:
+                widen_rows(here, wide_b, wide, math.gcd(wide_b.shape[1], 64))
+            return wide_b.at[used]
         b = plgpu.load(self.memory.b.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
         wide_b[...] = jnp.concatenate([b, jnp.zeros_like(b)], axis=1)
         plgpu.commit_smem()

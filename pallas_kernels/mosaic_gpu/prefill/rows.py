@@ -23,7 +23,13 @@ from pallas_kernels.mosaic_gpu.layouts import Ref
 
 type Layout = tuple[plgpu.Transform, ...]
 
-_THREADS = 128  # of a block: one warpgroup
+THREADS = 128  # of a block: one warpgroup
+
+
+def swizzled(place: Int, line: int) -> Int:
+    """Where 16 bytes of a tile's lines lie, or which lie there. The hardware's swizzle: bits 4 to 6
+    of an address, or fewer, change with bits 7 to 9."""
+    return place ^ ((place >> 3) & (line - 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +51,12 @@ class Block:
         per_line = self.line // 16
         eight = row // 8 * (self.chunks // per_line) + chunk // per_line
         place = (eight * 8 + row % 8) * self.line + chunk % per_line * 16
-        # The hardware's swizzle: bits 4 to 6 of an address, or fewer, change with bits 7 to 9.
-        return (place ^ ((place >> 3) & (self.line - 16))) // 4
+        return swizzled(place, self.line) // 4
 
     def dealt(self, m: Machine) -> Iterator[tuple[Int, Int, Flag]]:
         """(row, chunk, whether it is one) for all chunks, dealt to the lanes of a block."""
         total = self.rows * self.chunks
-        for first in range(0, total, _THREADS):
+        for first in range(0, total, THREADS):
             n = m.tid + first
             yield n // self.chunks, n % self.chunks, n < total
 
@@ -95,7 +100,7 @@ def gather(m: Machine, block: Block, rows: Rows, column: Int, plane: int = 0) ->
         place = column + chunk * each
         there = there & (place < rows.width)
         address = m.address(rows.array, token + plane * rows.height, rows.width)
-        if block.rows * block.chunks % _THREADS == 0:
+        if block.rows * block.chunks % THREADS == 0:
             m.copy(block.word(row, chunk), address, m.select(there, place, 0), there)
         else:
             copy = functools.partial(
@@ -152,7 +157,7 @@ def add_up(
     """
     dtype, quads = out.array.dtype, sums.out_width // 4
     total = sums.own * quads
-    for first in range(0, total, _THREADS):
+    for first in range(0, total, THREADS):
         is_one = m.tid + first < total
         n = m.select(is_one, m.tid + first, 0)
         row, quad = n // quads + me * sums.own, n % quads

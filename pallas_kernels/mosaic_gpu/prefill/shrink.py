@@ -4,7 +4,7 @@ It works in rounds, each for a few of the tokens' adapters. The rounds of all ti
 dealt to the clusters in turn. The life of a round:
 
     route      which tokens and adapters              shared memory
-    pipeline   x and A, some columns of H at a time   shared memory, by TMA
+    pipeline   x and A, some columns of H at a time   shared memory, by TMA; A of 8 bits widened
     products   all rows with all of them              registers, float32
     v          each row's product with its adapter    registers, this block's share of H
     exchange   the sum over the cluster's shares      peers' shared memory, then registers
@@ -30,11 +30,13 @@ from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.chip import MAX_COLUMNS, MULTIPROCESSORS, TILE
 from pallas_kernels.mosaic_gpu.config import Config
 from pallas_kernels.mosaic_gpu.layouts import (
+    COLUMNS,
     Memory,
     Ref,
     accumulator,
     body_of,
     cluster_barrier,
+    eight_bit_layout,
     end_group,
     interpreted,
     operand_layout,
@@ -53,7 +55,9 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     moved,
     row_mask,
 )
+from pallas_kernels.mosaic_gpu.prefill.widening import widen_rows
 from pallas_kernels.routing import Segments, SlotRange
+from pallas_kernels.stacks import is_eight_bits
 
 # What the pipeline and the output may fill of shared memory, and what they may with the routes.
 _PIPELINE_BYTES = 208 * 1024
@@ -62,14 +66,17 @@ _SHARED_BYTES = chip.ARRAY_BYTES
 # grows with the number of additions: 1.8e-5 of v after 16384 columns. Such spans are then added in
 # float32, which rounds to nearest.
 _SPAN = 2048
+# Places for A as widened from 8 bits: one is written to while products read the other.
+_WIDENED = 2
 
 
 class ShrinkPart(NamedTuple):
     """One stack of adapters.
 
     Attributes:
-      lora_a: `[L, R, H]`, H a multiple of 16.
-      scales: `[1]`, or `[S]` in which the part's L scales start at `first_scale`.
+      lora_a: `[L, R, H]`, H a multiple of 16; in x's dtype, or in 8 bits beside bfloat16.
+      scales: `[1]`, or `[S]` in which the part's L scales start at `first_scale`; in 8 bits L * R
+        of them, one for each rank.
       slots: those of its adapters: a token of id i has adapter `i - slots.first`.
       dtype: of v.
       config: how to cut the work.
@@ -147,8 +154,9 @@ class _Launch:
       num_tokens: T.
       x_shape: rows and columns of a plane of x.
       planes: arrays that x is the sum of.
-      dtype: of x and A.
-      layout: of x and A in shared memory.
+      dtype: of x, and of A in products.
+      weights: of A in device memory: `dtype`, or 8 bits.
+      line: columns of a tile of x and A in shared memory.
       rows: tokens of a block, one tile or two.
       split: blocks of a cluster.
       share: columns of H of each of them.
@@ -167,7 +175,8 @@ class _Launch:
     x_shape: tuple[int, int]
     planes: int
     dtype: DTypeLike
-    layout: tuple[plgpu.Transform, ...]
+    weights: DTypeLike
+    line: int
     rows: int
     split: int
     share: int
@@ -194,10 +203,38 @@ class _Launch:
         """What a stage's barrier waits for: each plane of x, and A of each adapter."""
         return self.planes + self.most_adapters
 
+    @property
+    def layout(self) -> tuple[plgpu.Transform, ...]:
+        """Of x and A in shared memory, as products take them."""
+        return operand_layout(self.dtype, self.line)
+
+    @property
+    def widens(self) -> bool:
+        """Whether A comes in 8 bits."""
+        return is_eight_bits(self.weights)
+
+    def nbytes(self, ranks: int, stages: int) -> int:
+        """Shared memory of so many stages with so many rows of A."""
+        size = jnp.dtype(self.dtype).itemsize
+        of_stage = self.planes * self.rows * size + ranks * jnp.dtype(self.weights).itemsize
+        widened = _WIDENED * ranks * size if self.widens else 0
+        return (stages * of_stage + widened) * self.block_k
+
     def stages(self, ranks: int) -> int:
         """Stages of the pipeline with so many rows of A."""
-        fitting = _columns_in(self.room, self.planes * self.rows + ranks, self.dtype)
-        return min(self.most_stages, fitting // self.block_k, self.steps)
+        most = min(self.most_stages, self.steps)
+        return next((n for n in range(most, 1, -1) if self.nbytes(ranks, n) <= self.room), 1)
+
+    def pipeline(self, ranks: int) -> tuple[Memory, ...]:
+        """The shared memory to ask for, of `_Pipeline`."""
+        stages, x_rows = self.stages(ranks), (self.planes, self.rows)
+        a_shape = ranks, self.block_k
+        layout = eight_bit_layout(self.line) if self.widens else self.layout
+        x = plgpu.SMEM((stages, *x_rows, self.block_k), self.dtype, transforms=self.layout)
+        a = plgpu.SMEM((stages, *a_shape), self.weights, transforms=layout)
+        if not self.widens:
+            return x, a
+        return x, a, plgpu.SMEM((_WIDENED, *a_shape), self.dtype, transforms=self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +269,6 @@ class _PartPlan:
         return self.width if self.rounds.blocks > 1 else self.out.shape[-1]
 
 
-def _columns_in(room: int, rows: int, dtype: DTypeLike) -> int:
-    """Columns of so many rows that fit into `room` bytes."""
-    return room // (rows * jnp.dtype(dtype).itemsize)
-
-
 def _widths(parts: tuple[ShrinkPart, ...]) -> list[int]:
     """Ranks of a block, part by part."""
     return [rank_width(p.lora_a.shape[1], p.config.rank_block) for p in parts]
@@ -267,11 +299,12 @@ def _plan_launch(
         x_shape=(height, features),
         planes=planes,
         dtype=x.dtype,
-        layout=operand_layout(x.dtype, math.gcd(features, 64)),
+        weights=parts[0].lora_a.dtype,
+        line=math.gcd(features, 64),
         rows=rows,
         split=split,
         share=-(-features // (SPLIT_UNIT * split)) * SPLIT_UNIT,
-        block_k=64,
+        block_k=128,
         room=0,
         most_stages=max(p.config.stages for p in parts),
         most_adapters=max(stacks),
@@ -284,7 +317,7 @@ def _plan_launch(
     wide = max(stack * width for stack, width in zip(stacks, widths))
     # A step adds plane after plane. So with several planes block_k is part of the order of the sum,
     # and must not follow from how much fits.
-    two_fit = _columns_in(room, planes * rows + wide, x.dtype) >= 2 * 128
+    two_fit = launch.nbytes(wide, stages=2) <= room
     return dataclasses.replace(launch, block_k=128 if planes == 1 and two_fit else 64, room=room)
 
 
@@ -318,10 +351,7 @@ def _clusters(launch: _Launch, plans: tuple[_PartPlan, ...]) -> int:
     if tiles * launch.split > MULTIPROCESSORS * 3 // 4:
         return min(items, tiles)
     nbytes = max(
-        launch.stages(ranks)
-        * (launch.planes * launch.rows + ranks)
-        * launch.block_k
-        * jnp.dtype(launch.dtype).itemsize
+        launch.nbytes(ranks, launch.stages(ranks))
         for plan in plans
         for ranks in (plan.width, plan.stack * plan.width)
     )
@@ -445,9 +475,11 @@ def _fetch_route(refs: _Refs, wanted: Array) -> None:
 def _take(block: _Block) -> None:
     """A round, with room for one adapter or several."""
     launch, plan = block.launch, block.plan
-    if launch.stages(plan.width) == launch.stages(plan.stack * plan.width):
+    same = launch.stages(plan.width) == launch.stages(plan.stack * plan.width)
+    if plan.stack == 1 or (same and not launch.widens):
         return _round(block, plan.stack)
-    # Room for more adapters costs stages, and most tiles have one adapter.
+    # Room for more adapters costs stages, or the time to widen what is not there, and most tiles
+    # have one adapter.
     is_one = block.refs.route.count() <= 1
     pl.when(is_one)(functools.partial(_round, block, 1))
     pl.when(~is_one)(functools.partial(_round, block, plan.stack))
@@ -457,16 +489,9 @@ def _round(block: _Block, count: int) -> None:
     """A round, which has up to `count` adapters: from x to v in device memory."""
     launch, plan, refs = block.launch, block.plan, block.refs
     adapters = [refs.route.adapter(0, j) for j in range(count)]
-    wide = count * plan.width
-    stages = launch.stages(wide)
     v = pl.run_scoped(
-        lambda x_smem, a_smem: _share_of_v(block, adapters, _Pipeline(x_smem, a_smem)),
-        plgpu.SMEM(
-            (stages, launch.planes, launch.rows, launch.block_k),
-            launch.dtype,
-            transforms=launch.layout,
-        ),
-        plgpu.SMEM((stages, wide, launch.block_k), launch.dtype, transforms=launch.layout),
+        lambda *memory: _share_of_v(block, adapters, _Pipeline(*memory)),
+        *launch.pipeline(count * plan.width),
     )
     if launch.interpreted:
         share: Memory = plgpu.SMEM((launch.rows, plan.width), jnp.float32)
@@ -482,10 +507,23 @@ def _round(block: _Block, count: int) -> None:
 
 class _Pipeline(NamedTuple):
     """A ring in shared memory: x `[stages, planes, rows, block_k]`, and A of a round's adapters one
-    below the other, `[stages, wide, block_k]`. A barrier per stage says that both are here."""
+    below the other, `[stages, wide, block_k]`. A barrier per stage says that both are here.
+
+    Where A comes in 8 bits, products read `wide_a`, `[2, wide, block_k]`, whose two places take
+    turns."""
 
     x: Ref
     a: Ref
+    wide_a: Ref | None = None
+
+    def operand(self, line: int, k: Array, slot: Array) -> Ref:
+        """A of step k, from its slot, as products take it in tiles of `line` columns. Those of step
+        k - 2 have ended."""
+        if self.wide_a is None:
+            return self.a.at[slot]
+        wide = self.wide_a.at[lax.rem(jnp.int32(k), jnp.int32(_WIDENED))]
+        widen_rows(self.a.at[slot], wide, self.a.shape[1], line)
+        return wide
 
 
 def _share_of_v(
@@ -493,15 +531,25 @@ def _share_of_v(
 ) -> Float[Array, "rows width"]:
     """Each row's sum with its own adapter over the block's share of H, scaled; zero without one.
     In registers."""
-    plan, scales = block.plan, block.refs.scales
+    plan = block.plan
     products = _products(block, adapters, ring)
     v = jnp.zeros((block.launch.rows, plan.width), jnp.float32)
     for j, adapter in enumerate(adapters):
-        slot = jnp.maximum(adapter, 0) if scales.shape[0] > 1 else 0
-        scale = scales[plan.first_scale + slot]
+        scale = _scale(block, adapter)
         mine = products[:, j * plan.width : (j + 1) * plan.width] * scale
         v = jnp.where(row_mask(block.ids, adapter, plan.width), mine, v)
     return v
+
+
+def _scale(block: _Block, adapter: Array) -> Float[Array, "*rows_width"]:
+    """What an adapter's columns of v are multiplied by: one number, or one each."""
+    plan, scales = block.plan, block.refs.scales
+    slot = jnp.maximum(adapter, 0) if scales.shape[0] > 1 else 0
+    if not block.launch.widens:
+        return scales[plan.first_scale + slot]
+    first = plan.first_scale + slot * plan.rank + block.rank_start
+    own = plgpu.load(scales.at[pl.ds(first, plan.width)], layout=COLUMNS, optimized=False)
+    return lax.broadcast_in_dim(own, (block.launch.rows, plan.width), (1,))
 
 
 def _products(block: _Block, adapters: list[Array], ring: _Pipeline) -> Float[Array, "rows wide"]:
@@ -543,9 +591,10 @@ def _step(block: _Block, adapters: list[Array], ring: _Pipeline, acc: Ref, k: Ar
     plgpu.barrier_wait(block.refs.loaded.at[slot])
     if launch.sorts:
         pl.when(block.is_scattered)(lambda: wait_for_groups(stages - 1 - running))
+    a = ring.operand(launch.line, k, slot)
     for p in range(launch.planes):
-        plgpu.wgmma(acc, ring.x.at[slot, p], ring.a.at[slot].T)
-    if launch.steps > stages:
+        plgpu.wgmma(acc, ring.x.at[slot, p], a.T)
+    if launch.steps > stages or launch.widens:
         plgpu.wgmma_wait(launch.planes * running)
     ahead = k + (stages - running)
     later = lax.rem(jnp.int32(ahead), jnp.int32(stages))

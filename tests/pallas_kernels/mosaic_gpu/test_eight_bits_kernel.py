@@ -42,6 +42,21 @@ CASES = [
     ci(EightBitCase(13, 256, TWO, "zipf"), {}),
     (EightBitCase(12, 128, MANY, "out_of_range"), dict(column_clusters=2)),
 ]
+PREFILL = Config(split=2)
+PREFILLS = [
+    (EightBitCase(70, 128, (Stack(16, 2, 64), Stack(32, 1, 64, 2)), "zipf"), {}),
+    (EightBitCase(66, 144, (Stack(8, 3, 72),)), dict(expand_stack=2)),
+    ci(EightBitCase(9, 72, (Stack(48, 3, 72),), "distinct"), dict(split=1, stages=1)),
+    ci(
+        EightBitCase(130, 672, (Stack(64, 2, 136),), y_dtype="float32"),
+        dict(row_tiles=2, expand_row_tiles=2, expand_columns=2),
+    ),
+    ci(EightBitCase(65, 64, (Stack(272, 2, 64),)), dict(stack=2)),
+    ci(EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range"), {}),
+]
+
+
+WAYS = pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["one launch", "two launches"])
 
 
 @pytest.fixture
@@ -79,8 +94,10 @@ def test_decode_emulated_against_float64(
     check(case, np.asarray(add_parts(jnp.asarray(y), x, case.parts(), ids, delta=delta, **how)))
 
 
-def test_one_launch_of_several_layers(emulated: None) -> None:
+@WAYS
+def test_several_layers(config: Config, request: pytest.FixtureRequest) -> None:
     """Stacks, and scales too, are read where they stand among those of all layers."""
+    request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     case = EightBitCase(7, 128, (Stack(16, 2, 64), Stack(16, 3, 64, 2)))
     (x, y), parts = case.rows(), case.parts()
     scales = np.asarray(parts[0].scales)
@@ -97,17 +114,19 @@ def test_one_launch_of_several_layers(emulated: None) -> None:
         )
         for part in parts
     ]
-    how: Any = {"implementation": "mosaic_gpu", "config": DECODE}
+    how: Any = {"implementation": "mosaic_gpu", "config": config}
     check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, parts, case.ids, **how)))
 
 
-def test_mixes(emulated: None) -> None:
+@WAYS
+def test_mixes(config: Config, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("emulated" if config is DECODE else "interpreted")
     case = EightBitCase(6, 128, (Stack(16, 4, 64),))
     (x, y), [part] = case.rows(), case.parts()
     rng = np.random.default_rng(5)
     ids = rng.integers(-1, 4, (6, 2)).astype(np.int32)
     weights = rng.normal(size=(6, 2)).astype(np.float32)
-    how: Any = {"implementation": "mosaic_gpu", "config": DECODE, "weights": weights}
+    how: Any = {"implementation": "mosaic_gpu", "config": config, "weights": weights}
     new = pk.add_lora_multi(jnp.asarray(y), x, [part], ids, **how)
     want = y.astype(np.float64)
     for column, factors in zip(ids.T, weights.T):
@@ -115,14 +134,29 @@ def test_mixes(emulated: None) -> None:
     assert relative_error(np.asarray(new), want) < y_tolerance("bfloat16")
 
 
-@pytest.mark.parametrize("x_dtype", ["bfloat16", ci("float32")])
-def test_prefill_interpreted(x_dtype: str, interpreted: None) -> None:
-    """By a copy in bfloat16; x may have any dtype."""
-    case = EightBitCase(70, 128, (Stack(16, 2, 64), Stack(32, 1, 64, 2)), "zipf")
-    x, y = case.rows()
-    how: Any = {"implementation": "mosaic_gpu", "phase": "prefill"}
+@pytest.mark.parametrize(("case", "change"), PREFILLS, ids=str)
+def test_prefill_interpreted(case: EightBitCase, change: dict[str, int], interpreted: None) -> None:
+    (x, y), config = case.rows(), dataclasses.replace(PREFILL, **change)
+    how: Any = {"implementation": "mosaic_gpu", "config": config}
+    check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
+
+
+@pytest.mark.parametrize("x_dtype", [ci("float16"), "float32"])
+def test_x_of_another_dtype(x_dtype: str, interpreted: None) -> None:
+    case = EightBitCase(6, 128, (Stack(16, 2, 64),))
+    (x, y), how = case.rows(), {"implementation": "mosaic_gpu"}
     x = x.astype(x_dtype)
     check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
+
+
+def test_beside_a_part_in_bfloat16(interpreted: None) -> None:
+    case = EightBitCase(9, 128, (Stack(16, 2, 64), Stack(32, 2, 64, 2)))
+    (x, y), [one, two] = case.rows(), case.parts()
+    a, b = (np.asarray(t).astype(ml_dtypes.bfloat16) for t in (two.lora_a, two.lora_b))
+    two = pk.LoRAPart(a, b, np.float32([2**-18, 2**-19]), 2)
+    new = pk.add_lora_multi(jnp.asarray(y), x, [one, two], case.ids, implementation="mosaic_gpu")
+    delta, _ = parts_in_float64(x, [one, two], case.ids, 64)
+    assert relative_error(np.asarray(new), y.astype(np.float64) + delta) < y_tolerance("bfloat16")
 
 
 def test_every_byte_is_widened_exactly() -> None:
@@ -139,7 +173,9 @@ def test_every_byte_is_widened_exactly() -> None:
 # ----------------------------------------------------------------------------------------- lowering
 
 
-def lowered(case: EightBitCase, config: Config | None, *, seated: bool = False) -> str:
+def lowered(
+    case: EightBitCase, config: Config | None, *, seated: bool = False, x_dtype: str = "bfloat16"
+) -> str:
     like = [
         pk.LoRAPart(
             np.zeros((one.slots, one.rank, case.features), ml_dtypes.float8_e4m3fn),
@@ -161,7 +197,7 @@ def lowered(case: EightBitCase, config: Config | None, *, seated: bool = False) 
     shapes = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), as_shapes(like))
     traced = jax.jit(run).trace(
         jax.ShapeDtypeStruct((case.tokens, case.columns), case.y_dtype),
-        jax.ShapeDtypeStruct((case.tokens, case.features), "bfloat16"),
+        jax.ShapeDtypeStruct((case.tokens, case.features), x_dtype),
         shapes,
         jax.ShapeDtypeStruct((case.tokens,), "int32"),
     )
@@ -200,6 +236,31 @@ def test_buckets_share_a_launch() -> None:
     }
 
 
-def test_a_prefill_lowers_to_two_launches() -> None:
-    found = kernels(lowered(EightBitCase(2048, 1024, (Stack(64, 4, 1024),)), None))
-    assert found == {"lora_shrink_r64", "lora_expand_r64"}
+EVERY_RANK = (8, *range(16, 513, 16))
+
+
+@pytest.mark.parametrize("rank", [8, 64, *map(ci, (16, 48, 128, 256, 512)), *map(slow, EVERY_RANK)])
+@pytest.mark.parametrize("tokens", [ci(300), 4096])
+def test_a_prefill_reads_stacks_as_they_are(rank: int, tokens: int) -> None:
+    case = EightBitCase(tokens, 4096, (Stack(rank, 64, 4096),))
+    module = lowered(case, None if tokens > 1024 else PREFILL)
+    assert kernels(module) == {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
+    assert not re.search(r"stablehlo\.(convert|copy|pad).*f8E4M3FN", module)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(144, 72), *map(ci, ((64, 64), (72, 88), (576, 200), (14336, 4096), (131072, 72)))]
+)
+@pytest.mark.parametrize("x_dtype", ["bfloat16", ci("float32")])
+def test_every_size_lowers_in_prefill(sizes: tuple[int, int], x_dtype: str) -> None:
+    features, width = sizes
+    for rank in (8, 16, 64):
+        case = EightBitCase(300, features, (Stack(rank, 4, width),), y_dtype="float32")
+        found = kernels(lowered(case, PREFILL, x_dtype=x_dtype))
+        assert found == {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
+
+
+def test_buckets_share_launches_in_prefill() -> None:
+    stacks = tuple(Stack(rank, 4, 256, 4 * n) for n, rank in enumerate((8, 16, 64)))
+    found = kernels(lowered(EightBitCase(2000, 256, stacks), None))
+    assert found == {"lora_shrink_r8_r16_r64", "lora_expand_r8_r16_r64"}

@@ -18,7 +18,9 @@ from pallas_kernels.mosaic_gpu.prefill.rows import (
     gather,
     scatter,
 )
+from pallas_kernels.mosaic_gpu.prefill.widening import Pairs, Places, Tiles, pairs_of, widen
 from pallas_kernels.routing import SlotRange
+from pallas_kernels.stacks import EIGHT_BITS
 
 THREADS = 128
 
@@ -114,6 +116,40 @@ def test_shares_are_added_up_in_order(split: int, width: int, dtype: str) -> Non
             want[row + 2, 4 : 4 + out_width] = 0
             want[row + 2, 4 : 4 + width] = total[row].astype(dtype)
     np.testing.assert_array_equal(memory.array(0), want)
+
+
+def eight_bits(shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of any size, subnormal ones and both zeros too; no NaN."""
+    every = np.random.default_rng(3).integers(0, 127, shape) + 128 * (np.indices(shape).sum(0) % 2)
+    return every.astype(np.uint8).view(EIGHT_BITS)
+
+
+def widened(source: np.ndarray, places: Places, size: int) -> np.ndarray:
+    """`size` words of shared memory, to which those of `source` are widened; others are -1."""
+    m = with_words(np.full(size, -1, np.int32))
+    widen(m, with_words(source), m, places)
+    return m._shared.words[0]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (8, 64), (48, 96), (24, 48), (8, 16)])
+def test_widened_tiles_lie_as_wgmma_reads_them(rows: int, columns: int) -> None:
+    values = eight_bits((rows, columns))
+    line = next(n for n in (64, 32, 16) if columns % n == 0)
+    source = swizzled(Block(rows, columns // 16, line), values.view(np.int32))
+    wide = np.ascontiguousarray(values.astype(jnp.bfloat16)).view(np.int32)
+    want = swizzled(Block(rows, columns // 8, 2 * line), wide)
+    found = widened(source, Tiles(rows * columns // 16, line), want.size)
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize(("stack", "width"), [(1, 64), (3, 8), (2, 72), (8, 32)])
+def test_widened_lines_have_zeros_behind_eight_ranks(stack: int, width: int) -> None:
+    values = eight_bits((stack, 2 * pairs_of(width), 8))
+    wide = np.zeros((stack * width, 16), jnp.bfloat16)
+    wide[:, :8] = values[:, :width].reshape(-1, 8)
+    want = swizzled(Block(stack * width, 2, 32), wide.view(np.int32))
+    source = np.ascontiguousarray(values).view(np.int32).reshape(-1)
+    np.testing.assert_array_equal(widened(source, Pairs(stack, width), want.size), want)
 
 
 @pytest.mark.parametrize(
