@@ -444,8 +444,7 @@ def test_parts(case: Buckets) -> None:
         at_once = backend.makes_delta_at_once(
             jnp.asarray(of.x), tuple(of.parts), case.widths, of.whole.dtype
         )
-        several = len(case.ranks) > 1 and max(case.ranks) == 128
-        most = 1024 if case.ranks == (16,) else 128 if several else 256
+        most = 1024 if max(case.ranks) <= 32 else 768 if len(case.ranks) > 1 else 256
         assert at_once == (case.num_tokens <= most)
         added = (of.whole.astype(np.float32) + delta.astype(np.float32)).astype(of.whole.dtype)
         layer = of.run("add_in_step", "segments")

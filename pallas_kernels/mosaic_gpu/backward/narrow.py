@@ -127,7 +127,8 @@ def narrow_kernel(
     """
     sums = [one for some in alike for one in some]
     [(_, per_tile)] = collections.Counter(one.slots for one in sums).most_common(1)
-    cut = narrow_cut(per_tile * tiles.count, max(one.columns for one in sums))
+    columns, rank = max(one.columns for one in sums), max(one.rank for one in sums)
+    cut = narrow_cut(per_tile * tiles.count, columns, rank, sparse=tiles.sparse)
     jobs = _jobs(alike, cut.split)
     ranks = "_".join(dict.fromkeys(f"r{one.rank}" for one in sums))
 

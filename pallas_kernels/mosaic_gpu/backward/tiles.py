@@ -50,6 +50,11 @@ class Tiles:
         """Tiles, at most."""
         return self.table.shape[0]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a tile has half of its rows at most, if all adapters have as many tokens."""
+        return 2 * self.rows.shape[0] <= SIDE * self.group_adapters.shape[0]
+
     @classmethod
     def of(cls, segments: Segments) -> "Tiles":
         """The tiles of sorted tokens; those without an adapter come last."""

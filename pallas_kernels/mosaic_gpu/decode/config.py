@@ -10,7 +10,8 @@ MAX_DECODE_TOKENS = 1024
 # It compares each token with all earlier ones: of 512 that would be four times what it is of 256.
 MAX_UNSEATED_TOKENS = 256
 # Clusters of eight tokens read an eighth of so many elements of A and B from the L2 cache, in the
-# time that two launches take. H200, T=384, 8 adapters of R=64, H=28672, N=2048: 35.6 us in one.
+# time that two launches take. H200, T=384, 8 adapters of R=64, H=28672, N=2048: 35.6 us in one,
+# 25.6 in two. T=192, 2 of R=128, H=14336, N=8192, which is 550 million: 20.9 and 24.3.
 _MOST_ELEMENTS = 700_000_000
 
 
@@ -25,7 +26,7 @@ def decode_config(
     weight_bytes: int = 2,
 ) -> Config:
     """The decode kernel's config for ranks up to `rank` and ys of `width` columns together; `warps`
-    is None where two launches are taken. `features`: of x, which decide above 256 tokens alone.
+    is None where two launches are taken. `features`: of x, which decide above 128 tokens alone.
 
     A token that may have several adapters counts once. `buckets` counts the ranges of ids. `delta`:
     XLA adds what the kernel makes, so that it may run beside the product that makes y.
@@ -37,7 +38,9 @@ def decode_config(
     config = _decode_config(num_tokens, width, rank, weight_bytes, delta)
     if buckets > 1 and rank >= 64:
         clusters = _clusters_of_buckets(num_tokens, width, delta)
-        return dataclasses.replace(config, column_clusters=max(clusters, config.column_clusters))
+        if num_tokens <= 64:
+            clusters = max(clusters, config.column_clusters)
+        return dataclasses.replace(config, column_clusters=clusters)
     return config
 
 
@@ -52,10 +55,12 @@ def _clusters_of_buckets(num_tokens: int, width: int, delta: bool) -> int:
 
     More tokens keep all busy, and each cluster computes v. H200, ranks 16 to 128, T=192, 16
     adapters, H=14336: 23.9 us with 1, 19.6 with 2, 33.1 with 4; T=512, 32 adapters: 21.1 with 1,
-    23.8 with 2.
+    23.8 with 2; T=384, 32 adapters, H=28672, N=14336: 75.1 with 1, 82.0 with 2.
     """
+    if num_tokens > 256:
+        return 1
     if num_tokens > 64:
-        return 2 if num_tokens <= 256 else 1
+        return 2
     return 4 if width <= 8192 else 3 if delta else 12
 
 
@@ -69,26 +74,28 @@ def _most_tokens(rank: int, buckets: int, elements: int = 0) -> int:
     Each cluster of eight tokens reads its adapter from the L2 cache, tiles of 64 tokens read it
     once. But clusters take tokens in any order, and decode rows beside a prompt, without loss.
 
-    H200, T=256, R=128: 8 adapters 17.8 us in one, 12.4 in two; 2 adapters, H=28672, 44.0 and 19.8;
-    64 adapters 39.5 and 48.1. T=512, R=16: 4 adapters 7.6 us in one, 9.7 in two; shuffled, 32
-    adapters, 9.3 and 16.6; 64 rows of 64 adapters and a prompt of 448 tokens 14.5 and 24.3. Several
-    buckets are two launches of parts that follow each other. Ranks 16 to 128, T=512, 32 adapters:
-    21.1 us in one, 35.2 in two; T=768, 64 adapters, H=14336: 63.5 and 98.2.
+    H200, T=256, R=128: 8 adapters 17.8 us in one, 12.4 in two; 64 adapters 39.5 and 48.1; 63 rows
+    of 63 adapters and 193 of one 42.7 and 70.3; 2 adapters, H=28672, 44.0 and 19.8. T=512, R=16: 4
+    adapters 7.6 us in one, 9.7 in two; shuffled, 32 adapters, 9.3 and 16.6; 64 rows of 64 adapters
+    and a prompt of 448 tokens 14.5 and 24.3. Several buckets are two launches of parts that follow
+    each other. Ranks 16 to 128, T=512, 32 adapters: 21.1 us in one, 35.2 in two; T=768, 64
+    adapters, H=14336: 63.5 and 98.2.
     """
     if rank > 128:
         return 128
     if buckets > 1:
         return 768 if rank > 32 else MAX_DECODE_TOKENS
-    if rank > 64:
-        return 128
     if elements > _MOST_ELEMENTS:
+        return most_unseated_tokens(rank)
+    if rank > 64:
         return MAX_UNSEATED_TOKENS
     return 512 if rank > 32 else MAX_DECODE_TOKENS
 
 
 def most_unseated_tokens(rank: int) -> int:
-    """Up to how many tokens with raw ids, all of one range, are one launch and nothing besides."""
-    return min(_most_tokens(rank, 1), MAX_UNSEATED_TOKENS)
+    """Up to how many tokens with raw ids, all of one range, are one launch and nothing besides,
+    however wide A and B are."""
+    return 128 if rank > 64 else MAX_UNSEATED_TOKENS
 
 
 def _decode_config(

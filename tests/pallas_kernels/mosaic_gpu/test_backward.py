@@ -26,6 +26,7 @@ from mosaic_cases import relative_error
 import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend, layouts, support
+from pallas_kernels.mosaic_gpu.backward.config import narrow_cut, outer_cut
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -78,6 +79,23 @@ def test_grids_in_another_order(interpreted: None, monkeypatch: pytest.MonkeyPat
     case = GradientCase(12, 128, (64,), ((16, 5),), "shuffled")
     z = case.arrays()
     check(case, z, gradients(z, case.slots))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "rank", "cuts"),
+    [
+        (512, 4, 16, ((16, 4), (2, 2))),  # blocks that fit at once with two stages
+        (256, 64, 8, ((8, 4), (2, 2))),  # four tokens an adapter
+        (512, 64, 64, ((2, 4), (2, 2))),  # more ranks, so larger shares
+        (8192, 64, 8, ((1, 4), (2, 3))),  # full tiles
+    ],
+)
+def test_cuts(
+    tokens: int, slots: int, rank: int, cuts: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    tiles = Tiles.of(pk.make_segments(jnp.arange(tokens) * slots // tokens, slots))
+    narrow = narrow_cut(2 * tiles.count, 8192, rank, sparse=tiles.sparse)
+    assert (narrow, outer_cut(tiles.count, slots, 8192)) == cuts
 
 
 @pytest.mark.ci

@@ -761,7 +761,9 @@ MOST_RANK = 368  # whose sums fit into the decode kernel's shared memory for any
 
 def most_rank(num_tokens: int) -> int:
     """Up to which rank so many tokens are one launch."""
-    return next((r for t, r in ((128, MOST_RANK), (512, 64), (1024, 32)) if num_tokens <= t), 0)
+    return next(
+        (r for t, r in ((128, MOST_RANK), (256, 128), (512, 64), (1024, 32)) if num_tokens <= t), 0
+    )
 
 
 @pytest.mark.ci
@@ -799,8 +801,8 @@ def test_two_tiles_share_a_block(rank: int, x: str, tokens_of_a_block: tuple[int
     ("tokens", "ranks", "is_one"),
     [
         (256, (64,), True),
-        (128, (128,), True),
-        (129, (128,), False),
+        (256, (128,), True),
+        (257, (128,), False),
         (768, (16, 128), True),
         (769, (16, 128), False),
         (1024, (8, 32), True),
@@ -817,10 +819,11 @@ def test_one_launch_is_taken_where_it_is_faster(
 
 def test_wide_stacks_take_two_launches_of_fewer_tokens() -> None:
     """Tokens of one adapter would read it once for each eight of them."""
-    for tokens, features, is_one in (
-        (512, 4096, True), (384, 28672, False), (256, 28672, True),
+    for tokens, rank, features, is_one in (
+        (512, 64, 4096, True), (384, 64, 28672, False), (256, 64, 28672, True),
+        (256, 128, 28672, False), (128, 128, 28672, True),
     ):  # fmt: skip
-        config = decode_config(tokens, 2048, 64, features=features)
+        config = decode_config(tokens, 2048, rank, features=features)
         assert (config.warps is not None) == is_one
 
 
