@@ -75,7 +75,7 @@ def test_programs_share_kernels(phase: str, tokens: int, launches: int, made: li
 @pytest.mark.ci
 def test_like_projections_share_kernels() -> None:
     """Five parts for each of three ys: none of the ys is copied, and k and v are launched alike."""
-    tokens, widths, ranks = 192, (512, H, H), (8, 16, 32, 64, 128)
+    tokens, widths, ranks = 800, (512, H, H), (8, 16, 32, 64, 128)
     offsets = (0, 512, 512 + H)
 
     def add(ys: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
