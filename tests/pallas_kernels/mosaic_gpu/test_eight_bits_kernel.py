@@ -44,7 +44,7 @@ CASES = [
 ]
 PREFILL = Config(split=2)
 PREFILLS = [
-    (EightBitCase(70, 128, (Stack(16, 2, 64), Stack(32, 1, 64, 2)), "zipf"), {}),
+    ci(EightBitCase(70, 128, (Stack(16, 2, 64), Stack(32, 1, 64, 2)), "zipf"), {}),
     (EightBitCase(66, 144, (Stack(8, 3, 72),)), dict(expand_stack=2)),
     ci(EightBitCase(9, 72, (Stack(48, 3, 72),), "distinct"), dict(split=1, stages=1)),
     ci(
@@ -56,7 +56,7 @@ PREFILLS = [
 ]
 
 
-WAYS = pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["one launch", "two launches"])
+WAYS = pytest.mark.parametrize("config", [DECODE, ci(PREFILL)], ids=["one launch", "two launches"])
 
 
 @pytest.fixture
@@ -149,6 +149,7 @@ def test_x_of_another_dtype(x_dtype: str, interpreted: None) -> None:
     check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
 
 
+@pytest.mark.ci
 def test_beside_a_part_in_bfloat16(interpreted: None) -> None:
     case = EightBitCase(9, 128, (Stack(16, 2, 64), Stack(32, 2, 64, 2)))
     (x, y), [one, two] = case.rows(), case.parts()
@@ -260,6 +261,7 @@ def test_every_size_lowers_in_prefill(sizes: tuple[int, int], x_dtype: str) -> N
         assert found == {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
 
 
+@pytest.mark.ci
 def test_buckets_share_launches_in_prefill() -> None:
     stacks = tuple(Stack(rank, 4, 256, 4 * n) for n, rank in enumerate((8, 16, 64)))
     found = kernels(lowered(EightBitCase(2000, 256, stacks), None))

@@ -38,7 +38,7 @@ def how_of(implementation: str, phase: str, request: pytest.FixtureRequest) -> A
 @pytest.mark.parametrize(
     ("shared", "phase"),
     [
-        ("A", "decode"), ("B", "decode"), ("A, B", "decode"), ("A", "prefill"), ("B", "prefill"),
+        ("A", "decode"), ("B", "decode"), ("A, B", "decode"), ci("A", "prefill"), ("B", "prefill"),
         ci("A, B", "prefill"),
     ],
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_in_8_bits(shared: str, phase: str, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize(
     "case",
     [
-        SharingCase(13, 64, 64, 16, "A, B"),
+        ci(SharingCase(13, 64, 64, 16, "A, B")),
         ci(SharingCase(13, 128, 72, 8, "A, none", dtype="float16")),
         ci(SharingCase(100, 64, 64, 80, "A", slots=2, experts=3)),
         ci(SharingCase(9, 64, 72, 16, "B", slots=3, experts=1)),
