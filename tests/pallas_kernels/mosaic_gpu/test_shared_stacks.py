@@ -39,7 +39,7 @@ def how_of(implementation: str, phase: str, request: pytest.FixtureRequest) -> A
     ("shared", "phase"),
     [
         ("A", "decode"), ("B", "decode"), ("A, B", "decode"), ci("A", "prefill"), ("B", "prefill"),
-        ci("A, B", "prefill"),
+        slow("A, B", "prefill"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", ci("xla"), ci("loop")])
@@ -122,7 +122,7 @@ def test_in_8_bits(shared: str, phase: str, request: pytest.FixtureRequest) -> N
     "case",
     [
         ci(SharingCase(13, 64, 64, 16, "A, B")),
-        ci(SharingCase(13, 128, 72, 8, "A, none", dtype="float16")),
+        slow(SharingCase(13, 128, 72, 8, "A, none", dtype="float16")),
         ci(SharingCase(100, 64, 64, 80, "A", slots=2, experts=3)),
         ci(SharingCase(9, 64, 72, 16, "B", slots=3, experts=1)),
     ],
