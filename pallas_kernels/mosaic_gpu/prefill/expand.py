@@ -383,8 +383,8 @@ class _PartMemory(NamedTuple):
 
     Attributes:
       v: `[rows, max(R, 16)]`.
-      b: a ring, `[stages, wide, R]`: the adapters of a round one below the other. Of rank 8 in 8
-        bits `[stages, pairs, 16]`.
+      b: a ring, `[stages, wide, R]`: the adapters of a round one below the other. For rank 8 in
+        8 bits it is `[stages, pairs, 16]`.
       wide_b: `[wide, max(R, 16)]`, only where R is 8, or B in 8 bits. Rows of 16 bytes cannot be
         swizzled, wgmma's K is 16, and it has no product with 8 bits. So B goes through here, with
         zeros behind its 8 ranks.
