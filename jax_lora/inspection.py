@@ -35,7 +35,7 @@ class ModuleReport:
     """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored; what
     an expert's gate and up share in the file, each of both has.
 
-    Of an embedding, the kernels are those of B: A is read by token.
+    The kernels of an embedding are those of B: A is read by token.
     """
 
     name: str

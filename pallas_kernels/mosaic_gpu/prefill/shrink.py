@@ -205,7 +205,7 @@ class _Launch:
 
     @property
     def layout(self) -> tuple[plgpu.Transform, ...]:
-        """Of x and A in shared memory, as products take them."""
+        """The layout of x and A in shared memory, as products take them."""
         return operand_layout(self.dtype, self.line)
 
     @property
