@@ -1049,7 +1049,7 @@ def test_routes_list_the_adapters_of_each_block(
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(
-    "portions", [Portions(4, 3), Portions(4, 9), Portions(8, 40), Portions(3, 2)]
+    "portions", [Portions(4, 3), *map(ci, [Portions(4, 9), Portions(8, 40), Portions(3, 2)])]
 )
 def test_portions_of_a_tile_are_all_of_its_steps(portions: Portions, popularity: str) -> None:
     ids = np.concatenate([np.arange(64), indices(popularity, 200, 64), np.full(80, 7)])

@@ -160,7 +160,7 @@ def names_in(shared: str, tokens: int, rank: int, implementation: Any = "mosaic_
     return {*re.findall(r"lora(?:_[a-z]+)?_r\d+", text)}
 
 
-@pytest.mark.parametrize("shared", ["A", "B"])
+@pytest.mark.parametrize("shared", ["A", ci("B")])
 @pytest.mark.parametrize("rank", [16, ci(8), ci(32), ci(64), ci(128), ci(272), ci(512)])
 def test_every_rank_lowers(rank: int, shared: str) -> None:
     one, two = {f"lora_r{rank}"}, {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
