@@ -99,7 +99,7 @@ def _error(
 
 def runs_of(case: Case, stages: Sequence[int]) -> list[Run]:
     """The case in both dtypes, and with other numbers of copies."""
-    config = decode_config(case.T, case.N, case.r)
+    config = decode_config(case.T, case.N, case.r, features=case.H)
     if config.warps is None:  # two launches
         config = default_config(case.T, case.H, case.N, case.r, case.L)
     others = [dataclasses.replace(config, expand_stages=n) for n in stages]

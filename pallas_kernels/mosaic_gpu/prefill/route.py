@@ -159,17 +159,32 @@ def _with_portions(
     """The routes of tiles' first portions, then those of their others."""
     steps, count = portions.deal(adapters)
     tiles = table.shape[0]
-    starts = jnp.cumsum(count - 1, dtype=jnp.int32) - (count - 1)
-    n = jnp.arange(portions.spare, dtype=jnp.int32)
-    tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
-    nth = n - starts[tile] + 1
-    is_there = n < jnp.sum(count - 1, dtype=jnp.int32)
+    tile, nth, is_there = _one_by_one(count - 1, portions.spare)
     tile = jnp.concatenate([jnp.arange(tiles, dtype=jnp.int32), tile])
-    first = jnp.concatenate([jnp.zeros(tiles, jnp.int32), nth]) * steps[tile]
+    first = jnp.concatenate([jnp.zeros(tiles, jnp.int32), nth + 1]) * steps[tile]
     is_there = jnp.concatenate([jnp.ones(tiles, bool), is_there])
     own = jnp.where(is_there, steps[tile], 0)
     head = 2 * rows + _FIRST_STEP
     return table[tile].at[:, head].set(first).at[:, head + 1].set(own)
+
+
+class _Dealt(NamedTuple):
+    """What each row of a table has: its tile, its number among the tile's, and whether there is
+    one."""
+
+    tile: Int[Array, " N"]
+    nth: Int[Array, " N"]
+    is_there: Bool[Array, " N"]
+
+
+def _one_by_one(per_tile: Int[Array, " tiles"], most: int) -> _Dealt:
+    """`most` rows, for as many of each tile as `per_tile` says, tile by tile."""
+    tile = jnp.arange(per_tile.shape[0], dtype=jnp.int32)
+    before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
+    starts = jnp.sum(before, axis=1, dtype=jnp.int32)
+    n = jnp.arange(most, dtype=jnp.int32)
+    tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
+    return _Dealt(tile, n - starts[tile], n < jnp.sum(per_tile, dtype=jnp.int32))
 
 
 def _routes(
@@ -276,25 +291,20 @@ def _rounds(wanted: Rounds, segments: Segments) -> tuple[Int[Array, "rounds W"],
         per_tile = -(-count // part.stack)
         if wanted.every_tile:
             per_tile = jnp.maximum(per_tile, 1)
-        tile = jnp.arange(table.shape[0], dtype=jnp.int32)
-        before = jnp.where(tile[None] < tile[:, None], per_tile[None], 0)
-        starts = jnp.sum(before, axis=1, dtype=jnp.int32)
-        total = jnp.sum(per_tile, dtype=jnp.int32)
-        n = jnp.arange(part.most(segments.num_tokens, rows, ordered), dtype=jnp.int32)
-        tile = jnp.sum(starts[None] <= n[:, None], axis=1, dtype=jnp.int32) - 1
-        nth = n - starts[tile]
+        most = part.most(segments.num_tokens, rows, ordered)
+        tile, nth, is_there = _one_by_one(per_tile, most)
         first = nth[:, None] * part.stack + jnp.arange(part.stack, dtype=jnp.int32)
-        there = (first < count[tile][:, None]) & (n < total)[:, None]
+        there = (first < count[tile][:, None]) & is_there[:, None]
         place = jnp.where(there, 2 * rows + _HEAD + first, 0)
         adapters = jnp.where(there, table[tile[:, None], place], -1)
-        items = total * part.blocks
+        items = jnp.sum(per_tile, dtype=jnp.int32) * part.blocks
         head = [
             jnp.sum(there, axis=1, dtype=jnp.int32), table[tile, 2 * rows + 1], tile,
-            (nth == 0).astype(jnp.int32), jnp.broadcast_to(first_item, n.shape),
-            jnp.broadcast_to(items, n.shape),
+            (nth == 0).astype(jnp.int32), jnp.broadcast_to(first_item, tile.shape),
+            jnp.broadcast_to(items, tile.shape),
         ]  # fmt: skip
         pad = part.size(rows).words - (2 * rows + _HEAD + part.stack)
-        tail = jnp.full((n.size, pad), -1, jnp.int32)
+        tail = jnp.full((most, pad), -1, jnp.int32)
         columns = [table[tile, : 2 * rows], jnp.stack(head, axis=1), adapters, tail]
         tables.append(jnp.concatenate(columns, axis=1))
         first_item += items

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from eight_bit_cases import EightBitCase, Stack, as_shapes, parts_of
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import add_parts, bits, parts_in_float64, relative_error, y_tolerance
 
 import pallas_kernels as pk
@@ -57,12 +55,6 @@ PREFILLS = [
 
 
 WAYS = pytest.mark.parametrize("config", [DECODE, ci(PREFILL)], ids=["one launch", "two launches"])
-
-
-@pytest.fixture
-def emulated() -> Iterator[None]:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
 
 
 def check(case: EightBitCase, new: np.ndarray) -> None:

@@ -9,7 +9,6 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ import networkx
 import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import constraints
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_cases import (
     POPULARITIES,
     Arrays,
@@ -53,13 +51,6 @@ from pallas_kernels.routing import SlotRange, WideIndices
 
 # The interpreter fills shared memory with NaN; numpy says so where a stack is not full.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-
-@pytest.fixture
-def emulated() -> Iterator[None]:
-    """For the decode kernel alone, whose emulator finds races by itself."""
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        yield
 
 
 def shrink(z: dict[str, Any], config: Any = None) -> np.ndarray:
