@@ -3,25 +3,46 @@
 FlashInfer's `benchmarks/bench_bgmv_moe.py` (commit fb28d72) takes 8 adapters, 128 experts of which
 each token has 2, and rank 32. Microseconds of `y[t] += sum_k w[t, k] B[i] A[i] x[t]`, where i is
 the id of the pair of the token's slot and its kth expert, in a jitted loop over cold weights. The
-ids are sorted in each call, as each layer has a router of its own.
+ids are sorted in each call, as each layer has a router of its own. Calls take turns over batches
+with ids of their own, so that what they read is more than the L2 cache holds.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from benchmarks.timing import COPY_RATE, Loop, sets_to_rotate, turn
+from benchmarks.timing import COPY_RATE, Loop, sets_to_rotate
 from pallas_kernels import LoRAPart, expert_indices, lora_delta, make_segments, reference
 
-# y, x, A, B, the pairs' ids `[T, K]` and their weights.
-Operands = tuple[Array, Array, Array, Array, Array, Array]
 _MAX_ERROR = 1e-2  # of bfloat16 results, relative
+# One token takes 128 batches, which read 100 MB. A program of more calls compiles for long.
+_MOST_BATCHES = 128
+# `ragged_dot` reads all adapters in each call, whatever the ids are.
+_RAGGED_BATCHES = 4
+
+
+class Bank(NamedTuple):
+    """A `[slots * experts, R, H]` and B `[slots * experts, N, R]`, or one for each slot."""
+
+    a: Array
+    b: Array
+
+
+class Batch(NamedTuple):
+    """y, x, the pairs' ids `[T, K]` and their weights."""
+
+    y: Array
+    x: Array
+    ids: Array
+    weights: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +71,14 @@ class ExpertsCase:
         of_a, of_b = (self.slots if half == self.shared else self.pairs for half in "AB")
         return of_a, of_b
 
-    def ids(self) -> Array:
-        rng = np.random.default_rng(self.tokens)
-        slots = rng.integers(0, self.slots, self.tokens).astype(np.int32)
-        experts = rng.integers(0, self.experts, (self.tokens, self.top)).astype(np.int32)
+    def slots_and_experts(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The slot of each token `[T]`, and its experts `[T, K]`; int32."""
+        rng = np.random.default_rng((self.tokens, seed))
+        slots = rng.integers(0, self.slots, self.tokens, np.int32)
+        return slots, rng.integers(0, self.experts, (self.tokens, self.top), np.int32)
+
+    def ids(self, seed: int = 0) -> Array:
+        slots, experts = self.slots_and_experts(seed)
         return expert_indices(jnp.asarray(slots), jnp.asarray(experts), self.experts)
 
     def floor_us(self) -> float:
@@ -62,24 +87,33 @@ class ExpertsCase:
         numbers = used * self.rank * self.features + 3 * self.tokens * self.features
         return 2e6 * numbers / COPY_RATE
 
-    def sets(self) -> list[Operands]:
-        """Operands that together exceed the L2 cache."""
-        count = sets_to_rotate(2 * sum(self.halves) * self.rank * self.features)
-        return [self._operands(seed) for seed in range(count)]
+    def batches(self) -> list[Batch]:
+        """As many as together read more than the L2 cache holds. They take the banks in turn."""
+        used = sum(min(held, self.tokens * self.top) for held in self.halves)
+        size = 2 * used * self.rank * self.features
+        return [self.batch(seed) for seed in range(sets_to_rotate(size, most=_MOST_BATCHES))]
 
-    def _operands(self, seed: int) -> Operands:
-        keys = jax.random.split(jax.random.key(seed), 5)
+    def batch(self, seed: int) -> Batch:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        y, x = (_normal(key, (self.tokens, self.features), 1.0) for key in keys[:2])
+        weights = jax.nn.softmax(jax.random.normal(keys[2], (self.tokens, self.top)), axis=-1)
+        return Batch(y, x, self.ids(seed), weights)
 
-        @functools.partial(jax.jit, static_argnums=(1, 2))
-        def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
-            return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
+    def banks(self) -> list[Bank]:
+        """Several, so that few ids come twice while the L2 cache may still hold their adapters."""
+        (of_a, of_b), shape = self.halves, (self.rank, self.features)
+        size = 2 * (of_a + of_b) * self.rank * self.features
+        made = []
+        for seed in range(sets_to_rotate(size)):
+            key_a, key_b = jax.random.split(jax.random.key(1000 + seed))
+            a = _normal(key_a, (of_a, *shape), self.features**-0.5)
+            made.append(Bank(a, _normal(key_b, (of_b, *shape[::-1]), 1.0)))
+        return made
 
-        of_a, of_b = self.halves
-        a = normal(keys[2], (of_a, self.rank, self.features), self.features**-0.5)
-        b = normal(keys[3], (of_b, self.features, self.rank), 1.0)
-        y, x = (normal(key, (self.tokens, self.features), 1.0) for key in keys[:2])
-        weights = jax.nn.softmax(jax.random.normal(keys[4], (self.tokens, self.top)), axis=-1)
-        return y, x, a, b, self.ids(), weights
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
 
 
 def as_mix(y: Array, x: Array, a: Array, b: Array, ids: Array, weights: Array) -> Array:
@@ -121,9 +155,8 @@ def by_ragged_dot(y: Array, x: Array, a: Array, b: Array, ids: Array, weights: A
     return _summed(y, delta, order, weights)
 
 
-def _turned(operands: Operands) -> Operands:
-    y, x, a, b, *rest = operands
-    return y, x, a.swapaxes(1, 2), b.swapaxes(1, 2), *rest  # type: ignore[return-value]
+def _turned(bank: Bank) -> Bank:
+    return Bank(*(t.swapaxes(1, 2) for t in bank))
 
 
 WAYS: dict[str, Callable[..., Array]] = {
@@ -133,28 +166,42 @@ WAYS: dict[str, Callable[..., Array]] = {
 }
 
 
-def time_of(case: ExpertsCase, way: str, sets: list[Operands]) -> float:
+def time_of(case: ExpertsCase, way: str, batches: list[Batch], banks: list[Bank]) -> float:
     """Microseconds of a call.
 
     Raises:
       RuntimeError: the result is wrong, or the device has not the memory.
     """
-    call, is_ragged = WAYS[way], way == "ragged_dot"
-    sets = [_turned(each) for each in sets] if is_ragged else sets
-    _check(way, case, jax.jit(call)(*sets[0]))
+    call, is_ragged = jax.jit(WAYS[way]), way == "ragged_dot"
+    given = [_turned(bank) for bank in banks] if is_ragged else banks
+    if is_ragged:
+        batches = batches[:_RAGGED_BATCHES]
+
+    def add(batch: Batch, bank: Bank) -> Array:
+        return call(batch.y, batch.x, *bank, batch.ids, batch.weights)
+
+    for batch, bank, own in list(zip(batches, itertools.cycle(given), itertools.cycle(banks)))[:2]:
+        check(way, case, batch, own, np.asarray(add(batch, bank)))
+
+    def body(ys: list[Array], batches: list[Batch], banks: list[Bank]) -> list[Array]:
+        # The barrier makes x depend on the loop, so that no half is hoisted out of it.
+        ys, batches, banks = jax.lax.optimization_barrier((ys, batches, banks))
+        parts = zip(ys, batches, itertools.cycle(banks))
+        return [add(batch._replace(y=y), bank) for y, batch, bank in parts]
+
     # Some calls of it take milliseconds.
-    return Loop(turn(call, 1), len(sets), turns=8 if is_ragged else None).us(sets)
+    loop = Loop(body, len(batches), turns=8 if is_ragged else None)
+    return loop.us([batch.y for batch in batches], batches, given)
 
 
-def _check(way: str, case: ExpertsCase, got: Array) -> None:
-    """RuntimeError where a result, of the first set, is far from float64."""
-    y, x, a, b, ids, weights = (np.asarray(t) for t in case._operands(0))
-    rows = slice(0, 64)
-    own, local = np.unique(ids[rows], return_inverse=True)
-    local = local.reshape(ids[rows].shape)
-    a, b = (t[own // (case.pairs // len(t))] for t in (a, b))
-    want = reference.mix(y[rows], x[rows], a, b, local, weights[rows])
-    error = np.linalg.norm(np.asarray(got[rows], np.float64) - want) / np.linalg.norm(want)
+def check(way: str, case: ExpertsCase, batch: Batch, bank: Bank, got: np.ndarray) -> None:
+    """RuntimeError where rows of a result are far from float64."""
+    rows = slice(None, None, max(1, case.tokens // 64))
+    y, x, ids, weights = (np.asarray(t[rows]) for t in batch)
+    own, local = np.unique(ids, return_inverse=True)
+    a, b = (np.asarray(t[own // (case.pairs // len(t))]) for t in bank)
+    want = reference.mix(y, x, a, b, local.reshape(ids.shape), weights)
+    error = np.linalg.norm(got[rows].astype(np.float64) - want) / np.linalg.norm(want)
     if not error < _MAX_ERROR:
         raise RuntimeError(f"{way} is wrong: relative error {error:.1e}")
 
@@ -176,11 +223,11 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, microseconds")
     print(f"{'case':20} {'floor':>8} {'target':>8}", *(f"{way:>11}" for way in ways))
     for case in cases(given.features, given.shared):
-        floor, sets = case.floor_us(), case.sets()
+        floor, batches, banks = case.floor_us(), case.batches(), case.banks()
         print(f"{case!s:20} {floor:8.1f} {1.08 * floor + 5:8.1f}", end="", flush=True)
         for way in ways:
             try:
-                print(f" {time_of(case, way, sets):11.1f}", end="", flush=True)
+                print(f" {time_of(case, way, batches, banks):11.1f}", end="", flush=True)
             except RuntimeError as error:
                 print(f" failed: {' '.join(str(error).split())[:200]}", end="", flush=True)
         print(flush=True)

@@ -40,11 +40,11 @@ def copy_rate_here(copied: float) -> float:
     return copied / _H100_COPIES * COPY_RATE
 
 
-def sets_to_rotate(set_bytes: int, least: int = 4) -> int:
+def sets_to_rotate(set_bytes: int, least: int = 4, most: int = 16) -> int:
     """How many sets of so many bytes of weights a timed loop goes through; one without a GPU."""
     if jax.default_backend() != "gpu":
         return 1
-    return max(least, min(16, -(-_ROTATED_BYTES // set_bytes)))
+    return max(least, min(most, -(-_ROTATED_BYTES // set_bytes)))
 
 
 def rounds_of(sets: Sequence[Any]) -> int:

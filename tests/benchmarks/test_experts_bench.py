@@ -11,11 +11,20 @@ from benchmarks import experts
 @pytest.mark.parametrize("way", experts.WAYS)
 def test_each_way_is_right(way: str, shared: str) -> None:
     case = experts.ExpertsCase(5, 64, experts=6, slots=3, rank=8, shared=shared)
-    operands = case._operands(0)
-    given = experts._turned(operands) if way == "ragged_dot" else operands
-    experts._check(way, case, got := jax.jit(experts.WAYS[way])(*given))
+    batch, bank = case.batch(0), case.banks()[0]
+    given = experts._turned(bank) if way == "ragged_dot" else bank
+    made = jax.jit(experts.WAYS[way])(batch.y, batch.x, *given, batch.ids, batch.weights)
+    experts.check(way, case, batch, bank, got := np.asarray(made))
     with pytest.raises(RuntimeError, match="is wrong: relative error"):
-        experts._check(way, case, got * 1.1)
+        experts.check(way, case, batch, bank, got * 1.1)
+
+
+def test_a_loop_takes_batches_and_banks_in_turn() -> None:
+    case = experts.ExpertsCase(5, 64, experts=6, slots=3, rank=8)
+    batches, banks = [case.batch(seed) for seed in range(3)], case.banks() * 2
+    assert not np.array_equal(batches[0].ids, batches[1].ids)
+    for way in experts.WAYS:
+        assert experts.time_of(case, way, batches, banks) > 0
 
 
 def test_the_floor_counts_a_shared_half_once_for_each_slot() -> None:
