@@ -188,7 +188,7 @@ def segments_of(case: Case) -> Segments:
 # ---------------------------------------------------------------------------------------- calls
 
 
-def _call_of(
+def call_of(
     case: Case, segments: Segments, phase: str, implementation: Literal["xla"] | None = None
 ) -> LoRACall:
     """`add_lora`, or `add_lora_multi` for several buckets, by default by what it chooses itself."""
@@ -220,7 +220,7 @@ def _xla_phases(case: Case) -> list[str]:
 
 def _others(case: Case, segments: Segments) -> dict[str, LoRACall]:
     """What ours is compared with in this process, by name."""
-    calls = {f"xla, {phase}": _call_of(case, segments, phase, "xla") for phase in _xla_phases(case)}
+    calls = {f"xla, {phase}": call_of(case, segments, phase, "xla") for phase in _xla_phases(case)}
     if ragged_dot is not None and len(case.slots) == 1:
         calls["tokamax"] = _ragged_dots(segments, ragged_dot)
     return calls
@@ -258,7 +258,7 @@ class _Prepared:
         self.notes: list[str] = []
         self.ours_is_xla = False
         if on_gpu:
-            self._prepare_ours(_call_of(case, segments, case.phase), want)
+            self._prepare_ours(call_of(case, segments, case.phase), want)
         for name, call in self.calls.items():
             loop = Loop(turn(call, 1), len(self.sets), turns=1)
             try:

@@ -182,7 +182,7 @@ def test_a_call_of_mixed_ranks_gives_what_numpy_expects(shuffle: bool) -> None:
         weights.update({first + n: b[n] @ a[n] for n in range(slots)})
     rows = [y[t] + weights[slot] @ x[t] for t, slot in enumerate(case.ids())]
     np.testing.assert_allclose(want, np.stack(rows), rtol=1e-4, atol=1e-4)
-    call = kernels._call_of(case, kernels.segments_of(case), "decode")
+    call = kernels.call_of(case, kernels.segments_of(case), "decode")
     kernels.check("ours", jax.jit(call)(*map(jnp.asarray, given)), want)
     with pytest.raises(RuntimeError, match="ours is wrong: relative error"):
         kernels.check("ours", jnp.asarray(given[0]), want)
