@@ -1,17 +1,23 @@
 """The gradients of `add_lora` in three launches: u and dv; dx; and those of A and B."""
 
+import collections
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
+from pallas_kernels.mosaic_gpu.backward.config import by_lanes
 from pallas_kernels.mosaic_gpu.backward.narrow import NarrowSum, narrow_kernel
+from pallas_kernels.mosaic_gpu.backward.narrow_few import narrow_few_kernel
 from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
+from pallas_kernels.mosaic_gpu.backward.outer_few import outer_few_kernel
+from pallas_kernels.mosaic_gpu.backward.squares import squares_of
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
+from pallas_kernels.mosaic_gpu.backward.wide_few import wide_few_kernel
 from pallas_kernels.routing import Segments, SlotRange
 from pallas_kernels.stacks import Sharing
 
@@ -43,10 +49,10 @@ class GradientPart(NamedTuple):
     wanted: Int[Array, " S"]
     sharing: Sharing = Sharing()
 
-    def tiles(self, tiles: Tiles, shared: int) -> Int[Array, "_ 2"]:
-        """The tiles of each A, or B, that is wanted; `shared` slots have one."""
+    def wanted_ids(self, shared: int) -> Int[Array, " _"]:
+        """The first id of each A, or B, that is wanted, or -1; `shared` slots have one."""
         wanted = self.wanted[::shared]
-        return tiles.slot_tiles(jnp.where(wanted >= 0, self.slots.first + wanted, -1), shared)
+        return jnp.where(wanted >= 0, self.slots.first + wanted, -1)
 
 
 class PartGradient(NamedTuple):
@@ -90,17 +96,19 @@ def gradients(
         WidePart(n.scaled, 1, p.lora_a, p.place, p.slots, p.sharing.lora_a)
         for p, n in zip(parts, narrows)
     )
-    dx = wide_kernel(wide, tiles, segments.num_tokens, x.dtype)
+    dx = _wide(wide, tiles, segments.num_tokens, x.dtype)
     if weights is not None:
         dx = jnp.sum(dx.reshape(-1, *x.shape).astype(jnp.float32), axis=0).astype(x.dtype)
     sums = []
     for part, narrow in zip(parts, narrows):
         rank, features = part.lora_a.shape[1:]
         width = part.lora_b.shape[1]
-        of_a, of_b = (part.tiles(tiles, shared) for shared in part.sharing)
-        sums.append(OuterSum(x, narrow.scaled, 1, of_a, 0, features, rank, True))
-        sums.append(OuterSum(dy, narrow.scaled, 0, of_b, part.y_offset, width, rank, False))
-    stacks = _in_launches(outer_kernel, sums, 2 * _MOST_PARTS, reading)
+        a, b = part.sharing
+        sums.append(OuterSum(x, narrow.scaled, 1, part.wanted_ids(a), 0, features, rank, True, a))
+        sums.append(
+            OuterSum(dy, narrow.scaled, 0, part.wanted_ids(b), part.y_offset, width, rank, False, b)
+        )
+    stacks = _in_launches(_outer, sums, 2 * _MOST_PARTS, reading)
     found = []
     for part, narrow, (da, db) in zip(parts, narrows, itertools.batched(stacks, 2)):
         terms, slots = narrow.plain[0] * narrow.plain[1], part.slots.first + part.wanted
@@ -129,6 +137,36 @@ def _scales_of(part: GradientPart, adapters: Int[Array, " rows"]) -> Float[Array
     return part.scales[jnp.maximum(part.slots.local(adapters), 0)]
 
 
+def _narrow_sums(
+    alike: tuple[tuple[NarrowSum, ...], ...], tiles: Tiles
+) -> list[Float[Array, "sums split rows K"]]:
+    """u and dv in shares, by the kernel for such shapes."""
+    sums = [one for some in alike for one in some]
+    squares = tiles.count * sum(squares_of(one.columns) for one in sums)
+    few = by_lanes(*tiles.sizes, max(one.rank for one in sums), squares)
+    return (narrow_few_kernel if few else narrow_kernel)(alike, tiles)
+
+
+def _wide(
+    parts: tuple[WidePart, ...], tiles: Tiles, num_tokens: int, dtype: DTypeLike
+) -> Float[Array, "T H"]:
+    """dx, by the kernel for such shapes."""
+    ranks = collections.Counter[SlotRange]()
+    for part in parts:
+        ranks[part.slots] += part.lora_a.shape[1]
+    squares = tiles.count * squares_of(parts[0].lora_a.shape[2])
+    few = by_lanes(*tiles.sizes, max(ranks.values()), squares)
+    return (wide_few_kernel if few else wide_kernel)(parts, tiles, num_tokens, dtype)
+
+
+def _outer(sums: tuple[OuterSum, ...], tiles: Tiles) -> list[Array]:
+    """The gradients of A and B, by the kernel for such shapes."""
+    squares = sum(one.slots * squares_of(one.columns) for one in sums)
+    few = by_lanes(*tiles.sizes, max(one.rank for one in sums), squares)
+    few = few and all(one.shared == 1 for one in sums)
+    return (outer_few_kernel if few else outer_kernel)(sums, tiles)
+
+
 def _in_launches[T](
     kernel: Callable[[tuple[T, ...], Tiles], list[Array]], given: Sequence[T], most: int,
     tiles: Tiles,
@@ -148,19 +186,19 @@ def shrink_gradients(
     """Gradients of a shrink in x, A and scales; ids are the stack's own."""
     tiles, (slots, rank, features) = Tiles.of(segments), lora_a.shape
     every = SlotRange(0, slots)
-    [shares] = narrow_kernel(
+    [shares] = _narrow_sums(
         ((NarrowSum(x, lora_a, jnp.zeros(1, jnp.int32), True, every, 0),),), tiles
     )
     mine = (tiles.is_token() & every.holds(tiles.adapters()))[:, None]
     u = jnp.where(mine, _added_up(shares, rank)[0], 0.0)
     dv = jnp.where(mine, dv[tiles.tokens()], 0.0)
     du = (dv * scales[jnp.maximum(tiles.adapters(), 0)][:, None]).astype(x.dtype)
-    dx = wide_kernel(
+    dx = _wide(
         (WidePart(du[None], 0, lora_a, jnp.zeros(1, jnp.int32), every),), tiles, x.shape[0], x.dtype
     )
-    slot_tiles = tiles.slot_tiles(jnp.arange(slots, dtype=jnp.int32))
-    [da] = outer_kernel((OuterSum(x, du[None], 0, slot_tiles, 0, features, rank, True),), tiles)
-    return dx, da, _of_scales(u * dv, jnp.arange(slots, dtype=jnp.int32), tiles)
+    ids = jnp.arange(slots, dtype=jnp.int32)
+    [da] = _outer((OuterSum(x, du[None], 0, ids, 0, features, rank, True),), tiles)
+    return dx, da, _of_scales(u * dv, ids, tiles)
 
 
 def expand_gradients(
@@ -173,7 +211,7 @@ def expand_gradients(
     """Gradients of an expand in v, float32, and B; ids are the stack's own."""
     tiles, (slots, width, rank) = Tiles.of(segments), lora_b.shape
     every = SlotRange(0, slots)
-    [shares] = narrow_kernel(
+    [shares] = _narrow_sums(
         ((NarrowSum(dy, lora_b, jnp.zeros(1, jnp.int32), False, every, y_offset),),), tiles
     )
     mine, tokens = tiles.is_token() & every.holds(tiles.adapters()), tiles.tokens()
@@ -181,9 +219,8 @@ def expand_gradients(
     dv = jnp.zeros((v.shape[0], rank), jnp.float32)
     dv = dv.at[jnp.where(mine, tokens, v.shape[0])].set(of_tiles, mode="drop")
     operand = jnp.where(mine[:, None], v[tokens], 0)
-    slot_tiles = tiles.slot_tiles(jnp.arange(slots, dtype=jnp.int32))
-    one = OuterSum(dy, operand[None], 0, slot_tiles, y_offset, width, rank, False)
-    [db] = outer_kernel((one,), tiles)
+    ids = jnp.arange(slots, dtype=jnp.int32)
+    [db] = _outer((OuterSum(dy, operand[None], 0, ids, y_offset, width, rank, False),), tiles)
     return dv, db
 
 
@@ -202,7 +239,7 @@ def _narrow(
         alike.append((u, dv))
     adapters, is_token = tiles.adapters(), tiles.is_token()
     found = []
-    for part, shares in zip(parts, _in_launches(narrow_kernel, alike, _MOST_PARTS, tiles)):
+    for part, shares in zip(parts, _in_launches(_narrow_sums, alike, _MOST_PARTS, tiles)):
         mine = (is_token & part.slots.holds(adapters))[None, :, None]
         plain = jnp.where(mine, _added_up(shares, part.lora_a.shape[1]), 0.0)
         scale = _scales_of(part, adapters)[None, :, None]

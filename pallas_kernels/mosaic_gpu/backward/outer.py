@@ -49,25 +49,27 @@ class OuterSum(NamedTuple):
       wide: x or dy, in the order of the tokens.
       narrow: dv or v, in the order of the tiles, zero in rows that are no token: number `nth` of
         these arrays.
-      slot_tiles: of each slot its first tile, and how many it has.
+      wanted: the slots; zeros for -1.
       first: the first column of `wide`.
       columns: how many of them.
       rank: R.
       ranks_first: whether the gradient is `[slots, R, columns]`, as A is, or `[slots, columns, R]`.
+      shared: how many slots, from each of those wanted on, are summed together.
     """
 
     wide: Float[Array, "T C"]
     narrow: Float[Array, "_ rows K"]
     nth: int
-    slot_tiles: Int[Array, "slots 2"]
+    wanted: Int[Array, " slots"]
     first: int
     columns: int
     rank: int
     ranks_first: bool
+    shared: int = 1
 
     @property
     def slots(self) -> int:
-        return self.slot_tiles.shape[0]
+        return self.wanted.shape[0]
 
     @property
     def out(self) -> jax.ShapeDtypeStruct:
@@ -157,7 +159,11 @@ def outer_kernel(sums: tuple[OuterSum, ...], tiles: Tiles) -> list[Array]:
         grid_names=("block",),
         kernel_name=f"lora_outer_{ranks}",
     )
-    operands = (a for one in sums for a in (one.wide, one.narrow, one.slot_tiles))
+    operands = (
+        array
+        for one in sums
+        for array in (one.wide, one.narrow, tiles.slot_tiles(one.wanted, one.shared))
+    )
     out: list[Array] = kernel(tiles.table, tiles.rows, *operands)
     return out
 

@@ -51,6 +51,11 @@ class Tiles:
         return self.table.shape[0]
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens, and the groups that they make at most."""
+        return self.rows.shape[0], self.group_adapters.shape[0]
+
+    @property
     def sparse(self) -> bool:
         """Whether a tile has half of its rows at most, if all adapters have as many tokens."""
         return 2 * self.rows.shape[0] <= SIDE * self.group_adapters.shape[0]
@@ -99,6 +104,15 @@ class Tiles:
         return jnp.sum(
             jnp.where(chosen, self.group_tiles[None, :, None], 0), axis=1, dtype=jnp.int32
         )
+
+    def slot_tokens(self, slots: Int[Array, " S"]) -> Int[Array, "S 3"]:
+        """The first row of the tiles of each of these slots, where its tokens start in `rows`, and
+        how many there are; none for -1."""
+        first, count = self.slot_tiles(slots).T
+        start = self.table[jnp.minimum(first, self.count - 1), 1]
+        last = self.table[jnp.clip(first + count - 1, 0, self.count - 1)]
+        tokens = jnp.where(count > 0, last[:, 1] + last[:, 2] - start, 0)
+        return jnp.stack([first * SIDE, start, tokens], axis=1)
 
     def tokens(self) -> Int[Array, " rows"]:
         """The token of each row of the tiles; that of a tile's last row behind it."""

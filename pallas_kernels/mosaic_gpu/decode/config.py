@@ -6,6 +6,8 @@ from pallas_kernels.mosaic_gpu.config import Config
 
 # The most tokens of a launch; XLA seats them (`Seating`) where there are more than 256.
 MAX_DECODE_TOKENS = 1024
+# Rows of a launch: those tokens, once for each of a token's adapters.
+MAX_DECODE_ROWS = 2048
 # Up to so many tokens a launch finds the tokens of each cluster by itself, if it is given raw ids.
 # It compares each token with all earlier ones: of 512 that would be four times what it is of 256.
 MAX_UNSEATED_TOKENS = 256

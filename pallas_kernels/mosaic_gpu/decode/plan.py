@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.config import Config
-from pallas_kernels.mosaic_gpu.decode.config import MAX_DECODE_TOKENS
+from pallas_kernels.mosaic_gpu.decode.config import MAX_DECODE_ROWS
 from pallas_kernels.mosaic_gpu.decode.memory import MemoryMap
 from pallas_kernels.mosaic_gpu.decode.work import (
     JOB_RANKS,
@@ -168,7 +168,7 @@ def _case(
     shrinks, expands = parts[0].lora_a is not None, parts[0].lora_b is not None
     dtype = parts[0].stacks[0].dtype
     tokens = ys[0].shape[0]
-    if not 1 <= tokens <= MAX_DECODE_TOKENS:
+    if not 1 <= tokens <= MAX_DECODE_ROWS:
         return None
     if any(stack.dtype != dtype for part in parts for stack in part.stacks):
         return None

@@ -253,6 +253,10 @@ class Emulator:
     def equal(self, a: Int, b: Number) -> Lanes:
         return Lanes(_of(a) == _array(b))
 
+    def fma(self, a: Real, b: Real, c: Real) -> Lanes:
+        with np.errstate(all="ignore"):
+            return Lanes(_of(a) * _of(b) + _of(c))
+
     def ones(self, word: Int) -> Lanes:
         return Lanes(np.bitwise_count(_of(word).view(np.uint32)).astype(np.int32))
 

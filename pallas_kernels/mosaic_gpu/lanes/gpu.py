@@ -197,6 +197,9 @@ class Gpu:
     def equal(self, a: Int, b: Number) -> Register:
         return _of(a).equals(b)
 
+    def fma(self, a: Real, b: Real, c: Real) -> Register:
+        return Register(llvm.intr_fma(_of(a).ir, _of(b).ir, _of(c).ir))
+
     def ones(self, word: Int) -> Register:
         return Register(mlir_math.ctpop(_of(word).ir))
 

@@ -87,6 +87,9 @@ class Machine(Protocol):
     def minimum(self, a: Int, b: Number, /) -> Int: ...
     def equal(self, a: Int, b: Number, /) -> Flag: ...
 
+    def fma(self, a: Real, b: Real, c: Real, /) -> Real:
+        """a b + c, rounded once. The emulator rounds a b too: it must be exact, as of halves."""
+
     def ones(self, word: Int, /) -> Int:
         """How many of its bits are set."""
 
