@@ -16,7 +16,6 @@ A kernel of rank 48 is launched before each case, and tells the cases apart in w
 """
 
 import argparse
-import collections
 import csv
 import dataclasses
 import json
@@ -31,7 +30,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,7 +47,6 @@ _MARK_RANK = 48  # none of the cases has it
 MARK = Case(1, 1, _MARK_RANK, 256, 256, L=1)
 _BUSY = 60.0  # per cent of a peak, from which on a part of the GPU is what bounds a kernel
 _SECTOR = 32  # bytes
-_COMPILED_AT_ONCE = 8
 _GRACE_S = 20.0  # for the case that runs when the time is over
 # `ncu` sees no kernels inside of CUDA graphs as their own. XLA's products are not what is profiled.
 _XLA_FLAGS = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
@@ -363,18 +360,15 @@ def run_all(profiled: Sequence[Profiled], end: float) -> dict[str, Any]:
     marking = jax.jit(call_of(MARK, segments_of(MARK), MARK.phase)), operands(MARK)
     failed: dict[int, str] = {}
     started = 0
-    with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
-        waiting: collections.deque[Future[Step]]
-        waiting = collections.deque(pool.submit(_compiled, one) for one in profiled)
-        while waiting and (left := end - time.time()) > 0:
-            future = waiting.popleft()  # its operands are freed with it
-            _run(marking)
-            try:
-                _run(future.result(left))
-            except Exception as reason:  # others may run
-                failed[started] = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
-            started += 1
-        pool.shutdown(cancel_futures=True)
+    for one in profiled:
+        if time.time() > end:
+            break
+        _run(marking)
+        try:
+            _run(_compiled(one))
+        except Exception as reason:  # others may run
+            failed[started] = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+        started += 1
     device = jax.devices()[0].device_kind
     return {"device": device, "started": started, "failed": failed}
 

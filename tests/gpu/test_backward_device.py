@@ -77,6 +77,11 @@ ONE = [
     GradientCase(1024, 1024, (2048,), ((128, 64),)),
     GradientCase(8192, 4096, (4096,), ((16, 8),), "zipf"),
     GradientCase(65536, 256, (256,), ((16, 8),), "runs"),
+    # By lanes.
+    GradientCase(64, 8192, (8192,), ((8, 64),), "distinct"),
+    GradientCase(512, 4096, (4104,), ((8, 64),), "zipf"),
+    GradientCase(60, 14336, (20000,), ((16, 32),), "gaps"),
+    GradientCase(100, 4096, (4096, 1096), ((8, 48), (8, 32)), "shuffled", "float16"),
 ]
 SEVERAL = [
     GradientCase(300, 512, (512, 128, 128), ((16, 4),), "zipf"),

@@ -26,7 +26,9 @@ from mosaic_cases import relative_error
 import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend, layouts, support
-from pallas_kernels.mosaic_gpu.backward.config import narrow_cut, outer_cut
+from pallas_kernels.mosaic_gpu.backward import config as cut_rules
+from pallas_kernels.mosaic_gpu.backward import few, narrow_few, outer_few, wide_few
+from pallas_kernels.mosaic_gpu.backward.config import by_lanes, narrow_cut, outer_cut
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -65,6 +67,43 @@ CASES = [
 def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> None:
     z = case.arrays()
     check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
+
+
+LANES = [
+    GradientCase(9, 72, (80,), ((8, 3),), "gaps"),
+    # More tokens of one slot than a warp takes, and more columns than a block has.
+    pytest.param(GradientCase(170, 64, (1104,), ((8, 24),), "zipf"), marks=ci),
+    pytest.param(GradientCase(20, 136, (64,), ((16, 24),), "shuffled", "float16"), marks=ci),
+    pytest.param(GradientCase(40, 128, (64, 72), ((8, 24), (16, 24)), "gaps"), marks=ci),
+]
+
+
+@pytest.mark.parametrize("case", LANES, ids=str)
+def test_sums_by_lanes_against_float64(
+    case: GradientCase, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut_rules, "_LEAST_SQUARES", 0)
+    monkeypatch.setattr(cut_rules, "_MOST_OF_GROUP", 1024)
+    z, ran = case.arrays(), list[str]()
+    launch = few.launch
+
+    def noting(name: str, *others: Any) -> list[jax.Array]:
+        ran.append(name)
+        return launch(name, *others)
+
+    for module in (narrow_few, wide_few, outer_few):
+        monkeypatch.setattr(module, "launch", noting)
+    check(case, z, gradients(z, case.slots))
+    assert [name.split("_r")[0] for name in ran] == [
+        "lora_narrow_few", "lora_wide_few", "lora_outer_few",
+    ]  # fmt: skip
+
+
+def test_lanes_sum_where_adapters_have_few_tokens() -> None:
+    many = 4096
+    assert by_lanes(512, 64, 8, many) and not by_lanes(513, 64, 8, many)
+    assert by_lanes(64, 32, 16, many) and not by_lanes(256, 16, 16, many)
+    assert not by_lanes(64, 8, 8, 1024)  # few blocks of squares
 
 
 def test_an_axis_with_more_blocks_than_others_may_have_comes_last() -> None:
@@ -179,6 +218,11 @@ def test_tiles_hold_each_token_once(num_tokens: int, order: str) -> None:
     for slot, (first, count) in zip(slots, np.asarray(tiles.slot_tiles(jnp.asarray(slots)))):
         assert count == -(-np.sum((ids == slot) & (ids >= 0)) // 64)
         assert (np.asarray(tiles.table)[first : first + count, 0] == slot).all()
+    rows = np.asarray(tiles.rows)
+    for slot, (row, start, count) in zip(slots, np.asarray(tiles.slot_tokens(jnp.asarray(slots)))):
+        mine = np.flatnonzero((ids == slot) & (ids >= 0))
+        np.testing.assert_array_equal(rows[start : start + count], mine)
+        np.testing.assert_array_equal(tokens[row : row + count], mine)
     pairs = np.asarray(tiles.slot_tiles(jnp.asarray([0, 2], jnp.int32), 2))
     for slot, (first, count) in zip((0, 2), pairs):
         mine = np.asarray(tiles.table)[first : first + count, 0]
@@ -249,6 +293,16 @@ def test_every_size_lowers(shape: tuple[int, int]) -> None:
 @pytest.mark.ci
 def test_mixed_ranks_share_launches() -> None:
     assert_kernels(lowered(1000, 4096, 4096, 8, 16, 32), 8, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [((64, 4096, 4096), [16]), pytest.param((256, 8192, 14336), [8, 8], marks=ci)],
+)
+def test_sums_by_lanes_lower(sizes: tuple[int, int, int], ranks: list[int]) -> None:
+    module = lowered(*sizes, *ranks, slots=32)
+    for kind in ("narrow", "wide", "outer"):
+        assert f"lora_{kind}_few_r{ranks[0]}" in module and f"lora_{kind}_r" not in module
 
 
 def test_gradients_lower_with_64_bits_enabled() -> None:
