@@ -261,32 +261,33 @@ class Profiled:
 _MISSED = [Case(64, 1, 64), Case(64, 1, 128), Case(64, 8, 256, L=16)]
 _MISSED += [Case(4096, 1, 128), Case(4096, 8, 256, L=16), Case(4096, 8, 512, L=16)]
 _LOST = (
-    "T=4096 D=64 r=128 4096x2048 14-886 each",
-    "T=4096 D=64 r=128 4096x2048 14-886 each shuffled",
-    "T=2048 D=64 r=16 1-1985 each",
-    "T=512 D=64 r=128 1-449 each",
-    "T=3072 D=64 r=16/32/64/128 8192x8192",
-    "T=384 D=32 r=16/32/64/128 28672x14336",
-    "T=65 D=1 r=128 28672x28672",
-    "T=4096 D=16 r=128 14336x8192 76-1215 each shuffled",
-    "T=4096 D=64 r=64 14-886 each shuffled",
-    "T=128 D=64 r=128 14336x14336",
-    "T=1536 D=32 r=16 12-388 each",
-    "T=256 D=4 r=64 28672x2048 31-123 each",
     "T=65 D=64 r=128 28672x28672",
-    "T=768 D=64 r=16/32/64/128 14336x4096",
+    "T=128 D=2 r=128 14336x28672",
+    "T=256 D=32 r=64 28672x14336",
+    "T=256 D=64 r=128 8192x28672 1-75 each shuffled",
+    "T=512 D=8 r=64 2048x14336 shuffled",
+    "T=512 D=64 r=128 1-449 each",
+    "T=1024 D=32 r=128 28672x2048 8-260 each shuffled",
+    "T=1024 D=64 r=16/32/64/128 2048x4096",
+    "T=1536 D=32 r=16/32/64/128 14336x14336",
+    "T=3072 D=32 r=16/32/64/128 28672x14336",
+    "T=3072 D=64 r=16/32/64/128 8192x8192",
+    "T=3072 D=64 r=16/32/64/128 14336x2048",
+    "T=4096 D=16 r=128 14336x8192 76-1215 each shuffled",
+    "T=4096 D=64 r=128 4096x2048 14-886 each shuffled",
 )
 _GRADIENTS = [
     gradients.Case(64, 64, 8, 8192, 8192, "zipf"),
-    gradients.Case(256, 32, 8, 8192, 8192, L=64),
+    gradients.Case(1024, 32, 8, 14336, 4096),
     gradients.Case(1024, 2, 128, 14336, 4096, "shuffled"),
-    gradients.Case(4096, 2, 8, 14336, 14336, "shuffled"),
+    gradients.Case(16384, 8, 16, order="shuffled"),
 ]
+_DRAWN = dict.fromkeys(case for seed in (0, 1) for case in grid(seed, 120))
 GROUPS = {
     "missed": [Profiled(case) for case in _MISSED],
     "bits": [Profiled(Case(64, 64, 64), dtype) for dtype in _DTYPES],
     "gradients": [Profiled(case, "gradients") for case in _GRADIENTS],
-    "peers": [Profiled(case) for case in grid(0, 120) if case.label in _LOST],
+    "peers": [Profiled(case) for case in _DRAWN if case.label in _LOST],
 }
 _DEFAULT = ["missed,bits,gradients", "peers"]
 
