@@ -124,6 +124,26 @@ def _halves(tokens: int, rank: int, x_dtype: str, dtype: str) -> Iterator[tuple[
     yield f"sorted-{name}", (add, (y, x, a, b, ids))
 
 
+def _eight_bits(tokens: int, ranks: tuple[int, ...]) -> tuple[str, Case]:
+    """A part of each rank with stacks in 8 bits, of sorted ids."""
+
+    def add(
+        y: jax.Array, x: jax.Array, ids: jax.Array,
+        stacks: list[tuple[jax.Array, jax.Array, jax.Array]],
+    ) -> jax.Array:  # fmt: skip
+        parts = [pk.LoRAPart(a, b, scales, 4 * n) for n, (a, b, scales) in enumerate(stacks)]
+        route = pk.make_segments(ids, 4 * len(parts))
+        return pk.add_lora_multi(y, x, parts, route, implementation=_MOSAIC)
+
+    dtype = "float8_e4m3fn"
+    stacks = [
+        (Shape((4, r, 1024), dtype), Shape((4, 512, r), dtype), Shape((4, r), "float32"))
+        for r in ranks
+    ]
+    x, y = (Shape((tokens, size), "bfloat16") for size in (1024, 512))
+    return f"eight-bits-T{tokens}-{ranks}", (add, (y, x, Shape((tokens,), "int32"), stacks))
+
+
 def _ranges(
     tokens: int, widths: tuple[int, ...], ranks: tuple[int, ...], *, seated: bool, delta: bool,
     words: int = 1, dtype: str = "bfloat16", features: int = 1024,
@@ -165,6 +185,8 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield from _halves(tokens, rank, "bfloat16", "bfloat16")
     yield from _halves(64, 16, "float16", "float16")
     yield from _halves(1000, 64, "float32", "bfloat16")
+    for tokens, ranks in ((1, (8,)), (64, (64,)), (40, (8, 16, 128)), (2000, (8, 64))):
+        yield _eight_bits(tokens, ranks)
     ways = (
         (False, False, 1),
         (False, False, 2),

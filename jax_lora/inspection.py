@@ -67,7 +67,7 @@ class FullReport:
 
 @dataclasses.dataclass(frozen=True)
 class EightBitsReport:
-    """How far stacks in 8 bits are from an adapter; see `AdapterBank.load`.
+    """How far stacks in a dtype of 8 bits are from an adapter; see `AdapterBank.load`.
 
     Attributes:
       errors: of each module but embeddings, which 8 bits are not for.
@@ -94,7 +94,7 @@ class AdapterReport:
     advice: list[str]
     full: list[FullReport]
     mesh: list[str]
-    eight_bits: EightBitsReport | None
+    eight_bits: dict[str, EightBitsReport] | None
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -114,7 +114,8 @@ def inspect_adapter(
 
     Args:
       devices: over which a model of Llama's projections is divided; what each holds is then told.
-      eight_bits: whether to read its weights too, and tell how far stacks in 8 bits are from them.
+      eight_bits: whether to read its weights too, and tell how far stacks in 8 bits are from them,
+        of each dtype.
 
     Raises:
       FileNotFoundError, ValueError: see `load_peft`.
@@ -223,12 +224,18 @@ def _mesh(header: AdapterHeader, devices: int) -> list[str]:
     return lines
 
 
-def _eight_bits(path: Path, allow_links: bool) -> EightBitsReport:
+def _eight_bits(path: Path, allow_links: bool) -> dict[str, EightBitsReport]:
     from jax_lora.bank.eight_bits import measured  # imports JAX, which few reports need
+    from pallas_kernels.stacks import EIGHT_BITS
 
     modules = peft_modules(path, allow_links=allow_links)
-    held = measured({m: weights for m, weights in modules.items() if not weights.is_embedding})
-    return EightBitsReport(dict(held.errors), held.largest, held.worst, held.is_taken)
+    modules = {m: weights for m, weights in modules.items() if not weights.is_embedding}
+    reports = {}
+    for dtype in EIGHT_BITS:
+        held = measured(modules, dict.fromkeys(modules, dtype))
+        errors = dict(held.errors)
+        reports[dtype.name] = EightBitsReport(errors, held.largest, held.worst, held.is_taken)
+    return reports
 
 
 def _lorax(ranks: list[int]) -> list[str]:

@@ -21,19 +21,19 @@ from pallas_kernels.routing import (
     static,
     unsorted_mix,
 )
-from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, LoRAPart
+from pallas_kernels.stacks import EIGHT_BITS_NAMES, LayerStacks, LoRAPart, is_eight_bits
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def floats(name: str, value: ArrayLike, axes: str, *, eight_bits: bool = False) -> Array:
     """`value` as an array with these axes; TypeError where it is none of the three floats, nor,
-    where there may be `eight_bits`, the one of a byte."""
+    where there may be `eight_bits`, one of a byte."""
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise TypeError(f"{name} must be an array, got {type(value).__name__}")
-    if dtype not in _FLOATS and not (eight_bits and dtype == EIGHT_BITS):
-        also = f", or {EIGHT_BITS} with scales" if eight_bits else ""
+    if dtype not in _FLOATS and not (eight_bits and is_eight_bits(dtype)):
+        also = f", or {EIGHT_BITS_NAMES} with scales" if eight_bits else ""
         raise TypeError(f"{name} must be float32, bfloat16 or float16{also}, got {dtype}")
     array = jnp.asarray(value)
     if array.ndim != len(axes.split()):
@@ -178,7 +178,7 @@ def part(n: int, given: LoRAPart, features: int, y_shape: Sequence[int]) -> LoRA
         found.rank,
         b.shape[1 if transposed else 2],
     )
-    if EIGHT_BITS in (a.dtype, b.dtype) and (a.dtype != b.dtype or transposed):
+    if any(is_eight_bits(t.dtype) for t in (a, b)) and (a.dtype != b.dtype or transposed):
         raise ValueError(
             f"parts[{n}] has lora_a of {a.dtype} and lora_b of {b.dtype}, "
             f"transposed={transposed}; stacks in 8 bits are both so, and as rows"
@@ -226,7 +226,7 @@ def _part_scales(name: str, given: LoRAPart, found: LoRAPart) -> tuple[Array, in
         if shape != (found.slots, found.rank):
             raise ValueError(
                 f"{name}.scales must have shape {[found.slots, found.rank]}, one for each rank "
-                f"column, as the stacks are {EIGHT_BITS}; got {list(shape)}"
+                f"column, as the stacks are {found.dtype}; got {list(shape)}"
             )
         flat = jnp.asarray(given.scales).reshape(-1)
         return scales(f"{name}.scales", flat, size=found.num_scales), 0
@@ -244,7 +244,7 @@ def _part_scales(name: str, given: LoRAPart, found: LoRAPart) -> tuple[Array, in
     if found.is_eight_bits and (offset % 4 or (given.layers is not None and size % 4)):
         raise ValueError(
             f"{name}.scales_offset, and S of several layers, must be multiples of 4, as the stacks "
-            f"are {EIGHT_BITS}; got {offset} and {size}"
+            f"are {found.dtype}; got {offset} and {size}"
         )
     return scales(f"{name}.scales", given.scales, size=size), offset  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from pallas_kernels.stacks import EIGHT_BITS, LoRAPart
+from pallas_kernels.stacks import LoRAPart
 
 
 def _identity(name: str) -> Primitive:
@@ -68,7 +68,7 @@ def refuse_eight_bits(op: str, parts: Iterable[LoRAPart]) -> None:
     for n, part in enumerate(parts):
         if part.is_eight_bits:
             raise NotImplementedError(
-                f"{op} has no gradients with stacks of {EIGHT_BITS}, as parts[{n}] has; train in "
+                f"{op} has no gradients with stacks of {part.dtype}, as parts[{n}] has; train in "
                 "stacks of bfloat16 or float32 (apply_lora's dtype=), then load the adapter here"
             )
 

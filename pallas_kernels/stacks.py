@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, DTypeLike
 
@@ -47,13 +48,15 @@ class LayerStacks:
         return a, b, s
 
 
-# A byte: a sign, four bits of exponent, three of mantissa; no infinity. Values up to 448.
-EIGHT_BITS = jnp.dtype(jnp.float8_e4m3fn)
+# The largest number of each dtype of a byte that stacks may have. A float8_e4m3fn has a sign, four
+# bits of exponent and three of mantissa, and no infinity. Of int8, -128 has no counterpart.
+EIGHT_BITS = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float8_e4m3fn): 448}
+EIGHT_BITS_NAMES = " or ".join(map(str, EIGHT_BITS))
 
 
 def is_eight_bits(dtype: DTypeLike) -> bool:
     """Whether stacks of this dtype are in 8 bits, so that each rank column has a scale."""
-    return jnp.dtype(dtype) == EIGHT_BITS
+    return jnp.dtype(dtype) in EIGHT_BITS
 
 
 class Sharing(NamedTuple):
@@ -79,9 +82,9 @@ class LoRAPart:
     `slot * experts + expert` (`expert_indices`), so L is `slots * experts`. Experts may share A:
     `lora_a` then has fewer rows, and adapter i has row `i // (L / len(lora_a))`. Likewise B.
 
-    Stacks in 8 bits, `float8_e4m3fn` both, have a scale for each rank column of each adapter:
-    `(scales * (x @ A^T)) @ B^T`. It is what both halves were divided by (`quantised`). They hold no
-    NaN: what one gives is undefined. They have no gradients.
+    Stacks in 8 bits, both `int8` or both `float8_e4m3fn`, have a scale for each rank column of each
+    adapter: `(scales * (x @ A^T)) @ B^T`. It is what both halves were divided by (`quantised`).
+    They hold no NaN: what one gives is undefined. They have no gradients.
 
     Attributes:
       lora_a: `[L, R, H]` (or `[slots, experts, R, H]`), down-projections; `[slots, R, H]` if
@@ -137,9 +140,14 @@ class LoRAPart:
         return jnp.shape(self.lora_b)[2 if self.transposed else 1]
 
     @property
+    def dtype(self) -> np.dtype:
+        """That of `lora_a`."""
+        return jnp.result_type(self.lora_a)
+
+    @property
     def is_eight_bits(self) -> bool:
         """Whether the stacks are in 8 bits."""
-        return is_eight_bits(jnp.result_type(self.lora_a))
+        return is_eight_bits(self.dtype)
 
     @property
     def num_scales(self) -> int:

@@ -30,7 +30,7 @@ from pallas_kernels.routing import (
     local_segments,
     slots_in_use,
 )
-from pallas_kernels.stacks import LoRAPart, Sharing, apart, is_eight_bits, side_by_side
+from pallas_kernels.stacks import LoRAPart, Sharing, apart, side_by_side
 
 # Weights that one step of the bgmv form gathers at most. A CPU writes them out before it multiplies
 # and wants them in its cache: docs/lab/2026-11.md has the times. On a GPU each step costs launches.
@@ -51,23 +51,28 @@ def dot(subscripts: str, x: Array, w: Array) -> Array:
 
     Bytes are weights in 8 bits, which become x's dtype where the product reads them.
     """
-    if w.dtype == jnp.uint8:
-        w = _from_bytes(w, x.dtype)
+    if _are_bytes(w):
+        w = w.astype(x.dtype) if w.dtype == jnp.int8 else _from_bytes(w, x.dtype)
     if x.dtype != w.dtype:
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _are_bytes(weights: Array) -> bool:
+    """Whether they are in 8 bits: int8, or float8_e4m3fn as `_bytes_of` makes it."""
+    return weights.dtype in (jnp.int8, jnp.uint8)
+
+
 def _bytes_of(stack: Array) -> Array:
-    """A stack in 8 bits as its bytes, others as they are.
+    """Floats of 8 bits as their bytes, other stacks as they are.
 
     XLA's CPU compiler copies the bytes, once in a call; of floats of 8 bits it would convert all to
     16, several times slower. The bundled model, 110 rows of ten adapters, on 2 CPU cores: 1.6 s by
     bytes, 4.4 by floats, 1.1 in float32.
     """
-    is_bytes = is_eight_bits(stack.dtype)
-    return lax.bitcast_convert_type(stack, jnp.uint8) if is_bytes else stack
+    is_float = stack.dtype == jnp.float8_e4m3fn
+    return lax.bitcast_convert_type(stack, jnp.uint8) if is_float else stack
 
 
 def _from_bytes(weights: Array, dtype: DTypeLike) -> Array:
@@ -81,7 +86,7 @@ def _from_bytes(weights: Array, dtype: DTypeLike) -> Array:
 def cast_v(v: Array, lora_b: Array) -> Array:
     """`v` as the expand multiplies it: float32 takes half-precision B's dtype (LoRAX CAST_TYPE).
     Beside B in 8 bits, which are bytes here, it stays as it is."""
-    is_cast = v.dtype == jnp.float32 and lora_b.dtype != jnp.uint8
+    is_cast = v.dtype == jnp.float32 and not _are_bytes(lora_b)
     return v.astype(lora_b.dtype) if is_cast else v
 
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from jax_lora.adapters import LoRAWeights
 from pallas_kernels.eight_bits import Quantised, quantised
-from pallas_kernels.stacks import EIGHT_BITS
 
 # What a module adds may differ from the adapter's own by so much of its norm. Rounding both halves
-# to four significant bits makes some 0.04; more says that ranks of the adapter cancel each other.
+# of random weights makes some 0.01 in int8, and 0.04 in float8_e4m3fn. More says that ranks of the
+# adapter cancel each other; in int8 also that a few weights are far larger than others beside them.
 MAX_ERROR = 0.1
 
 
@@ -35,29 +35,31 @@ class InEightBits(NamedTuple):
         return self.largest <= MAX_ERROR
 
 
-def in_eight_bits(name: str, modules: Mapping[str, LoRAWeights]) -> InEightBits:
-    """Modules of an adapter as stacks in 8 bits hold them.
+def in_eight_bits(
+    name: str, modules: Mapping[str, LoRAWeights], dtypes: Mapping[str, np.dtype]
+) -> InEightBits:
+    """Modules of an adapter as stacks in 8 bits hold them, each in its own of the `dtypes`.
 
     Raises:
       ValueError: a module's error is above `MAX_ERROR`.
     """
-    held = measured(modules)
-    if not held.is_taken:
+    held = measured(modules, dtypes)
+    if (worst := held.worst) is not None and not held.is_taken:
         raise ValueError(
-            f"adapter {name!r}: {EIGHT_BITS} changes what {held.worst} adds by "
+            f"adapter {name!r}: {dtypes[worst]} changes what {worst} adds by "
             f"{held.largest:.1%}, and at most {MAX_ERROR:.0%} are taken; give apply_lora "
             "dtype=jnp.bfloat16 for it"
         )
     return held
 
 
-def measured(modules: Mapping[str, LoRAWeights]) -> InEightBits:
+def measured(modules: Mapping[str, LoRAWeights], dtypes: Mapping[str, np.dtype]) -> InEightBits:
     """Modules in 8 bits, whatever their errors, which are infinite where weights are not finite."""
     inside, errors = {}, {}
     for module, weights in modules.items():
         a, b = (np.asarray(half).astype(np.float32, copy=False) for half in (weights.a, weights.b))
         with np.errstate(all="ignore"):
-            held = quantised(a, b)
+            held = quantised(a, b, dtype=dtypes[module])
             errors[module] = float(np.nan_to_num(error_of(a, b, held), nan=np.inf))
         inside[module] = held._replace(scales=held.scales * np.float32(weights.scale))
     return InEightBits(inside, errors)

@@ -9,7 +9,6 @@ from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
 from jax_lora.bank.sites import Site, some
-from pallas_kernels.stacks import EIGHT_BITS
 
 
 def new_adapter(
@@ -23,9 +22,9 @@ def new_adapter(
       ValueError: the config targets no site, saves none with full slots, or asks for DoRA; the
         stacks are in 8 bits.
     """
-    if any(site.is_eight_bits for site in sites.values()):
+    if small := [site.dtype for site in sites.values() if site.is_eight_bits]:
         raise ValueError(
-            f"{name!r} is to be trained, but the stacks are {EIGHT_BITS}; train it in a model with "
+            f"{name!r} is to be trained, but the stacks are {small[0]}; train it in a model with "
             "stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and load it here"
         )
     for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):

@@ -30,7 +30,6 @@ from jax_lora.bank.writer import (
 )
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.stacks import get_slot
-from pallas_kernels.stacks import EIGHT_BITS
 
 # An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
 # it the module that it has, if any.
@@ -206,8 +205,8 @@ class Publisher(Roster):
             for each in (self, other):
                 if any(writer.is_eight_bits for writer in each._writers.values()):
                     raise ValueError(
-                        f"publish copies {source!r} as it stands, which stacks of {EIGHT_BITS} are "
-                        f"not for; save it by its bank, and load the folder as {name!r}"
+                        f"publish copies {source!r} as it stands, which stacks in 8 bits are not "
+                        f"for; save it by its bank, and load the folder as {name!r}"
                     )
             lease, (entry,) = other._lease([source])  # lest the copy take its slot
             try:

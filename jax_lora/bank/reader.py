@@ -49,7 +49,7 @@ class AdapterReader(Publisher):
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
         small = {m: w for m, w in adapter.modules.items() if self._sites[m].is_eight_bits}
-        held = in_eight_bits(name, small)
+        held = in_eight_bits(name, small, {m: self._sites[m].dtype for m in small})
         if not small and is_on_device(adapter):
             values = values_on_device(adapter, writer, self._sites, layers)
         else:

@@ -47,9 +47,14 @@ class Site:
         return self._first.variables
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of its stacks."""
+        return self.variables[0].dtype
+
+    @property
     def is_eight_bits(self) -> bool:
         """Whether its stacks are in 8 bits."""
-        return is_eight_bits(self.variables[0].dtype)
+        return is_eight_bits(self.dtype)
 
     @property
     def is_embedding(self) -> bool:

@@ -24,7 +24,8 @@ def inspect(
     eight_bits: Annotated[
         bool,
         typer.Option(
-            "--eight-bits", help="Read the weights: how far are stacks of float8_e4m3fn from them?"
+            "--eight-bits",
+            help="Read the weights: how far are stacks of int8 and float8_e4m3fn from them?",
         ),
     ] = False,
     allow_links: Links = False,
@@ -89,11 +90,11 @@ def _print_report(report: "AdapterReport") -> None:
         what = "Tokens" if full.is_tokens else "Whole"
         line = f"  {what}: {full.name}, {size}, {full.nbytes / 1e6:.2f} MB, takes a full slot"
         stdout.print(Text(line), soft_wrap=True)
-    if (held := report.eight_bits) is not None:
+    for dtype, held in (report.eight_bits or {}).items():
         taken = "" if held.is_taken else ", which a bank refuses"
-        line = f"change what {held.module} adds by {held.largest:.1%}, others less{taken}"
-        line = "hold no embedding, and there is no other module" if held.module is None else line
-        stdout.print(Text(f"  8 bits: {line}"), soft_wrap=True)
+        line = f"changes what {held.module} adds by {held.largest:.1%}, others less{taken}"
+        line = "holds no embedding, and there is no other module" if held.module is None else line
+        stdout.print(Text(f"  8 bits: {dtype} {line}"), soft_wrap=True)
     labelled = ("LoRAX", report.lorax), ("For speed", report.advice), ("Mesh", report.mesh)
     for label, lines in labelled:
         for line in lines:

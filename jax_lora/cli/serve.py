@@ -1,5 +1,6 @@
 """`jax-lora serve`: OpenAI's API over a user's model and adapters."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,12 @@ from jax_lora.cli.programs import keep_programs
 from jax_lora.cli.terminal import input_errors, start_jax, stderr
 from jax_lora.messages import without_controls
 from jax_lora.serving.server.reserve import Reserve
+
+
+class EightBits(StrEnum):
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
 
 ApiKeys = Annotated[
     list[str] | None,
@@ -68,8 +75,8 @@ def serve(
         DType | None, typer.Option(help="Type of weights and arithmetic; default: as stored.")
     ] = None,
     eight_bits: Annotated[
-        bool, typer.Option("--eight-bits", help="Hold adapters in 8 bits: float8_e4m3fn, rounded.")
-    ] = False,
+        EightBits | None, typer.Option(help="Hold adapters in 8 bits of this type, rounded.")
+    ] = None,
 ) -> None:
     """Serve **OpenAI's API**: the base model and each adapter is a `model`.
 
@@ -101,7 +108,8 @@ def serve(
             sizes = run.Sizes(slots, max_rank, max_length, rows, max_waiting, kept)
             if base is None:
                 base, name, adapters = str(FOLDER / "base"), name or "demo", FOLDER / "adapters"
-            model = run.Model(base, name, adapters, sizes, dtype and dtype.value, eight_bits)
+            types = dtype and dtype.value, eight_bits and eight_bits.value
+            model = run.Model(base, name, adapters, sizes, *types)
             served = run.load(model, _told)
             limits = Limits(body_bytes=max_body, rows_per_key=rows_per_key)
             server = Server(served, api_key or [], limits)

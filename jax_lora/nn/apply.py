@@ -84,9 +84,9 @@ def apply_lora(
         ("q_proj", "layers.0.*"); None for every linear layer. Layers of other types stay as they
         are, also where an expression matches them.
       buckets: ranks that the stacks are allocated with.
-      dtype: dtype of the stacks; None for each kernel's own. "float8_e4m3fn" rounds adapters when
-        they are loaded (`AdapterBank.load`): not to train, nor on several devices. Embeddings and
-        full slots then have their kernel's.
+      dtype: dtype of the stacks; None for each kernel's own. "int8" and "float8_e4m3fn" round
+        adapters when they are loaded (`AdapterBank.load`): not to train, nor on several devices.
+        Embeddings and full slots then have their kernel's.
       dora: whether adapters with DoRA (PEFT's `use_dora`) may be loaded too. It takes `slots * N`
         float32 more per layer and bucket, and each step some time.
       fully_sharded: on a mesh that divides a layer's kernel, divide its stacks wholly: also A's

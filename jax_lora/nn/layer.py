@@ -39,7 +39,7 @@ from jax_lora.sharding import (
 )
 from pallas_kernels import LoRAPart
 from pallas_kernels.routing import Mix, Segments
-from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
+from pallas_kernels.stacks import LayerStacks, is_eight_bits
 
 
 class LoRALayer(nnx.Module):
@@ -164,8 +164,8 @@ class LoRALayer(nnx.Module):
         if is_eight_bits(dtype) and shards is not None and shards.mesh.size > 1:
             raise ValueError(
                 f"the {type(self).__name__} is on a mesh of {shards.mesh.size} devices, where "
-                f"stacks are not {EIGHT_BITS}; give apply_lora another dtype=, or leave the layer "
-                "out of target"
+                f"stacks are not {jnp.dtype(dtype)}; give apply_lora another dtype=, or leave the "
+                "layer out of target"
             )
         return shards
 

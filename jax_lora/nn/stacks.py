@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
-from pallas_kernels.stacks import EIGHT_BITS, LayerStacks, is_eight_bits
+from pallas_kernels.stacks import EIGHT_BITS_NAMES, LayerStacks, is_eight_bits
 
 Slots = int | Mapping[int, int]
 
@@ -192,8 +192,9 @@ def check_slots(slots: Slots, buckets: Sequence[int]) -> dict[int, int]:
 
 def stack_dtype(dtype: Any, *, eight_bits: bool = False) -> Any:
     """`dtype`, or a ValueError if stacks can't have it; `eight_bits`: they may be so."""
-    found, also = jnp.dtype(dtype), f", or {EIGHT_BITS}" if eight_bits else ""
-    if found not in (jnp.float32, jnp.bfloat16, jnp.float16) and not (also and found == EIGHT_BITS):
+    found, also = jnp.dtype(dtype), f", or {EIGHT_BITS_NAMES}" if eight_bits else ""
+    is_float = found in (jnp.float32, jnp.bfloat16, jnp.float16)
+    if not is_float and not (eight_bits and is_eight_bits(found)):
         raise ValueError(
             f"stacks are float32, bfloat16 or float16{also}, not {dtype}; give their dtype"
         )

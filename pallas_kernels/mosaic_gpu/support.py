@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from pallas_kernels.mosaic_gpu.layouts import cuts
-from pallas_kernels.stacks import EIGHT_BITS, LoRAPart
+from pallas_kernels.stacks import LoRAPart, is_eight_bits
 
 MAX_RANK = 512
 MAX_FEATURES = 131072
@@ -27,7 +27,7 @@ def missing(
     `features` is H (None for an expand), `width` N and `y_width` y's columns (None for a shrink).
     x may have any dtype of the ops.
     """
-    if weight_dtype not in (jnp.bfloat16, jnp.float16, EIGHT_BITS):
+    if weight_dtype not in (jnp.bfloat16, jnp.float16) and not is_eight_bits(weight_dtype):
         return f"{jnp.dtype(weight_dtype).name} weights (it takes bfloat16 and float16)"
     if rank != 8 and (rank % 16 or not 16 <= rank <= MAX_RANK):
         return f"rank {rank} (it takes 8 and the multiples of 16 up to {MAX_RANK})"

@@ -33,6 +33,9 @@ CASES = [
     EightBitCase(256, 4096, (Stack(128, 8, 4096),), "out_of_range"),
     EightBitCase(100, 1024, MANY),
     EightBitCase(2000, 1024, (Stack(64, 8, 1024),)),
+    EightBitCase(1, 4096, (Stack(8, 1, 4096),), "distinct", dtype="int8"),
+    EightBitCase(64, 4096, (Stack(64, 64, 4096),), "distinct", dtype="int8"),
+    EightBitCase(100, 1024, MANY, dtype="int8"),
 ]
 PREFILLS = [
     EightBitCase(300, 1040, (Stack(8, 6, 1096),), "zipf"),
@@ -44,6 +47,8 @@ PREFILLS = [
     EightBitCase(4096, 2048, (Stack(128, 4, 2048),), "zipf"),  # two tiles in a block
     EightBitCase(333, 1024, (Stack(512, 2, 1024),)),
     EightBitCase(900, 1024, MANY),
+    EightBitCase(1024, 4096, (Stack(64, 64, 4096),), "distinct", dtype="int8"),
+    EightBitCase(900, 1024, MANY, dtype="int8"),
 ]
 
 
@@ -79,12 +84,13 @@ def check(case: EightBitCase, config: Config | None) -> None:
         np.testing.assert_array_equal(bits(moved), bits(new[order]))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("rank", [8, 16, 64])
 @pytest.mark.parametrize("config", [None, Config(split=2)], ids=["one launch", "two launches"])
-def test_every_byte_is_widened_exactly(config: Config | None, rank: int) -> None:
+def test_every_byte_is_widened_exactly(config: Config | None, rank: int, dtype: str) -> None:
     """Each column of A and of B: a token reads one column of A, and so one of B."""
-    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    every = np.where(np.isnan(every), 0, every).astype(ml_dtypes.float8_e4m3fn)
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).astype(np.float32)
+    every = np.where(np.isnan(every), 0, every).astype(dtype)
     ones = np.eye(rank, 256, dtype=np.float32).astype(every.dtype)
     x, ids = np.eye(256, dtype=ml_dtypes.bfloat16), np.zeros(256, np.int32)
     how: Any = {"implementation": "mosaic_gpu", "scales": np.ones((1, rank), np.float32)}

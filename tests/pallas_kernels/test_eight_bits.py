@@ -22,13 +22,16 @@ WAYS = [("xla", "decode"), ("xla", "prefill"), ("loop", None), (None, None)]
 IDS = np.resize(np.array([0, 4, -1, 2, 2, 9, 4], np.int32), TOKENS)
 
 
+EIGHT_BITS = pytest.mark.parametrize("eight", ["int8", "float8_e4m3fn"])
+
+
 @functools.cache
-def adapters(slots: int = SLOTS) -> Quantised:
+def adapters(eight: str, slots: int = SLOTS) -> Quantised:
     rng = np.random.default_rng(slots)
     a = rng.normal(size=(slots, RANK, FEATURES)).astype(np.float32) * 0.1
     b = rng.normal(size=(slots, WIDTH, RANK)).astype(np.float32) * 0.02
     a *= rng.uniform(0.01, 100, (slots, RANK, 1)).astype(np.float32)
-    return pk.quantised(a, b, rng.uniform(0.5, 2, slots))
+    return pk.quantised(a, b, rng.uniform(0.5, 2, slots), eight)
 
 
 def rows(dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -42,24 +45,52 @@ def wanted(y: np.ndarray, x: np.ndarray, ids: np.ndarray, held: Quantised) -> np
     return reference.mix(y, x, held.lora_a, held.lora_b, ids[:, None], ones, held.scales)
 
 
-def test_quantised_is_near_what_it_holds() -> None:
+@pytest.mark.parametrize(
+    ("eight", "largest", "bound"), [("float8_e4m3fn", 448, 0.05), ("int8", 127, 0.012)]
+)
+def test_quantised_is_near_what_it_holds(eight: str, largest: int, bound: float) -> None:
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=(2, 4, 64)) * 1e-3, rng.normal(size=(2, 48, 4))
     a[0, 1] = 0
-    held = pk.quantised(a, b, np.array([0.5, 2.0]))
-    assert held.lora_a.dtype == held.lora_b.dtype == ml_dtypes.float8_e4m3fn
+    held = pk.quantised(a, b, np.array([0.5, 2.0]), dtype=eight)
+    assert held.lora_a.dtype == held.lora_b.dtype == eight
     whole = held.lora_b.astype(np.float64) @ (held.scales[..., None] * held.lora_a.astype(float))
     want = np.array([0.5, 2.0])[:, None, None] * (b @ a)
-    assert np.linalg.norm(whole - want) / np.linalg.norm(want) < 0.05
+    assert np.linalg.norm(whole - want) / np.linalg.norm(want) < bound
     assert np.abs(held.lora_a.astype(np.float32)).max(axis=2).tolist() == [
-        [448, 0, 448, 448], [448] * 4
+        [largest, 0, largest, largest], [largest] * 4
     ]  # fmt: skip
+
+
+def test_elements_go_to_the_nearest_and_ties_to_even() -> None:
+    row = np.float32([127, 0.5, 1.5, -2.5, 2.51, -126.5, 1e-3])
+    held = pk.quantised(row[None], np.ones((1, 1)), dtype="int8")
+    assert held.lora_a.tolist() == [[127, 0, 2, -2, 3, -126, 0]]
+    assert held.lora_b.tolist() == [[127]] and held.scales == np.float32(1 / 127)
+    row = np.float32([448, 17, 19, -21, 2**-10, 3 * 2**-10])
+    held = pk.quantised(row[None], np.ones((1, 1)))
+    assert held.lora_a.astype(np.float32).tolist() == [[448, 16, 20, -20, 0, 2**-8]]
+
+
+@EIGHT_BITS
+def test_subnormal_weights_stay_in_range(eight: str) -> None:
+    least = np.finfo(np.float32).smallest_subnormal
+    for most in (1, 190, 600):
+        a = np.float32([[most, -most, 1]]) * least
+        held = pk.quantised(a, np.ones((1, 1)), dtype=eight).lora_a.astype(np.float64)
+        assert np.isfinite(held).all() and held[0, 0] == -held[0, 1]
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="in 8 bits are int8 or float8_e4m3fn, not uint8"):
+        pk.quantised(np.ones((1, 2)), np.ones((2, 1)), dtype="uint8")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_against_float64(way: tuple[Any, Any], dtype: Any) -> None:
-    (x, y), held, (implementation, phase) = rows(dtype), adapters(), way
+@EIGHT_BITS
+def test_against_float64(way: tuple[Any, Any], dtype: Any, eight: str) -> None:
+    (x, y), held, (implementation, phase) = rows(dtype), adapters(eight), way
     how: Any = {"implementation": implementation, "phase": phase}
     out = pk.add_lora(y, x, held.lora_a, held.lora_b, IDS, scales=held.scales, **how)
     want, tolerance = wanted(y, x, IDS, held), 1e-5 if dtype == np.float32 else 1e-2
@@ -70,9 +101,10 @@ def test_against_float64(way: tuple[Any, Any], dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_scales_of_several_parts_in_one_array(way: tuple[Any, Any]) -> None:
+@EIGHT_BITS
+def test_scales_of_several_parts_in_one_array(way: tuple[Any, Any], eight: str) -> None:
     (x, y), (implementation, phase) = rows(), way
-    one, two = adapters(2), adapters(3)
+    one, two = adapters(eight, 2), adapters(eight, 3)
     unused = np.full(4, np.nan, np.float32)
     scales = np.concatenate([unused, one.scales.ravel(), two.scales.ravel()])
     first = pk.LoRAPart(one.lora_a, one.lora_b, scales, 1, 0, scales_offset=4)
@@ -84,9 +116,10 @@ def test_scales_of_several_parts_in_one_array(way: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_mixes_and_experts_that_share_a(way: tuple[Any, Any]) -> None:
+@EIGHT_BITS
+def test_mixes_and_experts_that_share_a(way: tuple[Any, Any], eight: str) -> None:
     (x, y), (implementation, phase) = rows(), way
-    own, shared = adapters(6), adapters(3)
+    own, shared = adapters(eight, 6), adapters(eight, 3)
     a, scales = shared.lora_a, own.scales
     rng = np.random.default_rng(2)
     ids = rng.integers(-1, 6, (TOKENS, 2)).astype(np.int32)
@@ -98,9 +131,10 @@ def test_mixes_and_experts_that_share_a(way: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_layers_in_place(way: tuple[Any, Any]) -> None:
+@EIGHT_BITS
+def test_layers_in_place(way: tuple[Any, Any], eight: str) -> None:
     (x, y), (implementation, phase) = rows(), way
-    all_layers = adapters(2 * SLOTS)
+    all_layers = adapters(eight, 2 * SLOTS)
     a, b, scales = (t.reshape(2, SLOTS, *t.shape[1:]) for t in all_layers)
     layers = LayerStacks(a, b, scales.reshape(2, -1), jnp.int32(1))
     part = pk.LoRAPart(a[1], b[1], scales[1].reshape(-1), scales_offset=0, layers=layers)
@@ -110,8 +144,9 @@ def test_layers_in_place(way: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-4)
 
 
-def test_there_are_no_gradients() -> None:
-    (x, y), held = rows(), adapters()
+@EIGHT_BITS
+def test_there_are_no_gradients(eight: str) -> None:
+    (x, y), held = rows(), adapters(eight)
     part = pk.LoRAPart(*held)
 
     def loss(x: Any) -> Any:
@@ -128,14 +163,15 @@ def test_there_are_no_gradients() -> None:
         pk.lora_gradients(y, x, [part], IDS)
 
 
-def test_what_is_refused() -> None:
-    (x, y), held = rows(), adapters()
+@EIGHT_BITS
+def test_what_is_refused(eight: str) -> None:
+    (x, y), held = rows(), adapters(eight)
     part = pk.LoRAPart(*held)
     changed = functools.partial(dataclasses.replace, part)
     half = held.lora_b.astype(ml_dtypes.bfloat16)
     flat = np.ones(2 + SLOTS * RANK, np.float32)
     bad: list[tuple[Any, str]] = [
-        (changed(lora_b=half), "lora_a of float8_e4m3fn and lora_b of bfloat16"),
+        (changed(lora_b=half), f"lora_a of {eight} and lora_b of bfloat16"),
         (changed(scales=None), r"must have shape \[5, 8\], one for each rank column"),
         (changed(scales=np.ones(SLOTS)), r"must have shape \[5, 8\]"),
         (changed(scales=flat, scales_offset=2), "must be multiples of 4, .* got 2 and 42"),
@@ -147,5 +183,5 @@ def test_what_is_refused() -> None:
     turned = part.with_layout(transposed=True)
     with pytest.raises(ValueError, match="transposed=True; stacks in 8 bits are both so"):
         pk.add_lora_multi(y, x, [turned], IDS)
-    with pytest.raises(TypeError, match="float32, bfloat16 or float16, got float8_e4m3fn"):
+    with pytest.raises(TypeError, match=f"float32, bfloat16 or float16, got {eight}"):
         pk.bgmv_shrink(x, held.lora_a, IDS)

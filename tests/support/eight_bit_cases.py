@@ -30,10 +30,13 @@ class EightBitCase:
     stacks: tuple[Stack, ...]
     popularity: str = "uniform"
     y_dtype: str = "bfloat16"
+    dtype: str = "float8_e4m3fn"
 
     def __str__(self) -> str:
         ranks = "-".join(f"r{one.rank}x{one.slots}+{one.y_offset}" for one in self.stacks)
-        return f"T{self.tokens}-H{self.features}-{ranks}-{self.popularity}-{self.y_dtype}"
+        return (
+            f"T{self.tokens}-H{self.features}-{ranks}-{self.popularity}-{self.y_dtype}-{self.dtype}"
+        )
 
     @property
     def columns(self) -> int:
@@ -56,7 +59,7 @@ class EightBitCase:
             a = signed(rng, (one.slots, one.rank, self.features), "float32", self.features**-0.5)
             b = signed(rng, (one.slots, one.width, one.rank), "float32", one.rank**-0.5)
             a *= np.exp2(rng.integers(-9, 9, (one.slots, one.rank, 1))).astype(np.float32)
-            held.append(pk.quantised(a, b, rng.uniform(0.5, 2, one.slots)))
+            held.append(pk.quantised(a, b, rng.uniform(0.5, 2, one.slots), self.dtype))
         scales = [np.full(8, np.nan, np.float32), *(one.scales.reshape(-1) for one in held)]
         starts = np.cumsum([len(own) for own in scales])
         flat = np.concatenate(scales)

@@ -19,7 +19,6 @@ from jax_lora.serving.server.asking import Served
 from jax_lora.serving.server.reserve import Reserve
 from jax_lora.serving.server.slots import planned_slots
 from jax_lora.serving.text import bank_for, load_tokenizer
-from pallas_kernels.stacks import EIGHT_BITS
 
 Told = Callable[[str], None]
 
@@ -53,7 +52,7 @@ class Model:
       base: folder, or name on the hub. name: for requests; None for the folder's or the hub's.
       adapters: the folder whose folders are adapters.
       dtype: of weights and arithmetic; None for the stored one.
-      eight_bits: whether adapters are held in 8 bits; else in the weights' dtype.
+      eight_bits: the dtype of 8 bits in which adapters are held; None for the weights' dtype.
     """
 
     base: str | Path
@@ -61,7 +60,7 @@ class Model:
     adapters: Path | None = None
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     dtype: str | None = None
-    eight_bits: bool = False
+    eight_bits: str | None = None
 
 
 def load(model: Model, told: Told) -> Served:
@@ -83,8 +82,7 @@ def load(model: Model, told: Told) -> Served:
     told(f"loading {base}")
     llama, bank = Llama.from_pretrained(base, dtype=model.dtype), None
     if model.adapters is not None:
-        stacks = EIGHT_BITS if model.eight_bits else None
-        bank = bank_for(llama, headers, slots, dtype=stacks)
+        bank = bank_for(llama, headers, slots, dtype=model.eight_bits)
         for prefix, own in kept.items():
             bank.reserve(prefix, own)
     engine = Engine(

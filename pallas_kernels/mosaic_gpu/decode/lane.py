@@ -46,7 +46,7 @@ class Lane(NamedTuple):
         """Words of A or B as products take them: of 8 bits twice as many."""
         if not self.case.is_eight_bits:
             return words
-        return [wide for word in words for wide in self.m.widen(word, self.case.dtype)]
+        return [wide for word in words for wide in self.m.widen(word, self.case.weights)]
 
     @staticmethod
     def of(m: Machine, plan: Plan, share: Int) -> "Lane":

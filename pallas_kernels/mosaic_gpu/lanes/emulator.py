@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
@@ -18,7 +19,6 @@ from pallas_kernels.mosaic_gpu.lanes.values import (
     Real,
     Ref,
 )
-from pallas_kernels.stacks import EIGHT_BITS
 
 _NAN = 0x7FC00000
 
@@ -276,7 +276,8 @@ class Emulator:
         return [Lanes(halves[..., 0]), Lanes(halves[..., 1])]
 
     def widen(self, word: Int, dtype: np.dtype) -> list[Int]:
-        wide = np.ascontiguousarray(_of(word))[..., None].view(EIGHT_BITS).astype(dtype)
+        values = np.ascontiguousarray(_of(word))[..., None].view(dtype)
+        wide = values.astype(jnp.bfloat16)
         return [Lanes(wide.view(np.int32)[..., n]) for n in range(2)]
 
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype) -> list[Real]:

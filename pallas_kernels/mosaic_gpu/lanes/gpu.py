@@ -27,6 +27,26 @@ _PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
 scf: Any = scf_dialect  # its builders are typed as MLIR's generic ones, which take other arguments
 _Op = Callable[[ir.Value, ir.Value], ir.Value]
 
+# Two bytes of $1 as two bfloat16 in $0. The bits of float8_e4m3fn, moved to those of a bfloat16,
+# are 2^-120 of it, subnormal ones too; $2 is 2^120, twice. Hopper converts to float16 alone.
+WIDENS_FLOAT8 = [
+    f"{{ .reg .b32 wide, digits; prmt.b32 wide, $1, 0, {which}; shr.u32 digits, wide, 4; "
+    "and.b32 digits, digits, 0x07f007f0; lop3.b32 wide, wide, 0x80008000, digits, 0xea; "
+    "mul.rn.bf16x2 $0, wide, $2; }"
+    for which in ("0x1404", "0x3424")
+]
+# Four bytes of $2 as four bfloat16 in $0 and $1. With its first bit turned, an int8 n is the byte
+# n + 128. As a bfloat16's low bits that byte reaches the last bit of the exponent alone, and below
+# 2^-125 numbers stand 2^-133 apart: it is (n + 128) 2^-133. Times 2^127, less 2, that is n / 64,
+# and 64 times this is n. Both have eight bits at most, so nothing is rounded.
+WIDENS_INT8 = (
+    "{ .reg .b32 bytes, low, high, power, bias, unit; mov.b32 power, 0x7f007f00; "
+    "mov.b32 bias, 0xc000c000; mov.b32 unit, 0x42804280; xor.b32 bytes, $2, 0x80808080; "
+    "prmt.b32 low, bytes, 0, 0x4140; prmt.b32 high, bytes, 0, 0x4342; "
+    "fma.rn.bf16x2 low, low, power, bias; fma.rn.bf16x2 high, high, power, bias; "
+    "mul.rn.bf16x2 $0, low, unit; mul.rn.bf16x2 $1, high, unit; }"
+)
+
 
 class MemRef(NamedTuple):
     """An array in device memory, as Pallas passes it."""
@@ -224,19 +244,10 @@ class Gpu:
         return [*_gives(text, (self._f32, self._f32), word)]
 
     def widen(self, word: Int, dtype: np.dtype) -> list[Int]:
-        # The bits of float8_e4m3fn, moved to those of a bfloat16, are 2^-120 of it, subnormal ones
-        # too. Hopper converts to float16 alone.
-        assert dtype.name == "bfloat16"
-        text = (
-            "{{ .reg .b32 wide, digits; prmt.b32 wide, $1, 0, {bytes}; shr.u32 digits, wide, 4; "
-            "and.b32 digits, digits, 0x07f007f0; lop3.b32 wide, wide, 0x80008000, digits, 0xea; "
-            "mul.rn.bf16x2 $0, wide, $2; }}"
-        )
+        if dtype == np.int8:
+            return [*_gives(WIDENS_INT8, (self._i32, self._i32), word)]
         power = self.integer(0x7B807B80)  # 2^120, twice
-        return [
-            one for which in ("0x1404", "0x3424")
-            for one in _gives(text.format(bytes=which), (self._i32,), word, power)
-        ]  # fmt: skip
+        return [one for text in WIDENS_FLOAT8 for one in _gives(text, (self._i32,), word, power)]
 
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype) -> list[Real]:
         kind = _PTX_TYPE[dtype.name]

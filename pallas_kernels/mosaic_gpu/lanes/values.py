@@ -106,7 +106,7 @@ class Machine(Protocol):
         """The low half of a word and the high one."""
 
     def widen(self, word: Int, dtype: np.dtype, /) -> list[Int]:
-        """Four floats of 8 bits as two words of `dtype`, exactly. They are no NaN."""
+        """Four numbers of a `dtype` of 8 bits as two words of bfloat16, exactly; no NaN."""
 
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype, /) -> list[Real]:
         """acc + a b by m16n8k16. a and acc are the upper 8 rows; the lower ones are zero."""

@@ -87,8 +87,8 @@ def pairs_of(width: int) -> int:
     return -(-width // 16) * 8
 
 
-def widen(m: Machine, source: Machine, target: Machine, places: Places) -> None:
-    """Widens what `source` holds in shared memory to `target`'s."""
+def widen(m: Machine, source: Machine, target: Machine, places: Places, dtype: np.dtype) -> None:
+    """Widens what `source` holds in shared memory, of `dtype`, to `target`'s."""
     zeros, targets = [m.integer(0)] * 4, places.targets(m.tid)
     for some in itertools.batched(range(0, places.chunks, THREADS), _AT_ONCE):
         loaded = []
@@ -98,7 +98,7 @@ def widen(m: Machine, source: Machine, target: Machine, places: Places) -> None:
             n = n if where is None else m.select(where, n, 0)
             loaded.append((first * places.words, where, source.get(places.source(n), 4)))
         for ahead, where, words in loaded:
-            wide = [half for word in words for half in m.widen(word, _WIDE)]
+            wide = [half for word in words for half in m.widen(word, dtype)]
             for half, place in enumerate(targets):
                 target.put(place + ahead, wide[4 * half : 4 * half + 4] or zeros, where)
 
@@ -131,7 +131,7 @@ def widen_pairs(source: Ref, target: Ref, stack: int, width: int) -> None:
 def _by_lanes(
     source: Ref, target: Ref, places: Places, layout: tuple[plgpu.Transform, ...], line: int
 ) -> None:
-    wide_layout = operand_layout(_WIDE, line)
+    wide_layout, dtype = operand_layout(_WIDE, line), np.dtype(source.dtype)
 
     @plgpu.inline_mgpu(  # type: ignore[untyped-decorator]
         arg_types=(plgpu.RefType(layout), plgpu.RefType(wide_layout))
@@ -139,6 +139,6 @@ def _by_lanes(
     def inline(_: Ref, source: Ref, target: Ref) -> None:
         m = Gpu(target, begins=False)
         m.barrier()  # all lanes are done with what was there
-        widen(m, Gpu(source, begins=False), m, places)
+        widen(m, Gpu(source, begins=False), m, places, dtype)
 
     inline(source, target)

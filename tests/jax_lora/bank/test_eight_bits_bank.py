@@ -21,12 +21,16 @@ from jax_lora import (
     plan_slots,
     scan_layers,
 )
-from jax_lora.bank.eight_bits import error_of
+from jax_lora.bank.eight_bits import error_of, in_eight_bits
 from jax_lora.inspection import EightBitsReport, inspect_adapter
 from pallas_kernels.eight_bits import quantised
 
-EIGHT = "float8_e4m3fn"
 NAMES = ["one", None, "two", "one"]
+
+
+@pytest.fixture(params=["float8_e4m3fn", "int8"])
+def eight(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def saved(bank: AdapterBank, name: str, folder: Path) -> Adapter:
@@ -35,12 +39,12 @@ def saved(bank: AdapterBank, name: str, folder: Path) -> Adapter:
     return load_peft(folder / name)
 
 
-def test_rows_compute_what_is_saved(tmp_path: Path) -> None:
-    model, bank = make_bank(dtype=EIGHT)
+def test_rows_compute_what_is_saved(tmp_path: Path, eight: str) -> None:
+    model, bank = make_bank(dtype=eight)
     given = {"one": make_adapter(1, 3), "two": make_adapter(2, 16, rslora=True)}
     errors = {name: bank.load(name, adapter) for name, adapter in given.items()}
     stacks = [variable for stack in model.up.stacks for variable in stack.variables]
-    assert {variable.dtype for variable in stacks} == {jnp.dtype(EIGHT)}
+    assert {variable.dtype for variable in stacks} == {jnp.dtype(eight)}
     x = tokens(4)
     out = forward(model, x, bank.batch(NAMES))
     held = {name: saved(bank, name, tmp_path) for name in given}
@@ -58,8 +62,8 @@ def test_rows_compute_what_is_saved(tmp_path: Path) -> None:
             assert found / np.linalg.norm(delta) <= errors[name] * 1.001
 
 
-def test_what_is_saved_has_the_same_bytes_again(tmp_path: Path) -> None:
-    _, bank = make_bank(dtype=EIGHT)
+def test_what_is_saved_has_the_same_bytes_again(tmp_path: Path, eight: str) -> None:
+    _, bank = make_bank(dtype=eight)
     bank.load("one", make_adapter(1, 3))
     first = saved(bank, "one", tmp_path)
     error = bank.load("again", first)
@@ -68,8 +72,8 @@ def test_what_is_saved_has_the_same_bytes_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(before, np.float32), np.asarray(after, np.float32))
 
 
-def test_merged_weights_compute_the_same(tmp_path: Path) -> None:
-    model, bank = make_bank(dtype=EIGHT)
+def test_merged_weights_compute_the_same(tmp_path: Path, eight: str) -> None:
+    model, bank = make_bank(dtype=eight)
     bank.load("one", make_adapter(1, 3))
     plain, x = Mlp(nnx.Rngs(0)), tokens(3)
     nnx.update(plain, bank.merge("one"))
@@ -78,9 +82,9 @@ def test_merged_weights_compute_the_same(tmp_path: Path) -> None:
     )
 
 
-def test_mixes_and_eviction(tmp_path: Path) -> None:
+def test_mixes_and_eviction(tmp_path: Path, eight: str) -> None:
     model = Mlp(nnx.Rngs(0))
-    apply_lora(model, slots=1, buckets=(8,), dtype=jnp.float8_e4m3fn)
+    apply_lora(model, slots=1, buckets=(8,), dtype=eight)
     bank = AdapterBank(model, adapters_per_row=2)
     for name, seed in (("one", 1), ("two", 2)):  # the second evicts the first
         bank.load(name, make_adapter(seed, 8))
@@ -92,8 +96,8 @@ def test_mixes_and_eviction(tmp_path: Path) -> None:
     np.testing.assert_allclose(out, expected(model, x, [half, None]), rtol=1e-5, atol=1e-5)
 
 
-def test_dora(tmp_path: Path) -> None:
-    model, bank = make_bank(dtype=EIGHT, dora=True)
+def test_dora(tmp_path: Path, eight: str) -> None:
+    model, bank = make_bank(dtype=eight, dora=True)
     plain, rng = make_adapter(1, 3), np.random.default_rng(0)
     modules = {
         name: LoRAWeights(
@@ -131,11 +135,11 @@ class Stacked(nnx.Module):
         return out
 
 
-def test_layers_stacked_for_a_scan(tmp_path: Path) -> None:
+def test_layers_stacked_for_a_scan(tmp_path: Path, eight: str) -> None:
     features = {f"layers.{n}.up": (4, 4) for n in range(3)}
     adapter = make_adapter(1, 5, features=features)
     model, exact = Stacked(), Stacked()
-    for one, dtype in ((model, EIGHT), (exact, jnp.float32)):
+    for one, dtype in ((model, eight), (exact, jnp.float32)):
         apply_lora(one, slots=2, buckets=(8, 16), dtype=dtype)
     bank, other = AdapterBank(model), AdapterBank(exact)
     bank.load("other", make_adapter(2, 9, features=features))
@@ -146,14 +150,14 @@ def test_layers_stacked_for_a_scan(tmp_path: Path) -> None:
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_holds_the_same_bytes(tmp_path: Path) -> None:
-    model, bank = make_bank(dtype=EIGHT)
+def test_a_checkpoint_holds_the_same_bytes(tmp_path: Path, eight: str) -> None:
+    model, bank = make_bank(dtype=eight)
     for name, rank in (("one", 3), ("two", 16)):
         bank.load(name, make_adapter(rank, rank))
     x = tokens(4)
     out = forward(model, x, bank.batch(NAMES))
     bank.save_checkpoint(tmp_path / "bank")
-    again, restored = make_bank(dtype=EIGHT)
+    again, restored = make_bank(dtype=eight)
     restored.restore_checkpoint(tmp_path / "bank")
     np.testing.assert_array_equal(forward(again, x, restored.batch(NAMES)), out)
 
@@ -169,9 +173,9 @@ def cancelling() -> Adapter:
     return Adapter(adapter.config, modules)
 
 
-def test_an_adapter_that_8_bits_do_not_hold_is_refused() -> None:
-    _, bank = make_bank(dtype=EIGHT)
-    with pytest.raises(ValueError, match=r"'one': float8_e4m3fn changes what \w+ adds by \d+\.\d%"):
+def test_an_adapter_that_8_bits_do_not_hold_is_refused(eight: str) -> None:
+    _, bank = make_bank(dtype=eight)
+    with pytest.raises(ValueError, match=rf"'one': {eight} changes what \w+ adds by \d+\.\d%"):
         bank.load("one", cancelling())
     with pytest.raises(ValueError, match="changes what up adds by inf%"):
         bank.load("one", filled_with(np.nan))
@@ -181,10 +185,10 @@ def test_an_adapter_that_8_bits_do_not_hold_is_refused() -> None:
     assert exact.load("one", cancelling()) is None
 
 
-def test_training_and_publishing_are_refused() -> None:
-    model, bank = make_bank(dtype=EIGHT)
+def test_training_and_publishing_are_refused(eight: str) -> None:
+    model, bank = make_bank(dtype=eight)
     config = LoRAConfig(rank=4, alpha=4, target_modules=["up"])
-    with pytest.raises(ValueError, match="the stacks are float8_e4m3fn; train it in a model"):
+    with pytest.raises(ValueError, match=f"the stacks are {eight}; train it in a model"):
         bank.create("new", config, rngs=nnx.Rngs(0))
     bank.load("one", make_adapter(1, 4))
     _, other = make_bank()
@@ -198,16 +202,18 @@ def test_training_and_publishing_are_refused() -> None:
         with jax_lora.use(batch):
             return model(tokens(2)).sum()
 
-    with pytest.raises(NotImplementedError, match="train in stacks of bfloat16"):
+    # JAX itself refuses whole numbers.
+    error = TypeError if eight == "int8" else NotImplementedError
+    with pytest.raises(error, match=r"got int8|train in stacks of bfloat16"):
         nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
 
 
 @pytest.mark.parametrize("small", ["up", "down"])
-def test_layers_in_other_dtypes_beside_them(small: str, tmp_path: Path) -> None:
+def test_layers_in_other_dtypes_beside_them(small: str, tmp_path: Path, eight: str) -> None:
     model = Mlp(nnx.Rngs(0))
     for name in FEATURES:
         apply_lora(
-            model, target=name, slots=2, buckets=(8,), dtype=EIGHT if name == small else None
+            model, target=name, slots=2, buckets=(8,), dtype=eight if name == small else None
         )
     bank, x = AdapterBank(model), tokens(3)
     both = make_adapter(1, 3)
@@ -238,22 +244,22 @@ class WithEmbedding(nnx.Module):
         return self.up(self.table(x))
 
 
-def test_embeddings_stay_in_their_dtype(tmp_path: Path) -> None:
+def test_embeddings_stay_in_their_dtype(tmp_path: Path, eight: str) -> None:
     features = {"table": (8, 4), "up": (4, 6)}
     both = make_adapter(1, 8, features=features, embeddings=["table"])
     table = make_adapter(2, 8, features={"table": (8, 4)}, embeddings=["table"])
     model, exact = WithEmbedding(), WithEmbedding()
-    plan = plan_slots([both, table], 1 << 20, dtype=EIGHT)
+    plan = plan_slots([both, table], 1 << 20, dtype=eight)
     taken = apply_lora(model, **plan)
     apply_lora(exact, **{**plan, "dtype": jnp.float32})
     assert [layer.stacks[0].lora_a.dtype for layer in (model.table, model.up)] == [
         jnp.float32,
-        EIGHT,
+        eight,
     ]
     slot = 8 * (4 * (8 + 4) + (4 + 6) + 4)
     assert taken + model.up.scales.nbytes == 2 * slot
-    assert plan_slots([both, table], 2 * slot, dtype=EIGHT)["slots"] == {8: 2}
-    assert plan_slots([both, table], 2 * slot - 1, dtype=EIGHT)["slots"] == {8: 1}
+    assert plan_slots([both, table], 2 * slot, dtype=eight)["slots"] == {8: 2}
+    assert plan_slots([both, table], 2 * slot - 1, dtype=eight)["slots"] == {8: 1}
     bank, other = AdapterBank(model), AdapterBank(exact)
     assert bank.load("both", both) and bank.load("table", table) is None
     for name in ("both", "table"):
@@ -261,45 +267,68 @@ def test_embeddings_stay_in_their_dtype(tmp_path: Path) -> None:
     x, names = np.arange(3), ["both", None, "table"]
     out, want = (forward(m, x, b.batch(names)) for m, b in ((model, bank), (exact, other)))
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
-    report = inspect_adapter(tmp_path / "both", eight_bits=True).eight_bits
-    assert report is not None and report.errors.keys() == {"up"} and report.module == "up"
-    report = inspect_adapter(tmp_path / "table", eight_bits=True).eight_bits
-    assert report == EightBitsReport({}, 0.0, None, is_taken=True)
+    reports = inspect_adapter(tmp_path / "both", eight_bits=True).eight_bits
+    assert reports is not None and reports.keys() == {"int8", "float8_e4m3fn"}
+    assert reports[eight].errors.keys() == {"up"} and reports[eight].module == "up"
+    reports = inspect_adapter(tmp_path / "table", eight_bits=True).eight_bits
+    assert reports == dict.fromkeys(["int8", "float8_e4m3fn"], EightBitsReport({}, 0.0, None, True))
 
 
-def test_meshes_are_refused() -> None:
+def test_meshes_are_refused(eight: str) -> None:
     model = WithEmbedding()
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(None, "x")
     kernel = jax.device_put(model.up.kernel[...], jax.sharding.NamedSharding(mesh, spec))
     model.up.kernel.set_value(kernel)
     with pytest.raises(ValueError, match="LoRADense is on a mesh of 2 devices"):
-        apply_lora(model, target="up", dtype=EIGHT)
+        apply_lora(model, target="up", dtype=eight)
 
 
-def test_full_slots_stay_in_the_kernels_dtype() -> None:
+def test_full_slots_stay_in_the_kernels_dtype(eight: str) -> None:
     model = Mlp(nnx.Rngs(0))
-    apply_lora(model, slots=1, buckets=(8,), dtype=EIGHT, full_slots={"down": 1})
+    apply_lora(model, slots=1, buckets=(8,), dtype=eight, full_slots={"down": 1})
     assert model.down.full.slots[0].weight.dtype == jnp.float32
 
 
-def test_the_plan_counts_bytes_and_scales() -> None:
+def test_the_plan_counts_bytes_and_scales(eight: str) -> None:
     adapters = [make_adapter(n, 8) for n in range(3)]
     slot = 8 * ((4 + 6) * 2 + 2 * 4)
-    plan = plan_slots(adapters, 2 * slot, dtype=EIGHT)
-    assert plan["slots"] == {8: 2} and plan["dtype"] == jnp.dtype(EIGHT)
+    plan = plan_slots(adapters, 2 * slot, dtype=eight)
+    assert plan["slots"] == {8: 2} and plan["dtype"] == jnp.dtype(eight)
     model = Mlp(nnx.Rngs(0))
     stacks = apply_lora(model, **plan)
     assert stacks + model.up.scales.nbytes + model.down.scales.nbytes == 2 * slot
 
 
-def test_errors_are_those_of_float64() -> None:
+@pytest.mark.parametrize(
+    ("eight", "bounds"), [("float8_e4m3fn", (0.02, 0.05)), ("int8", (0.005, 0.015))]
+)
+def test_errors_are_those_of_float64(eight: str, bounds: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=(16, 300)).astype(np.float32)
     b = rng.normal(size=(200, 16)).astype(np.float32) * 1e-3
-    held = quantised(a, b)
+    held = quantised(a, b, dtype=eight)
     exact = np.float64(b) @ np.float64(a)
     stored = held.lora_b.astype(np.float64) * held.scales @ held.lora_a.astype(np.float64)
     want = np.linalg.norm(stored - exact) / np.linalg.norm(exact)
-    assert 0.02 < want < 0.05
+    assert bounds[0] < want < bounds[1]
     np.testing.assert_allclose(error_of(a, b, held), want, rtol=1e-3)
+
+
+def test_int8_is_nearer_but_for_weights_far_larger_than_others() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(8, 4096)).astype(np.float32)
+    b = rng.normal(size=(256, 8)).astype(np.float32)
+    large = a.copy()
+    large[:, 7] = 200
+
+    def errors(a: np.ndarray) -> list[float]:
+        return [error_of(a, b, quantised(a, b, dtype=dtype)) for dtype in ("int8", "float8_e4m3fn")]
+
+    of_int8, of_float8 = errors(a)
+    assert of_int8 < of_float8 / 2.5
+    of_int8, of_float8 = errors(large)
+    assert of_int8 > 0.1 and of_float8 < 0.05
+    weights = LoRAWeights(large, b, 1.0)
+    with pytest.raises(ValueError, match=r"'one': int8 changes what up adds by 1\d\.\d%"):
+        in_eight_bits("one", {"up": weights}, {"up": np.dtype("int8")})

@@ -101,7 +101,7 @@ def test_dtype():
     plan = plan_slots(adapters_of(8, 8), PER_RANK * 8, dtype=jnp.bfloat16)
     assert plan["dtype"] == jnp.bfloat16 and plan["slots"] == {8: 2}
     with pytest.raises(ValueError, match="stacks are float32, bfloat16 or float16"):
-        plan_slots(half, 1 << 20, dtype=jnp.int8)
+        plan_slots(half, 1 << 20, dtype=jnp.uint8)
 
 
 def test_bad_arguments(tmp_path):
@@ -181,7 +181,7 @@ class Mixture(nnx.Module):
         self.lm_head = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 def test_bytes_of_experts_are_those_of_the_arrays(dtype):
     """A layer has stacks for all experts, also where adapters adapt two of them."""
     own = make_adapter(0, 5, features={"experts.0.up": (4, 6), "experts.2.up": (4, 6)})

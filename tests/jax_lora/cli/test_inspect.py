@@ -112,14 +112,17 @@ def test_inspect_shows_embeddings_and_whole_weights(tmp_path: Path) -> None:
 
 def test_inspect_says_how_far_8_bits_are(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", 8)
-    _, bank = make_bank(dtype="float8_e4m3fn")
-    error = bank.load("a", folder)
     result = run("inspect", "--eight-bits", "--json", folder)
-    report = json.loads(result.stdout)["adapters"][0]["eight_bits"]
-    assert report["largest"] == max(report["errors"].values()) == error
-    assert report["errors"].keys() == {"up", "down"} and report["is_taken"]
+    reports = json.loads(result.stdout)["adapters"][0]["eight_bits"]
+    assert reports.keys() == {"int8", "float8_e4m3fn"}
     text = run("inspect", "--eight-bits", folder).stdout
-    assert f"8 bits: change what {report['module']} adds by {error:.1%}, others less" in text
+    for dtype, report in reports.items():
+        _, bank = make_bank(dtype=dtype)
+        error = bank.load("a", folder)
+        assert report["largest"] == max(report["errors"].values()) == error
+        assert report["errors"].keys() == {"up", "down"} and report["is_taken"]
+        line = f"8 bits: {dtype} changes what {report['module']} adds by {error:.1%}, others less"
+        assert line in text
     assert json.loads(run("inspect", "--json", folder).stdout)["adapters"][0]["eight_bits"] is None
     weights = folder / "adapter_model.safetensors"
     copy = {"base_model.model.lm_head.base_layer.weight": np.ones((9, 4), np.float32)}
@@ -127,4 +130,4 @@ def test_inspect_says_how_far_8_bits_are(tmp_path: Path) -> None:
     assert run("inspect", "--eight-bits", folder).stdout == text  # of the base, so none to round
     save_peft(make_adapter(0, 4, features={"wte": (9, 4)}, embeddings=("wte",)), tmp_path / "b")
     text = run("inspect", "--eight-bits", tmp_path / "b").stdout
-    assert "8 bits: hold no embedding, and there is no other module" in text
+    assert "8 bits: int8 holds no embedding, and there is no other module" in text

@@ -185,7 +185,7 @@ def test_out_sharding_is_a_keyword_of_the_base_layer():
         ({"slots": True}, TypeError, "slots must be an int"),
         ({"slots": {8: 1}}, ValueError, r"slots name buckets \[8\], buckets are \(8, 16\)"),
         ({"slots": {8: 1, 16: "2"}}, TypeError, "got '2'"),
-        ({"lora_dtype": jnp.int8}, ValueError, "stacks are float32, bfloat16 or float16"),
+        ({"lora_dtype": jnp.uint8}, ValueError, "stacks are float32, bfloat16 or float16"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(arguments, error, message):

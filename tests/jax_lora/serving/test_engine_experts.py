@@ -15,7 +15,6 @@ from jax_lora import Adapter, AdapterBank, LoRAWeights, apply_lora, load_peft
 from jax_lora.demo.job import counted_compilations
 from jax_lora.llama import Llama
 from jax_lora.serving import Answer, Engine, Generation, RequestError, SamplingParams, StepShape
-from pallas_kernels.stacks import EIGHT_BITS
 
 pytestmark = [
     pytest.mark.ci,
@@ -23,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match"),
 ]
 
-STACKS = {"Mixtral": None, "Qwen3-MoE": EIGHT_BITS}
+STACKS = {"Mixtral": None, "Qwen3-MoE": "int8"}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "experts": dict(r=4, target_modules=["q_proj"], target_parameters=EXPERTS),

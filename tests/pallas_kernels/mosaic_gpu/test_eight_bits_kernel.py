@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from eight_bit_cases import EightBitCase, Stack, as_shapes, parts_of
 from mosaic_cases import add_parts, bits, parts_in_float64, relative_error, y_tolerance
@@ -16,7 +17,7 @@ from mosaic_cases import add_parts, bits, parts_in_float64, relative_error, y_to
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu import Config
 from pallas_kernels.mosaic_gpu.decode import DecodePart, plan
-from pallas_kernels.mosaic_gpu.lanes import ArrayMemory, Emulator
+from pallas_kernels.mosaic_gpu.lanes import ArrayMemory, Emulator, gpu
 from pallas_kernels.stacks import LayerStacks
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -39,6 +40,8 @@ CASES = [
     ci(EightBitCase(2, 128, (Stack(16, 2, 2568),)), dict(expand_stages=3)),  # and over columns
     ci(EightBitCase(13, 256, TWO, "zipf"), {}),
     (EightBitCase(12, 128, MANY, "out_of_range"), dict(column_clusters=2)),
+    ci(EightBitCase(11, 256, (Stack(64, 3, 96),), "zipf", dtype="int8"), {}),
+    (EightBitCase(12, 128, MANY, "out_of_range", dtype="int8"), dict(column_clusters=2)),
 ]
 PREFILL = Config(split=2)
 PREFILLS = [
@@ -51,6 +54,7 @@ PREFILLS = [
     ),
     ci(EightBitCase(65, 64, (Stack(272, 2, 64),)), dict(stack=2)),
     ci(EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range"), {}),
+    (EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range", dtype="int8"), {}),
 ]
 
 
@@ -141,26 +145,57 @@ def test_x_of_another_dtype(x_dtype: str, interpreted: None) -> None:
     check(case, np.asarray(pk.add_lora_multi(jnp.asarray(y), x, case.parts(), case.ids, **how)))
 
 
-@pytest.mark.ci
-def test_beside_a_part_in_bfloat16(interpreted: None) -> None:
+@pytest.mark.parametrize("dtype", [ci("bfloat16"), "int8"])
+def test_beside_a_part_in_another_dtype(dtype: str, interpreted: None) -> None:
     case = EightBitCase(9, 128, (Stack(16, 2, 64), Stack(32, 2, 64, 2)))
     (x, y), [one, two] = case.rows(), case.parts()
-    a, b = (np.asarray(t).astype(ml_dtypes.bfloat16) for t in (two.lora_a, two.lora_b))
-    two = pk.LoRAPart(a, b, np.float32([2**-18, 2**-19]), 2)
+    if dtype == "int8":
+        two = dataclasses.replace(case, dtype=dtype).parts()[1]
+    else:
+        a, b = (np.asarray(t).astype(dtype) for t in (two.lora_a, two.lora_b))
+        two = pk.LoRAPart(a, b, np.float32([2**-18, 2**-19]), 2)
     new = pk.add_lora_multi(jnp.asarray(y), x, [one, two], case.ids, implementation="mosaic_gpu")
     delta, _ = parts_in_float64(x, [one, two], case.ids, 64)
     assert relative_error(np.asarray(new), y.astype(np.float64) + delta) < y_tolerance("bfloat16")
 
 
-def test_every_byte_is_widened_exactly() -> None:
-    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-    memory = ArrayMemory([np.zeros(4, np.float32)])
-    m = Emulator(memory, 64, 1, 64)
+def every_byte(dtype: str) -> np.ndarray:
+    """Words that have each number of a byte in each of their places."""
+    orders = [np.random.default_rng(n).permutation(256).astype(np.uint8) for n in range(4)]
+    found = np.stack(orders, axis=1).view(jnp.dtype(dtype))
+    assert all(len(set(column.view(np.uint8).tolist())) == 256 for column in found.T)
+    return found
+
+
+def numbers(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The four bfloat16 of each pair of words."""
+    pairs = np.stack([low, high], axis=-1)
+    return np.ascontiguousarray(pairs).view(ml_dtypes.bfloat16).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_every_byte_is_widened_exactly(dtype: str) -> None:
+    every = every_byte(dtype)
+    m = Emulator(ArrayMemory([np.zeros(4, np.float32)]), 64, 1, 256)
     words = m.integer(0)
-    words.array = every.view(np.int32)[None].copy()
-    pairs = np.stack([one.array for one in m.widen(words, np.dtype(ml_dtypes.bfloat16))], -1)
-    wide = np.ascontiguousarray(pairs).view(ml_dtypes.bfloat16).astype(np.float64).reshape(-1)
-    np.testing.assert_array_equal(wide, every.astype(np.float64))
+    words.array = every.view(np.int32).T.copy()
+    low, high = (one.array[0] for one in m.widen(words, every.dtype))
+    np.testing.assert_array_equal(numbers(low, high), every.astype(np.float64))
+
+
+def test_what_a_gpu_runs_widens_every_byte_exactly() -> None:
+    """The text of the instructions, carried out in NumPy. Nothing in it may be rounded."""
+    every = every_byte("int8")
+    registers = ptx.run(gpu.WIDENS_INT8, {"$2": every.view(np.uint32)[:, 0]})
+    found = numbers(registers["$0"], registers["$1"])
+    np.testing.assert_array_equal(found, every.astype(np.float64))
+    every = every_byte("float8_e4m3fn")
+    given = {"$1": every.view(np.uint32)[:, 0], "$2": np.uint32([0x7B807B80])}
+    low, high = (ptx.run(text, given)["$0"] for text in gpu.WIDENS_FLOAT8)
+    found, want = numbers(low, high), every.astype(np.float64)
+    is_number = ~np.isnan(want)
+    np.testing.assert_array_equal(found[is_number], want[is_number])
+    np.testing.assert_array_equal(np.signbit(found[is_number]), np.signbit(want[is_number]))
 
 
 # ----------------------------------------------------------------------------------------- lowering
@@ -171,8 +206,8 @@ def lowered(
 ) -> str:
     like = [
         pk.LoRAPart(
-            np.zeros((one.slots, one.rank, case.features), ml_dtypes.float8_e4m3fn),
-            np.zeros((one.slots, one.width, one.rank), ml_dtypes.float8_e4m3fn),
+            np.zeros((one.slots, one.rank, case.features), case.dtype),
+            np.zeros((one.slots, one.width, one.rank), case.dtype),
             np.zeros(sum(s.slots * s.rank for s in case.stacks), np.float32),
             one.first_slot,
             one.y_offset,
@@ -204,7 +239,8 @@ def kernels(module: str) -> set[str]:
 @pytest.mark.parametrize("tokens", [1, ci(64), ci(256)])
 @pytest.mark.parametrize("rank", [8, 64, 128, *map(ci, (16, 32, 48, 96, 256))])
 def test_decode_lowers(rank: int, tokens: int) -> None:
-    case = EightBitCase(tokens, 4096, (Stack(rank, 8, 4096),))
+    dtype = "int8" if rank in (8, 96) else "float8_e4m3fn"
+    case = EightBitCase(tokens, 4096, (Stack(rank, 8, 4096),), dtype=dtype)
     for seated in (False, True):
         config = dataclasses.replace(DECODE, split=8) if tokens > 128 else None
         assert kernels(lowered(case, config, seated=seated)) == {f"lora_r{rank}"}
@@ -234,11 +270,12 @@ EVERY_RANK = (8, *range(16, 513, 16))
 
 @pytest.mark.parametrize("rank", [8, 64, *map(ci, (16, 48, 128, 256, 512)), *map(slow, EVERY_RANK)])
 @pytest.mark.parametrize("tokens", [ci(300), 4096])
-def test_a_prefill_reads_stacks_as_they_are(rank: int, tokens: int) -> None:
-    case = EightBitCase(tokens, 4096, (Stack(rank, 64, 4096),))
+@pytest.mark.parametrize("dtype", ["int8", ci("float8_e4m3fn")])
+def test_a_prefill_reads_stacks_as_they_are(rank: int, tokens: int, dtype: str) -> None:
+    case = EightBitCase(tokens, 4096, (Stack(rank, 64, 4096),), dtype=dtype)
     module = lowered(case, None if tokens > 1024 else PREFILL)
     assert kernels(module) == {f"lora_shrink_r{rank}", f"lora_expand_r{rank}"}
-    assert not re.search(r"stablehlo\.(convert|copy|pad).*f8E4M3FN", module)
+    assert not re.search(r"stablehlo\.(convert|copy|pad).*x(f8E4M3FN|i8)", module)
 
 
 @pytest.mark.parametrize(

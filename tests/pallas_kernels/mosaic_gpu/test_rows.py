@@ -20,7 +20,6 @@ from pallas_kernels.mosaic_gpu.prefill.rows import (
 )
 from pallas_kernels.mosaic_gpu.prefill.widening import Pairs, Places, Tiles, pairs_of, widen
 from pallas_kernels.routing import SlotRange
-from pallas_kernels.stacks import EIGHT_BITS
 
 THREADS = 128
 
@@ -118,38 +117,44 @@ def test_shares_are_added_up_in_order(split: int, width: int, dtype: str) -> Non
     np.testing.assert_array_equal(memory.array(0), want)
 
 
-def eight_bits(shape: tuple[int, ...]) -> np.ndarray:
+def eight_bits(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Numbers of any size, subnormal ones and both zeros too; no NaN."""
     every = np.random.default_rng(3).integers(0, 127, shape) + 128 * (np.indices(shape).sum(0) % 2)
-    return every.astype(np.uint8).view(EIGHT_BITS)
+    return every.astype(np.uint8).view(jnp.dtype(dtype))
 
 
-def widened(source: np.ndarray, places: Places, size: int) -> np.ndarray:
+def widened(source: np.ndarray, places: Places, size: int, dtype: np.dtype) -> np.ndarray:
     """`size` words of shared memory, to which those of `source` are widened; others are -1."""
     m = with_words(np.full(size, -1, np.int32))
-    widen(m, with_words(source), m, places)
+    widen(m, with_words(source), m, places, dtype)
     return m._shared.words[0]
 
 
+EIGHT_BITS = pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+
+
+@EIGHT_BITS
 @pytest.mark.parametrize(("rows", "columns"), [(64, 128), (8, 64), (48, 96), (24, 48), (8, 16)])
-def test_widened_tiles_lie_as_wgmma_reads_them(rows: int, columns: int) -> None:
-    values = eight_bits((rows, columns))
+def test_widened_tiles_lie_as_wgmma_reads_them(rows: int, columns: int, dtype: str) -> None:
+    values = eight_bits((rows, columns), dtype)
     line = next(n for n in (64, 32, 16) if columns % n == 0)
     source = swizzled(Block(rows, columns // 16, line), values.view(np.int32))
     wide = np.ascontiguousarray(values.astype(jnp.bfloat16)).view(np.int32)
     want = swizzled(Block(rows, columns // 8, 2 * line), wide)
-    found = widened(source, Tiles(rows * columns // 16, line), want.size)
+    found = widened(source, Tiles(rows * columns // 16, line), want.size, values.dtype)
     np.testing.assert_array_equal(found, want)
 
 
+@EIGHT_BITS
 @pytest.mark.parametrize(("stack", "width"), [(1, 64), (3, 8), (2, 72), (8, 32)])
-def test_widened_lines_have_zeros_behind_eight_ranks(stack: int, width: int) -> None:
-    values = eight_bits((stack, 2 * pairs_of(width), 8))
+def test_widened_lines_have_zeros_behind_eight_ranks(stack: int, width: int, dtype: str) -> None:
+    values = eight_bits((stack, 2 * pairs_of(width), 8), dtype)
     wide = np.zeros((stack * width, 16), jnp.bfloat16)
     wide[:, :8] = values[:, :width].reshape(-1, 8)
     want = swizzled(Block(stack * width, 2, 32), wide.view(np.int32))
     source = np.ascontiguousarray(values).view(np.int32).reshape(-1)
-    np.testing.assert_array_equal(widened(source, Pairs(stack, width), want.size), want)
+    found = widened(source, Pairs(stack, width), want.size, values.dtype)
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize(
