@@ -276,8 +276,7 @@ class Emulator:
         return [Lanes(halves[..., 0]), Lanes(halves[..., 1])]
 
     def widen(self, word: Int, dtype: np.dtype) -> list[Int]:
-        values = np.ascontiguousarray(_of(word))[..., None].view(dtype)
-        wide = values.astype(jnp.bfloat16)
+        wide = np.ascontiguousarray(_of(word))[..., None].view(dtype).astype(jnp.bfloat16)
         return [Lanes(wide.view(np.int32)[..., n]) for n in range(2)]
 
     def mma(self, acc: list[Real], a: list[Int], b: list[Int], dtype: np.dtype) -> list[Real]:

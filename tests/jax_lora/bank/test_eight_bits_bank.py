@@ -160,6 +160,11 @@ def test_a_checkpoint_holds_the_same_bytes(tmp_path: Path, eight: str) -> None:
     again, restored = make_bank(dtype=eight)
     restored.restore_checkpoint(tmp_path / "bank")
     np.testing.assert_array_equal(forward(again, x, restored.batch(NAMES)), out)
+    for other in {"int8", "float8_e4m3fn", "float32"} - {eight}:
+        _, bank = make_bank(dtype=other)
+        with pytest.raises(ValueError, match=f"{eight} there, {other} here"):
+            bank.restore_checkpoint(tmp_path / "bank")
+        assert not bank.names
 
 
 def cancelling() -> Adapter:
