@@ -219,8 +219,8 @@ def by_case(launches: Sequence[Launch]) -> list[list[Launch]]:
 
 # ------------------------------------------------------------------------------------------ cases
 
-What = Literal["add_lora", "bfloat16", "float8_e4m3fn", "gradients"]
-_DTYPES: tuple[What, ...] = ("bfloat16", "float8_e4m3fn")
+What = Literal["add_lora", "bfloat16", "int8", "float8_e4m3fn", "gradients"]
+_DTYPES: tuple[What, ...] = ("bfloat16", "int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +326,7 @@ def step_of(profiled: Profiled) -> Step:
         return _gradients_of(case)
     if profiled.what == "add_lora":
         return call_of(case, segments_of(case), case.phase), operands(case)
-    run = eight_bits.Run(case, profiled.what != "bfloat16")
+    run = eight_bits.Run(case, profiled.what)
     y, x, a, b = operands(case)
     return run.call(), [y, x, *run.operands((a.astype(np.float32), b.astype(np.float32)))]
 
