@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -434,8 +435,9 @@ def mesh(
     16, with mixed ranks. Each row tells what LoRA adds, what the collectives take, and how far the
     logits are from one GPU's. A training step is that of `python -m benchmarks train`. Without a
     GPU a small model runs on the CPU's devices, of which JAX_NUM_CPU_DEVICES says how many there
-    are.
+    are. NCCL's sums by NVLink multicast are off, unless NCCL_NVLS_ENABLE is set.
     """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     with input_errors():
         progress("starting JAX")
         from benchmarks import mesh as benchmark

@@ -55,7 +55,7 @@ SMALL = LlamaConfig(
 )
 _FILLED = 0.7  # of one GPU's memory, by weights and cache
 PHASES = ("decode", "prefill", "training")
-# A step with LoRA over the same without, at most, by GPUs; for rank 16 and for mixed ranks.
+# A decode or prefill step over the same without LoRA, at most, by GPUs; rank 16 and mixed ranks.
 TARGETS = {1: (1.08, 1.10), 2: (1.10, 1.14)}
 TRAINING_TARGET = 1.30
 US_PER_LAYER = 20.0  # what LoRA may add from four GPUs on
@@ -269,19 +269,21 @@ class _OnMesh:
             gpus=self.mesh.size,
             us=us,
             base_us=base_us,
-            target_us=self._target_us(name, base_us) if phase == "decode" and batch else None,
+            target_us=_target_us(name, self.mesh.size, base_us, self.shape) if batch else None,
             exchanges=step.exchanges,
             exchange_us=step.exchange_us() if on_gpu() else None,
             error=float(np.abs(got - want).max() / np.abs(want).max()),
         )
 
-    def _target_us(self, name: str, base_us: float) -> float | None:
-        if not on_gpu():
-            return None
-        if self.mesh.size not in TARGETS:
-            return base_us + US_PER_LAYER * self.shape.config.num_hidden_layers
-        one_rank, mixed = TARGETS[self.mesh.size]
-        return base_us * (mixed if name.startswith("ranks") else one_rank)
+
+def _target_us(name: str, gpus: int, base_us: float, shape: Shape) -> float | None:
+    """What a decode or prefill step with the adapters `name` may take; None without a GPU."""
+    if not on_gpu():
+        return None
+    if gpus not in TARGETS:
+        return base_us + US_PER_LAYER * shape.config.num_hidden_layers
+    one_rank, mixed = TARGETS[gpus]
+    return base_us * (mixed if name.startswith("ranks") else one_rank)
 
 
 _READS: dict[str, Callable[..., Any]] = {"decode": decode, "prefill": prefill}

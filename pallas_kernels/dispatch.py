@@ -10,7 +10,7 @@ import jax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
-from pallas_kernels import loop, xla
+from pallas_kernels import loop, undivided, xla
 from pallas_kernels.call import Backend, Call
 from pallas_kernels.manual import varying
 from pallas_kernels.mosaic_gpu import backend as mosaic_gpu
@@ -151,21 +151,11 @@ def prefers_xla(call: Call, num_tokens: int, parts: tuple[LoRAPart, ...], ids: A
 _MAX_DECODE_TOKENS = 256
 
 
-def check_on_no_mesh(call: Call, *operands: Array) -> None:
-    """NotImplementedError for a kernel outside of a `jax.shard_map` on a mesh of explicit axes: no
-    type says how its results are divided, and JAX lowers a kernel for manual axes alone."""
-    for operand in operands:
-        mesh = jax.typeof(operand).sharding.mesh
-        axes = [
-            axis
-            for axis, kind in zip(mesh.axis_names, mesh.axis_types)
-            if kind == jax.sharding.AxisType.Explicit
-        ]
-        if axes and call.implementation in ("auto", "mosaic_gpu"):
-            raise NotImplementedError(
-                f"{call.op} gets {jax.typeof(operand)} on a mesh with explicit axes {axes}; call "
-                "it inside of jax.shard_map, on each device's part; LoRA layers do so themselves"
-            )
+def check_undivided(call: Call, *operands: Array) -> None:
+    """NotImplementedError for a kernel outside of a `jax.shard_map`, where types or shardings say
+    that operands are divided over a mesh. See `undivided` for those that neither tells."""
+    if call.implementation in ("auto", "mosaic_gpu"):
+        undivided.check(call.op, operands)
 
 
 def phase_of(num_tokens: int) -> str:
@@ -193,6 +183,8 @@ def compiled(operation: Operation, call: Call) -> Callable[..., Any]:
     kernels = () if call.implementation == "loop" else tuple(dict.fromkeys(call.kernels))
 
     def named(*args: Any) -> Any:
+        if call.implementation == "mosaic_gpu":
+            args = undivided.in_program(call.op, args)
         return varying(run(*args), args)
 
     named.__name__ = "_".join((*kernels, operation, call.implementation))

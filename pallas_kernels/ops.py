@@ -12,7 +12,7 @@ from pallas_kernels import autodiff, checks, derivatives
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch import (
     Implementation,
-    check_on_no_mesh,
+    check_undivided,
     choose,
     compiled,
     phase_of,
@@ -68,7 +68,7 @@ def _shrink_op(
         v = checks.floats("v", v, "T R")
         checks.same("v and x differ in tokens T", v.shape[0], x.shape[0])
         checks.same("v and lora_a differ in rank R", v.shape[1], rank)
-    check_on_no_mesh(call, x, lora_a)
+    check_undivided(call, x, lora_a)
     if x.shape[0] == 0:
         return jnp.zeros((0, rank), jnp.float32) if v is None else v
     return autodiff.shrink(call, v, x, lora_a, token_ids, scale)
@@ -108,7 +108,7 @@ def _expand_op(
     implementation, config = choose(how.implementation, how.config, missing)
     op = f"{kernel}_expand"
     call = Call(op, implementation, (kernel,), y_offset, bool(add_inputs), config=config)
-    check_on_no_mesh(call, v, lora_b, y)
+    check_undivided(call, v, lora_b, y)
     if v.shape[0] == 0:
         return y
     return autodiff.expand(call, v, lora_b, token_ids, y)
@@ -321,7 +321,7 @@ def _check_parts(
     implementation, config = choose(how.implementation, how.config, missing)
     kernels = tuple(xla_kernel(part.rank, phase) for part in parts)
     call = Call(op, implementation, kernels, widths=widths, dtype=dtype, config=config)
-    check_on_no_mesh(
+    check_undivided(
         call, x, *(jnp.asarray(t) for part in parts for t in (part.lora_a, part.lora_b))
     )
     return _Parts(call, x, parts, ids)

@@ -65,12 +65,23 @@ def test_a_gpu_holds_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch) -> N
     assert mesh._layers_that_fit(mesh.SMALL, 512) == mesh.SMALL.num_hidden_layers
 
 
+def test_decode_and_prefill_have_one_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_rank, mixed = list(mesh._adapters())[1:]
+    assert mesh._target_us(one_rank, 1, 100.0, SHAPE) is None
+    monkeypatch.setattr(mesh, "on_gpu", lambda: True)
+    found = [
+        mesh._target_us(name, n, 100.0, SHAPE) for n in (1, 2, 4) for name in (one_rank, mixed)
+    ]
+    assert found == pytest.approx([108, 110, 110, 114, 140, 140])
+
+
 def test_the_table_says_what_is_met_and_missed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         mesh.Row("decode", name, 2, us, 100.0, target_us, {"all-reduce": 2}, 25.0, 1e-3)
         for name, us, target_us in (("a", 105.0, 110.0), ("b", 120.0, 110.0), ("c", 90.0, None))
     ]
     rows.append(mesh.Row("training", "a", 2, 125.0, 100.0, 130.0, None, None, None))
+    rows.append(mesh.Row("prefill", "a", 1, 109.0, 100.0, 108.0, {}, None, 1e-3))
     tables.print_mesh(mesh.Report("H200", "2026-01-01", SHAPE, False, rows))
     lines = capsys.readouterr().out.splitlines()
     assert "5.0%" in lines[1] and "10.0%" in lines[1] and "met" in lines[1]
@@ -78,4 +89,5 @@ def test_the_table_says_what_is_met_and_missed(capsys: pytest.CaptureFixture[str
     assert "20.0%" in lines[2] and "missed" in lines[2]
     assert "met" not in lines[3] and "missed" not in lines[3]
     assert lines[4].split()[-4:] == ["30.0%", "met", "-", "-"]
-    assert lines[5].startswith("H200, 2026-01-01; microseconds of 2 layers; ranks whole.")
+    assert lines[5].split()[-5:] == ["9.0%", "8.0%", "missed", "none", "1.0e-03"]
+    assert lines[6].startswith("H200, 2026-01-01; microseconds of 2 layers; ranks whole.")

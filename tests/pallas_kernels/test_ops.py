@@ -717,26 +717,34 @@ def test_delta_works_inside_of_shard_map(phase):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("op", ["lora_delta", "add_lora"])
 @pytest.mark.parametrize("dtype", [F32, in_ci(BF16)])
-def test_gradients_inside_of_shard_map_are_sums_over_the_mesh(dtype):
-    """All devices have the stacks. In bfloat16 kernels are traced too."""
-    arrays, indices = plain(case=PLAIN._replace(features=64, width=64))
-    a, b, x = (jnp.asarray(arrays[name]).astype(dtype) for name in ("a", "b", "x"))
-    mesh = jax.make_mesh((1,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
+def test_gradients_inside_of_shard_map_are_sums_over_the_mesh(dtype, op):
+    """Four devices have the stacks, and each its tokens: as one device. In bfloat16 kernels are
+    traced too."""
+    arrays, indices = plain(case=PLAIN._replace(tokens=20, features=64, width=64))
+    arrays["y"] = arrays["y"][:, :64]
+    y, x, a, b = (jnp.asarray(arrays[name]).astype(dtype) for name in ("y", "x", "a", "b"))
+    mesh = jax.make_mesh((4,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = jax.sharding.PartitionSpec("dp"), jax.sharding.PartitionSpec()
 
-    def delta(x, a, b, indices):
-        return pk.lora_delta(x, [pk.LoRAPart(a, b)], indices, b.shape[1])
+    def run(y, x, a, b, indices):
+        if op == "add_lora":
+            return pk.add_lora(y, x, a, b, indices)
+        return y + pk.lora_delta(x, [pk.LoRAPart(a, b)], indices, b.shape[1])
 
-    specs = (rows, whole, whole, rows)
-    mapped = jax.shard_map(delta, mesh=mesh, in_specs=specs, out_specs=rows)
+    specs = (rows, rows, whole, whole, rows)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows)
     gots, wants = (
-        jax.jit(jax.grad(lambda *z, f=f: jnp.sum(f(*z, indices).astype(F32) ** 2), (0, 1, 2)))(
-            x, a, b
+        jax.jit(jax.grad(lambda *z, f=f: jnp.sum(f(*z, indices).astype(F32) ** 2), (0, 1, 2, 3)))(
+            y, x, a, b
         )
-        for f in (mapped, delta)
+        for f in (mapped, run)
     )
-    jax.tree.map(np.testing.assert_array_equal, gots, wants)
+    for got, want in zip(gots, wants):
+        got, want = (np.asarray(t.astype(F32)) for t in (got, want))
+        rtol = TOLERANCE[dtype]
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * np.abs(want).max())
 
 
 @pytest.mark.ci

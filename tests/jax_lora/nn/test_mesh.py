@@ -28,7 +28,7 @@ from jax_lora import (
     apply_lora,
     load_peft,
 )
-from pallas_kernels import routing
+from pallas_kernels import dispatch, routing
 
 SLOTS = {8: 3, 16: 2}
 ROWS = [0, 3, -1, 4, 2, 2, 1, 0]
@@ -663,11 +663,13 @@ def test_a_mesh_that_the_call_alone_has():
 
 
 OPS = {
-    "add_lora": lambda a, b, x, y, v, i: pk.add_lora(y, x, a, b, i),
+    "add_lora": lambda a, b, x, y, v, i, **how: pk.add_lora(y, x, a, b, i, **how),
     "bgmv_shrink": lambda a, b, x, y, v, i: pk.bgmv_shrink(x, a, i),
     "sgmv_shrink": lambda a, b, x, y, v, i: pk.sgmv_shrink(x, a, pk.make_segments(i, 2)),
-    "bgmv_expand": lambda a, b, x, y, v, i: pk.bgmv_expand(v, b, i, y),
-    "lora_delta": lambda a, b, x, y, v, i: pk.lora_delta(x, [pk.LoRAPart(a, b)], i, 64),
+    "bgmv_expand": lambda a, b, x, y, v, i, **how: pk.bgmv_expand(v, b, i, y, **how),
+    "lora_delta": lambda a, b, x, y, v, i, **how: pk.lora_delta(
+        x, [pk.LoRAPart(a, b)], i, 64, **how
+    ),
 }
 
 
@@ -706,3 +708,55 @@ def test_ops_on_an_explicit_mesh_name_the_mend(op):
     )
     with pytest.raises(NotImplementedError, match=message):
         jax.jit(OPS[op])(*operands, jnp.zeros(8, jnp.int32))
+
+
+COLUMNS = [P(), P(None, "tp"), P(), P(None, "tp"), P()]
+TOKENS = [P(), P(), P("tp"), P("tp"), P("tp")]
+
+
+def operands_on(mesh, specs):
+    shapes = [(2, 16, 64), (2, 64, 16), (8, 64), (8, 64), (8, 16)]
+    placed = [NamedSharding(mesh, spec) for spec in specs]
+    arrays = [jax.device_put(jnp.ones(s, jnp.bfloat16), at) for s, at in zip(shapes, placed)]
+    return [*arrays, jax.device_put(jnp.zeros(8, jnp.int32), NamedSharding(mesh, P()))]
+
+
+@pytest.fixture
+def kernels_by_xla(monkeypatch):
+    """XLA's forms in place of the kernels, so that programs with them compile on a CPU."""
+    monkeypatch.setitem(dispatch.BACKENDS, "mosaic_gpu", dispatch.xla)
+    dispatch.compiled.cache_clear()
+    yield
+    dispatch.compiled.cache_clear()
+
+
+OF_COLUMNS = [op for op in OPS if "shrink" not in op]
+
+
+@pytest.mark.parametrize("op", OF_COLUMNS)
+@pytest.mark.usefixtures("kernels_by_xla")
+def test_ops_on_operands_divided_over_columns_of_an_auto_mesh(op):
+    """Without a `shard_map`, each GPU would gather all of B. A call refuses them, and so does a
+    program as XLA compiles it, its gradient too."""
+    mesh = mesh_of(AxisType.Auto, tp=4)
+    call = functools.partial(OPS[op], implementation="mosaic_gpu")
+    operands = operands_on(mesh, COLUMNS)
+    mend = r"gets an operand \[.*\] whose axes \[1\] are divided over devices, .*jax.shard_map"
+    with pytest.raises(NotImplementedError, match=mend):
+        call(*operands)
+    with pytest.raises(NotImplementedError, match=mend):
+        OPS[op](*operands)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=mend):
+        jax.jit(call)(*operands)
+    by_xla = functools.partial(OPS[op], implementation="xla")
+    whole = by_xla(*operands_on(mesh, [P()] * 5))
+    assert_equal(by_xla(*operands), whole)
+    assert_equal(jax.jit(call)(*operands_on(mesh, [P()] * 5)), whole)
+    assert_equal(jax.jit(call)(*operands_on(mesh, TOKENS)), whole)
+
+    def loss(b, a, x, *rest):
+        return jnp.sum(jnp.square(call(a, b, x, *rest)).astype(jnp.float32))
+
+    a, b, *rest = operands
+    with pytest.raises(jax.errors.JaxRuntimeError, match=mend):
+        jax.jit(jax.grad(loss))(b, a, *rest)
