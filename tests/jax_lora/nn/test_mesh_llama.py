@@ -86,15 +86,18 @@ TENSOR = (COLUMN, ROW, P())
 BOTH = (P("fsdp", "tp"), P("tp", "fsdp"), P("fsdp"))
 BUCKETS, WIDE = (16, 160), (64, 192)
 CASES = {  # the mesh, how kernels and ids are divided, the kind of axes, buckets
+    "1": ({"tp": 1}, TENSOR, AxisType.Explicit, BUCKETS),
+    "2": ({"tp": 2}, TENSOR, AxisType.Auto, BUCKETS),
+    "2, ranks too": ({"tp": 2}, TENSOR, AxisType.Auto, WIDE),
     "4": ({"tp": 4}, TENSOR, AxisType.Explicit, BUCKETS),
+    "4, ranks too": ({"tp": 4}, TENSOR, AxisType.Explicit, WIDE),
     "8, ranks too": ({"tp": 8}, TENSOR, AxisType.Auto, WIDE),
     "8, explicit": ({"tp": 8}, TENSOR, AxisType.Explicit, BUCKETS),
     "data of 8": ({"dp": 8}, (P(), P(), P("dp")), AxisType.Auto, BUCKETS),
     "fsdp of 4, 2, ranks too": ({"fsdp": 4, "tp": 2}, BOTH, AxisType.Auto, WIDE),
 }
+PREFILLS = ("4", "4, ranks too")
 MORE_CASES = {  # the same code; test_mesh.py has single layers on such meshes
-    "1": ({"tp": 1}, TENSOR, AxisType.Explicit, BUCKETS),
-    "2": ({"tp": 2}, TENSOR, AxisType.Auto, BUCKETS),
     "8": ({"tp": 8}, TENSOR, AxisType.Auto, BUCKETS),
     "fsdp of 2, 4": ({"fsdp": 2, "tp": 4}, BOTH, AxisType.Auto, BUCKETS),
 }
@@ -107,7 +110,7 @@ MORE_CASES = {  # the same code; test_mesh.py has single layers on such meshes
 def test_a_llama_equals_that_of_one_device(case):
     """Adapters of ranks 1 to 160 in one batch; logits, and the gradients of all stacks."""
     sizes, form, kind, buckets = (CASES | MORE_CASES)[case]
-    scan, phase = (False, "prefill") if case == "4" else (True, "decode")
+    scan, phase = case != "4", "prefill" if case in PREFILLS else "decode"
     how = {"scan": scan, "buckets": buckets, "fully_sharded": buckets == WIDE}
     got, again = result(mesh_of(kind, **sizes), form, phase, **how)
     assert_equal(got, on_one_device(phase, scan, buckets))
