@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
-from jax_lora.bank.sites import Site, some
+from jax_lora.bank.sites import Site, check_trained, some
 
 
 def new_adapter(
@@ -22,11 +22,7 @@ def new_adapter(
       ValueError: the config targets no site, saves none with full slots, or asks for DoRA; the
         stacks are in 8 bits.
     """
-    if small := [site.dtype for site in sites.values() if site.is_eight_bits]:
-        raise ValueError(
-            f"{name!r} is to be trained, but the stacks are {small[0]}; train it in a model with "
-            "stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and load it here"
-        )
+    check_trained(name, (site.dtype for site in sites.values()))
     for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
         if not isinstance(value, kind):
             raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")

@@ -151,7 +151,6 @@ class Filling(NamedTuple):
 class Publisher(Roster):
     """What fills the slots of a bank: the base of `AdapterBank`, which makes what it needs."""
 
-    _sites: dict[str, Site]
     _writers: dict[int, SlotWriter]
     _full: FullSlots
 

@@ -1,5 +1,6 @@
 """Which adapters a model holds, in which slots, and which of them must stay."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from flax import nnx
 from jax_lora.adapters import LoRAConfig
 from jax_lora.bank.names import check_name
 from jax_lora.bank.owner import StackOwner
+from jax_lora.bank.sites import Site, check_trained
 from jax_lora.bank.slots import BankEvent, BucketUsage, Entry, SlotTable
 from jax_lora.bank.trainees import Trainees, Turns, checked_rates
 from jax_lora.batch import Lease
@@ -17,6 +19,8 @@ from pallas_kernels.ranks import rank_bucket
 
 class Roster(StackOwner):
     """What a bank knows of names and slots, without their weights: the base of `AdapterBank`."""
+
+    _sites: dict[str, Site]
 
     def __init__(self, model: nnx.Module) -> None:
         super().__init__(model)
@@ -143,7 +147,8 @@ class Roster(StackOwner):
         Raises:
           KeyError: an adapter is not loaded.
           TypeError: `names` or `rates` are malformed.
-          ValueError: so are they, or an adapter uses DoRA: a step would hold its magnitude.
+          ValueError: so are they; an adapter uses DoRA: a step would hold its magnitude; or it has
+            stacks in 8 bits, which have no gradients.
         """
         is_list = isinstance(names, Sequence) and not isinstance(names, str)
         if not is_list or not all(isinstance(name, str) for name in names):
@@ -160,9 +165,17 @@ class Roster(StackOwner):
                 "and not the magnitude; train them with PEFT"
             )
         for name, entry in zip(by_name, entries):
+            small = sorted(entry.modules & self._eight_bits.keys())
+            check_trained(name, (self._eight_bits[module] for module in small))
+        for name, entry in zip(by_name, entries):
             turns = by_bucket[entry.bucket]
             turns.serials[entry.slot], turns.rates[entry.slot] = entry.serial, by_name[name]
         return Trainees(by_bucket, lease)
+
+    @functools.cached_property
+    def _eight_bits(self) -> dict[str, np.dtype]:
+        """The dtypes of the modules in 8 bits. A training loop asks for them in each step."""
+        return {m: site.dtype for m, site in self._sites.items() if site.is_eight_bits}
 
     def _lease(self, names: Sequence[str]) -> tuple[Lease, list[Entry]]:
         """Where adapters are, and a lease on them. KeyError if one is not loaded."""

@@ -217,6 +217,15 @@ def _check_full(name: str, module: str, full: FullShape, site: Site | None) -> N
         )
 
 
+def check_trained(name: str, dtypes: Iterable[np.dtype]) -> None:
+    """ValueError where an adapter that is to be trained has stacks in 8 bits."""
+    if small := [dtype for dtype in dtypes if is_eight_bits(dtype)]:
+        raise ValueError(
+            f"{name!r} is to be trained, but the stacks are {small[0]}; train it in a model with "
+            "stacks of bfloat16 or float32 (apply_lora's dtype=), save it, and load it here"
+        )
+
+
 def check_same(sites: Mapping[str, Site], others: Mapping[str, Site]) -> None:
     """ValueError unless two models have the same LoRA layers, which hold the same modules."""
     mine, theirs = (

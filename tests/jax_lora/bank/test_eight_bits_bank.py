@@ -196,6 +196,8 @@ def test_training_and_publishing_are_refused(eight: str) -> None:
     with pytest.raises(ValueError, match=f"the stacks are {eight}; train it in a model"):
         bank.create("new", config, rngs=nnx.Rngs(0))
     bank.load("one", make_adapter(1, 4))
+    with pytest.raises(ValueError, match=f"'one' is to be trained, but the stacks are {eight};"):
+        bank.trainees(["one"])
     _, other = make_bank()
     other.load("one", make_adapter(1, 4))
     for target, source in ((bank, bank), (bank, other), (other, bank)):
@@ -226,6 +228,9 @@ def test_layers_in_other_dtypes_beside_them(small: str, tmp_path: Path, eight: s
     alone = make_adapter(2, 5, features={wide: FEATURES[wide]})
     assert 0.001 < (bank.load("both", both) or 0) < 0.1
     assert bank.load("alone", alone) is None  # no module of it is in 8 bits
+    assert bank.trainees(["alone"]).by_bucket[8].serials.any()
+    with pytest.raises(ValueError, match="'both' is to be trained"):
+        bank.trainees(["alone", "both"])
     held = {name: saved(bank, name, tmp_path) for name in ("both", "alone")}
     np.testing.assert_array_equal(held["both"].modules[wide].a, both.modules[wide].a)
     out = forward(model, x, bank.batch(["alone", None, "both"]))
