@@ -14,7 +14,16 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("own", [1, 64, 700], ids="{} tokens".format)
 def test_an_adapters_gradients_keep_their_bits_beside_any_neighbours(own: int, rank: int) -> None:
     """Its tokens stay where they are: other places may fall into other tiles."""
-    case = Neighbours(1024, 512, 256, rank, "bfloat16")
+    check_bits(Neighbours(1024, 512, 256, rank, "bfloat16"), own)
+
+
+@pytest.mark.parametrize("own", [1, 16, 17, 40], ids="{} tokens".format)
+def test_so_do_those_that_lanes_sum(own: int) -> None:
+    """More than 16 tokens of an adapter are divided among the warps of a block."""
+    check_bits(Neighbours(64, 8192, 8192, 8, "bfloat16", slots=64), own)
+
+
+def check_bits(case: Neighbours, own: int) -> None:
     where = np.sort(np.random.default_rng(own).permutation(case.tokens)[:own])
     right = case.run(0, where, alone=True)
     assert all(value.any() for value in right.values())

@@ -26,8 +26,6 @@ from mosaic_cases import relative_error
 import pallas_kernels as pk
 from pallas_kernels.call import Call
 from pallas_kernels.mosaic_gpu import backend, layouts, support
-from pallas_kernels.mosaic_gpu.backward import config as cut_rules
-from pallas_kernels.mosaic_gpu.backward import few, narrow_few, outer_few, wide_few
 from pallas_kernels.mosaic_gpu.backward.config import by_lanes, narrow_cut, outer_cut
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 
@@ -69,6 +67,7 @@ def test_interpreted_against_float64(case: GradientCase, interpreted: None) -> N
     check(case, z, gradients(z, case.slots, sorted_once=case.num_tokens % 2 == 0))
 
 
+BY_LANES = ["narrow", "wide", "outer"]
 LANES = [
     GradientCase(9, 72, (80,), ((8, 3),), "gaps"),
     # More tokens of one slot than a warp takes, and more columns than a block has.
@@ -79,24 +78,39 @@ LANES = [
 
 
 @pytest.mark.parametrize("case", LANES, ids=str)
-def test_sums_by_lanes_against_float64(
-    case: GradientCase, emulated: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cut_rules, "_LEAST_SQUARES", 0)
-    monkeypatch.setattr(cut_rules, "_MOST_OF_GROUP", 1024)
-    z, ran = case.arrays(), list[str]()
-    launch = few.launch
-
-    def noting(name: str, *others: Any) -> list[jax.Array]:
-        ran.append(name)
-        return launch(name, *others)
-
-    for module in (narrow_few, wide_few, outer_few):
-        monkeypatch.setattr(module, "launch", noting)
+def test_sums_by_lanes_against_float64(case: GradientCase, by_lanes_always: list[str]) -> None:
+    z = case.arrays()
     check(case, z, gradients(z, case.slots))
-    assert [name.split("_r")[0] for name in ran] == [
-        "lora_narrow_few", "lora_wide_few", "lora_outer_few",
-    ]  # fmt: skip
+    assert by_lanes_always == BY_LANES
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        GradientCase(12, 64, (64,), ((8, 4),), "shuffled"),
+        # Slot 0 has more tokens than one warp takes by itself.
+        pytest.param(GradientCase(60, 72, (64,), ((8, 6),), "zipf", "float16"), marks=ci),
+    ],
+    ids=str,
+)
+def test_an_adapters_bits_by_lanes_follow_from_its_own(
+    case: GradientCase, by_lanes_always: list[str]
+) -> None:
+    """Not from the neighbours' tokens, adapters or number, while the shapes stay."""
+    z, other = case.arrays(), dataclasses.replace(case, seed=7).arrays()
+    mine = z.ids == 0
+    ids = np.where(mine, 0, np.where(other.ids == 0, -1, other.ids)).astype(np.int32)
+    [part], [others] = z.parts, other.parts
+    for name in ("lora_a", "lora_b", "scales"):
+        getattr(others, name)[0] = getattr(part, name)[0]
+    x, dy = (np.where(mine[:, None], *both) for both in ((z.x, other.x), (z.dy, other.dy)))
+    found = gradients(z, case.slots), gradients(GradientArrays(x, dy, (others,), ids), case.slots)
+    for name, rows in (("dx", mine), ("dA0", 0), ("dB0", 0), ("ds0", 0)):
+        one, same = (each[name][rows] for each in found)
+        assert one.any()
+        np.testing.assert_array_equal(same, one, err_msg=name)
+    assert (found[0]["dA0"][1:] != found[1]["dA0"][1:]).any()
+    assert by_lanes_always == BY_LANES * 2
 
 
 def test_lanes_sum_where_adapters_have_few_tokens() -> None:
@@ -137,9 +151,10 @@ def test_cuts(
     assert (narrow, outer_cut(tiles.count, slots, 8192)) == cuts
 
 
-@pytest.mark.ci
-def test_an_adapter_meets_no_other_tokens(interpreted: None) -> None:
+@pytest.mark.parametrize("how", [pytest.param("interpreted", marks=ci), "by_lanes_always"])
+def test_an_adapter_meets_no_other_tokens(how: str, request: pytest.FixtureRequest) -> None:
     """NaN in one adapter's tokens stays there, and the others' gradients keep their bits."""
+    request.getfixturevalue(how)
     case = GradientCase(24, 64, (64,), ((16, 3),), "shuffled")
     z = case.arrays()
     clean, dirty = gradients(z, 3), gradients(with_nan(z, 1), 3)
@@ -159,6 +174,12 @@ def test_compact_gradients_hold_the_slots_in_use(
     check_compact(implementation)
 
 
+@pytest.mark.ci
+def test_compact_gradients_by_lanes(by_lanes_always: list[str]) -> None:
+    check_compact("mosaic_gpu")
+    assert by_lanes_always == BY_LANES
+
+
 def test_whole_gradients_equal_those_of_jax() -> None:
     case = GradientCase(30, 64, (64,), ((16, 3),), "shuffled", "float16")
     z = case.arrays()
@@ -175,8 +196,11 @@ def test_whole_gradients_equal_those_of_jax() -> None:
         np.testing.assert_array_equal(getattr(gradient, name), getattr(dpart, name))
 
 
-@pytest.mark.ci
-def test_stacks_of_several_layers_are_read_in_their_place(interpreted: None) -> None:
+@pytest.mark.parametrize("how", [pytest.param("interpreted", marks=ci), "by_lanes_always"])
+def test_stacks_of_several_layers_are_read_in_their_place(
+    how: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(how)
     z = GradientCase(9, 64, (64,), ((16, 3),), "shuffled").arrays()
     got, want = gradients(in_layers(z), 3), gradients(z, 3)
     for name in want:
@@ -296,11 +320,15 @@ def test_mixed_ranks_share_launches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "ranks"),
-    [((64, 4096, 4096), [16]), pytest.param((256, 8192, 14336), [8, 8], marks=ci)],
+    ("sizes", "slots", "ranks"),
+    [
+        ((64, 4096, 4096), 32, [16]),
+        pytest.param((256, 8192, 14336), 32, [8, 8], marks=ci),
+        pytest.param((64, 8192, 8192), 64, [8], marks=ci),  # as test_training_device.py
+    ],
 )
-def test_sums_by_lanes_lower(sizes: tuple[int, int, int], ranks: list[int]) -> None:
-    module = lowered(*sizes, *ranks, slots=32)
+def test_sums_by_lanes_lower(sizes: tuple[int, int, int], slots: int, ranks: list[int]) -> None:
+    module = lowered(*sizes, *ranks, slots=slots)
     for kind in ("narrow", "wide", "outer"):
         assert f"lora_{kind}_few_r{ranks[0]}" in module and f"lora_{kind}_r" not in module
 

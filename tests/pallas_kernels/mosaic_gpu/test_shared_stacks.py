@@ -138,6 +138,15 @@ def test_gradients_of_several_layers(shared: str, interpreted: None) -> None:
     check_sharing_gradients(SharingCase(9, 64, 64, 16, shared), of_layers=True)
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("shared", ["A, B", "A, none"])
+def test_gradients_by_lanes(shared: str, by_lanes_always: list[str]) -> None:
+    """Squares sum the gradients of A and B where slots share one; lanes sum all else. With so few
+    tokens both round to the same."""
+    check_sharing_gradients(SharingCase(9, 64, 72, 8, shared, slots=2, experts=3))
+    assert by_lanes_always == ["narrow", "wide", "narrow", "wide", "outer"]
+
+
 def names_in(shared: str, tokens: int, rank: int, implementation: Any = "mosaic_gpu") -> set[str]:
     """The kernels of a call and of its gradients, lowered for CUDA."""
     of, slots, every = jax.ShapeDtypeStruct, 8, 8 * 16
