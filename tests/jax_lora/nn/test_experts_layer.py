@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +55,49 @@ def test_each_pair_has_the_weights_of_its_expert(
     close(of_x, want[1])
 
 
-def test_training_moves_the_adapters_of_the_batch_alone() -> None:
+def sparse_mlp(hidden: int, inner: int, of: str = "float32", **room: Any) -> SparseMLP:
+    """A mixture of experts, which alone have LoRA."""
     config = LlamaConfig(
-        vocab_size=8, hidden_size=H, intermediate_size=N, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=H, num_experts=EXPERTS,
+        vocab_size=8, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=hidden, num_experts=EXPERTS,
         num_experts_per_tok=TOP,
     )  # fmt: skip
-    model = SparseMLP(config, jnp.float32, nnx.Rngs(0))
-    jax_lora.apply_lora(model, slots=2, buckets=(8,), target=r"experts\..*")
+    model = SparseMLP(config, jnp.dtype(of), nnx.Rngs(0))
+    jax_lora.apply_lora(model, slots=2, target=r"experts\..*", **room)
+    return model
+
+
+@pytest.mark.parametrize("stacks", ["bfloat16", "int8"])
+def test_experts_take_the_kernels_of_plain_rows(stacks: str) -> None:
+    """What a Hopper GPU runs for them. Gates and ups share a launch of two parts."""
+    model = sparse_mlp(64, 128, "bfloat16", buckets=(16,), dtype=stacks)
+    batch = jax_lora.AdapterBank(model).batch([None] * 16)
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    def run(lora: nnx.State, x: jax.Array, batch: jax_lora.AdapterBatch) -> jax.Array:
+        with jax_lora.use(batch):
+            return nnx.merge(graphdef, lora, rest)(x)
+
+    def step(lora: nnx.State, x: jax.Array, batch: jax_lora.AdapterBatch) -> Any:
+        y, pull = jax.vjp(functools.partial(run, batch=batch), lora, x)
+        return y, pull(y)
+
+    def kernels(function: Callable[..., Any]) -> set[str]:
+        x = jax.ShapeDtypeStruct((16, 64), jnp.bfloat16)
+        traced = jax.jit(function).trace(lora, x, batch)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "stablehlo.while" not in text
+        return {*re.findall(r"lora_?[a-z]*(?:_r16)+", text)}
+
+    forward = {"lora_r16", "lora_r16_r16"}
+    assert kernels(run) == forward
+    if stacks == "bfloat16":  # 8 bits have no gradients
+        backward = {f"lora_{kind}_r16" for kind in ("narrow", "wide", "outer")}
+        assert kernels(step) == forward | backward | {"lora_wide_r16_r16"}
+
+
+def test_training_moves_the_adapters_of_the_batch_alone() -> None:
+    model = sparse_mlp(H, N, buckets=(8,))
     bank = jax_lora.AdapterBank(model)
     for name in ("one", "other"):
         bank.create(name, jax_lora.LoRAConfig(4, 8), rngs=nnx.Rngs(0))
