@@ -15,8 +15,9 @@ from pallas_kernels.mosaic_gpu import backend
 from pallas_kernels.stacks import LayerStacks
 
 ORDERS = ("runs", "zipf", "shuffled", "distinct", "identical", "none", "gaps")
-# Relative error (Frobenius norm) against float64, by dtype: dv, v and the gradient are rounded.
-TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3}
+# Relative error (Frobenius norm) against float64, by dtype: dv, v and the gradient are rounded. Of
+# float32 also against the same sums in another order.
+TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-5}
 
 
 def ids_in(order: str, num_tokens: int, slots: int, seed: int = 0) -> np.ndarray:
