@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import families
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 from flax import nnx
+from gradient_cases import TOLERANCE
+from mosaic_cases import relative_error
 
 import jax_lora
 from jax_lora import Adapter, AdapterBank, AdapterBatch, LoRAConfig, LoRAWeights, llama, plan_slots
@@ -24,6 +27,8 @@ pytestmark = [
 
 FAMILIES = ["Mixtral", "Qwen3-MoE"]
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Gates and ups, whose parameter PEFT gives one A; Mixtral calls them w1 and w3.
+PAIRS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "w1"}
 # As PEFT writes them for Transformers 5: parameters of both projections, of one and of the router.
 FUSED: dict[str, dict[str, Any]] = {
     "both": dict(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=PARAMETERS),
@@ -60,6 +65,17 @@ class Case(NamedTuple):
     def logits(self, adapter: str | None, tokens: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return self.reference(adapter)(torch.from_numpy(tokens).long()).logits.numpy()
+
+    def save_gradients(self, adapter: str, tokens: np.ndarray, dy: np.ndarray) -> None:
+        """Writes PEFT's gradients as an adapter."""
+        model = self.reference(adapter)
+        own = [p for name, p in model.named_parameters() if "lora_" in name]
+        for parameter in own:
+            parameter.requires_grad_(True)
+        logits = model(torch.from_numpy(tokens).long()).logits
+        for parameter, gradient in zip(own, torch.autograd.grad(logits, own, torch.tensor(dy))):
+            parameter.data = gradient
+        model.save_pretrained(self.folder / f"gradients {adapter}")
 
     def model(self, **room: Any) -> tuple[llama.Llama, AdapterBank]:
         model = llama.Llama.from_pretrained(self.folder / "base")
@@ -168,6 +184,40 @@ def test_modules_of_experts_saved_for_peft(
 @pytest.mark.parametrize(
     "case", ["Mixtral", pytest.param("Qwen3-MoE", marks=pytest.mark.slow)], indirect=True
 )
+def test_gradients_equal_pefts(case: Case) -> None:
+    """Those of each adapter's own rows of a mixed batch."""
+    model, bank = case.model(slots=4, buckets=(8,))
+    names, tokens = ["both", None, "uneven", "both"], tokens_of(4)
+    for name in ("both", "uneven"):
+        bank.load(name, case.folder / name)
+    dy = np.random.default_rng(1).normal(size=(*tokens.shape, model.config.vocab_size))
+    dy = dy.astype(np.float32)
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    @jax.grad
+    def gradients(lora: nnx.State, batch: AdapterBatch) -> jax.Array:
+        with jax_lora.use(batch):
+            return jnp.sum(nnx.merge(graphdef, lora, rest)(tokens) * dy)
+
+    nnx.update(model, gradients(lora, bank.batch(names, phase=case.phase)))  # read as an adapter is
+    for name in ("both", "uneven"):
+        rows = [n for n, own in enumerate(names) if own == name]
+        case.save_gradients(name, tokens[rows], dy[rows])
+        bank.load("peft", case.folder / f"gradients {name}", replace=True)
+        got, want = (bank._adapter(one).modules for one in (name, "peft"))
+        assert got.keys() == want.keys()
+        for module, right in want.items():
+            a = got[module].a
+            holder, _, last = module.rpartition(".")
+            if last in PAIRS:
+                a = a + got[f"{holder}.{PAIRS[last]}"].a
+            for one, other in ((a, right.a), (got[module].b, right.b)):
+                assert relative_error(one, other) < TOLERANCE["float32"], module
+        chosen = sum(bool(right.b.any()) for right in want.values())
+        assert chosen > 0.9 * len(want)  # an expert may have no token
+
+
 def test_plan_and_inspect_know_experts(case: Case) -> None:
     folders = [case.folder / name for name in FUSED]
     plan = plan_slots(folders, memory=1 << 24)

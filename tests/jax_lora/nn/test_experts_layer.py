@@ -4,15 +4,19 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from training_run import assert_same
 
 import jax_lora
+from jax_lora import training
 from jax_lora.llama import LlamaConfig
 from jax_lora.models.mlp import SparseMLP
 from jax_lora.nn import experts as module
@@ -96,27 +100,78 @@ def test_experts_take_the_kernels_of_plain_rows(stacks: str) -> None:
         assert kernels(step) == forward | backward | {"lora_wide_r16_r16"}
 
 
+class Training:
+    """A model of experts, and a jitted step that trains some adapters."""
+
+    def __init__(self) -> None:
+        self.model = sparse_mlp(H, N, buckets=(8,))
+        self.bank = jax_lora.AdapterBank(self.model)
+        graphdef, lora, rest = nnx.split(self.model, nnx.LoRAParam, ...)
+        tx = training.per_adapter(optax.adamw(0.02, weight_decay=0.1))
+        self.state = tx.init(lora)
+        x = jax.random.normal(jax.random.key(0), (2, 5, H))
+
+        @jax.jit
+        def step(lora: nnx.State, state: Any, batch: Any, trainees: Any) -> Any:
+            def loss(lora: nnx.State) -> jax.Array:
+                with jax_lora.use(batch):
+                    y = nnx.merge(graphdef, lora, rest)(x)
+                return jnp.sum((y - jnp.roll(x, 1, axis=-1)) ** 2)
+
+            value, gradients = jax.value_and_grad(loss)(lora)
+            with jax.numpy_dtype_promotion("standard"):  # optax is not strict
+                moves, state = tx.update(gradients, state, lora, trainees=trainees)
+            return value, optax.apply_updates(lora, moves), state
+
+        self._step = step
+
+    def create(self, name: str) -> None:
+        self.bank.create(name, jax_lora.LoRAConfig(4, 8), rngs=nnx.Rngs(0))
+
+    def train(self, name: str, steps: int) -> list[float]:
+        """The losses."""
+        given = self.bank.batch([name, None], phase="prefill"), self.bank.trainees([name])
+        losses = []
+        for _ in range(steps):
+            lora = nnx.state(self.model, nnx.LoRAParam)
+            value, lora, self.state = self._step(lora, self.state, *given)
+            nnx.update(self.model, lora)
+            losses.append(float(value))
+        return losses
+
+    def weights(self, name: str) -> dict[tuple[str, str], np.ndarray]:
+        modules = self.bank._adapter(name).modules
+        return {(m, half): getattr(w, half) for m, w in modules.items() for half in "ab"}
+
+
 def test_training_moves_the_adapters_of_the_batch_alone() -> None:
-    model = sparse_mlp(H, N, buckets=(8,))
-    bank = jax_lora.AdapterBank(model)
+    run = Training()
     for name in ("one", "other"):
-        bank.create(name, jax_lora.LoRAConfig(4, 8), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 5, H))
-    batch = bank.batch(["one", None], phase="prefill")
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(lora: nnx.State, x: jax.Array, batch: jax_lora.AdapterBatch) -> jax.Array:
-        with jax_lora.use(batch):
-            return jnp.sum((nnx.merge(graphdef, lora, rest)(x) - jnp.roll(x, 1, axis=-1)) ** 2)
-
-    losses, start = [], lora
-    for _ in range(4):
-        value, gradients = loss(lora, x, batch)
-        losses.append(float(value))
-        lora = jax.tree.map(lambda p, g: p - 0.02 * g, lora, gradients)
+        run.create(name)
+    start = jax.tree.map(np.array, nnx.state(run.model, nnx.LoRAParam))
+    losses = run.train("one", 4)
     assert all(after < before for before, after in itertools.pairwise(losses))
-    moved = jax.tree.map(lambda old, new: jnp.any(old != new, axis=(0, 2, 3)), start, lora)
+    now = nnx.state(run.model, nnx.LoRAParam)
+    moved = jax.tree.map(lambda old, new: jnp.any(old != new, axis=(0, 2, 3)), start, now)
     for by_slot in jax.tree.leaves(moved):  # of stacks [experts, slots, ...]
         np.testing.assert_array_equal(by_slot, [True, False])
+
+
+def test_training_of_experts_goes_on_elsewhere_and_is_published(tmp_path: Path) -> None:
+    """In another slot, bit for bit; and a copy for users stays as it is."""
+    run, other = Training(), Training()
+    run.create("one")
+    run.train("one", 3)
+    run.bank.save("one", tmp_path)
+    training.save_state(run.state, run.bank, "one", tmp_path / "state")
+    other.create("before")
+    other.bank.load("one", tmp_path)
+    assert other.bank._entry("one").slot != run.bank._entry("one").slot
+    other.state = training.load_state(other.state, other.bank, "one", tmp_path / "state")
+    run.bank.publish("users'", "one")
+    published = run.weights("users'")
+    assert_same(published, run.weights("one"))
+    assert run.train("one", 3) == other.train("one", 3)
+    assert_same(run.weights("one"), other.weights("one"))
+    assert_same(run.weights("users'"), published)
+    assert any((run.weights("one")[path] != old).any() for path, old in published.items())
