@@ -8,22 +8,29 @@ library's own layers. `compare` asks all of them, and Transformers with PEFT:
     python tools/smollm2.py adapters /tmp/smollm2/base /tmp/smollm2/adapters
     python tools/smollm2.py compare /tmp/smollm2/base /tmp/smollm2/adapters
 
+`eight-bits` asks them in stacks of several dtypes, and says what differs from bfloat16:
+
+    python tools/smollm2.py eight-bits /tmp/smollm2/base /tmp/smollm2/adapters
+
 Nothing of it is kept in the repository.
 """
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
@@ -33,7 +40,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, use
 from jax_lora.generation import chat_prompt, complete, encode, fitting_slots, load_tokenizer
-from jax_lora.llama import Llama, LlamaConfig
+from jax_lora.llama import Llama, LlamaConfig, generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -307,6 +314,207 @@ def compare(
             print(f"    Transformers and PEFT: {theirs!r}")
     print(f"{len(ours) - different} of {len(ours)} texts are equal")
     raise SystemExit(different > 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stacks of other dtypes beside bfloat16
+# ------------------------------------------------------------------------------------------------
+
+# float32 shows what bfloat16's own rounding makes.
+REFERENCE, DTYPES = "bfloat16", ("float32", "int8", "float8_e4m3fn")
+
+TRAINED, HELD_OUT = "Norway Japan Kenya Peru Greece", "Mexico France India Brazil Argentina"
+ASKED = [
+    *(QUESTION.format(country=country) for country in f"{TRAINED} {HELD_OUT}".split()),
+    "Who wrote Hamlet?",
+    "Name three colours.",
+    "What is two plus three?",
+    "Why is the sky blue?",
+    "Write a poem about rain.",
+    "How do I boil an egg?",
+    "What does a bank do?",
+    "Translate good morning into French.",
+    "Who was Marie Curie?",
+    "Tell me a joke.",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Token ids `[B, S]`, padded on the right, and lengths `[B]`."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def answered(self, new: np.ndarray, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """With answers `[B, N]` behind them, `[B, S + N]`, and which of these tokens are of an
+        answer, up to its end token."""
+        rows = np.pad(self.tokens, ((0, 0), (0, new.shape[1])))
+        columns = self.lengths[:, None] + np.arange(new.shape[1])
+        np.put_along_axis(rows, columns, new, axis=1)
+        is_end = np.isin(new, ends)
+        is_answer = np.zeros(rows.shape, bool)
+        np.put_along_axis(is_answer, columns, np.cumsum(is_end, axis=1) - is_end == 0, axis=1)
+        return rows, is_answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one adapter answers in stacks of one dtype.
+
+    Attributes:
+      error: what `bank.load` returned.
+      new: `[B, N]` tokens; a row that has ended repeats its last.
+      log_probs: `[B, N]` log-probabilities of the reference's tokens, each behind those before it;
+        NaN behind their end.
+      leads: `[B, N]`, these tokens' log-probabilities less those of the best other ones; as above.
+    """
+
+    error: float | None
+    new: np.ndarray
+    log_probs: np.ndarray
+    leads: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How answers differ from the reference.
+
+    Attributes:
+      firsts: of each answer, the first token that differs, from 0 on; None if none does.
+      leads: by how much the reference preferred its own token there.
+      largest: the largest difference of a token's log-probability.
+    """
+
+    firsts: list[int | None]
+    leads: list[float | None]
+    largest: float
+
+    @classmethod
+    def of(cls, found: Answers, reference: Answers) -> Self:
+        firsts = [first_difference(*rows) for rows in zip(found.new, reference.new)]
+        leads = [None if at is None else float(row[at]) for at, row in zip(firsts, reference.leads)]
+        return cls(firsts, leads, float(np.nanmax(abs(found.log_probs - reference.log_probs))))
+
+
+def first_difference(row: np.ndarray, other: np.ndarray) -> int | None:
+    """The first place at which two rows of tokens differ; None if they are equal."""
+    places = np.flatnonzero(row != other)
+    return int(places[0]) if len(places) else None
+
+
+@app.command("eight-bits")
+def compare_eight_bits(
+    base: Annotated[Path, typer.Argument(help="What `base` wrote.")],
+    adapters: Annotated[Path, typer.Argument(help="What `adapters` wrote.")],
+    new_tokens: int = 32,
+    compute: Annotated[str, typer.Option(help="The base model's dtype.")] = REFERENCE,
+) -> None:
+    """Ask every adapter in stacks of bfloat16, float32 and 8 bits, and say what differs."""
+    tokenizer = load_tokenizer(base)
+    texts = [chat_prompt(base, [{"role": "user", "content": question}]) for question in ASKED]
+    prompts = Prompts(*encode(tokenizer, texts, special_tokens=False))
+    print(f"{jax.devices()[0].device_kind}, {time.strftime('%Y-%m-%d')}, computed in {compute}")
+    print(*TABLE_HEAD, sep="\n", flush=True)
+    reference: dict[str, Answers] = {}
+    notes = []
+    for dtype in (REFERENCE, *DTYPES):
+        model, bank, errors = with_stacks(base, adapters, compute, dtype)
+        new = answers_of(model, bank, prompts, new_tokens)
+        found = {}
+        for name in STYLES:
+            told = reference[name].new if reference else new[name]
+            scores = scores_of(model, bank, prompts, name, told)
+            found[name] = Answers(errors[name], new[name], *scores)
+        reference = reference or found
+        for name, answers in found.items():
+            difference = Difference.of(answers, reference[name])
+            print(table_row(name, dtype, answers.error, difference), flush=True)
+            notes += notes_of(name, dtype, difference)
+    print(*notes, sep="\n")
+
+
+def with_stacks(
+    base: Path, adapters: Path, compute: str, dtype: str
+) -> tuple[Llama, AdapterBank, dict[str, float | None]]:
+    """The base model with all adapters in stacks of `dtype`, and what `bank.load` returned."""
+    model = Llama.from_pretrained(base, dtype=compute)
+    slots = fitting_slots([style.rank for style in STYLES.values()])
+    apply_lora(model, slots=slots, buckets=tuple(slots), dtype=dtype)
+    bank = AdapterBank(model)
+    return model, bank, {name: bank.load(name, adapters / name) for name in STYLES}
+
+
+def answers_of(
+    model: Llama, bank: AdapterBank, prompts: Prompts, new_tokens: int
+) -> dict[str, np.ndarray]:
+    """Each adapter's new tokens, `[B, N]`, all of one batch."""
+    count = len(prompts.lengths)
+    new = generate(
+        model,
+        np.tile(prompts.tokens, (len(STYLES), 1)),
+        np.tile(prompts.lengths, len(STYLES)),
+        adapters=bank.batch([name for name in STYLES for _ in range(count)]),
+        max_new_tokens=new_tokens,
+    )
+    return dict(zip(STYLES, np.split(new, len(STYLES))))
+
+
+def scores_of(
+    model: Llama, bank: AdapterBank, prompts: Prompts, name: str, told: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`log_probs` and `leads` of `Answers`, of the tokens that the adapter is told."""
+    rows, is_answer = prompts.answered(told, model.config.eos_token_id)
+    batch = bank.batch([name] * len(rows), phase="prefill")
+    columns = prompts.lengths[:, None] + np.arange(told.shape[1])
+    own, leads = (
+        np.take_along_axis(np.where(is_answer[:, 1:], score, np.nan), columns - 1, axis=1)
+        for score in told_scores(*nnx.split(model), rows, batch)
+    )
+    return own, leads
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def told_scores(graphdef: Any, state: Any, rows: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Of all tokens but the first: their log-probabilities, and their leads over the best other
+    ones, each `[B, S - 1]`."""
+    with use(batch):
+        logits = nnx.merge(graphdef, state)(rows[:, :-1])
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    is_told = jnp.arange(log_probs.shape[-1]) == rows[:, 1:, None]
+    own = jnp.max(log_probs, axis=-1, where=is_told, initial=-jnp.inf)
+    return own, own - jnp.max(log_probs, axis=-1, where=~is_told, initial=-jnp.inf)
+
+
+TABLE_HEAD = [
+    "| adapter | stacks | error | equal texts | first token that differs | log-probability |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def table_row(name: str, dtype: str, error: float | None, difference: Difference) -> str:
+    """How an adapter's answers in a dtype differ, in the columns of `TABLE_HEAD`."""
+    places = [at + 1 for at in difference.firsts if at is not None]
+    count = len(difference.firsts)
+    cells = [
+        f"{name}, rank {STYLES[name].rank}",
+        dtype,
+        "-" if error is None else f"{error:.4f}",
+        f"{count - len(places)} of {count}",
+        str(min(places, default="-")),
+        f"{difference.largest:.3f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def notes_of(name: str, dtype: str, difference: Difference) -> list[str]:
+    """A line for each text that differs: which token is the first, and the reference's lead."""
+    return [
+        f"{name}, {dtype}: {question!r} from token {at + 1} on, where {REFERENCE} had a lead of "
+        f"{lead:.3f}"
+        for question, at, lead in zip(ASKED, difference.firsts, difference.leads)
+        if at is not None
+    ]
 
 
 if __name__ == "__main__":
