@@ -141,10 +141,11 @@ class AdapterBank(Checkpoints):
         Args:
           name: any text without `/`, `\\` and control characters.
           adapter: a PEFT folder, or an `Adapter`. NumPy arrays are read before `load` returns.
-            Where all are JAX's, they go from device to device, without the host, by a program that
-            the first adapter of these shapes compiles; it reads them when the device comes to it,
-            so copy before (`jnp.copy`) what another library goes on writing. Or what `prepare`
-            made of one, which takes the least time.
+            Where all are JAX's, on the stacks' one device, in their dtype and of the bucket's rank,
+            they go there without the host, by one program for a bucket, which `warmup` or the first
+            of them compiles. It reads them when the device comes to it, so copy before (`jnp.copy`)
+            what another library goes on writing. Other arrays of JAX are copied to the host, where
+            no rank compiles anything. Or what `prepare` made of one, which takes the least time.
           replace: take the place of the adapter of this name. Batches that lease the old one go
             on computing its weights.
           wait: seconds to wait for a slot where all are pinned, leased or reserved. Those who wait

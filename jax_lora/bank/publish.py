@@ -1,5 +1,6 @@
 """Slots filled from what is on a device already, without the host."""
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig
+from jax_lora.adapters import Adapter, AdapterHeader, LoRAConfig, LoRAWeights
 from jax_lora.bank import dora
 from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
@@ -26,70 +27,90 @@ from jax_lora.bank.writer import (
     PreparedAdapter,
     SlotOfLayer,
     SlotWriter,
+    home_of,
     places_of,
 )
 from jax_lora.nn.layer import LoRALayer
-from jax_lora.nn.stacks import get_slot
+from jax_lora.nn.stacks import get_scales, get_slot
 
-# An array of a slot: its shape and dtype, the half (0 for A), and of each layer that is stacked in
-# it the module that it has, if any.
-_Made = tuple[tuple[int, ...], np.dtype, int, tuple[str | None, ...]]
+Half = np.ndarray | Array  # A or B of a module
 
 
-def is_on_device(adapter: Adapter) -> bool:
-    """Whether all of its weights are JAX's, and A and B alone."""
+def stays_on_device(adapter: Adapter, bucket: int, sites: Mapping[str, Site]) -> bool:
+    """Whether `values_on_device` takes an adapter: A and B alone, as the stacks have them.
+
+    Each must be on the stacks' one device, in their dtype, and of the bucket's rank. JAX would
+    compile a program for each other rank.
+    """
     if adapter.config.dora or adapter.full or adapter.tokens:
         return False
-    halves = (half for weights in adapter.modules.values() for half in (weights.a, weights.b))
-    return all(isinstance(half, jax.Array) for half in halves)
+    return all(
+        isinstance(half, jax.Array) and _is_slot_of(variable.get_value(), half)
+        for module, weights in adapter.modules.items()
+        for variable, half in zip(sites[module].stacks[bucket].variables, (weights.a, weights.b))
+    )
+
+
+def _is_slot_of(stack: Array, half: Array) -> bool:
+    return (
+        (half.shape, half.dtype) == (stack.shape[-2:], stack.dtype)
+        and home_of(half) == home_of(stack)  # jit compiles for each home
+        and half.sharding.device_set == stack.sharding.device_set
+        and len(stack.sharding.device_set) == 1
+    )
+
+
+def on_host(adapter: Adapter) -> Adapter:
+    """The adapter with NumPy's A and B; itself where it has no others."""
+    halves = {module: (weights.a, weights.b) for module, weights in adapter.modules.items()}
+    if not any(isinstance(half, jax.Array) for both in halves.values() for half in both):
+        return adapter
+    fetched = jax.device_get(halves)  # all at a time
+    modules = {
+        module: dataclasses.replace(weights, a=fetched[module][0], b=fetched[module][1])
+        for module, weights in adapter.modules.items()
+    }
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def values_on_device(
-    adapter: Adapter,
+    adapted: Mapping[str, LoRAWeights],
     writer: SlotWriter,
     sites: Mapping[str, Site],
     layers: list[LoRALayer],
 ) -> list[SlotOfLayer]:
-    """What `slot_values` makes, of an adapter on a device; one program for all that are shaped so.
-
-    Raises:
-      ValueError: weights may overflow the stacks' dtype.
-    """
-    of_layer: dict[int, dict[tuple[int, tuple[int, ...]], str]] = {}
-    for module in adapter.modules:
+    """What `slot_values` makes, of an adapter that `stays_on_device`; one program for a bucket."""
+    of_layer: dict[int, dict[tuple[int, tuple[int, ...]], LoRAWeights]] = {}
+    for module, weights in adapted.items():
         site = sites[module]
-        of_layer.setdefault(id(site.layer), {})[site.nth, site.index] = module
-    made: list[_Made] = []
-    slots: list[tuple[np.ndarray, int]] = []
+        of_layer.setdefault(id(site.layer), {})[site.nth, site.index] = weights
+    zeros: dict[tuple[tuple[int, ...], np.dtype], Array] = {}
+    values: list[tuple[np.ndarray, list[list[Half]]]] = []
     for layer, (scales, arrays) in zip(layers, writer.layout.shapes):
         modules = of_layer.get(id(layer), {})
         own_scales = np.zeros(scales.shape, scales.dtype)
-        for (nth, index), module in modules.items():
-            own_scales[*index, nth] = adapter.modules[module].scale
-        slots.append((own_scales, len(arrays)))
+        parts: list[list[Half]] = []
+        for (nth, index), weights in modules.items():
+            own_scales[*index, nth] = weights.scale
         for number, array in enumerate(arrays):
+            key = array.shape[-2:], array.dtype
+            if key not in zeros:
+                zeros[key] = jax.device_put(np.zeros(*key), array.sharding)
             nth, half = divmod(number, 2)
-            there = tuple(modules.get((nth, index)) for index in np.ndindex(*layer.lead))
-            made.append((array.shape, array.dtype, half, there))
-    halves = {module: (weights.a, weights.b) for module, weights in adapter.modules.items()}
-    for module, both in halves.items():
-        dtype = sites[module].variables[0].dtype
-        _check_cast({half.dtype for half in both}, dtype)
-    flat = iter(_assembled(halves, tuple(made)))
-    return [(scales, [next(flat) for _ in range(count)]) for scales, count in slots]
+            there = (modules.get((nth, index)) for index in np.ndindex(*layer.lead))
+            parts.append([zeros[key] if w is None else (w.a, w.b)[half] for w in there])
+        values.append((own_scales, parts))
+    assembled = _assembled([parts for _, parts in values], writer.layout)
+    return [(scales, list(arrays)) for (scales, _), arrays in zip(values, assembled)]
 
 
-@functools.partial(jax.jit, static_argnames="made")
-def _assembled(halves: Mapping[str, tuple[Array, Array]], made: tuple[_Made, ...]) -> list[Array]:
-    out = []
-    for shape, dtype, half, modules in made:
-        size = shape[-2:]
-        parts = [
-            jnp.zeros(size, dtype) if module is None else _padded(halves[module][half], size, dtype)
-            for module in modules
-        ]
-        out.append(jnp.stack(parts).reshape(shape))
-    return out
+@functools.partial(jax.jit, static_argnames="layout")
+def _assembled(parts: list[list[list[Half]]], layout: Layout) -> list[list[Array]]:
+    """The arrays of a slot, out of those of each layer that is stacked in them."""
+    return [
+        [jnp.stack(some).reshape(array.shape) for some, array in zip(own, arrays)]
+        for own, (_, arrays) in zip(parts, layout.shapes)
+    ]
 
 
 def _padded(array: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -104,6 +125,20 @@ def _check_cast(dtypes: set[np.dtype], dtype: np.dtype) -> None:
             "stacks' float16, which only the host could tell; cast it before, or give apply_lora "
             "another dtype="
         )
+
+
+def compile_copies(writer: SlotWriter, sites: Mapping[str, Site], layers: list[LoRALayer]) -> None:
+    """Compiles what copies and reads slots of a bucket, and fills them from the device."""
+    slot = np.int32(0)
+    writer.place(copied_slot(writer, 0, writer))
+    if all(len(a.sharding.device_set) == 1 for _, stacks in writer.arrays for a in stacks):
+        writer.place(values_on_device({}, writer, sites, layers))
+    for _, arrays in writer.arrays:
+        for array in arrays:
+            get_slot(array, slot)
+    for layer in layers if writer.is_eight_bits else ():
+        for stack in layer.stacks:
+            get_scales(layer.scales.get_value(), stack.shape, slot)
 
 
 def copied_slot(source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotOfLayer]:
@@ -171,8 +206,8 @@ class Publisher(Roster):
         or in another one where a batch leases that. Requests under way so go on with the old
         version, and the next batch that names it has the new one. `source` keeps its slot.
 
-        Neither the host nor the caller waits for the device. The first copy between two buckets
-        compiles a small program, the following compile nothing.
+        Neither the host nor the caller waits for the device. `warmup` compiles the copies within a
+        bank. The first one from another bank compiles a small program for its two buckets.
 
         Args:
           name: of the copy, as in `load`; loaded or not.

@@ -3,16 +3,40 @@
 import os
 from collections.abc import Callable
 
+import jax
+from flax import nnx
+
 from jax_lora.adapters import Adapter, AdapterHeader, Rename, UploadLimits, renamed
 from jax_lora.bank import dora
 from jax_lora.bank.eight_bits import in_eight_bits
-from jax_lora.bank.publish import Publisher, is_on_device, values_on_device
+from jax_lora.bank.publish import (
+    Publisher,
+    compile_copies,
+    on_host,
+    stays_on_device,
+    values_on_device,
+)
 from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, slot_values
 
 
 class AdapterReader(Publisher):
     """What a bank does with an adapter before any slot is touched: a base of `AdapterBank`."""
+
+    def warmup(self) -> None:
+        """Compiles what the bank runs besides loads from the host, so that none of it does later.
+
+        That is `publish` within the bank, `create`, `save`, `save_checkpoint`, and loads of arrays
+        that are on the device. No slot changes. `Engine.warmup` does this too.
+
+        Raises:
+          RuntimeError: another bank of the model has taken over.
+        """
+        with self.stepping, self._lock:
+            self._check_current()
+            for writer in self._writers.values():
+                compile_copies(writer, self._sites, list(self._layers.values()))
+        jax.random.key_data(nnx.Rngs(0).params())  # what `create` asks its `rngs` for
 
     def read(
         self,
@@ -48,10 +72,12 @@ class AdapterReader(Publisher):
         bucket = self._check_header(name, adapter.header)
         adapter = with_whole_tokens(adapter, self._sites)
         layers, writer = list(self._layers.values()), self._writers[bucket]
+        if not stays_on_device(adapter, bucket, self._sites):
+            adapter = on_host(adapter)
         small = {m: w for m, w in adapter.modules.items() if self._sites[m].is_eight_bits}
         held = in_eight_bits(name, small, {m: self._sites[m].dtype for m in small})
-        if not small and is_on_device(adapter):
-            values = values_on_device(adapter, writer, self._sites, layers)
+        if not small and stays_on_device(adapter, bucket, self._sites):
+            values = values_on_device(adapter.modules, writer, self._sites, layers)
         else:
             values = slot_values(
                 name, adapter, writer, self._sites, layers, is_own=is_own, held=held.modules

@@ -16,6 +16,7 @@ import numpy as np
 from jax_lora.adapters import Adapter, UploadLimits
 from jax_lora.adapters.limits import check_count
 from jax_lora.bank import AdapterBank, BankFullError, PreparedAdapter
+from jax_lora.bank.publish import on_host
 from jax_lora.bank.sites import some
 from jax_lora.messages import printable, shown
 
@@ -334,7 +335,8 @@ class AdapterDesk:
             adapter = self._bank.read(name, place, limits=limits)
             return self._bank.prepare(name, adapter, is_own=True)
         limits.check(place.header)
-        prepared = self._bank.prepare(name, place)
+        # The host keeps what it reads, and a device's arrays there would keep their memory.
+        prepared = self._bank.prepare(name, on_host(place))
         if not (limits.allow_nonfinite or prepared.is_finite()):
             raise ValueError(
                 "it has NaN or infinite weights, which spread through all they compute"

@@ -254,13 +254,18 @@ class Engine:
         self.close()
 
     def warmup(self) -> None:
-        """Compiles all steps and runs each once. Nothing that comes later compiles anything."""
+        """Compiles all steps and runs each once, and all of the bank (`AdapterBank.warmup`).
+
+        Nothing that comes later compiles anything.
+        """
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def work() -> None:
             try:
                 self._start()  # an error, if the engine was closed since
                 self._stepper.warm_up()
+                if self.bank is not None:
+                    self.bank.warmup()
             except Exception as error:
                 done.set_exception(error)
             else:

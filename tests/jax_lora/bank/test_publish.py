@@ -19,6 +19,8 @@ from jax_lora import (
     apply_lora,
     scan_layers,
 )
+from jax_lora.bank.publish import stays_on_device
+from jax_lora.demo.job import counted_compilations
 
 X = tokens(3)
 
@@ -174,6 +176,24 @@ def test_layers_stacked_for_a_scan_are_published_and_loaded_from_a_device():
     np.testing.assert_array_equal(rows(model, bank, "part"), rows(model, bank, "host"))
 
 
+def test_after_a_warm_up_no_rank_and_no_set_of_modules_compiles():
+    _, bank = stacked_bank(buckets=(8, 16))
+    whole = [on_device(stacked_adapter(0, rank)) for rank in (8, 3, 16, 11)]
+    part = on_device(make_adapter(4, 8, features={"layers.1.up": (4, 6)}))
+    assert [stays_on_device(a, 8, bank._sites) for a in (whole[0], whole[1], part)] == [1, 0, 1]
+    assert not stays_on_device(on_device(stacked_adapter(0, 8), jnp.bfloat16), 8, bank._sites)
+    bank.warmup()
+    rngs = nnx.Rngs(0)
+    with counted_compilations() as count:
+        for adapter in (*whole, part):
+            bank.load("loaded", adapter, replace="loaded" in bank.names)
+        bank.create("made", LoRAConfig(5, 5), rngs=rngs)
+        bank.publish("copy", "made")
+        bank.publish("copy of the whole", "loaded")
+    assert count() == 0
+    assert_holds(bank, "copy of the whole", part)
+
+
 @pytest.mark.parametrize("rank", [8, 5])
 def test_a_load_from_the_device_is_that_from_the_host(rank):
     model, bank = make_bank(slots=2, buckets=(8,))
@@ -237,8 +257,8 @@ def test_mistakes_are_told():
         bank.publish("a/b", "training")
     with bank.stepping, pytest.raises(RuntimeError, match=r"this thread holds bank\.stepping"):
         bank.publish("policy", "training")
-    with pytest.raises(ValueError, match="an adapter of float32 on a device may overflow the"):
-        bank.load("new", on_device(make_adapter(0, 4)))
+    with pytest.raises(ValueError, match="weights of up overflow the stacks' float16"):
+        bank.load("new", on_device(filled_with(1e6, 4)))
     assert bank.names == ("training",)
     bank.load("new", on_device(make_adapter(0, 4), jnp.float16))
     config = LoRAConfig(2, 2)

@@ -1,5 +1,6 @@
 """The engine's answers: what they are, that they come token by token, and that nothing compiles."""
 
+import concurrent.futures
 import contextlib
 import queue
 import threading
@@ -18,6 +19,7 @@ from tiny_decoder import (
     plain_logprobs,
 )
 
+from jax_lora import Adapter, LoRAConfig, LoRAWeights, save_peft
 from jax_lora.demo.job import counted_compilations
 from jax_lora.llama import Llama, generate
 from jax_lora.serving import (
@@ -172,27 +174,102 @@ def test_cancelling(served):
     assert len(running[1].result().tokens) == 60
 
 
+def on_device(adapter):
+    modules = {
+        name: LoRAWeights(jnp.asarray(w.a), jnp.asarray(w.b), w.scale)
+        for name, w in adapter.modules.items()
+    }
+    return Adapter(adapter.config, modules)
+
+
+def part(adapter):
+    """The adapter in its first module alone."""
+    return Adapter(adapter.config, dict(list(adapter.modules.items())[:1]))
+
+
+def use_engine(engine, monkeypatch):
+    """What whoever asks may do."""
+    for prompt, name in prompts_with_adapters():
+        ask(engine, prompt, name, max_tokens=3)
+    ask(engine, [1], "a", max_tokens=3, temperature=1.0, top_k=3, top_p=0.5)
+    ask(engine, [1], max_tokens=3, prompt_logprobs=True)
+    ask(engine, "GOOD", "a", max_tokens=9, stop=("xx", "A", "B"))
+    engine.submit([1]).cancel()
+    with monkeypatch.context() as patch, pytest.raises(EngineBusyError):
+        patch.setattr(engine, "max_waiting", 0)
+        for _ in range(50):
+            engine.submit([1], SamplingParams(max_tokens=50, stop_tokens=()))
+
+
+def use_adapters(bank, engine, arrays, folder):
+    """What comes and goes while it serves, from the host, the disk and the device."""
+    save_peft(decoder_adapter(9, 5), folder / "files")
+    sources = [decoder_adapter(9, 2), decoder_adapter(9, 16), folder / "files", *arrays]
+    for source in sources:
+        engine.add_adapter("new", source, replace=True)
+        ask(engine, [1], "new")
+    bank.unload("new")
+    ask(engine, [1], "new")
+    engine.add_adapter("bad", decoder_adapter(9, 17))
+    with pytest.raises(RequestError):
+        ask(engine, [1], "bad")
+    for name in ("new", "bad"):
+        engine.remove_adapter(name)
+    for n, adapter in enumerate(arrays):
+        bank.load("beside", adapter, replace=n > 0)
+        ask(engine, [1], "beside")
+    bank.unload("beside")
+
+
+def use_bank(bank, engine, rngs, folder):
+    """What whoever runs it may do."""
+    for n, rank in enumerate((3, 12)):
+        bank.create("trained", LoRAConfig(rank, rank), rngs=rngs, replace=n > 0)
+        bank.publish("published", "trained")
+        ask(engine, [1], "published")
+        bank.save("published", folder / f"saved {rank}")
+        bank.unload("published")
+    bank.unload("trained")
+    for name in ("a", "b"):  # of which one may have been evicted
+        bank.load(name, ADAPTERS[name], replace=True)
+    bank.reserve("acme-", {8: 1})
+    bank.load("acme-one", decoder_adapter(9, 3))
+    for name in ("a", "b", "acme-one"):
+        bank.pin(name)
+    assert bank.usage()[8].idle == () and bank.usage()[8].free == 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(bank.load, "late", decoder_adapter(9, 6), wait=60)
+        time.sleep(0.05)
+        assert not waiting.done()
+        bank.unpin("b")
+        bank.unload("b")
+        waiting.result(60)
+    bank.unload("late")
+    bank.load("b", ADAPTERS["b"])
+    bank.save_checkpoint(folder / "checkpoint")
+    for name in bank.names:
+        bank.unload(name)
+    bank.restore_checkpoint(folder / "checkpoint")
+    assert bank.usage()[8].pinned == ("a", "acme-one")
+    ask(engine, [1], "acme-one")
+    bank.unload("acme-one")
+    bank.reserve("acme-", {})
+
+
 @pytest.mark.ci
-def test_nothing_compiles_after_the_warmup(served):
+def test_nothing_compiles_after_the_warmup(served, monkeypatch, tmp_path):
     _, bank, engine = served
+    ranks = 1, 7, 8, 11, 16  # of arrays on the device; two are a bucket's own
+    arrays = [on_device(decoder_adapter(9, rank)) for rank in ranks]
+    arrays += [on_device(part(decoder_adapter(9, rank))) for rank in (6, 8)]
+    rngs = nnx.Rngs(7)
     with counted_compilations() as count:
-        for prompt, name in prompts_with_adapters():
-            ask(engine, prompt, name, max_tokens=3)
-        ask(engine, [1], "a", max_tokens=3, temperature=1.0, top_k=3, top_p=0.5)
-        ask(engine, [1], max_tokens=3, prompt_logprobs=True)
-        engine.submit([1]).cancel()
-        engine.add_adapter("new", decoder_adapter(9, 2))
-        ask(engine, [1], "new")
-        engine.add_adapter("new", decoder_adapter(9, 16), replace=True)
-        ask(engine, [1], "new")
-        bank.unload("new")
-        ask(engine, [1], "new")
-        engine.add_adapter("bad", decoder_adapter(9, 17))
-        with pytest.raises(RequestError):
-            ask(engine, [1], "bad")
-        for name in ("new", "bad"):
-            engine.remove_adapter(name)
-    assert count() == 0
+        use_engine(engine, monkeypatch)
+        assert count() == 0
+        use_adapters(bank, engine, arrays, tmp_path)
+        assert count() == 0
+        use_bank(bank, engine, rngs, tmp_path)
+        assert count() == 0
 
 
 @pytest.mark.ci
