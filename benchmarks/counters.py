@@ -16,8 +16,10 @@ A kernel of rank 48 is launched before each case, and tells the cases apart in w
 """
 
 import argparse
+import collections
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -47,6 +49,7 @@ _MARK_RANK = 48  # none of the cases has it
 MARK = Case(1, 1, _MARK_RANK, 256, 256, L=1)
 _BUSY = 60.0  # per cent of a peak, from which on a part of the GPU is what bounds a kernel
 _SECTOR = 32  # bytes
+_CASES_OF_A_RUN = 4  # of ncu
 _GRACE_S = 20.0  # for the case that runs when the time is over
 # `ncu` sees no kernels inside of CUDA graphs as their own. XLA's products are not what is profiled.
 _XLA_FLAGS = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
@@ -289,7 +292,7 @@ GROUPS = {
     "gradients": [Profiled(case, "gradients") for case in _GRADIENTS],
     "peers": [Profiled(case) for case in _DRAWN if case.label in _LOST],
 }
-_DEFAULT = ["missed,bits,gradients", "peers"]
+_DEFAULT = [*GROUPS]
 
 
 def cases_of(names: str) -> list[Profiled]:
@@ -434,7 +437,8 @@ def ncu_command(
         *(ncu, "--clock-control", "none", "--cache-control", caches),
         *("--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
         *("--kernel-name", f"regex:{kernels}", "--metrics", ",".join(metrics)),
-        *(sys.executable, "-m", "benchmarks.counters", "--child", str(job)),
+        # Where the profiled process ends by a signal, Python says what it was at.
+        *(sys.executable, "-X", "faulthandler", "-m", "benchmarks.counters", "--child", str(job)),
     ]
 
 
@@ -534,7 +538,7 @@ def find_ncu(name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    several = f"of {', '.join(GROUPS)} and JSON files, with commas; each argument is a run of ncu"
+    several = f"of {', '.join(GROUPS)} and JSON files, with commas"
     parser.add_argument("--cases", nargs="*", default=_DEFAULT, help=several)
     parser.add_argument("--out", type=Path, help="a JSON file for all counters")
     parser.add_argument("--seconds", type=float, default=120, help="after which no case starts")
@@ -560,17 +564,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     results: list[Result] = []
     failures = 0
-    for profiled in runs:
+    # One that ends the process takes what `ncu` has of all its cases: those are then run alone.
+    waiting = collections.deque(
+        batch for profiled in runs for batch in itertools.batched(profiled, _CASES_OF_A_RUN)
+    )
+    while waiting:
+        batch = waiting.popleft()
         if time.time() >= end:
-            print(f"not started: {', '.join(one.label for one in profiled)}", flush=True)
+            print(f"not started: {', '.join(one.label for one in batch)}", flush=True)
             continue
         try:
-            device, found = profile(
-                profiled, end, ncu=ncu, kernels=given.kernels, caches=given.caches
-            )
+            device, found = profile(batch, end, ncu=ncu, kernels=given.kernels, caches=given.caches)
         except RuntimeError as error:
-            failures += 1
-            print(error, flush=True)
+            print(f"{', '.join(one.label for one in batch)}: {error}", flush=True)
+            waiting += [(one,) for one in batch] if len(batch) > 1 else []
+            failures += len(batch) == 1
             continue
         print(f"{device}, jax {jax.__version__}, caches flushed: {given.caches}")
         print(*(line for result in found for line in result.lines), sep="\n", flush=True)

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -209,6 +210,26 @@ def test_what_ncu_said_is_shown_where_it_fails(
     assert "is not on the PATH: give --ncu" in capsys.readouterr().err
 
 
+def test_cases_of_a_run_that_crashes_are_run_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[list[str]] = []
+
+    def profile(
+        batch: Sequence[Profiled], end: float, **_: str
+    ) -> tuple[str, list[counters.Result]]:
+        runs.append([one.what for one in batch])
+        if batch[-1].what == "int8" or len(batch) > 1:
+            raise RuntimeError("ncu listed no launch")
+        return "H200", [counters.Result(one, []) for one in batch]
+
+    monkeypatch.setattr(counters, "profile", profile)
+    assert counters.main(["--ncu", fake_ncu(tmp_path, ""), "--cases", "bits"]) == 1
+    alone = ["bfloat16", "int8", "float8_e4m3fn"]
+    assert runs == [alone, *([one] for one in alone)]
+    assert "T=64 D=64 r=64 int8: ncu listed no launch" in capsys.readouterr().out
+
+
 def test_lacking_metrics_are_found_in_either_message() -> None:
     log = "==ERROR== Failed to find metric a__b.sum\n"
     log += "==ERROR== Failed to access the following 2 metrics: c__d.sum, e__f.pct\n"
@@ -221,4 +242,4 @@ def test_the_command_leaves_the_clocks_alone() -> None:
     assert options["--clock-control"] == "none" and options["--cache-control"] == "all"
     assert options["--kernel-name"] == "regex:lora" and options["--page"] == "raw"
     assert options["--metrics"].split(",") == [*METRICS] and len(set(METRICS)) == len(METRICS)
-    assert command[-2:] == ["--child", "job"] and command[-5] == sys.executable
+    assert command[-2:] == ["--child", "job"] and command[-7] == sys.executable
