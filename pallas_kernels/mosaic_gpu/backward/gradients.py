@@ -1,6 +1,5 @@
 """The gradients of `add_lora` in three launches: u and dv; dx; and those of A and B."""
 
-import collections
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from pallas_kernels.mosaic_gpu.backward.outer import OuterSum, outer_kernel
 from pallas_kernels.mosaic_gpu.backward.outer_few import outer_few_kernel
 from pallas_kernels.mosaic_gpu.backward.squares import squares_of
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
-from pallas_kernels.mosaic_gpu.backward.wide import WidePart, wide_kernel
+from pallas_kernels.mosaic_gpu.backward.wide import WidePart, by_range, wide_kernel
 from pallas_kernels.mosaic_gpu.backward.wide_few import wide_few_kernel
 from pallas_kernels.routing import Segments, SlotRange
 from pallas_kernels.stacks import Sharing
@@ -151,11 +150,9 @@ def _wide(
     parts: tuple[WidePart, ...], tiles: Tiles, num_tokens: int, dtype: DTypeLike
 ) -> Float[Array, "T H"]:
     """dx, by the kernel for such shapes."""
-    ranks = collections.Counter[SlotRange]()
-    for part in parts:
-        ranks[part.slots] += part.lora_a.shape[1]
+    ranks = [sum(parts[i].lora_a.shape[1] for i in mine) for mine in by_range(parts).values()]
     squares = tiles.count * squares_of(parts[0].lora_a.shape[2])
-    few = by_lanes(*tiles.sizes, max(ranks.values()), squares)
+    few = by_lanes(*tiles.sizes, max(ranks), squares)
     return (wide_few_kernel if few else wide_kernel)(parts, tiles, num_tokens, dtype)
 
 

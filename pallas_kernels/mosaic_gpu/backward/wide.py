@@ -74,14 +74,20 @@ class _Block(NamedTuple):
     loaded: Ref
 
 
+def by_range(parts: tuple[WidePart, ...]) -> dict[SlotRange, list[int]]:
+    """The numbers of the parts of each range."""
+    ranges: dict[SlotRange, list[int]] = {}
+    for i, part in enumerate(parts):
+        ranges.setdefault(part.slots, []).append(i)
+    return ranges
+
+
 def wide_kernel(
     parts: tuple[WidePart, ...], tiles: Tiles, num_tokens: int, dtype: DTypeLike
 ) -> Float[Array, "T H"]:
     """dx of all tokens, zero in rows of -1."""
     features = parts[0].lora_a.shape[2]
-    ranges: dict[SlotRange, list[int]] = {}
-    for i, part in enumerate(parts):
-        ranges.setdefault(part.slots, []).append(i)
+    ranges = by_range(parts)
     squares_in = [squares_of(part.lora_a.shape[1]) for part in parts]
     cut = wide_cut(features, max(sum(squares_in[i] for i in mine) for mine in ranges.values()))
     ranks = "_".join(f"r{part.lora_a.shape[1]}" for part in parts)

@@ -21,7 +21,7 @@ from jaxtyping import Array, DTypeLike, Float
 from pallas_kernels.mosaic_gpu.backward.few import CHUNK, COLUMNS, EACH, halves, launch, packed
 from pallas_kernels.mosaic_gpu.backward.squares import SIDE
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
-from pallas_kernels.mosaic_gpu.backward.wide import WidePart
+from pallas_kernels.mosaic_gpu.backward.wide import WidePart, by_range
 from pallas_kernels.mosaic_gpu.lanes.values import Int, Machine, Real, Ref
 from pallas_kernels.routing import SlotRange
 
@@ -140,9 +140,7 @@ def wide_few_kernel(
 ) -> Float[Array, "T H"]:
     """As `wide_kernel`."""
     features = parts[0].lora_a.shape[2]
-    ranges: dict[SlotRange, list[int]] = {}
-    for i, part in enumerate(parts):
-        ranges.setdefault(part.slots, []).append(i)
+    ranges = by_range(parts)
     column_blocks = -(-features // COLUMNS)
     operands = [tiles.table, tiles.rows]
     for part in parts:
