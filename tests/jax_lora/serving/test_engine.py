@@ -257,6 +257,30 @@ def use_bank(bank, engine, rngs, folder):
 
 
 @pytest.mark.ci
+def test_a_request_ends_by_the_version_with_which_it_began(served):
+    """A trainer's bank publishes the next one meanwhile, under the name that requests use."""
+    _, bank, engine = served
+    _, trainer = make_model(slots=1)
+    versions = [decoder_adapter(seed, 12) for seed in (4, 5)]
+    asked = {"max_tokens": 60, "stop_tokens": ()}
+    right = []
+    for version in versions:
+        bank.load("alone", version)
+        right.append(ask(engine, [7], "alone", **asked).tokens)
+        bank.unload("alone")
+    trainer.load("training", versions[0])
+    bank.publish("policy", "training", bank=trainer)
+    running = engine.submit([7], SamplingParams(**asked), adapter="policy")
+    assert next(iter(running)).token == right[0][0]
+    trainer.load("training", versions[1], replace=True)
+    bank.publish("policy", "training", bank=trainer)
+    assert ask(engine, [7], "policy", **asked).tokens == right[1]
+    assert running.result(60).tokens == right[0]
+    assert right[0][1:] != right[1][1:] and {*ADAPTERS} < {*bank.names}
+    bank.unload("policy")
+
+
+@pytest.mark.ci
 def test_nothing_compiles_after_the_warmup(served, monkeypatch, tmp_path):
     _, bank, engine = served
     ranks = 1, 7, 8, 11, 16  # of arrays on the device; two are a bucket's own
