@@ -80,7 +80,8 @@ class LoRAPart:
 
     A mixture of experts has an adapter for each pair of a slot and an expert. The id of a pair is
     `slot * experts + expert` (`expert_indices`), so L is `slots * experts`. Experts may share A:
-    `lora_a` then has fewer rows, and adapter i has row `i // (L / len(lora_a))`. Likewise B.
+    `lora_a` then has fewer rows, and adapter i has row `i // (L / len(lora_a))`. Likewise B. A part
+    shares one of the two, not both: L is the larger of their rows, so ids would be those of slots.
 
     Stacks in 8 bits, both `int8` or both `float8_e4m3fn`, have a scale for each rank column of each
     adapter: `(scales * (x @ A^T)) @ B^T`. It is what both halves were divided by (`quantised`).

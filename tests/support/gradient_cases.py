@@ -138,7 +138,8 @@ def in_layers(z: GradientArrays) -> GradientArrays:
 
 
 def tolerance(name: str, dtype: str) -> float:
-    """A gradient's: those of scales are sums of many roundings' errors, which cancel less."""
+    """A gradient's. That of a scale is one sum of terms of either sign. It may be small beside them
+    by chance, and their errors, those of float32, are then large beside it."""
     return TOLERANCE[dtype] * (4 if name.startswith("ds") else 1)
 
 
