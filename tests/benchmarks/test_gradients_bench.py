@@ -23,13 +23,29 @@ def test_zeros_of_absent_slots_count() -> None:
     few = Case(512, 8, 128, L=64)
     assert few.written_zeros_us == pytest.approx(117.44 / 2.4, rel=0.01)  # 117 MB for 56 slots
     assert few.aim_us > Case(512, 8, 128).aim_us
+    assert few.compact_aim_us == Case(512, 8, 128).aim_us
 
 
-def test_dense_may_be_faster_by_some_and_compact_by_any() -> None:
+def test_compact_gradients_have_an_aim_of_their_own() -> None:
+    case = Case(512, 8, 128, L=64, order="shuffled")
+    aim = 2 * case.floor_us + 20
+    assert case.compact_aim_us == pytest.approx(aim) and case.aim_us > aim + 50
+
+    def result(ours: float, compact: float) -> gradients.Result:
+        return gradients.Result(case, {"ours": ours, "compact": compact}, {}, [])
+
+    assert result(case.aim_us, aim - 1).verdict == "met, compact met"
+    assert result(case.aim_us, aim + 1).verdict == "met, compact missed"
+    assert result(case.aim_us + 1, aim - 1).verdict == "missed, compact met"
+    assert f"(compact {aim:.1f})" in result(1, 1).line
+    assert result(1, 1).to_dict()["compact_aim"] == case.compact_aim_us
+
+
+def test_dense_may_be_faster_by_some() -> None:
     def verdict(**others: float) -> str:
         return gradients.Result(Case(8192, 8, 16), {"ours": 200.0, **others}, {}, []).verdict
 
-    assert verdict(dense=175, ragged=201, compact=100) == "met"
+    assert verdict(dense=175, ragged=201) == "met"
     assert (
         verdict(dense=173, ragged=199, xla=3)
         == "met, slower than xla, slower than ragged, slower than dense"
