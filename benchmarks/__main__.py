@@ -324,8 +324,9 @@ def soak(
 
     Adapters of ranks 1 to 256 share 16 slots; 5 % of them are broken in different ways. Requests
     have random lengths, some are cancelled, and adapters are replaced throughout. Each sound
-    request must have the bits that it has alone, nothing may compile, and all must have ended.
-    Exits with 1 where that is not so.
+    request must have the bits that it has alone, nothing may compile, and all must have ended. At
+    the end the devices may hold 1 % more than halfway, and the process 5 %. Exits with 1 where that
+    is not so.
     """
     with input_errors():
         progress("starting JAX")

@@ -1,6 +1,7 @@
 """A long mixed load on the engine: broken adapters, replacements and cancellations throughout."""
 
 import dataclasses
+import gc
 import re
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +32,10 @@ from jax_lora.serving import (
 
 # One shape, so that a request has the same bits whatever the others do.
 STEPS = StepShape(rows=16, max_length=96, chunk=16, lanes=(2,), block=16)
+
+# What memory may be at the end over that halfway, each time when nobody asks anything. The device's
+# is arrays of fixed sizes. The process has its answers too, and gaps between what it gave back.
+DEVICE_GROWTH, HOST_GROWTH = 1.01, 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Summary:
 
     Attributes:
       wrong: what should not be, in words.
-      device_bytes, host_bytes: of live arrays, and of the process; halfway and at the end.
+      device_bytes, host_bytes: what is in use on the devices, and by the process; halfway and at
+        the end.
     """
 
     device: str
@@ -80,9 +87,31 @@ class Summary:
     wrong: list[str] = dataclasses.field(default_factory=list)
 
     @property
+    def grown(self) -> list[str]:
+        """Memory that was not flat over the second half, in words."""
+        judged = (
+            ("the devices", self.device_bytes, DEVICE_GROWTH),
+            ("the process", self.host_bytes, HOST_GROWTH),
+        )
+        return [
+            f"{end:,} bytes of {what} at the end are {end / half - 1:.1%} more than the {half:,} "
+            f"halfway; at most {most - 1:.0%} may be"
+            for what, (half, end), most in judged
+            if end > most * half
+        ]
+
+    @property
     def ok(self) -> bool:
         ended = self.answered + self.cancelled + self.failed
-        return not self.wrong and not self.compilations and ended == self.requests
+        is_right = not (self.wrong or self.grown or self.compilations)
+        return is_right and ended == self.requests
+
+
+class _Version(NamedTuple):
+    """What makes an adapter. Nobody keeps its weights, which would count as the engine's memory."""
+
+    rank: int
+    seed: int
 
 
 @dataclasses.dataclass
@@ -105,7 +134,7 @@ class _Soak:
         apply_lora(
             self.model, slots=dict(load.slots), buckets=tuple(load.slots), target=PROJECTIONS
         )
-        self.versions: dict[str, list[Adapter | None]] = {}  # None for a broken one
+        self.versions: dict[str, list[_Version | None]] = {}  # None for a broken one
         self.made = 0
         self.room = threading.Semaphore(load.in_flight)
         self.asked: list[_Asked] = []
@@ -135,24 +164,31 @@ class _Soak:
         load, due = self.load, dict[int, Generation]()
         for n in range(load.requests):
             if n == load.requests // 2:
-                halfway = _bytes()
+                halfway = self.idle_bytes()
             if self.rng.random() < load.replaced:
                 summary.replacements += 1
                 self.add(engine, str(self.rng.choice(list(self.versions))))
             if self.rng.random() < 0.02:  # a lull: all that run end
-                for asked in self.asked:
-                    _wait(asked.generation)
+                self.wait()
             self.room.acquire()
             generation = self.ask(engine)
             if self.rng.random() < load.cancelled:
                 due[n + int(self.rng.integers(0, 12))] = generation
             if (late := due.pop(n, None)) is not None:
                 late.cancel()
-        for asked in self.asked:
-            _wait(asked.generation)
-        end = _bytes()
+        end = self.idle_bytes()
         summary.device_bytes = halfway[0], end[0]
         summary.host_bytes = halfway[1], end[1]
+
+    def wait(self) -> None:
+        for asked in self.asked:
+            _outcome(asked.generation)
+
+    def idle_bytes(self) -> tuple[int, int]:
+        """What the devices and the process take when all that was asked has ended."""
+        self.wait()
+        gc.collect()
+        return device_bytes(), host_bytes()
 
     def ask(self, engine: Engine) -> Generation:
         rng, names = self.rng, list(self.versions)
@@ -184,11 +220,12 @@ class _Soak:
         self.made += 1
         low, high = np.log(self.load.ranks)
         rank = int(np.exp(self.rng.uniform(low, high)) + 0.5)
-        adapter = random_adapter(self.model, rank, self.made)
+        version = _Version(rank, self.made)
+        adapter = random_adapter(self.model, *version)
         is_broken = self.rng.random() < self.load.broken
         versions = self.versions.setdefault(name, [])
         # Before the engine has it: a request may begin with it at once.
-        versions.append(None if is_broken else adapter)
+        versions.append(None if is_broken else version)
         source: Path | Adapter = adapter
         if self.rng.random() < 0.7:
             source = self.folder / f"{self.made}"
@@ -199,11 +236,11 @@ class _Soak:
 
     def check_all(self, engine: Engine, summary: Summary) -> None:
         order = sorted(range(len(self.asked)), key=lambda n: str(self.asked[n].name))
-        here: Adapter | None = None
+        here: _Version | None = None
         for n in order:
             asked = self.asked[n]
             found, reason = _outcome(asked.generation)
-            versions: list[Adapter | None] = [None]
+            versions: list[_Version | None] = [None]
             if asked.name is not None:
                 versions = self.versions[asked.name][asked.first : (asked.last or 0) + 1]
             if found is None:
@@ -221,9 +258,10 @@ class _Soak:
             for version in versions:
                 if asked.name is not None and version is None:
                     continue
-                if version is not here and version is not None:
+                if version not in (here, None):
                     here = version
-                    engine.add_adapter("alone", version, replace=True)
+                    adapter = random_adapter(self.model, *version)
+                    engine.add_adapter("alone", adapter, replace=True)
                 name = None if version is None else "alone"
                 expected.append(engine.submit(asked.prompt, asked.params, adapter=name).result())
             if not any(_begins(answer, found) for answer in expected):
@@ -263,10 +301,6 @@ def _break(source: Path | Adapter, way: int) -> Path | Adapter:
     return source
 
 
-def _wait(generation: Generation) -> None:
-    _outcome(generation)
-
-
 def _outcome(generation: Generation) -> tuple[Answer | None, str]:
     """The answer, or why there is none."""
     try:
@@ -282,8 +316,15 @@ def _begins(whole: Answer, answer: Answer) -> bool:
     return is_same and (answer.finish_reason is FinishReason.cancelled or whole == answer)
 
 
-def _bytes() -> tuple[int, int]:
-    """Those that live arrays take, and those that the process takes."""
-    device = sum(array.nbytes for array in jax.live_arrays())
+def device_bytes() -> int:
+    """What is in use on all devices: what their allocators say, or else the live arrays."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return sum(own["bytes_in_use"] for own in stats if own)
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def host_bytes() -> int:
+    """What the process takes of the memory; 0 where the system does not say."""
     resident = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return device, int(resident[1]) << 10 if resident else 0
+    return int(resident[1]) << 10 if resident else 0

@@ -269,8 +269,8 @@ def print_soak(summary: "soak.Summary") -> None:
         f"{summary.tokens} tokens in {summary.steps} steps and {summary.seconds:.0f} s; "
         f"{summary.compilations} programs compiled."
     )
-    for what, (half, end) in (("arrays", summary.device_bytes), ("process", summary.host_bytes)):
+    for what, (half, end) in (("devices", summary.device_bytes), ("process", summary.host_bytes)):
         _say(f"Bytes of the {what}: {half:,} halfway, {end:,} at the end.")
-    for wrong in summary.wrong:
+    for wrong in (*summary.wrong, *summary.grown):
         _say(f"wrong: {wrong}")
     _say(f"{summary.device}: {'all right' if summary.ok else 'WRONG'}")

@@ -189,6 +189,38 @@ def test_an_adapter_waits_for_pins_and_others_go_on(served):
     assert "pinned" not in served.bank.names
 
 
+@pytest.mark.parametrize("part", ["read", "upload"])
+def test_a_request_runs_on_while_the_load_of_another_adapter_is_held(served, monkeypatch, part):
+    bank, begun, let_go = served.bank, threading.Event(), threading.Event()
+    right = {name: served.right(served.adapters[name]) for name in ("rank 8", "rank 9")}
+    for name in right:
+        served.engine.add_adapter(name, served.adapters[name])
+    where, what = (bank, "prepare") if part == "read" else (bank._writers[16], "place")
+    work = getattr(where, what)
+
+    def held(*args, **options):
+        if args[0] != "rank 8":
+            begun.set()
+            assert let_go.wait(60)
+        return work(*args, **options)
+
+    pieces = []
+    params = SamplingParams(max_tokens=59, stop_tokens=())
+    running = served.engine.submit(PROMPT, params, adapter="rank 8", on_piece=pieces.append)
+    next(iter(running))
+    monkeypatch.setattr(where, what, held)
+    try:
+        waiting = served.ask("rank 9")
+        assert begun.wait(60)
+        before = len(pieces)
+        assert len(running.result(60).tokens) == len(pieces) == 59 > before
+        assert said(served.ask("rank 8")) == right["rank 8"]  # others begin, too
+        assert not waiting.done
+    finally:
+        let_go.set()
+    assert said(waiting) == right["rank 9"]
+
+
 def test_requests_under_way_keep_the_adapter_that_is_replaced(served, tmp_path):
     old, new = decoder_adapter(1, 4), decoder_adapter(2, 15)  # into another bucket
     right = {"old": served.right(old), "new": served.right(new)}

@@ -1,6 +1,12 @@
 """Files of requests: each is answered once, also where the job is cut off and gone on with."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +17,7 @@ from jax_lora.demo.job import FOLDER, adapter_paths
 from jax_lora.serving.jobs import Job, run_job
 
 ADAPTERS = adapter_paths()
+ROOT = pathlib.Path(__file__).parents[3]
 NAMES = ("upper", "sort", "twice", None)
 WORDS = [word for word in tasks.EVERYDAY_WORDS if tasks.is_clear(word)][:16]
 
@@ -22,7 +29,7 @@ def write(path, requests):
 
 def asked(count):
     return [
-        {"id": f"r{n}", "prompt": f"{WORDS[n]}:", "adapter": NAMES[n % 4], "max_tokens": 20}
+        {"id": f"r{n}", "prompt": f"{WORDS[n % 16]}:", "adapter": NAMES[n % 4], "max_tokens": 20}
         for n in range(count)
     ]
 
@@ -77,6 +84,52 @@ def test_a_job_that_is_cut_off_loses_and_repeats_nothing(tmp_path):
     job.answers.write_text(job.answers.read_text() + json.dumps(failed) + "\n")
     with pytest.raises(ValueError, match="line 17: it answers another request than line 16"):
         run_job(Job(**{**vars(job), "resume": True}))
+
+
+def killed_behind(command, path, lines, **options):
+    """Runs the command, and kills it where the file has so many lines."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as process:
+        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.ci
+def test_a_command_that_is_killed_loses_and_repeats_nothing(tmp_path):
+    # What is drawn runs long, so that the kill is in time.
+    drawn = {"prompt": "a:", "temperature": 9.0, "max_tokens": 50}
+    lines = asked(16) + [{**drawn, "id": f"r{n}", "seed": n} for n in range(16, 24)]
+    requests = write(tmp_path / "r.jsonl", lines)
+    path = tmp_path / "r.jsonl.answers"
+    command = [sys.executable, "-c", "from jax_lora.cli import app; app()", "generate"]
+    command += ["--base", str(FOLDER / "base")]
+    for name in filter(None, NAMES):
+        command += ["--adapter", f"{name}={ADAPTERS[name]}"]
+    command += ["--requests", str(requests), "--allow-links"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),  # lest the second start compile
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    killed_behind(command, path, 3, env=env)
+    *whole, _ = path.read_text().split("\n")  # the last may have been cut
+    assert 3 <= len(whole) < len(lines)
+    again = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "24 of 24 answered" in again.stderr
+    assert path.read_text().splitlines()[: len(whole)] == whole
+    found = answers(path)
+    assert sorted(answer["index"] for answer in found) == list(range(len(lines)))
+    for answer in found:
+        n = answer["index"]
+        assert (answer["id"], answer["adapter"]) == (f"r{n}", lines[n].get("adapter"))
+        if n < 16:
+            assert answer["text"] == tasks.task_of(NAMES[n % 4]).complete(WORDS[n])
 
 
 @pytest.mark.ci
