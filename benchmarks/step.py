@@ -6,9 +6,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -454,22 +454,43 @@ def steady_us(step: Callable[[], jax.Array]) -> tuple[float, float]:
     return us, statistics.median(host for (_, host), _ in runs) * 1e6
 
 
+class LaunchedKernel(NamedTuple):
+    """One launch, by the clock of a trace."""
+
+    device: str
+    name: str
+    start_ns: float
+    end_ns: float
+
+
+def launched_kernels(folder: Path) -> list[LaunchedKernel]:
+    """What all GPUs ran in a trace of `jax.profiler` that was written into a folder."""
+    [file] = folder.rglob("*.xplane.pb")
+    return [
+        LaunchedKernel(plane.name, event.name, event.start_ns, event.start_ns + event.duration_ns)
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        if plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
+        for event in line.events
+    ]
+
+
+def kernels_of(launched: Iterable[LaunchedKernel], steps: int) -> tuple[Kernel, ...]:
+    """What each of so many steps launched in the mean, the longest first."""
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for kernel in launched:
+        times[kernel.name].append((kernel.end_ns - kernel.start_ns) / 1e3)
+    kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
+    return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+
+
 def traced_kernels(step: Callable[[], object], steps: int = 3) -> tuple[Kernel, ...]:
     """What a step launches on all GPUs, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 jax.block_until_ready(step())
-        [file] = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-    times: dict[str, list[float]] = collections.defaultdict(list)
-    for plane in data.planes:
-        for line in plane.lines:
-            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
-                for event in line.events:
-                    times[event.name].append(event.duration_ns / 1e3)
-    kernels = (Kernel(name, len(us) / steps, sum(us) / steps) for name, us in times.items())
-    return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
+        return kernels_of(launched_kernels(Path(folder)), steps)
 
 
 def random_array(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         chaos,
         endpoint,
         forms,
+        idle,
         mesh,
         serve,
         soak,
@@ -146,6 +147,29 @@ def print_step(report: "step.Report") -> None:
         )
 
 
+def print_idle(profile: "idle.Profile") -> None:
+    """How long the GPU waits for the engine, and what a step launches."""
+    judged = "no GPU, so nothing is judged"
+    if profile.idle is not None:
+        judged = (
+            f"the GPU idles {profile.idle:.2%} of them, at most 2% should be: "
+            f"{_verdict(bool(profile.is_met))}"
+        )
+    for kernel in profile.kernels[:30]:
+        _say(f"{kernel.us:10.1f} us, {kernel.launches:g} x {kernel.name}")
+    launches = sum(kernel.launches for kernel in profile.kernels)
+    busy = sum(kernel.us for kernel in profile.kernels)
+    _say(
+        f"{launches:,.0f} launches of a step, {busy:,.0f} us together, in the mean of "
+        f"{profile.profiled} steps."
+    )
+    _say(
+        f"{profile.steps} steps of {profile.rows} rows in an engine: {judged}. A step takes "
+        f"{profile.step_ms:.2f} ms while it is traced, and {profile.untraced_ms:.2f} else. "
+        f"{profile.device}."
+    )
+
+
 def print_forms(report: "forms.Report") -> None:
     """A row per step, a column per form."""
     names = list(report.rows[0].us)
@@ -230,9 +254,22 @@ def print_serve(report: "serve.Report") -> None:
             f"{row.loads}",
         )
     Console(width=max(_stdout.width, 140)).print(table)
+    for kept in report.kept:
+        met = f", at least {kept.least:.0%} should be: {_verdict(kept.is_met)}"
+        _say(
+            f"{kept.name}: {kept.share:.1%} of the tokens/s with {kept.few}"
+            f"{met if report.is_judged else ''}."
+        )
+    for first in report.first_tokens:
+        met = f", at most {first.most_ms:.0f} should be: {_verdict(first.is_met)}"
+        _say(
+            f"First token of rank {first.rank}: {first.on_device_ms:.1f} ms with the adapter in "
+            f"its slot, {first.from_host_ms:.1f} with it on the host, {first.later_ms:.1f} "
+            f"later{met if report.is_judged else ''}."
+        )
     _say(
-        f"{report.device}, {report.date}; {report.rows[0].requests} requests each; compiled and "
-        f"run once in {report.warmup_s:.1f} s; {report.shape}"
+        f"{report.device}, {report.date}; {report.rows[0].requests} requests each, seed "
+        f"{report.seed}; compiled and run once in {report.warmup_s:.1f} s; {report.shape}"
     )
 
 
