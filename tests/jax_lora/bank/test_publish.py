@@ -54,6 +54,15 @@ def on_device(adapter, dtype=None):
     )
 
 
+def with_magnitudes(adapter):
+    """The adapter, with DoRA of other magnitudes than its base weights have."""
+    modules = {
+        m: dataclasses.replace(w, magnitude=np.linspace(1, 2, w.b.shape[0], dtype=np.float32))
+        for m, w in adapter.modules.items()
+    }
+    return Adapter(dataclasses.replace(adapter.config, dora=True), modules)
+
+
 def rows(model, bank, name):
     return forward(model, X, bank.batch([name] * len(X)))
 
@@ -194,6 +203,26 @@ def test_after_a_warm_up_no_rank_and_no_set_of_modules_compiles():
     assert_holds(bank, "copy of the whole", part)
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "options", [{"dtype": jnp.int8}, {"dora": True}, {"full_slots": {"down": 1}}], ids=str
+)
+def test_after_a_warm_up_no_save_compiles(options, tmp_path):
+    model = Mlp(nnx.Rngs(0))
+    apply_lora(model, slots=2, buckets=(8, 16), **options)
+    bank = AdapterBank(model)
+    bank.warmup()
+    with counted_compilations() as count:
+        for rank in (5, 12):
+            adapter = make_adapter(0, rank)
+            if "dora" in options:
+                adapter = with_magnitudes(adapter)
+            bank.load("one", adapter, replace=rank > 5)
+            bank.save("one", tmp_path / f"{rank}")
+            bank.save_checkpoint(tmp_path / f"all {rank}")
+    assert count() == 0
+
+
 @pytest.mark.parametrize("rank", [8, 5])
 def test_a_load_from_the_device_is_that_from_the_host(rank):
     model, bank = make_bank(slots=2, buckets=(8,))
@@ -226,13 +255,7 @@ def test_dora_is_published_with_its_magnitudes():
     apply_lora(model, slots=2, buckets=(8,), dora=True)
     bank = AdapterBank(model)
     plain = make_adapter(0, 5)
-    magnitudes = {
-        m: np.linspace(1, 2, w.b.shape[0], dtype=np.float32) for m, w in plain.modules.items()
-    }
-    adapter = Adapter(
-        dataclasses.replace(plain.config, dora=True),
-        {m: dataclasses.replace(w, magnitude=magnitudes[m]) for m, w in plain.modules.items()},
-    )
+    adapter = with_magnitudes(plain)
     bank.load("training", adapter)
     bank.publish("policy", "training")
     y = rows(model, bank, "policy")
