@@ -14,7 +14,7 @@ SHAPE = step.Shape(mesh.SMALL, 16, 8, 16)
 
 @pytest.mark.parametrize(
     "fully_sharded",
-    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.slow)],
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.ci)],
 )
 def test_two_devices_compute_what_one_does(
     fully_sharded: bool, monkeypatch: pytest.MonkeyPatch

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 from tiny import Mlp, make_adapter, tokens
 
 import jax_lora
-from jax_lora import AdapterBank, LoRAConfig, apply_lora
-from jax_lora.sharding import put
+from jax_lora import AdapterBank, LoRAConfig, apply_lora, llama
+from jax_lora.models.parallel import placing
+from jax_lora.sharding import put, whole
 
 SPECS = {"up": P(None, "tp"), "down": P("tp", None)}
 
@@ -208,6 +209,62 @@ def die(bank, mesh, model, folder):
         time.sleep(0.1)
 
 
+def run_steps(bank, mesh, model, folder):
+    """Steps without end, for a process to be killed amid them."""
+    bank.load("a", adapter(0, 4))
+    rows(model, bank, ["a"], mesh)
+    (folder / f"{jax.process_index()}.ready").touch()
+    while True:
+        rows(model, bank, ["a"], mesh)
+
+
+LLAMA = llama.LlamaConfig(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+RANKS = (3, 16, 40)
+OF_ROWS = ["40", None, "3", "16"]
+
+
+@nnx.jit
+def logits_and_gradients(model, ids, adapters):
+    def loss(model):
+        with jax_lora.use(adapters):
+            logits = model(ids)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
+
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)
+
+
+def of_llama(mesh=None):
+    """Logits, and the gradients of all stacks, whole; ranks of several buckets in one batch."""
+    model = llama.Llama(LLAMA, rngs=nnx.Rngs(0))
+    if mesh is not None:
+        with jax.set_mesh(mesh):
+            place = placing(LLAMA)
+        for path, variable in nnx.to_flat_state(nnx.state(model)):
+            variable.set_value(place(path, variable.get_value()))
+    apply_lora(model, target=".*_proj", slots=2, buckets=(16, 64))
+    bank = AdapterBank(model)
+    features = {name: site.features for name, site in bank._sites.items()}
+    for rank in RANKS:
+        bank.load(f"{rank}", make_adapter(rank, rank, features=features))
+    ids = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (len(OF_ROWS), 5)).astype(np.int32)
+    if mesh is not None:
+        ids = put(ids, NamedSharding(mesh, P()))
+    (_, logits), gradients = logits_and_gradients(model, ids, bank.batch(OF_ROWS))
+    return [whole(array) for array in (logits, *jax.tree.leaves(gradients))]
+
+
+def run_llama(_, mesh, __, folder):
+    np.savez(folder / f"{jax.process_index()}.npz", *of_llama(mesh))
+
+
 def main(act, process, count, port, folder):
     jax.config.update("jax_num_cpu_devices", 1)
     address = f"localhost:{port}"
@@ -216,7 +273,14 @@ def main(act, process, count, port, folder):
     )
     mesh = jax.make_mesh((int(count),), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     model, bank = model_and_bank(mesh)
-    acts = {"same": same, "disagree": disagree, "checkpoint": checkpoint, "die": die}
+    acts = {
+        "same": same,
+        "disagree": disagree,
+        "checkpoint": checkpoint,
+        "die": die,
+        "steps": run_steps,
+        "llama": run_llama,
+    }
     print(json.dumps(acts[act](bank, mesh, model, Path(folder))))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import processes
 import pytest
 from flax import nnx
+from meshes import assert_equal
 
 from jax_lora import Adapter, AdapterBank, LoRAConfig, apply_lora, load_peft
 from jax_lora.bank import agreement
@@ -148,10 +150,30 @@ def test_processes_save_and_restore_a_checkpoint_together(start, tmp_path):
 
 
 @pytest.mark.ci
-def test_a_process_that_is_killed_ends_the_others(start, tmp_path):
-    """With a clear error, within a minute."""
-    *others, killed = start("die", 4, tmp_path)
-    assert killed.wait(timeout=200) == 9
+def test_a_llama_of_two_processes_equals_one(start, tmp_path):
+    """Logits and the gradients of all stacks, gathered; adapters of ranks 3, 16 and 40."""
+    results(start("llama", 2, tmp_path))
+    want = processes.of_llama()
+    for process in range(2):
+        with np.load(tmp_path / f"{process}.npz") as got:
+            assert_equal([got[name] for name in got.files], want)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("act, count", [("die", 4), ("steps", 2)])
+def test_a_process_that_is_killed_ends_the_others(act, count, start, tmp_path):
+    """With a clear error, within a minute; between two steps, and amid steps."""
+    *others, killed = start(act, count, tmp_path)
+    if act == "steps":
+        deadline = time.monotonic() + 200
+        while len(list(tmp_path.glob("*.ready"))) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        assert all(process.poll() is None for process in others)
+        killed.kill()
+        assert killed.wait(timeout=10) == -signal.SIGKILL
+    else:
+        assert killed.wait(timeout=200) == 9
     began = time.monotonic()
     errors = [process.communicate(timeout=60)[1] for process in others]
     assert time.monotonic() - began < 60
