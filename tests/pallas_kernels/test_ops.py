@@ -543,6 +543,74 @@ def test_gradients_of_unused_slots_are_zero_though_they_hold_nan():
             assert not bits_of(got[name])[unused].any(), (op, name)
 
 
+# One token, or the only slot of a few: sums of one tile, without a loop. Last, tiles of two rows.
+FEW = [(1, 5), (1, 1), (6, 1), (2, 5)]
+
+
+@pytest.mark.parametrize("op", ["sgmv_shrink", in_ci("sgmv_expand_slice"), *ADDS[2:3]])
+@pytest.mark.parametrize(("tokens", "adapters"), FEW)
+@pytest.mark.parametrize("used", [True, False])
+def test_gradients_of_few_tokens(op, tokens, adapters, used):
+    """Slots without tokens, and tokens without one, hold NaN."""
+    indices = np.full(tokens, adapters // 2 if used else -1, np.int32)
+    indices[1:2] = -1
+    case = PLAIN._replace(tokens=tokens, adapters=adapters)
+    clean = inputs(case, indices, poisoned=False)
+    arrays = {name: array.copy() for name, array in clean.items()}
+    unused = np.setdiff1d(np.arange(adapters), indices)
+    for name in "ab":
+        arrays[name][unused] = np.nan
+    for name in "xv":
+        arrays[name][indices < 0] = np.nan
+    fn = functools.partial(run, op, implementation="xla")
+    got = jax.jit(jax.grad(loss(fn)))(arrays, indices)
+    want = jax.jit(jax.grad(loss(functools.partial(dense, op))))(clean, indices)
+    for name in got:
+        error = np.linalg.norm(got[name] - want[name])
+        assert error <= 1e-5 * np.linalg.norm(want[name]), name
+    for name in "ab":
+        assert not bits_of(got[name][unused]).any(), name
+
+
+@pytest.mark.parametrize(("tokens", "adapters", "has_loop"), [(1, 5, 0), (6, 1, 0), (2, 5, 1)])
+def test_only_several_tiles_are_a_loop(tokens, adapters, has_loop):
+    arrays, indices = plain(case=PLAIN._replace(tokens=tokens, adapters=adapters))
+    part = pk.LoRAPart(arrays["a"], arrays["b"], arrays["scales"], 0, OFFSET)
+    gradients = functools.partial(pk.lora_gradients, implementation="xla")
+    text = str(jax.make_jaxpr(gradients)(arrays["y"], arrays["x"], (part,), indices))
+    assert ("while[" in text) == has_loop
+
+
+@pytest.mark.parametrize(("tokens", "adapters"), FEW)
+def test_gradients_of_few_tokens_in_transforms(tokens, adapters):
+    case = PLAIN._replace(tokens=tokens, adapters=adapters)
+    stacks = {name: plain(case=case)[0][name] for name in ("a", "b", "scales")}
+    rows = [plain(seed, case)[0] for seed in range(3)]
+    rows = {name: np.stack([one[name] for one in rows]) for name in "yxv"}
+    indices = np.stack([np.full(tokens, n - 1, np.int32) % (adapters + 1) - 1 for n in range(3)])
+    fn = functools.partial(run, "prefill_add_lora", implementation="xla")
+
+    def grad(rows, ids):
+        return jax.grad(loss(jax.checkpoint(fn)))(rows | stacks, ids)
+
+    want = [
+        jax.jit(grad)({name: array[n] for name, array in rows.items()}, indices[n])
+        for n in range(3)
+    ]
+    mesh = jax.make_mesh((1,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("dp")
+    turns = jax.vmap(grad)
+    for how in (
+        turns,
+        lambda *z: jax.lax.scan(lambda _, one: (None, grad(*one)), None, z)[1],
+        jax.shard_map(turns, mesh=mesh, in_specs=spec, out_specs=spec),
+    ):
+        got = jax.jit(how)(rows, indices)
+        for n in range(3):
+            for name in want[n]:
+                np.testing.assert_allclose(got[name][n], want[n][name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "op", ["bgmv_shrink", "sgmv_shrink", "bgmv_expand_slice", "sgmv_expand_slice_over", *ADDS]
