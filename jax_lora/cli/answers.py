@@ -29,10 +29,6 @@ def answer_file(
     """Answers the requests of a file into the file beside it. Ends with status 1 if one fails."""
     with _shown() as (told, progress):
         progress("starting JAX")
-        import jax
-
-        if not jax.sharding.get_abstract_mesh().empty:
-            raise ValueError("--requests takes no --mesh: its engine runs on one device")
         keep_programs()
         start_jax()
         from jax_lora.serving.jobs import Job, run_job

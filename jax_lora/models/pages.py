@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -67,11 +68,19 @@ class Pages:
     blocks: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def empty(cls, config: LlamaConfig, blocks: int, block: int, dtype: DTypeLike) -> Self:
-        """`blocks` blocks of `block` tokens in each layer."""
+    def empty(
+        cls,
+        config: LlamaConfig,
+        blocks: int,
+        block: int,
+        dtype: DTypeLike,
+        sharding: Sharding | None = None,
+    ) -> Self:
+        """`blocks` blocks of `block` tokens in each layer, placed as `sharding` says."""
         layers = config.num_hidden_layers
         shape = (layers * blocks, config.num_key_value_heads, block, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), blocks)
+        keys, values = (jnp.zeros(shape, dtype, device=sharding) for _ in range(2))
+        return cls(keys, values, blocks)
 
     @property
     def block(self) -> int:

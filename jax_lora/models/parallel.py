@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jax_lora.models.config import LlamaConfig
 from jax_lora.nn.names import ModulePath
-from jax_lora.sharding import put
+from jax_lora.sharding import AnyMesh, put
 
 AXIS = "tp"
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
@@ -57,6 +57,17 @@ def placing(config: LlamaConfig) -> Callable[[ModulePath, Array | np.ndarray], A
         return put(value, NamedSharding(mesh, ends))
 
     return place
+
+
+def placements(mesh: AnyMesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Where blocks of keys and values go, by heads as XLA divides them, and what all devices have.
+
+    A step gives its arrays so. They begin so too, else its second call would compile again.
+    """
+    if mesh is None:
+        return None, None
+    heads = PartitionSpec(None, AXIS) if AXIS in mesh.axis_names else PartitionSpec()
+    return NamedSharding(mesh, heads), NamedSharding(mesh, PartitionSpec())
 
 
 def bytes_per_device(

@@ -6,10 +6,12 @@ from typing import Self
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jax_lora.bank import guard_of
 from jax_lora.models.llama import Llama
+from jax_lora.sharding import AnyMesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,12 @@ class LiveModel:
             self.writes = self.guard.writes
             self.leaves, treedef = jax.tree.flatten(self.state)
         self.structure = Structure.of(graphdef, treedef)
+
+    @property
+    def mesh(self) -> AnyMesh | None:
+        """Over which its arrays are divided or copied; None on one device."""
+        shardings = [leaf.sharding for leaf in self.leaves]
+        return next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
 
     @property
     def is_on_one_device(self) -> bool:

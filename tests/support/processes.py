@@ -249,7 +249,7 @@ def of_llama(mesh=None):
             place = placing(LLAMA)
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             variable.set_value(place(path, variable.get_value()))
-    apply_lora(model, target=".*_proj", slots=2, buckets=(16, 64))
+    apply_lora(model, target="(q|o|up|down)_proj", slots=2, buckets=(16, 64))
     bank = AdapterBank(model)
     features = {name: site.features for name, site in bank._sites.items()}
     for rank in RANKS:
@@ -267,6 +267,7 @@ def run_llama(_, mesh, __, folder):
 
 def main(act, process, count, port, folder):
     jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py does: XLA is faster
     address = f"localhost:{port}"
     jax.distributed.initialize(
         address, int(count), int(process), heartbeat_timeout_seconds=10, initialization_timeout=120

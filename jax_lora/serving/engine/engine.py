@@ -21,6 +21,7 @@ from jax_lora.bank import AdapterBank
 from jax_lora.messages import printable, shown
 from jax_lora.models.llama import Llama
 from jax_lora.models.pages import Pages, lacks_in_place
+from jax_lora.models.parallel import placements
 from jax_lora.process import check_process
 from jax_lora.serving.engine.adapters import AdapterDesk, AdapterLimits, Source, named
 from jax_lora.serving.engine.requests import (
@@ -69,8 +70,9 @@ class Stepper:
                 model.config, shape.rows, shape.block, dtype
             )
         self._form = Form(ranges, guard, shape.max_length, shape.prompt_logprobs, in_place)
-        self._pages = Pages.empty(model.config, shape.blocks, shape.block, dtype)
-        self._last: Array = jnp.zeros(shape.rows, jnp.int32)
+        heads, whole = placements(self._live.mesh)
+        self._pages = Pages.empty(model.config, shape.blocks, shape.block, dtype, heads)
+        self._last: Array = jnp.zeros(shape.rows, jnp.int32, device=whole)
 
     @property
     def in_place(self) -> bool:

@@ -32,6 +32,18 @@ def test_two_devices_answer_what_one_does() -> None:
     assert [answer["text"] for answer in answers] == ["WINDOW", "window", "jvaqbj"]
 
 
+@pytest.mark.ci
+def test_two_devices_answer_a_file_of_requests(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    asked = [{"prompt": "window:", "adapter": name, "max_tokens": 12} for name in ("u", "r")]
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in asked))
+    options = ["--adapter", f"u={ADAPTERS['upper']}", "--adapter", f"r={ADAPTERS['rot13']}"]
+    result = generate("tp=2", *options, "--requests", str(file))
+    assert result.exit_code == 0, result.output
+    lines = map(json.loads, (tmp_path / "r.jsonl.answers").read_text().splitlines())
+    assert {line["adapter"]: line["text"] for line in lines} == {"u": "WINDOW", "r": "jvaqbj"}
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from tiny_decoder import (
     plain_logprobs,
 )
 
-from jax_lora import Adapter, LoRAConfig, LoRAWeights, save_peft
+from jax_lora import Adapter, AdapterBank, LoRAConfig, LoRAWeights, apply_lora, save_peft
 from jax_lora.demo.job import counted_compilations
 from jax_lora.llama import Llama, generate
+from jax_lora.models.parallel import placing
 from jax_lora.serving import (
     Engine,
     EngineBusyError,
@@ -75,6 +77,32 @@ def test_answers_are_those_of_the_model_without_an_engine(served):
         np.testing.assert_allclose(answer.logprobs, right, atol=1e-5)
         said.add(answer.tokens)
     assert len(said) > len(PROMPTS) * 2  # the adapters say different things
+
+
+@pytest.mark.ci
+def test_two_devices_answer_what_one_does():
+    """Heads, MLP, stacks and blocks are divided; nothing compiles behind the warmup."""
+    shape = StepShape(rows=4, max_length=64, chunk=4, lanes=(2,), block=4, blocks=40)
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+    said = []
+    for devices in (None, mesh):
+        model = Llama(CONFIG, rngs=nnx.Rngs(0))
+        if devices is not None:
+            with jax.set_mesh(devices):
+                place = placing(CONFIG)
+            for path, variable in nnx.to_flat_state(nnx.state(model)):
+                variable.set_value(place(path, variable.get_value()))
+        apply_lora(model, slots=3, buckets=(8, 16))
+        bank = AdapterBank(model)
+        for name, adapter in ADAPTERS.items():
+            bank.load(name, adapter)
+        with Engine(model, bank, letters(), shape=shape) as engine:
+            engine.warmup()
+            with counted_compilations() as compiled:
+                asked = [engine.submit(p, GREEDY, adapter=n) for p, n in prompts_with_adapters()]
+                said.append([generation.result(60).tokens for generation in asked])
+                assert compiled() == 0
+    assert said[0] == said[1] and len(set(said[0])) > len(PROMPTS) * 2
 
 
 @pytest.mark.ci

@@ -184,7 +184,6 @@ def test_bad_files_are_refused(tmp_path, line, message):
         (["--prompt", ":a", "--resume"], "--resume needs --requests"),
         (["--requests", "x", "--max-new-tokens", "3"], "each line of the file has a max_tokens"),
         (["--requests", "/no/such"], "/no/such"),
-        (["--requests", "/no/such", "--mesh", "tp=2"], "--requests takes no --mesh"),
         (["--prompt", ":a", "--adapter", "*=/no/such"], "there are no adapters in it"),
     ],
 )
