@@ -12,10 +12,8 @@ from benchmarks.__main__ import app
 SHAPE = step.Shape(mesh.SMALL, 16, 8, 16)
 
 
-@pytest.mark.parametrize(
-    "fully_sharded",
-    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.ci)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fully_sharded", [False, True])
 def test_two_devices_compute_what_one_does(
     fully_sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,9 @@ def test_a_llama_of_two_processes_equals_one(start, tmp_path):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("act, count", [("die", 4), ("steps", 2)])
+@pytest.mark.parametrize(
+    "act, count", [pytest.param("die", 4, marks=pytest.mark.slow), ("steps", 2)]
+)
 def test_a_process_that_is_killed_ends_the_others(act, count, start, tmp_path):
     """With a clear error, within a minute; between two steps, and amid steps."""
     *others, killed = start(act, count, tmp_path)

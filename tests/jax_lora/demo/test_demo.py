@@ -18,7 +18,10 @@ PROMPTS, BATCH = 100, 110
 PROMPTS_IN_8_BITS = 10  # in each dtype: a CPU computes with these some three times as long
 
 
-@pytest.fixture(scope="module", params=[None, "int8", "float8_e4m3fn"])
+FLOAT8 = pytest.param("float8_e4m3fn", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[None, "int8", FLOAT8])
 def exact_match(request: pytest.FixtureRequest) -> dict[tuple[str | None, str], float]:
     """Share of held-out prompts that each adapter (or none) completes as each task would, in stacks
     of the model's dtype, and in 8 bits."""

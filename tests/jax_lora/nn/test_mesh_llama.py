@@ -86,9 +86,7 @@ TENSOR = (COLUMN, ROW, P())
 BOTH = (P("fsdp", "tp"), P("tp", "fsdp"), P("fsdp"))
 BUCKETS, WIDE = (16, 160), (64, 192)
 CASES = {  # the mesh, how kernels and ids are divided, the kind of axes, buckets
-    "1": ({"tp": 1}, TENSOR, AxisType.Explicit, BUCKETS),
     "2": ({"tp": 2}, TENSOR, AxisType.Auto, BUCKETS),
-    "2, ranks too": ({"tp": 2}, TENSOR, AxisType.Auto, WIDE),
     "4": ({"tp": 4}, TENSOR, AxisType.Explicit, BUCKETS),
     "4, ranks too": ({"tp": 4}, TENSOR, AxisType.Explicit, WIDE),
     "8, ranks too": ({"tp": 8}, TENSOR, AxisType.Auto, WIDE),
@@ -98,6 +96,8 @@ CASES = {  # the mesh, how kernels and ids are divided, the kind of axes, bucket
 }
 PREFILLS = ("4", "4, ranks too")
 MORE_CASES = {  # the same code; test_mesh.py has single layers on such meshes
+    "1": ({"tp": 1}, TENSOR, AxisType.Explicit, BUCKETS),
+    "2, ranks too": ({"tp": 2}, TENSOR, AxisType.Auto, WIDE),
     "8": ({"tp": 8}, TENSOR, AxisType.Auto, BUCKETS),
     "fsdp of 2, 4": ({"fsdp": 2, "tp": 4}, BOTH, AxisType.Auto, BUCKETS),
 }

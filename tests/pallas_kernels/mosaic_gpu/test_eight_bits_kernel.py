@@ -54,7 +54,7 @@ PREFILLS = [
     ),
     ci(EightBitCase(65, 64, (Stack(272, 2, 64),)), dict(stack=2)),
     ci(EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range"), {}),
-    (EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range", dtype="int8"), {}),
+    ci(EightBitCase(70, 96, (Stack(8, 2, 136, 5), *TWO), "out_of_range", dtype="int8"), {}),
 ]
 
 
