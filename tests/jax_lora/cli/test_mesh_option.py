@@ -32,7 +32,7 @@ def test_two_devices_answer_what_one_does() -> None:
     assert [answer["text"] for answer in answers] == ["WINDOW", "window", "jvaqbj"]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_two_devices_answer_a_file_of_requests(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
     asked = [{"prompt": "window:", "adapter": name, "max_tokens": 12} for name in ("u", "r")]

@@ -15,7 +15,7 @@ from jax_lora.generation import decode, encode, fitting_slots, load_tokenizer
 from jax_lora.llama import Llama, generate
 
 PROMPTS, BATCH = 100, 110
-PROMPTS_IN_8_BITS = 10  # in each dtype: a CPU computes with these some three times as long
+PROMPTS_IN_8_BITS = 4  # in each dtype: a CPU computes with these some three times as long
 
 
 FLOAT8 = pytest.param("float8_e4m3fn", marks=pytest.mark.slow)

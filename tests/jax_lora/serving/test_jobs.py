@@ -42,7 +42,7 @@ class Cut(Exception):
     pass
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_job_that_is_cut_off_loses_and_repeats_nothing(tmp_path):
     requests = write(tmp_path / "requests.jsonl", asked(16))
     job = Job(
