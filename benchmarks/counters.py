@@ -137,7 +137,7 @@ class Launch:
 
     @property
     def stalls(self) -> dict[str, float]:
-        """Per cent of their time for which warps wait for each reason, the longest first. Of these
+        """Per cent of their time for which warps wait for each reason, the longest first. In these
         "selected" is no wait: a warp's instruction is issued."""
         found = {name: self.counters.get(_STALL.format(name), 0.0) for name in _STALLS}
         total = sum(found.values()) or math.nan
@@ -247,7 +247,7 @@ class Profiled:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Profiled":
-        """Of the fields of a case, and of "what" unless that is the default."""
+        """Takes the fields of a case, and "what" unless that is the default."""
         fields = {**given}
         what = fields.pop("what", "add_lora")
         return cls(gradients.Case(**fields) if what == "gradients" else Case(**fields), what)

@@ -49,7 +49,7 @@ class LayerStacks:
 
 
 # The largest number of each dtype of a byte that stacks may have. A float8_e4m3fn has a sign, four
-# bits of exponent and three of mantissa, and no infinity. Of int8, -128 has no counterpart.
+# bits of exponent and three of mantissa, and no infinity. In int8, -128 has no counterpart.
 EIGHT_BITS = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float8_e4m3fn): 448}
 EIGHT_BITS_NAMES = " or ".join(map(str, EIGHT_BITS))
 

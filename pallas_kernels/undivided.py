@@ -5,8 +5,7 @@ XLA gathers what the call takes, and each device computes all of it.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,11 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, Sharding
 from jaxtyping import Array
+
+# What `custom_partitioning` gives its callbacks, and what it takes: the mesh, what each device
+# does, and shardings of results and operands.
+type Divided = Sequence[jax.ShapeDtypeStruct]
+type Partitioned = tuple[Mesh, Callable[[Array], Array], Sharding, tuple[Sharding, ...]]
 
 _MEND = (
     "so each device would gather all of it for the kernel; call it inside of jax.shard_map, on "
@@ -77,13 +81,13 @@ def in_program[T](op: str, operands: T) -> T:
 def _seen(op: str) -> custom_partitioning:
     seen = custom_partitioning(lambda x: x)
 
-    def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
+    def partition(mesh: Mesh, arguments: Divided, _: object) -> Partitioned:
         [argument] = arguments
         if axes := _cut(argument.shape, argument.sharding):
             raise _refusal(op, argument.shape, axes)
         return mesh, lambda x: x, argument.sharding, (argument.sharding,)
 
-    def rule(_: Mesh, operands: Any, __: Any) -> str:
+    def rule(_: Mesh, operands: Divided, __: object) -> str:
         axes = " ".join(f"i{n}" for n in range(len(operands[0].shape)))
         return f"{axes} -> {axes}"
 

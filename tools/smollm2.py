@@ -476,7 +476,7 @@ def scores_of(
 
 @functools.partial(jax.jit, static_argnums=0)
 def told_scores(graphdef: Any, state: Any, rows: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Of all tokens but the first: their log-probabilities, and their leads over the best other
+    """All tokens' but the first: their log-probabilities, and their leads over the best other
     ones, each `[B, S - 1]`."""
     with use(batch):
         logits = nnx.merge(graphdef, state)(rows[:, :-1])

@@ -48,7 +48,7 @@ class Site:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of its stacks."""
+        """That of its stacks."""
         return self.variables[0].dtype
 
     @property

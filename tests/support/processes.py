@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import Mlp, make_adapter, tokens
+from tiny import Mlp, logits_and_gradients, make_adapter, tokens
 
 import jax_lora
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, llama
@@ -229,16 +229,6 @@ LLAMA = llama.LlamaConfig(
 )
 RANKS = (3, 16, 40)
 OF_ROWS = ["40", None, "3", "16"]
-
-
-@nnx.jit
-def logits_and_gradients(model, ids, adapters):
-    def loss(model):
-        with jax_lora.use(adapters):
-            logits = model(ids)
-        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
-
-    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)
 
 
 def of_llama(mesh=None):

@@ -83,3 +83,13 @@ def forward(model, x, batch=None):
 
 def tokens(rows, seed=0, features=4):
     return np.random.default_rng(seed).normal(size=(rows, features)).astype(np.float32)
+
+
+@nnx.jit
+def logits_and_gradients(model, ids, adapters):
+    def loss(model):
+        with jax_lora.use(adapters):
+            logits = model(ids)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
+
+    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)

@@ -41,6 +41,13 @@ def packed(m: Machine, values: Sequence[Real], dtype: np.dtype) -> list[Int]:
     return [m.pack(low, high, dtype) for low, high in itertools.batched(values, 2)]
 
 
+def place_of(m: Machine, first: Ref, nth: Int, shared: int) -> Int:
+    """Where the nth adapter's A, or B, stands: in a stack whose first one stands at `first`, and in
+    which `shared` adapters have one."""
+    place = nth + m.load(m.address(first, m.integer(0), 1), 0, m.tid >= 0)
+    return place // shared if shared > 1 else place
+
+
 def launch(
     name: str, body: Body, blocks: int, words: int, operands: Sequence[Array],
     outs: list[jax.ShapeDtypeStruct],

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.backward.few import COLUMNS, EACH, THREADS, halves, launch
+from pallas_kernels.mosaic_gpu.backward.few import COLUMNS, EACH, THREADS, halves, launch, place_of
 from pallas_kernels.mosaic_gpu.backward.narrow import NarrowSum
 from pallas_kernels.mosaic_gpu.backward.squares import SIDE
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
@@ -98,7 +98,7 @@ class _Block(NamedTuple):
         m.loop((self.tokens + (_TOKENS - 1)) // _TOKENS, eight, [])
 
     def _place(self, lap: Int) -> tuple[Int, Int, Flag]:
-        """Of a lap the stage, the lane's first column, and whether there is one."""
+        """A lap's stage, the lane's first column there, and whether there is one."""
         share = self.job.laps * COLUMNS
         within = lap * COLUMNS + self.m.tid * EACH
         column = self.share * share + within
@@ -213,10 +213,7 @@ def _run(m: Machine, job: _Job, refs: _Refs, nth: Int) -> None:
     adapter, start, tokens = (m.load(numbers, i, always) for i in range(3))
 
     def run() -> None:
-        place = m.load(m.address(refs.place, m.integer(0), 1), 0, always)
-        mine = adapter - one.slots.first + place
-        if one.shared > 1:
-            mine = mine // one.shared
+        mine = place_of(m, refs.place, adapter - one.slots.first, one.shared)
         row = mine * one.rank + rank if one.ranks_first else mine * one.columns
         _Block(m, job, refs, tile, start, tokens, share, rank, row).run()
 

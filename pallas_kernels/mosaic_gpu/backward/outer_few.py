@@ -8,7 +8,7 @@ A lane has the sums of 8 columns by 8 ranks. The life of a block:
     ring       8 columns of x or dy, 8 ranks of dv     shared memory, each warp for itself
     sums       columns by ranks                        registers, float32
 
-A warp takes 256 columns. Of a slot with more than `_ALONE` tokens, all warps of a block take the
+A warp takes 256 columns. If a slot has more than `_ALONE` tokens, all warps of a block take the
 same columns, one fourth of the tokens each, and add up their sums in order. So the order of a sum
 follows from the slot's own tokens, and there are no atomics.
 """
@@ -211,13 +211,8 @@ class _Tokens(NamedTuple):
         return sums
 
     def _add(self, k: Int, sums: list[Real]) -> list[Real]:
-        m, one, lane, stage = (
-            self.block.m,
-            self.block.plan.sum,
-            self.block.m.tid % 32,
-            self._stage(k),
-        )
-        dtype = self.block.refs.wide.dtype
+        m, one, dtype = self.block.m, self.block.plan.sum, self.block.refs.wide.dtype
+        lane, stage = m.tid % 32, self._stage(k)
         for j in range(_TOKENS):
             wide = halves(m, stage + j * 128 + lane * 4, dtype)
             narrow = halves(m, stage + (_WIDE_WORDS + j * 4), dtype)

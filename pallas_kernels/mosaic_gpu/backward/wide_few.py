@@ -18,7 +18,15 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, DTypeLike, Float
 
-from pallas_kernels.mosaic_gpu.backward.few import CHUNK, COLUMNS, EACH, halves, launch, packed
+from pallas_kernels.mosaic_gpu.backward.few import (
+    CHUNK,
+    COLUMNS,
+    EACH,
+    halves,
+    launch,
+    packed,
+    place_of,
+)
 from pallas_kernels.mosaic_gpu.backward.squares import SIDE
 from pallas_kernels.mosaic_gpu.backward.tiles import Tiles
 from pallas_kernels.mosaic_gpu.backward.wide import WidePart, by_range
@@ -67,10 +75,7 @@ class _Block(NamedTuple):
             sums = [m.real(0.0)] * (_TOKENS * EACH)
             for part in parts:
                 assert slots is not None
-                place = m.load(m.address(part.place, m.integer(0), 1), 0, m.tid >= 0)
-                adapter = self.adapter - slots.first + place
-                if part.of.shared > 1:
-                    adapter = adapter // part.of.shared
+                adapter = place_of(m, part.place, self.adapter - slots.first, part.of.shared)
                 sums = self._add(part, adapter, k * _TOKENS, sums)
             self._put(k * _TOKENS, sums)
             return []

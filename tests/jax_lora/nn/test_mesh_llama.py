@@ -3,14 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import COLUMN, ROW, assert_equal, collectives, mesh_of
-from tiny import make_adapter
+from tiny import logits_and_gradients, make_adapter
 
 import jax_lora
 from jax_lora import AdapterBank, apply_lora, llama
@@ -51,16 +50,6 @@ def model_on(mesh, column, row, *, scan=True, buckets=(16, 160), fully_sharded=F
 
 
 @nnx.jit
-def value_and_grads(model, ids, adapters):
-    def loss(model):
-        with jax_lora.use(adapters):
-            logits = model(ids)
-        return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
-
-    return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)(model)
-
-
-@nnx.jit
 def step(model, ids, adapters):
     with jax_lora.use(adapters):
         return model(ids)
@@ -74,7 +63,7 @@ def result(mesh, form, phase, **how):
     if mesh is not None:
         ids = jax.device_put(ids, NamedSharding(mesh, of_ids))
     arguments = model, ids, bank.batch(NAMES, phase=phase)
-    return value_and_grads(*arguments), arguments
+    return logits_and_gradients(*arguments), arguments
 
 
 @functools.cache
