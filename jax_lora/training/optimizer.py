@@ -1,6 +1,7 @@
 """`per_adapter`: any optax transformation, of each adapter for itself."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,25 @@ from jaxtyping import Array, PyTree
 
 from jax_lora.bank.trainees import Trainees, Turns
 from jax_lora.messages import shown
-from jax_lora.training.stacks import Stacks
+from jax_lora.training.stacks import Stacks, without_axis
 
 
-class PerAdapterState(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerAdapterState:
     """The state of `per_adapter`, by rank bucket.
 
     Attributes:
       serials: `[L]` int32, whose state each slot has: the number of a load; 0 for nobody's.
-      inner: the wrapped transformation's state, each array with an axis of slots in front.
+      inner: the wrapped transformation's state, each array with an axis of slots more.
+      slot_axes: of each bucket, in order, that axis of each array of `inner`. What has a
+        parameter's name and shape has it where the parameter has it, so that a step updates
+        both in place. The others have it in front.
     """
 
     serials: dict[int, Array]
     inner: dict[int, PyTree]
+    slot_axes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
 
 
 def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -72,13 +79,13 @@ def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
     def init(params: PyTree) -> PerAdapterState:
         stacks = Stacks.of(params)
-        return PerAdapterState(
-            {bucket: jnp.zeros(slots, jnp.int32) for bucket, slots in stacks.slots.items()},
-            {
-                bucket: jax.vmap(tx.init, in_axes=(stacks.axes(bucket),))(arrays)
-                for bucket, arrays in stacks.split(params).items()
-            },
-        )
+        serials, inner, axes = {}, {}, {}
+        for bucket, arrays in stacks.split(params).items():
+            serials[bucket] = jnp.zeros(stacks.slots[bucket], jnp.int32)
+            own = _state_axes(tx, arrays, stacks.axes(bucket))
+            inner[bucket] = jax.vmap(tx.init, (stacks.axes(bucket),), own)(arrays)
+            axes[bucket] = tuple(jax.tree.leaves(own))
+        return PerAdapterState(serials, inner, tuple(axes[bucket] for bucket in sorted(axes)))
 
     def update(
         updates: PyTree,
@@ -99,7 +106,7 @@ def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformatio
                 tx, stacks.axes(bucket), own, gradients[bucket], weights[bucket],
                 (state.serials[bucket], state.inner[bucket]),
             )  # fmt: skip
-        return stacks.join(moves), PerAdapterState(serials, inner)
+        return stacks.join(moves), PerAdapterState(serials, inner, state.slot_axes)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -123,6 +130,21 @@ def _checked(
             f"trainees are of a model with slots {slots}, but the parameters have {stacks.slots}"
         )
     return trainees.by_bucket
+
+
+def _state_axes(
+    tx: optax.GradientTransformation, weights: dict[str, Array], axes: Mapping[str, int]
+) -> PyTree:
+    """The axis of slots of each array of a bucket's state, by `PerAdapterState.slot_axes`."""
+    shapes = {name: without_axis(weights[name].shape, axis) for name, axis in axes.items()}
+    slot = {n: jax.ShapeDtypeStruct(shapes[n], weights[n].dtype) for n in shapes}
+
+    def axis(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> int:
+        keys = [getattr(key, "key", None) for key in path]
+        named = next((key for key in reversed(keys) if key in shapes), None)
+        return axes[named] if named and shapes[named] == leaf.shape else 0
+
+    return jax.tree_util.tree_map_with_path(axis, jax.eval_shape(tx.init, slot))
 
 
 def _update_bucket(
@@ -153,7 +175,10 @@ def _update_bucket(
             _select(is_moved, after, own),
         )
 
-    mapped = jax.vmap(update_slot, in_axes=(0, axes, axes, 0, 0), out_axes=(axes, 0, 0))
+    own_axes = _state_axes(tx, weights, axes)
+    mapped = jax.vmap(
+        update_slot, in_axes=(0, axes, axes, 0, own_axes), out_axes=(axes, 0, own_axes)
+    )
     turns = Turns(jnp.asarray(turns.serials), jnp.asarray(turns.rates))
     result: tuple[dict[str, Array], Array, PyTree] = mapped(turns, gradients, weights, *state)
     return result

@@ -71,6 +71,13 @@ def _stack_of(parts: list[str]) -> tuple[str, int, str] | None:
     return ".".join(parts[:-3]), int(parts[-2]), parts[-1]
 
 
+def without_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """A shape without one of its axes, which may be counted from behind."""
+    sizes = list(shape)
+    del sizes[axis]
+    return tuple(sizes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stacks:
     """A tree of parameters, taken apart by rank bucket."""

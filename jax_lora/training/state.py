@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jax_lora.bank import AdapterBank
 from jax_lora.messages import printable, shown
 from jax_lora.training.optimizer import PerAdapterState
+from jax_lora.training.stacks import without_axis
 
 
 def save_state(state: PyTree, bank: AdapterBank, name: str, path: str | os.PathLike[str]) -> None:
@@ -44,7 +46,7 @@ def save_state(state: PyTree, bank: AdapterBank, name: str, path: str | os.PathL
             f"the state has nothing of adapter {shown(name)}: no step has trained it since it was "
             "loaded"
         )
-    arrays = _read([leaves[nth] for nth in own.arrays.values()], np.int32(own.slot))
+    arrays = _read([leaves[nth] for nth in own.arrays.values()], np.int32(own.slot), own.axes)
     tensors = {key: np.asarray(array) for key, array in zip(own.arrays, arrays)}
     file = Path(path)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=file.parent) as folder:
@@ -83,10 +85,10 @@ def load_state(state: PyTree, bank: AdapterBank, name: str, path: str | os.PathL
         raise ValueError(
             f"{printable(path)} is no state of an adapter: {printable(str(error))}"
         ) from None
-    _check(path, {key: leaves[nth] for key, nth in own.arrays.items()}, saved)
+    _check(path, {key: leaves[nth] for key, nth in own.arrays.items()}, own.axes, saved)
     places = [own.serials, *own.arrays.values()]
     new = [np.int32(own.serial), *(saved[key] for key in own.arrays)]
-    written = _write([leaves[nth] for nth in places], np.int32(own.slot), new)
+    written = _write([leaves[nth] for nth in places], np.int32(own.slot), new, (0, *own.axes))
     for nth, array in zip(places, written):
         leaves[nth] = array
     return jax.tree.unflatten(treedef, leaves)
@@ -99,12 +101,14 @@ class _Own(NamedTuple):
       slot, serial: of the adapter.
       serials: which leaf of the state holds the serials of the adapter's bucket.
       arrays: which leaves have a slot of its own, by what they are called in a file.
+      axes: of the slots, of each of these.
     """
 
     slot: int
     serial: int
     serials: int
     arrays: dict[str, int]
+    axes: tuple[int, ...]
 
 
 def _own(state: PyTree, bank: AdapterBank, name: str) -> _Own:
@@ -128,14 +132,21 @@ def _own(state: PyTree, bank: AdapterBank, name: str) -> _Own:
         int(turns[bucket].serials[slot]),
         int(found[0].serials[bucket]),
         {jax.tree_util.keystr(path): nth for path, nth in arrays},
+        found[0].slot_axes[sorted(turns).index(bucket)],
     )
 
 
 def _check(
-    path: str | os.PathLike[str], arrays: dict[str, Array], saved: dict[str, np.ndarray]
+    path: str | os.PathLike[str],
+    arrays: dict[str, Array],
+    axes: tuple[int, ...],
+    saved: dict[str, np.ndarray],
 ) -> None:
     """ValueError unless what was saved are slots of these arrays."""
-    mine = {key: (array.shape[1:], array.dtype) for key, array in arrays.items()}
+    mine = {
+        key: (without_axis(array.shape, axis), array.dtype)
+        for (key, array), axis in zip(arrays.items(), axes)
+    }
     theirs = {key: (array.shape, array.dtype) for key, array in saved.items()}
     if keys := sorted(set(mine) ^ set(theirs)):
         holder = "file" if keys[0] in theirs else "state"
@@ -152,11 +163,16 @@ def _check(
             )
 
 
-@jax.jit
-def _read(arrays: list[Array], slot: Array) -> list[Array]:
-    return [array[slot] for array in arrays]
+@jax.jit(static_argnums=2)
+def _read(arrays: list[Array], slot: Array, axes: tuple[int, ...]) -> list[Array]:
+    return [jnp.take(array, slot, axis) for array, axis in zip(arrays, axes)]
 
 
-@jax.jit(donate_argnums=0)
-def _write(arrays: list[Array], slot: Array, new: list[Array]) -> list[Array]:
-    return [array.at[slot].set(own) for array, own in zip(arrays, new)]
+@jax.jit(donate_argnums=0, static_argnums=3)
+def _write(
+    arrays: list[Array], slot: Array, new: list[Array], axes: tuple[int, ...]
+) -> list[Array]:
+    return [
+        jax.lax.dynamic_update_index_in_dim(array, own, slot, axis % array.ndim)
+        for array, own, axis in zip(arrays, new, axes)
+    ]

@@ -14,7 +14,8 @@ from training_run import ADAMW, CONFIGS, ROWS, ROWS_OF, TARGETS, Run, X, assert_
 
 from jax_lora import AdapterBank, LoRAConfig, apply_lora, load_peft, scan_layers, use
 from jax_lora.bank.trainees import Turns
-from jax_lora.training import Trainees, per_adapter
+from jax_lora.training import Trainees, load_state, per_adapter, save_state
+from jax_lora.training.stacks import Stacks
 
 
 def assert_is_pefts(folder, name, run, steps, rate, clip, tmp_path):
@@ -203,6 +204,28 @@ def test_layers_stacked_for_a_scan_train_as_layers_alone():
         assert set(got) == set(right) and len(got) == 8
         for path in right:
             np.testing.assert_allclose(got[path], right[path], atol=1e-5)
+
+
+def test_moments_of_stacked_layers_have_the_slots_where_the_stacks_have_them(tmp_path):
+    """Else each step would transpose them all. A file has one slot of them, whoever reads it."""
+    run, other = (Run(ADAMW, Stacked(nnx.Rngs(0))) for _ in range(2))
+    run.create("first", "third")
+    run.train(2, ["first", "third"])
+    stacks = Stacks.of(nnx.state(run.model, nnx.LoRAParam))
+    for bucket, arrays in stacks.split(nnx.state(run.model, nnx.LoRAParam)).items():
+        _, (adam, *_) = run.state.inner[bucket]
+        for moments in (adam.mu, adam.nu):
+            assert {n: m.shape for n, m in moments.items()} == {
+                n: a.shape for n, a in arrays.items()
+            }
+    other.bank.create("before", CONFIGS["first"], rngs=nnx.Rngs(0))
+    run.bank.save("first", tmp_path)
+    other.bank.load("first", tmp_path)
+    save_state(run.state, run.bank, "first", tmp_path / "state")
+    other.state = load_state(other.state, other.bank, "first", tmp_path / "state")
+    for one in (run, other):
+        one.train(2, ["first"])
+    assert_same(other.weights("first"), run.weights("first"))
 
 
 @pytest.mark.ci
