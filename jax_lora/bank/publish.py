@@ -26,6 +26,7 @@ from jax_lora.bank.writer import (
     OfLayers,
     PreparedAdapter,
     SlotOfLayer,
+    SlotValues,
     SlotWriter,
     home_of,
     places_of,
@@ -131,6 +132,7 @@ def compile_copies(writer: SlotWriter, sites: Mapping[str, Site], layers: list[L
     """Compiles what copies and reads slots of a bucket, and fills them from the device."""
     slot = np.int32(0)
     writer.place(copied_slot(writer, 0, writer))
+    writer.compile_copy()
     if all(len(a.sharding.device_set) == 1 for _, stacks in writer.arrays for a in stacks):
         writer.place(values_on_device({}, writer, sites, layers))
     for _, arrays in writer.arrays:
@@ -177,7 +179,7 @@ class Filling(NamedTuple):
     """
 
     bucket: int
-    values: list[SlotOfLayer]
+    values: SlotValues
     config: LoRAConfig
     modules: frozenset[str]
     full: Mapping[str, list[Array]]
@@ -244,7 +246,7 @@ class Publisher(Roster):
                     )
             lease, (entry,) = other._lease([source])  # lest the copy take its slot
             try:
-                filling = self._copy(name, source, other, entry)
+                filling = self._copy(name, source, other, entry, waits=wait > 0)
                 what = f"publish {source!r} as {name!r}"
                 self._fill(
                     name,
@@ -269,12 +271,19 @@ class Publisher(Roster):
                     return 0, self._full.later(name, modules, self._table, leases)
             return room, later
 
-    def _copy(self, name: str, source: str, other: "Publisher", entry: Entry) -> "Filling":
-        """What a slot is to hold for a copy of `source`, which `other` has as `entry`."""
+    def _copy(
+        self, name: str, source: str, other: "Publisher", entry: Entry, *, waits: bool
+    ) -> "Filling":
+        """What a slot is to hold for a copy of `source`, which `other` has as `entry`.
+
+        As it is now, also where the load `waits`; else the write itself reads the slot.
+        """
         other._full.check_none(source, other._table.id(entry))
         if other not in self._alike:
             check_same(self._sites, other._sites)
             self._alike.add(other)
+        if other is self and not waits:
+            return Filling(entry.bucket, entry.slot, entry.config, entry.modules, {})
         bucket = self._bucket_for(name, entry.bucket)
         with other.stepping:
             writer = other._writers[entry.bucket]

@@ -1,6 +1,7 @@
 """Reading and writing one slot of all of a model's stacks, in place and compiled once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ class _Held(NamedTuple):
 # One slot of a layer's bucket: the scale of each stack, `[*lead, stacks]`, or, in 8 bits, those of
 # its rank columns, `[*lead, stacks, R]`; and A and B of each stack.
 SlotOfLayer = tuple[np.ndarray | Array, list[np.ndarray | Array]]
+
+# What a slot is to hold: that of each layer, or what another slot of the bucket holds.
+SlotValues = list[SlotOfLayer] | int
 
 OfLayers = list[tuple[Array, list[Array]]]
 
@@ -154,7 +158,11 @@ class SlotWriter:
         """`values` on the devices of the stacks, each with its shard."""
         return self._program(self._arrays()).place(values)
 
-    def write(self, slot: int, values: list[SlotOfLayer], full: Sequence[int] = ()) -> None:
+    def compile_copy(self) -> None:
+        """Compiles what writes a copy of another slot, as the stacks are now."""
+        _ = self._program(self._arrays()).copy
+
+    def write(self, slot: int, values: SlotValues, full: Sequence[int] = ()) -> None:
         """Writes `values`, which are on the device. The arrays that were there are donated.
 
         `full` are the full slots of the slot's adapter, in the layers that have some.
@@ -165,9 +173,12 @@ class SlotWriter:
         """
         arrays = self._arrays()
         program = self._program(arrays)
-        values = program.place(values)
+        tables = [np.int32(n) for n in full]
         try:
-            updated = program.run(arrays, np.int32(slot), values, [np.int32(n) for n in full])
+            if isinstance(values, int):
+                updated = program.copy(arrays, np.int32(slot), np.int32(values), tables)
+            else:
+                updated = program.run(arrays, np.int32(slot), program.place(values), tables)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(arrays)):
                 raise RuntimeError(
@@ -184,16 +195,23 @@ class SlotWriter:
                 variable.set_value(new)
 
 
-class _Program(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Program:
     """The compiled update of stacks that are where `homes` says; None of what is not committed.
 
     Attributes:
       values: where what is written goes, as `homes`.
+      copying: `run` with what the slot of a number holds, not compiled yet.
     """
 
     homes: list[Sharding | None]
     values: list[Sharding | None]
     run: Callable[[_Arrays, np.int32, list[SlotOfLayer], list[np.int32]], _Arrays]
+    copying: jax.stages.Lowered
+
+    @functools.cached_property
+    def copy(self) -> Callable[[_Arrays, np.int32, np.int32, list[np.int32]], _Arrays]:
+        return self.copying.compile()
 
     def fits(self, arrays: _Arrays) -> bool:
         return all(
@@ -286,13 +304,26 @@ def _compile(arrays: _Arrays, of_layers: list[list[LoRAStack]], first_id: int) -
         tables = [t.at[first_id + slot].set(n) for t, n in zip(arrays.tables, full)]
         return _Arrays(written, tables)
 
+    def copy_slot(arrays: _Arrays, slot: Array, source: Array, full: list[Array]) -> _Arrays:
+        held: list[SlotOfLayer] = [
+            (scales[..., places_of(source, *place)], [get_slot(s, source) for s in stacks])
+            for (scales, stacks), place in zip(arrays.layers, places)
+        ]
+        return write_slot(arrays, slot, held, full)
+
     values = _slot_shapes(arrays.layers, of_layers)
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    full = [number] * len(arrays.tables)
     # Stacks stay where they are, also where XLA would rather have them elsewhere.
-    write = jax.jit(write_slot, donate_argnums=0, out_shardings=jax.tree.map(home_of, arrays))
-    run = write.lower(arrays, number, values, [number] * len(arrays.tables)).compile()
-    homes = [home_of(array) for array in jax.tree.leaves(arrays)]
-    return _Program(homes, [value.sharding for value in jax.tree.leaves(values)], run)
+    in_place = functools.partial(
+        jax.jit, donate_argnums=0, out_shardings=jax.tree.map(home_of, arrays)
+    )
+    return _Program(
+        [home_of(array) for array in jax.tree.leaves(arrays)],
+        [value.sharding for value in jax.tree.leaves(values)],
+        in_place(write_slot).lower(arrays, number, values, full).compile(),
+        in_place(copy_slot).lower(arrays, number, number, full),
+    )
 
 
 def slot_values(
