@@ -1,6 +1,7 @@
-"""Several adapters per token on a Hopper GPU: every size against float64, and the bits of rows.
+"""Several adapters per token on a Hopper GPU, and decode rows beside a prompt's chunk: every size
+against float64, and the bits of rows.
 
-PYTHONPATH=. python3 -m pytest tests/gpu/test_mixes_device.py -m gpu
+PYTHONPATH=. python3 -m pytest tests/gpu/test_mixes_device.py -m gpu -o addopts= -n 8
 """
 
 import jax
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradient_cases import GradientCase
-from mix_cases import check_mix, check_mix_gradients, check_one_of_several, ids_and_weights
+from mix_cases import (
+    ChunkCase,
+    check_chunk,
+    check_chunk_bits,
+    check_mix,
+    check_mix_gradients,
+    check_one_of_several,
+    ids_and_weights,
+)
 from mosaic_cases import bits
 
 import pallas_kernels as pk
@@ -64,3 +73,27 @@ def test_bits_of_a_row_do_not_depend_on_the_others(num_tokens: int) -> None:
     shuffled = run(x[order], ids[order], weights[order])
     np.testing.assert_array_equal(bits(np.asarray(plain)), bits(np.asarray(again)))
     np.testing.assert_array_equal(bits(np.asarray(plain)[order]), bits(np.asarray(shuffled)))
+
+
+SIXTEEN, SIXTY_FOUR, MIXED = ((16, 66),), ((64, 66),), ((16, 40), (64, 26))
+HIGH = ((16, 40), (48, 16), (128, 10))
+# 512 and 768 tokens are the most of one launch, of rank 64 and of several ranks; 513 and 769 are
+# two launches.
+CHUNKS = [
+    *(ChunkCase(chunk, ranges, 64) for chunk in (448, 705) for ranges in (SIXTEEN, SIXTY_FOUR)),
+    *(ChunkCase(chunk, ranges, 64) for chunk in (448, 704, 705) for ranges in (MIXED, HIGH)),
+    ChunkCase(449, SIXTY_FOUR, 64),
+    ChunkCase(448, SIXTY_FOUR, 65, rows_first=False),
+    ChunkCase(705, MIXED, 65, rows_first=False),
+]
+# The chunk has the adapter of a decode row; of either rank.
+SHARED = [ChunkCase(448, ((16, 65),), 7), ChunkCase(705, ((16, 40), (64, 25)), 60)]
+
+
+@pytest.mark.parametrize("sorted_once", [True, False], ids=["segments", "ids"])
+@pytest.mark.parametrize("case", CHUNKS + SHARED, ids=str)
+def test_rows_beside_a_chunk(case: ChunkCase, sorted_once: bool) -> None:
+    """Against float64, and the same bits whatever the neighbours: one program does both."""
+    how = {"sorted_once": sorted_once, "implementation": "mosaic_gpu"}
+    check_chunk(case, **how)
+    check_chunk_bits(case, **how)

@@ -1,12 +1,21 @@
-"""Cases and float64 oracles of several adapters per token, on CPU and on a device."""
+"""Cases and float64 oracles of several adapters per token, and of decode rows beside a prompt's
+chunk, on CPU and on a device."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gradient_cases import GradientArrays, GradientCase, by_name, tolerance
-from mosaic_cases import bits, local_ids, relative_error, y_tolerance
+from mosaic_cases import (
+    bits,
+    local_ids,
+    parts_in_float64,
+    relative_error,
+    y_tolerance,
+)
 
 import pallas_kernels as pk
 from pallas_kernels import reference
@@ -121,3 +130,112 @@ def check_mix_gradients(case: GradientCase, columns: int = 2) -> None:
         # dx is rounded for each of the token's adapters.
         assert error < (2 * limit if name == "dx" else limit), (name, error)
         assert not got[name][want == 0].any(), name
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkCase:
+    """Decode rows, each with an adapter of its own, beside a chunk of one prompt.
+
+    Attributes:
+      ranges: `(rank, slots)` of each bucket. Row n has the slot n; one slot, `unused`, has NaN.
+      own: the chunk's slot; one of `range(rows)` is a decode row's too.
+      rows_first: whether the rows stand before the chunk, or behind it.
+    """
+
+    chunk: int
+    ranges: tuple[tuple[int, int], ...]
+    own: int
+    rows: int = 64
+    features: int = 1024
+    width: int = 512
+    rows_first: bool = True
+
+    def __str__(self) -> str:
+        ranks = "+".join(f"r{rank}x{slots}" for rank, slots in self.ranges)
+        where = "before" if self.rows_first else "behind"
+        return f"{self.rows} rows {where} {self.chunk} of slot {self.own}, {ranks}"
+
+    @property
+    def slots(self) -> int:
+        return sum(slots for _, slots in self.ranges)
+
+    @property
+    def is_chunk(self) -> np.ndarray:
+        """Which tokens are the chunk's."""
+        own = np.arange(self.rows + self.chunk) >= self.rows
+        return own if self.rows_first else own[::-1]
+
+    def arrays(self) -> GradientArrays:
+        """`dy` is the y to which is added."""
+        total = self.rows + self.chunk
+        z = GradientCase(total, self.features, (self.width,), self.ranges).arrays()
+        ids = np.full(total, self.own, np.int32)
+        ids[~self.is_chunk] = np.arange(self.rows)
+        [unused] = {*range(self.slots)} - {*ids.tolist()}
+        for part in z.parts:
+            if part.first_slot <= unused < part.first_slot + part.slots:
+                for stack in (part.lora_a, part.lora_b):
+                    stack[unused - part.first_slot] = np.nan
+        return dataclasses.replace(z, ids=ids)
+
+
+@functools.partial(jax.jit, static_argnames=("sorted_once", "implementation", "config"))
+def _beside_a_chunk(
+    x: jax.Array,
+    ids: jax.Array,
+    y: jax.Array,
+    parts: tuple[pk.LoRAPart, ...],
+    *,
+    sorted_once: bool,
+    **how: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """y with what is added to it, and the delta alone."""
+    if sorted_once:
+        ids = pk.make_segments(ids, sum(part.slots for part in parts))
+    delta = pk.lora_delta(x, parts, ids, y.shape[1], dtype=y.dtype, **how)
+    return pk.add_lora_multi(y, x, parts, ids, **how), delta
+
+
+def check_chunk(case: ChunkCase, **how: Any) -> None:
+    """Both forms against float64: rows and chunk each for itself, also where some rows have no
+    adapter. Their y keeps its bytes."""
+    z = case.arrays()
+    parts = jax.tree.map(jnp.asarray, z.parts)
+    without = z.ids.copy()
+    without[np.flatnonzero(~case.is_chunk)[1::3]] = -1
+    for ids in (z.ids, without):
+        found = _beside_a_chunk(z.x, ids, z.dy, parts, **how)
+        added, delta = map(np.asarray, found)
+        want, used = parts_in_float64(z.x, z.parts, ids, case.width)
+        for mine in (case.is_chunk, ~case.is_chunk & used[:, 0]):
+            sums = z.dy[mine].astype(np.float64) + want[mine]
+            assert relative_error(added[mine], sums) < y_tolerance("bfloat16")
+            assert relative_error(delta[mine], want[mine]) < y_tolerance("bfloat16")
+        np.testing.assert_array_equal(bits(added)[~used], bits(z.dy)[~used])
+        assert not delta[~used].any()
+
+
+def check_chunk_bits(case: ChunkCase, **how: Any) -> None:
+    """The rows' bits do not depend on the chunk, nor the chunk's on the rows, nor on places."""
+    z, is_chunk, rng = case.arrays(), case.is_chunk, np.random.default_rng(0)
+    parts = jax.tree.map(jnp.asarray, z.parts)
+    first = _beside_a_chunk(z.x, z.ids, z.dy, parts, **how)
+
+    def check(kept: np.ndarray, x: np.ndarray, ids: np.ndarray) -> None:
+        for one, other in zip(first, _beside_a_chunk(x, ids, z.dy, parts, **how)):
+            np.testing.assert_array_equal(bits(other)[kept], bits(one)[kept])
+
+    used = np.unique(z.ids)
+    for kept in (is_chunk, ~is_chunk):
+        others = ~kept[:, None]
+        for x, ids in (
+            (np.full_like(z.x, np.nan), z.ids),
+            (rng.permutation(z.x), np.full_like(z.ids, -1)),
+            (rng.permutation(z.x), np.full_like(z.ids, used[0])),
+            (rng.permutation(z.x), rng.choice(used, len(z.ids)).astype(np.int32)),
+        ):
+            check(kept, np.where(others, x, z.x), np.where(kept, z.ids, ids))
+    order = rng.permutation(len(z.ids))
+    moved = _beside_a_chunk(z.x[order], z.ids[order], z.dy[order], parts, **how)
+    for one, other in zip(first, moved):
+        np.testing.assert_array_equal(bits(other), bits(one)[order])

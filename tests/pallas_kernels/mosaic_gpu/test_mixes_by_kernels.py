@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from gradient_cases import GradientCase
-from mix_cases import check_mix, check_mix_gradients, check_one_of_several
+from mix_cases import (
+    ChunkCase,
+    check_chunk,
+    check_chunk_bits,
+    check_mix,
+    check_mix_gradients,
+    check_one_of_several,
+)
 
 import pallas_kernels as pk
 from pallas_kernels.mosaic_gpu import Config
@@ -33,6 +40,20 @@ def test_one_launch_of_more_rows_than_tokens_may_be(emulated: None) -> None:
 @pytest.mark.ci
 def test_a_row_with_one_adapter_has_the_bits_of_plain_ids(emulated: None) -> None:
     check_one_of_several(dataclasses.replace(BUCKETS, order="gaps"), DECODE)
+
+
+CHUNK = ChunkCase(13, ((8, 4), (16, 3)), 5, rows=5, features=128, width=72)
+
+
+@pytest.mark.parametrize("sorted_once", [True, pytest.param(False, marks=pytest.mark.ci)])
+def test_decode_rows_beside_a_chunk(sorted_once: bool, emulated: None) -> None:
+    how = {"implementation": "mosaic_gpu", "config": DECODE}
+    check_chunk(CHUNK, sorted_once=sorted_once, **how)
+
+
+@pytest.mark.ci
+def test_decode_rows_beside_a_chunk_keep_their_bits(emulated: None) -> None:
+    check_chunk_bits(CHUNK, sorted_once=True, implementation="mosaic_gpu", config=DECODE)
 
 
 @pytest.mark.parametrize(
