@@ -3,6 +3,8 @@
 PYTHONPATH=. python3 -m pytest tests/gpu/test_mesh_device.py -m gpu -o addopts= -n 8
 """
 
+from collections.abc import Iterator
+
 import jax
 import pytest
 from mesh_cases import FORMS, MeshCase, check_gradients, check_logits
@@ -17,6 +19,13 @@ CASES = [MeshCase(form, dtype) for dtype in RAN for form in FORMS]
 def two_gpus() -> None:
     if (count := len(jax.devices())) < 2:
         pytest.skip(f"needs two GPUs, JAX sees {count}")
+
+
+@pytest.fixture(autouse=True)
+def whole_float32() -> Iterator[None]:
+    """XLA multiplies float32 with 10 bits of mantissa by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -53,6 +53,7 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
     Routes,
     RouteSize,
+    mixes_ranges,
     moved,
     route_size,
     row_mask,
@@ -157,7 +158,8 @@ class _Sweep(NamedTuple):
     """What a block adds at once.
 
     Attributes:
-      parts: of one range. Their v and B are in shared memory at the same time.
+      parts: their v and B are in shared memory at the same time. A token has an adapter in those of
+        one range, which stand side by side.
       adds: whether their sum is added to y, or takes its place.
     """
 
@@ -257,10 +259,15 @@ def _plan(
     """The plan of `expand_kernel`."""
     dtype = jnp.dtype(y.dtype)
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    sweeps = [_sweeps(cut.parts, parts, add_inputs, dtype.itemsize) for cut in spans]
+    if together := mixes_ranges([part.slots for part in parts], y.shape[0]):
+        # Rings of all ranges fill at the same time, so that one adapter in each is enough, and
+        # three blocks fit a multiprocessor. H200, T=1024, 64 adapters of R=16 to 128, H=2048: 51.0
+        # us in a sweep for each range; together 39.5 with 16 KiB for a ring, 40.4 with 8, 36.4 so.
+        parts = _with(parts, expand_stack=1, expand_stages=1)
+    sweeps = [_sweeps(cut.parts, parts, add_inputs, together, dtype.itemsize) for cut in spans]
     at_once = {sweep.parts for of_cut in sweeps for sweep in of_cut}
     in_sweeps = any(len(of_cut) > 1 for of_cut in sweeps)
-    most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps else _Y_STAGES
+    most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps or together else _Y_STAGES
     widest = max(cut.stop - cut.start for cut in spans)
     columns = _columns(parts, widest, max(map(len, at_once)))
     fit = _fitting(_Fit.of(parts, columns), at_once, most_ys, dtype.itemsize)
@@ -302,22 +309,24 @@ def _columns(parts: tuple[ExpandPart, ...], widest: int, most_at_once: int) -> i
 
 
 def _sweeps(
-    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], add_inputs: bool, itemsize: int
-) -> tuple[_Sweep, ...]:
-    """Range after range, its parts in as few sweeps as shared memory lets them."""
+    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], add_inputs: bool, together: bool,
+    itemsize: int,
+) -> tuple[_Sweep, ...]:  # fmt: skip
+    """The parts in as few sweeps as shared memory lets them; without `together` range after
+    range."""
     ranges: dict[int, list[int]] = {}
     for i in of_cut:
         ranges.setdefault(parts[i].slots.first, []).append(i)
     least = _with(parts, expand_stages=1)
     sweeps: list[_Sweep] = []
     for mine in ranges.values():
-        sweeps.append(_Sweep((mine[0],), add_inputs))
-        for i in mine[1:]:
-            together = (*sweeps[-1].parts, i)
-            if _nbytes(together, least, TILE, 8, itemsize) <= _SHARED_BYTES:
-                sweeps[-1] = sweeps[-1]._replace(parts=together)
-            else:  # the same tokens again, which have the sum of the sweep before
-                sweeps.append(_Sweep((i,), adds=True))
+        for nth, i in enumerate(mine):
+            joins = nth > 0 or (together and sweeps and sweeps[-1].adds == add_inputs)
+            more = (*sweeps[-1].parts, i) if joins else ()
+            if more and _nbytes(more, least, TILE, 8, itemsize) <= _SHARED_BYTES:
+                sweeps[-1] = sweeps[-1]._replace(parts=more)
+            else:  # of a range that is divided: the same tokens, with the sum of the sweep before
+                sweeps.append(_Sweep((i,), add_inputs or nth > 0))
     return tuple(sweeps)
 
 
@@ -553,9 +562,11 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     for _ in range(plan.copies_of_routes(cut), plan.route_arrivals):
         plgpu.barrier_arrive(launched.routes_loaded)
     if len(sweeps) == 1:
-        pl.run_scoped(
-            functools.partial(_only_sweep, block, ring, route_of), _sweep_memory(block, cut.parts)
-        )
+        [sweep] = sweeps
+        ranges = {plan.parts[i].slots.first for i in sweep.parts}
+        take = _only_sweep if len(ranges) == 1 else _sweep_of_ranges
+        memory = _sweep_memory(block, sweep.parts)
+        pl.run_scoped(functools.partial(take, block, ring, route_of), memory)
     else:
         block.early(ring.fetch_early)
         plgpu.barrier_wait(launched.routes_loaded)
@@ -588,6 +599,24 @@ def _only_sweep(
     pl.when(~used)(lambda: block.early(lambda: plgpu.barrier_wait(launched.v_loaded)))
 
 
+def _sweep_of_ranges(
+    block: _Block, ring: "_YRing", route_of: dict[int, Route], memory: list[_PartMemory]
+) -> None:
+    """All parts at once, of several ranges. The routes tell which of them have tokens here: v of
+    the others is not copied."""
+    launched, [sweep] = block.launched, block.cut.sweeps
+    block.early(ring.fetch_early)
+    plgpu.barrier_wait(launched.routes_loaded)
+    placed, used = block.placed(route_of[sweep.parts[0]]), _is_used(sweep.parts, route_of)
+    routed = ring.routed(placed, used)
+
+    def add() -> None:
+        _fetch_v(placed, sweep.parts, memory, route_of)
+        _add_sweep(placed, routed, route_of, sweep, memory)
+
+    pl.when(used)(add)
+
+
 def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n: int) -> None:
     """Sweep n, some of whose adapters the tokens have. Then y comes anew if a later sweep adds."""
     sweep, later = block.cut.sweeps[n], block.cut.sweeps[n + 1 :]
@@ -612,12 +641,22 @@ def _is_used(parts: tuple[int, ...], route_of: dict[int, Route]) -> Bool[Array, 
     return functools.reduce(jnp.maximum, [route_of[i].count() for i in parts]) > 0
 
 
-def _fetch_v(block: _Block, parts: tuple[int, ...], memory: list[_PartMemory]) -> None:
-    """Starts to copy v of a sweep's parts."""
+def _fetch_v(
+    block: _Block, parts: tuple[int, ...], memory: list[_PartMemory],
+    route_of: dict[int, Route] | None = None,
+) -> None:  # fmt: skip
+    """Starts to copy v of a sweep's parts; with `route_of` of those that have tokens."""
     launched = block.launched
     rows = pl.ds(block.row_start, launched.plan.rows)
     for i, of_part in zip(parts, memory):
-        plgpu.copy_gmem_to_smem(launched.inputs[i].v.at[rows], of_part.v, launched.v_loaded)
+        copy = functools.partial(
+            plgpu.copy_gmem_to_smem, launched.inputs[i].v.at[rows], of_part.v, launched.v_loaded
+        )
+        if route_of is None:
+            copy()
+            continue
+        pl.when(route_of[i].count() > 0)(copy)
+        pl.when(route_of[i].count() == 0)(lambda: plgpu.barrier_arrive(launched.v_loaded))
     for _ in range(len(parts), launched.plan.v_arrivals):
         plgpu.barrier_arrive(launched.v_loaded)
 
@@ -644,18 +683,24 @@ def _add_parts(
 ) -> None:  # fmt: skip
     """Adds the parts of a sweep to all columns of the block, `width` of them at a time."""
     launched = block.launched
-    rings, used = [], []
+    of_ranges: dict[int, list[_BRing]] = {}
     for i, of_part in zip(sweep.parts, memory):
-        ids = route_of[i].ids()
-        ring_of_b = _BRing.of(block, i, route_of[i], ids, of_part, at_once)
+        ring_of_b = _BRing.of(block, i, route_of[i], route_of[i].ids(), of_part, at_once)
         ring_of_b.fetch_first()
-        rings.append(ring_of_b)
-        used.append(ids >= 0)
+        of_ranges.setdefault(launched.plan.parts[i].slots.first, []).append(ring_of_b)
+    used = [of_range[0].ids >= 0 for of_range in of_ranges.values()]
     touched = functools.reduce(jnp.logical_or, used)
     plgpu.barrier_wait(launched.v_loaded)
 
     def add(n: Array, _: None) -> None:
-        delta = functools.reduce(jnp.add, [of_b.delta(n) for of_b in rings])
+        delta = zeros = jnp.zeros((launched.plan.rows, block.width), jnp.float32)
+        for nth, (mine, of_range) in enumerate(zip(used, of_ranges.values())):
+            if len(of_range) == 1:
+                delta = of_range[0].delta(n, delta)
+                continue
+            own = functools.reduce(jnp.add, [of_b.delta(n, zeros) for of_b in of_range])
+            mask = lax.broadcast_in_dim(mine, zeros.shape, (0,))
+            delta = jnp.where(mask, own, delta) if nth else own
         ring.put(n, delta, touched, adds=sweep.adds)
 
     lax.fori_loop(0, block.count, add, None)
@@ -922,11 +967,10 @@ class _BRing(NamedTuple):
         for item in range(self.stages):
             pl.when(item < self.total)(functools.partial(self.fetch, item, item))
 
-    def delta(self, n: Array) -> Float[Array, "rows width"]:
-        """Each row's product with its adapter in columns n, zero without one; in registers. To be
-        asked for in order."""
-        zeros = jnp.zeros((self.route.rows, self.width), jnp.float32)
-        return lax.fori_loop(0, self.rounds, functools.partial(self.add_round, n), zeros)
+    def delta(self, n: Array, before: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+        """Each row's product with its adapter in columns n, or, without one, what `before` has; in
+        registers. To be asked for in order."""
+        return lax.fori_loop(0, self.rounds, functools.partial(self.add_round, n), before)
 
     def add_round(self, n: Array, nth: Array, delta: Array) -> Array:
         """`delta` with the products of the rows whose adapters are in round `nth`."""
