@@ -1,28 +1,43 @@
-"""LoRA of experts as PEFT 0.18 and later store it: of a parameter that holds all experts' weights.
+"""LoRA of experts in files: of a parameter that holds all experts' weights, or of stacked modules.
 
-`target_parameters` names such a parameter, `experts.gate_up_proj` or `experts.down_proj`. PEFT
-wraps the module that holds it, once for each parameter. So tensors are called `experts.base_layer`
-for the inner one, which is `gate_up_proj` where both are adapted, and `experts` for the outer one.
+PEFT 0.18 and later store the former. `target_parameters` names such a parameter,
+`experts.gate_up_proj` or `experts.down_proj`. PEFT wraps the module that holds it, once for each
+parameter. So tensors are called `experts.base_layer` for the inner one, which is `gate_up_proj`
+where both are adapted, and `experts` for the outer one.
 Here each expert gets modules of its own, `experts.3.gate_proj`, as older PEFT and Transformers had
 them.
+
+SGLang, vLLM and Megatron-Bridge have stacked modules: `experts.gate_proj`, or `experts.w1`, whose A
+is `[experts, r, H]` and B `[experts, N, r]`. A half that all experts share is `[1, ...]`. The other
+half may then stand in modules of each expert. PEFT does not know these modules.
 """
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jax_lora.adapters.config import EXPERT_PARAMETERS
-from jax_lora.adapters.halves import ExpertHalf, Fused, Half
-from jax_lora.adapters.names import config_of
-from jax_lora.adapters.types import LoRAConfig
+from jax_lora.adapters.halves import ExpertHalf, Fused, Half, Stacked, StackedHalf
+from jax_lora.adapters.names import config_of, renamed_config
+from jax_lora.adapters.types import (
+    EXPERT,
+    Adapter,
+    LoRAConfig,
+    LoRAWeights,
+    SharedHalf,
+    expert_stack,
+)
 from jax_lora.messages import shown
 
 type Pair = dict[str, Half]
 """The halves "A" and "B" of a module."""
 
 _MAX_EXPERTS = 4096
+_STACKED = re.compile(r"(?:.*\.)?experts\.[^.\d][^.]*")  # without a number
 
 
 class Apart(NamedTuple):
@@ -31,11 +46,13 @@ class Apart(NamedTuple):
     Attributes:
       halves: of all modules.
       experts: the names of those that stood together.
+      shared: the half that experts have in common, by the name of each one's module.
     """
 
     config: LoRAConfig
     halves: dict[str, Pair]
     experts: frozenset[str]
+    shared: dict[str, SharedHalf]
 
 
 def apart(config: LoRAConfig, halves: Mapping[str, Pair], targets: Sequence[str]) -> Apart:
@@ -49,8 +66,11 @@ def apart(config: LoRAConfig, halves: Mapping[str, Pair], targets: Sequence[str]
       ValueError: the tensors of a parameter fit neither each other nor the config.
     """
     found: dict[str, Pair] = {}
-    experts: dict[str, str] = {}  # the parameter that a module's LoRA was part of
+    experts: dict[str, str] = {}  # the parameter, or stack, that a module's LoRA was part of
+    stacks = {module: pair for module, pair in halves.items() if _is_stacked(module, pair)}
     for module, pair in halves.items():
+        if module in stacks:
+            continue
         parameter = _parameter(module, halves, targets)
         if parameter is None:
             found[module] = pair
@@ -59,9 +79,72 @@ def apart(config: LoRAConfig, halves: Mapping[str, Pair], targets: Sequence[str]
             raise ValueError(f"{module} lacks a half of its LoRA; save the adapter again")
         for name, own in _modules(config, parameter, pair):
             found[name], experts[name] = own, parameter
+    shared: dict[str, SharedHalf] = {}
+    singles = _singles(found)
+    for module, pair in stacks.items():
+        for name, own in _spread(module, pair, singles.get(module, [])).items():
+            if both := sorted(own.keys() & found.setdefault(name, {}).keys()):
+                raise ValueError(
+                    f"{name} and {module} both have lora_{both[0]}; save the adapter again"
+                )
+            found[name].update(own)
+            experts[name] = module
+            if _is_shared(pair.get("A")) or _is_shared(pair.get("B")):
+                shared[name] = "A" if _is_shared(pair.get("A")) else "B"
     if not experts:
-        return Apart(config, found, frozenset())
-    return Apart(_config(config, found, experts), found, frozenset(experts))
+        return Apart(config, found, frozenset(), {})
+    return Apart(_config(config, found, experts), found, frozenset(experts), shared)
+
+
+def _is_stacked(module: str, pair: Pair) -> bool:
+    return (
+        _STACKED.fullmatch(module) is not None
+        and pair.keys() <= {"A", "B"}
+        and any(len(half.shape) == 3 for half in pair.values())
+    )
+
+
+def _is_shared(half: Half | None) -> bool:
+    return half is not None and half.shape[:1] == (1,)
+
+
+def _singles(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The modules of single experts, by what all of them are called."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if EXPERT.fullmatch(module):
+            found.setdefault(expert_stack(module), []).append(module)
+    return found
+
+
+def _spread(module: str, pair: Pair, singles: Sequence[str]) -> dict[str, Pair]:
+    """What a stacked module has of each expert, by name. `singles`: modules of single experts,
+    which have the other half of one that they share."""
+    sizes = [half.shape for half in pair.values()]
+    counts = {size[0] if len(size) == 3 else 0 for size in sizes}
+    if singles:
+        fits = counts == {1} and len(pair) == 1
+    else:
+        fits = len(counts - {1}) == 1 and len(pair) == 2 and 1 < max(counts) <= _MAX_EXPERTS
+    if not fits:
+        halves = {f"lora_{half}": [*stored.shape] for half, stored in pair.items()}
+        raise ValueError(
+            f"{module}: lora_A of experts must be [experts, r, H] and lora_B [experts, N, r], of "
+            "which one that they share is [1, ...] and may be the only one, if modules of single "
+            f"experts have the other; got {shown(halves)} and {len(singles)} of those modules"
+        )
+    holder, _, last = module.rpartition(".")
+    names = singles or [f"{holder}.{expert}.{last}" for expert in range(max(counts))]
+    stacks = {half: Stacked(stored) for half, stored in pair.items()}
+    return {
+        name: {
+            half: StackedHalf(
+                stored.file, stored.key, stacks[half], 0 if _is_shared(stored) else expert
+            )
+            for half, stored in pair.items()
+        }
+        for expert, name in enumerate(names)
+    }
 
 
 def _parameter(module: str, halves: Mapping[str, Pair], targets: Sequence[str]) -> str | None:
@@ -144,3 +227,40 @@ def of_parameter[T](values: Mapping[str, T], usual: T) -> dict[str, T]:
     """
     found = next((v for m, v in values.items() if re.search(r"\.experts\.\d+\.w2$", m)), usual)
     return {} if found == usual else {"down_proj": found}
+
+
+def stacked(adapter: Adapter) -> tuple[LoRAConfig, dict[str, LoRAWeights]]:
+    """An adapter's config and modules as a file has them: experts that share a half are one module,
+    of A `[1, r, H]` and B `[experts, N, r]`, or of A `[experts, r, H]` and B `[1, N, r]`.
+
+    Experts whose numbers leave some out, or whose ranks or scales differ, stay modules of their
+    own.
+    """
+    config, shared = adapter.config, adapter.header.shared
+    names, modules = {module: module for module in adapter.modules}, dict(adapter.modules)
+    for stack, singles in _singles(shared).items():
+        ordered = sorted(singles, key=_number)
+        numbers, own = list(map(_number, ordered)), [adapter.modules[name] for name in ordered]
+        alike = len({(weights.rank, weights.scale) for weights in own}) == 1
+        if numbers != list(range(len(own))) or not alike or config.dora or stack in modules:
+            continue
+        for name in ordered:
+            names[name] = stack
+            del modules[name]
+        is_a = shared[ordered[0]] == "A"
+        halves_a, halves_b = ([w.a for w in own], [w.b for w in own])
+        a = np.stack(halves_a[:1] if is_a else halves_a)
+        b = np.stack(halves_b if is_a else halves_b[:1])
+        modules[stack] = LoRAWeights(a, b, own[0].scale)
+    if any(
+        (config.rank_of(new), config.alpha_of(new)) != (config.rank_of(old), config.alpha_of(old))
+        for old, new in names.items()
+    ):
+        config = renamed_config(config, names)
+    return config, modules
+
+
+def _number(module: str) -> int:
+    """Of the expert whose module it is."""
+    match = EXPERT.fullmatch(module)
+    return int(match[2]) if match else -1

@@ -67,6 +67,34 @@ class Grouped(Half):
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A half of the LoRA of all experts as one tensor, `[experts, ...]`, or `[1, ...]` if they
+    share it."""
+
+    half: Half
+
+    @functools.cached_property
+    def matrices(self) -> list[np.ndarray]:
+        """Of each expert; what they share is one array, by which it is known as such."""
+        return list(self.half.read())
+
+
+@dataclass(frozen=True)
+class StackedHalf(Half):
+    """A half of one expert's LoRA, which stands at `place` among those of all."""
+
+    stacked: Stacked
+    place: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return super().shape[1:]
+
+    def read(self) -> np.ndarray:
+        return self.stacked.matrices[self.place]
+
+
+@dataclass(frozen=True)
 class Fused:
     """A half of the LoRA of all experts, which PEFT stores as one tensor for a parameter.
 

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from jax_lora.adapters.config import (
     read_config,
     token_indices,
 )
-from jax_lora.adapters.experts import apart, of_parameter
+from jax_lora.adapters.experts import apart, of_parameter, stacked
 from jax_lora.adapters.files import (
     JsonObject,
     TensorFile,
@@ -382,7 +382,7 @@ def _read_headers(
         raise ValueError(f"{printable(folder / _CONFIG)}: {error}") from None
     found = _find_halves(folder, files, config)
     try:
-        config, halves, experts = apart(config, found.halves, choice.parameters)
+        config, halves, experts, shared = apart(config, found.halves, choice.parameters)
     except ValueError as error:
         raise ValueError(f"{printable(folder)}: {error}") from None
     found = dataclasses.replace(found, halves=halves)
@@ -424,6 +424,7 @@ def _read_headers(
             {new[m]: shapes[m] for m in shapes},
             full,
             {new[m]: shape for m, shape in tokens.items()},
+            {new[m]: half for m, half in shared.items()},
         ),
         {new[module]: pair for module, pair in found.halves.items()},
         {new[module]: copy for module, copy in found.copies.items()},
@@ -584,13 +585,17 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     `adapter_model.safetensors`, and touches no other file. `load_peft` meanwhile, or after a crash,
     never mixes the old files with the new: the weights' metadata names their config.
 
+    Experts that share a half, by having one array for it, are one module in the file, in SGLang's
+    and vLLM's layout: `experts.gate_proj` with A `[1, r, H]` and B `[experts, N, r]`. PEFT does not
+    know these modules. It reads copies: give each expert an array of its own.
+
     Raises:
       ValueError: `path`, or a folder above it, is a file; or one of the two files is a folder.
     """
     folder = Path(path)
-    config = adapter.config
-    ranks = {module: config.rank_of(module) for module in adapter.modules}
-    alphas = {module: config.alpha_of(module) for module in adapter.modules}
+    config, modules = stacked(adapter)
+    ranks = {module: config.rank_of(module) for module in modules}
+    alphas = {module: config.alpha_of(module) for module in modules}
     # The first name that a module ends in counts, so a name comes before its ends.
     tokens = sorted(adapter.tokens.items(), key=lambda item: -len(item[0]))
     values = {
@@ -601,7 +606,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "use_dora": config.dora,
         "rank_pattern": {**config.rank_pattern, **of_parameter(ranks, config.rank)},
         "alpha_pattern": {**config.alpha_pattern, **of_parameter(alphas, config.alpha)},
-        "target_modules": _targets(adapter),
+        "target_modules": _targets(modules),
         "modules_to_save": sorted(adapter.full) or None,
         "trainable_token_indices": {m: [*t.indices] for m, t in tokens} or None,
         "bias": "none",
@@ -611,7 +616,7 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "lora_dropout": 0.0,
     }
     tensors = {}
-    for module, weights in adapter.modules.items():
+    for module, weights in modules.items():
         for half, tensor in (("A", weights.a), ("B", weights.b)):
             key = f"embedding_{half}" if weights.is_embedding else f"{half}.weight"
             tensors[f"base_model.model.{module}.lora_{key}"] = np.ascontiguousarray(tensor)
@@ -653,11 +658,11 @@ def save_peft(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             os.replace(Path(temporary, name), folder / name)
 
 
-def _targets(adapter: Adapter) -> list[str]:
+def _targets(modules: Collection[str]) -> list[str]:
     """The modules by name; of more than a config may name, as of many experts, the ends."""
-    if len(adapter.modules) <= MAX_PATTERNS:
-        return sorted(adapter.modules)
-    return sorted({module.rpartition(".")[2] for module in adapter.modules})
+    if len(modules) <= MAX_PATTERNS:
+        return sorted(modules)
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     Half = np.ndarray | jax.Array
 else:
     Half = object  # `inspect` reads adapters without JAX; `_is_array` checks what is given
+
+SharedHalf = Literal["A", "B"]
+"""The half of a LoRA that all experts of a layer share."""
+
+EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(.+)")
+"""The name of a module of one expert: of what holds the experts, its number, and its own."""
 
 MAX_RANK = 4096
 """Largest rank of an adapter; a LoRA beyond it would be larger than the weights that it adapts."""
@@ -204,6 +210,11 @@ class LoRAShape:
     nbytes: int
     is_embedding: bool = False
 
+    def nbytes_of(self, half: SharedHalf) -> int:
+        """The bytes of one half, if both have one dtype."""
+        features = self.in_features if half == "A" else self.out_features
+        return self.nbytes * features // (self.in_features + self.out_features)
+
 
 @dataclass(frozen=True)
 class FullModule:
@@ -269,12 +280,18 @@ class TrainedTokens:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """An adapter without its values: what its files say before a tensor is read."""
+    """An adapter without its values: what its files say before a tensor is read.
+
+    Attributes:
+      shared: the half that experts have in common, by the name of each one's module. The shapes of
+        all of these modules have its bytes.
+    """
 
     config: LoRAConfig
     modules: Mapping[str, LoRAShape]
     full: Mapping[str, FullShape] = field(default_factory=dict)
     tokens: Mapping[str, TokensShape] = field(default_factory=dict)
+    shared: Mapping[str, SharedHalf] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -289,9 +306,43 @@ class AdapterHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        lora = sum(shape.nbytes for shape in self.modules.values())
+        lora = sum(shape.nbytes for shape in self.modules.values()) - self._repeated
         whole = sum(shape.nbytes for shape in self.full.values())
         return lora + whole + sum(shape.nbytes for shape in self.tokens.values())
+
+    @property
+    def _repeated(self) -> int:
+        """The bytes of what experts share, but for the first of each layer."""
+        counted, repeated = set[str](), 0
+        for module, half in self.shared.items():
+            stack, shape = expert_stack(module), self.modules[module]
+            if stack in counted:
+                repeated += shape.nbytes_of(half)
+            counted.add(stack)
+        return repeated
+
+
+def expert_stack(module: str) -> str:
+    """What the modules of all experts are called that this one is among: its name without its
+    number. The name itself, if it is none of an expert."""
+    match = EXPERT.fullmatch(module)
+    return f"{match[1]}.{match[3]}" if match else module
+
+
+def shared_halves(modules: Mapping[str, LoRAWeights]) -> dict[str, SharedHalf]:
+    """The half that experts have in common, by module: all of a layer have one array for it."""
+    stacks: dict[str, list[str]] = {}
+    for module in modules:
+        if EXPERT.fullmatch(module):
+            stacks.setdefault(expert_stack(module), []).append(module)
+    found: dict[str, SharedHalf] = {}
+    for names in stacks.values():
+        own = [modules[name] for name in names]
+        if len(own) > 1 and all(weights.a is own[0].a for weights in own):
+            found |= dict.fromkeys(names, "A")
+        elif len(own) > 1 and all(weights.b is own[0].b for weights in own):
+            found |= dict.fromkeys(names, "B")
+    return found
 
 
 def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
@@ -332,7 +383,7 @@ class Adapter:
         shapes = {module: weights.shape for module, weights in self.modules.items()}
         full = {module: whole.shape for module, whole in self.full.items()}
         tokens = {module: trained.shape for module, trained in self.tokens.items()}
-        return AdapterHeader(self.config, shapes, full, tokens)
+        return AdapterHeader(self.config, shapes, full, tokens, shared_halves(self.modules))
 
     @property
     def rank(self) -> int:

@@ -28,7 +28,7 @@ from jax_lora.models.mlp import MLP, SparseMLP, linear, precision_of
 from jax_lora.models.pages import Lanes, LayerPages, PagedTokens, Pages, Span
 from jax_lora.models.parallel import placing
 from jax_lora.models.rope import rotate, waves
-from jax_lora.models.weights import mixtral_name, peft_names, stored
+from jax_lora.models.weights import expert_name, mixtral_name, peft_names, stored
 from jax_lora.nn.embed import tie_head
 from jax_lora.nn.packed import call_packed
 from jax_lora.nn.scan import scan_layers
@@ -433,8 +433,10 @@ class Llama(nnx.Module):
 
     @property
     def peft_rename(self) -> Callable[[str], str] | None:
-        """From a name of an adapter's module to PEFT's: Mixtral's modules have two names each."""
-        return mixtral_name if self.config.mixtral_names else None
+        """From a name of an adapter's module to PEFT's: modules of experts have two names each."""
+        if self.config.mixtral_names:
+            return mixtral_name
+        return expert_name if self.config.num_experts else None
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, without a cache."""

@@ -13,6 +13,7 @@ from jax_lora.nn.names import ModulePath, Shape, path_name, with_numbers
 
 LAYERS = ("model", "layers")
 _IN_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_OF_MIXTRAL = {name: own for own, name in _IN_MIXTRAL.items()}
 
 
 def module_name(path: ModulePath, config: LlamaConfig, *, scan: bool) -> str:
@@ -33,6 +34,14 @@ def mixtral_name(name: str) -> str:
         return name
     *parts, last = inside.split(".")
     return ".".join((layer, "block_sparse_moe", *parts, _IN_MIXTRAL.get(last, last)))
+
+
+def expert_name(name: str) -> str:
+    """The inverse of the last part of `mixtral_name`: vLLM's stacked modules of experts have the
+    names of Mixtral's author in other models too."""
+    holder, found, inside = name.partition(".experts.")
+    number, _, last = inside.partition(".")
+    return f"{holder}{found}{number}.{_OF_MIXTRAL[last]}" if last in _OF_MIXTRAL else name
 
 
 def peft_names(config: LlamaConfig, *, scan: bool) -> dict[str, str]:
