@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapters import AdapterHeader, LoRAConfig, peft_header, peft_modules
+from jax_lora.adapters import AdapterHeader, peft_header, peft_modules
 from jax_lora.messages import printable
 from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
@@ -33,7 +33,7 @@ ADAPTER_FILES = frozenset({
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
     """One module of an adapter. `padding` is the zero share of its bucket, `nbytes` as stored; what
-    an expert's gate and up share in the file, each of both has.
+    experts, or an expert's gate and up, share in the file, each of them has.
 
     The kernels of an embedding are those of B: A is read by token.
     """
@@ -149,7 +149,7 @@ def inspect_adapter(
     ranks = sorted({module.rank for module in modules})
     return AdapterReport(
         path, header.rank, str(header.dtype), header.nbytes, modules,
-        _lorax(ranks), [*_needs(header.config), *_advice(ranks, bucket)], full,
+        _lorax(ranks), [*_needs(header), *_advice(ranks, bucket)], full,
         _mesh(header, devices) if devices > 1 else [],
         _eight_bits(path, allow_links) if eight_bits else None,
     )  # fmt: skip
@@ -260,9 +260,13 @@ def _lorax(ranks: list[int]) -> list[str]:
     return lines
 
 
-def _needs(config: LoRAConfig) -> list[str]:
-    """What a model must have for the adapter, beside a bucket."""
-    return ["it uses DoRA, so give apply_lora dora=True"] if config.dora else []
+def _needs(header: AdapterHeader) -> list[str]:
+    """What a model must have for the adapter, or could save by it, beside a bucket."""
+    lines = ["it uses DoRA, so give apply_lora dora=True"] if header.config.dora else []
+    kinds = {module.rpartition(".")[2]: half for module, half in header.shared.items()}
+    if kinds:
+        lines.append(f"its experts share halves: give apply_lora experts_share={kinds}")
+    return lines
 
 
 def _advice(ranks: list[int], bucket: int) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, AdapterHeader, peft_header
-from jax_lora.adapters.types import OUTPUT_LAYERS
+from jax_lora.adapters.types import EXPERT, OUTPUT_LAYERS, SharedHalf
 from jax_lora.messages import shown
 from jax_lora.nn.einsum import own_einsum
 from jax_lora.nn.embed import TiedHead
@@ -23,8 +23,7 @@ from pallas_kernels.ranks import rank_bucket
 from pallas_kernels.stacks import is_eight_bits
 
 _SCALE_BYTES = 4  # of each rank column in 8 bits
-# A module of one expert: what is in front of the expert's number, the number, and what follows.
-_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
+_NUMBER = re.compile(r"\d+")
 
 
 class Plan(TypedDict):
@@ -35,6 +34,7 @@ class Plan(TypedDict):
     target: tuple[str, ...]
     dtype: Any
     full_slots: NotRequired[dict[str, int]]
+    experts_share: NotRequired[dict[str, SharedHalf]]
 
 
 def plan_slots(
@@ -68,7 +68,8 @@ def plan_slots(
 
     Returns:
       `apply_lora`'s `buckets`, `slots`, `target` (the modules that the adapters name, so that no
-      other layer gets stacks) and `dtype`; `full_slots` too, if an adapter needs some. A model
+      other layer gets stacks) and `dtype`; `full_slots` too, if an adapter needs some, and
+      `experts_share`, if the experts of all adapters share a half, as their files say. A model
       whose `peft_names` rename more than single layers takes `plan | {"target": ...}`.
 
     Raises:
@@ -84,7 +85,9 @@ def plan_slots(
     dtypes = {header.dtype for header in headers}
     own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     dtype = stack_dtype(dtype or own, eight_bits=True)
+    shared = _experts_share(headers)
     bytes_per_rank = _bytes_per_rank(headers, shapes, dtype, own)
+    bytes_per_rank -= dtype.itemsize * _repeated(shapes, shared)
     full, given = _full(headers, own if is_eight_bits(dtype) else dtype), memory
     memory -= sum(full.values())
     wanted = Counter(rank_bucket(header.rank) for header in headers)
@@ -99,20 +102,14 @@ def plan_slots(
             f"{f', and full slots {sum(full.values())}' if full else ''}. Give more, a smaller "
             f"dtype=, or leave out the adapters of rank {max(h.rank for h in headers)}"
         )
-    slots = dict.fromkeys(sorted(wanted), 1)
-    left = memory - sum(slots) * bytes_per_rank
-    while growing := [
-        (slots[bucket] / wanted[bucket], bucket)
-        for bucket in slots
-        if slots[bucket] < wanted[bucket] and bucket * bytes_per_rank <= left
-    ]:
-        _, bucket = min(growing)
-        slots[bucket] += 1
-        left -= bucket * bytes_per_rank
+    nbytes = {bucket: bucket * bytes_per_rank for bucket in wanted}
+    slots, left = _filled(nbytes, wanted, memory - sum(nbytes.values()))
     target = tuple(dict.fromkeys(_targets(module) for module in sorted(shapes)))
     plan: Plan = {"buckets": tuple(slots), "slots": slots, "target": target, "dtype": dtype}
+    if shared:
+        plan["experts_share"] = shared
     if full:
-        counts = _full_slots(full, Counter(m for header in headers for m in header.full), left)
+        counts, _ = _filled(full, Counter(m for header in headers for m in header.full), left)
         plan["full_slots"] = {re.escape(module): count for module, count in counts.items()}
     return plan
 
@@ -120,9 +117,9 @@ def plan_slots(
 def _targets(module: str) -> str:
     """An expression for the module; for that of an expert, one for all experts of the layer, which
     stand in one layer of the model."""
-    if (match := _EXPERT.fullmatch(module)) is None:
+    if (match := EXPERT.fullmatch(module)) is None:
         return re.escape(module)
-    return rf"{re.escape(match[1])}\d+{re.escape(match[3])}"
+    return rf"{re.escape(match[1])}\.\d+\.{re.escape(match[3])}"
 
 
 def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
@@ -145,14 +142,40 @@ def _shapes(headers: list[AdapterHeader]) -> dict[str, tuple[int, int]]:
 
 def _with_all_experts(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """The modules, and those of experts that no adapter adapts: a layer has stacks for all."""
-    experts = {module: match for module in shapes if (match := _EXPERT.fullmatch(module))}
+    experts = {module: match for module in shapes if (match := EXPERT.fullmatch(module))}
     count = max((int(match[2]) + 1 for match in experts.values()), default=0)
     others = {
-        f"{match[1]}{number}{match[3]}": shapes[module]
+        f"{match[1]}.{number}.{match[3]}": shapes[module]
         for module, match in experts.items()
         for number in range(count)
     }
     return others | shapes
+
+
+def _experts_share(headers: list[AdapterHeader]) -> dict[str, SharedHalf]:
+    """The half that the experts of all adapters share, by the target of each layer with one.
+
+    In all layers alike: a model may have these stacked for a scan.
+    """
+    found: dict[str, set[SharedHalf | None]] = {}
+    for header in headers:
+        for module in filter(EXPERT.fullmatch, header.modules):
+            found.setdefault(_NUMBER.sub("", module), set()).add(header.shared.get(module))
+    return {
+        _targets(module): half
+        for header in headers
+        for module, half in header.shared.items()
+        if found[_NUMBER.sub("", module)] == {half}
+    }
+
+
+def _repeated(shapes: Mapping[str, tuple[int, int]], shared: Mapping[str, SharedHalf]) -> int:
+    """The features of what experts share, counted for all but one of each layer."""
+    layers: dict[str, list[int]] = {}
+    for module, (features, width) in shapes.items():
+        if half := shared.get(target := _targets(module)):
+            layers.setdefault(target, []).append(features if half == "A" else width)
+    return sum(sum(sizes[1:]) for sizes in layers.values())
 
 
 def _bytes_per_rank(
@@ -187,18 +210,20 @@ def _full(headers: list[AdapterHeader], dtype: Any) -> dict[str, int]:
     return found
 
 
-def _full_slots(nbytes: dict[str, int], wanted: Counter[str], left: int) -> dict[str, int]:
-    """One full slot of each module, and more while `left` bytes hold them."""
+def _filled[K: (int, str)](
+    nbytes: Mapping[K, int], wanted: Mapping[K, int], left: int
+) -> tuple[dict[K, int], int]:
+    """One slot of each kind, and more while `left` bytes hold them; and what is left then."""
     slots = dict.fromkeys(sorted(nbytes), 1)
     while growing := [
-        (count / wanted[module], module)
-        for module, count in slots.items()
-        if count < wanted[module] and nbytes[module] <= left
+        (count / wanted[kind], kind)
+        for kind, count in slots.items()
+        if count < wanted[kind] and nbytes[kind] <= left
     ]:
-        _, module = min(growing)
-        slots[module] += 1
-        left -= nbytes[module]
-    return slots
+        _, kind = min(growing)
+        slots[kind] += 1
+        left -= nbytes[kind]
+    return slots, left
 
 
 def _headers(adapters: Any, allow_links: bool) -> list[AdapterHeader]:

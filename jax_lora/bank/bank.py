@@ -162,8 +162,8 @@ class AdapterBank(Checkpoints):
 
         Raises:
           ValueError: the name is taken or malformed; the files are (see `load_peft`); a module is
-            not in the model or has other shapes; the model lacks the bucket; the error in 8 bits is
-            above a tenth.
+            not in the model or has other shapes; experts differ in what they share there; the model
+            lacks the bucket; the error in 8 bits is above a tenth.
           FileNotFoundError: files are missing.
           BankFullError: all slots of the bucket, or all full slots of a layer that the adapter has
             whole, are pinned, leased or reserved (`reserve`); and so they were for `wait` seconds.
@@ -288,7 +288,7 @@ class AdapterBank(Checkpoints):
     # ------------------------------------------------------------------------- getting weights out
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Writes an adapter, as it is now, to a folder that PEFT reads.
+        """Writes an adapter, as it is now, to a folder that PEFT reads; see `save_peft`.
 
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`). Out of stacks in 8 bits it

@@ -192,7 +192,12 @@ class Checkpoints(AdapterReader):
             )
             for bucket, writer in self._writers.items()
         }
-        return {**slots, **dtypes, **full, **sites}
+        shared = {
+            f"experts of {path}": f"share {half}"
+            for path, layer in self._layers.items()
+            if (half := layer.stacks[0].shape.shared)
+        }
+        return {**slots, **dtypes, **full, **shared, **sites}
 
     def _check_same(self, path: str | os.PathLike[str], said: JsonObject) -> None:
         mine, theirs = self._described(), said.get("model")

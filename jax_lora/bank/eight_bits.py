@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_lora.adapters import LoRAWeights
+from jax_lora.adapters.types import SharedHalf
 from pallas_kernels.eight_bits import Quantised, quantised
 
 # What a module adds may differ from the adapter's own by so much of its norm. Rounding both halves
@@ -91,10 +92,13 @@ def _halves(held: Quantised, of_a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unscaled(
-    a: np.ndarray, b: np.ndarray, factors: np.ndarray, scale: float
+    a: np.ndarray, b: np.ndarray, own: np.ndarray, shared: SharedHalf | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B, float32, of an adapter of a scale, out of stacks in 8 bits. Which of both was the
-    larger is not known there: their rows and columns are so as well."""
-    own = factors / np.float32(scale or 1)
+    """A and B, float32, out of stacks in 8 bits with factors of their own, `[R]`. Which of both was
+    the larger is not known there: their rows and columns are so as well, but for a half that is
+    `shared` with other experts, which is the same whatever the factors are."""
+    wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
+    if shared is not None:
+        return (wide_a, wide_b * own) if shared == "A" else (wide_a * own[:, None], wide_b)
     root = np.sqrt(np.abs(own))
     return _halves(Quantised(a, b, own), np.where(root > 0, root, np.float32(1)))

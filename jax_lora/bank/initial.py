@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jax_lora.adapters import Adapter, LoRAConfig, LoRAWeights
+from jax_lora.bank.shared import check_ranks, with_one
 from jax_lora.bank.sites import Site, check_trained, some
 
 
@@ -20,7 +21,7 @@ def new_adapter(
     Raises:
       TypeError: `config` or `rngs` is of another type.
       ValueError: the config targets no site, saves none with full slots, or asks for DoRA; the
-        stacks are in 8 bits.
+        stacks are in 8 bits; experts that share a half would have several ranks.
     """
     check_trained(name, (site.dtype for site in sites.values()))
     for what, value, kind in (("config", config, LoRAConfig), ("rngs", rngs, nnx.Rngs)):
@@ -48,7 +49,8 @@ def new_adapter(
         raise ValueError(
             f"target_modules={config.target_modules!r:.300} names none of {some(sites, str)}"
         )
-    return Adapter(config, modules, full)
+    check_ranks(name, {module: weights.rank for module, weights in modules.items()}, sites)
+    return Adapter(config, with_one(modules, sites), full)
 
 
 def _weights(

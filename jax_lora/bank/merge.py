@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jax_lora.adapters import Adapter, FullModule, LoRAConfig, LoRAWeights
 from jax_lora.bank.dora import magnitude_of
+from jax_lora.bank.shared import widest, with_one
 from jax_lora.bank.sites import Site
 from jax_lora.bank.slots import Entry
 from jax_lora.nn.layer import LoRALayer
@@ -35,6 +36,7 @@ def as_adapter(
     ranks = {
         module: max(config.rank_of(module), _rank_of(a, b)) for module, (a, b) in slots.items()
     }
+    ranks = widest(ranks, sites)
     config = _widened(config, ranks)
     modules = {}
     for module, (a, b) in slots.items():
@@ -43,7 +45,7 @@ def as_adapter(
             magnitude = magnitude_of(sites[module], entry, a, b, scale)
         a, b = a[: ranks[module]], b[:, : ranks[module]]
         modules[module] = LoRAWeights(a, b, scale, sites[module].is_embedding, magnitude)
-    return Adapter(config, modules)
+    return Adapter(config, with_one(modules, sites))
 
 
 def _rank_of(a: np.ndarray, b: np.ndarray) -> int:

@@ -65,7 +65,8 @@ class StackOwner:
         return numbered_names(self._array_shapes(), leads)
 
     def _array_shapes(self) -> dict[ModulePath, Shape]:
-        return array_shapes(self._model)
+        # Without stacks: those of experts have no axis of these in front.
+        return array_shapes(self._model, nnx.Not(nnx.LoRAParam))
 
     @property
     def stepping(self) -> Lock:

@@ -17,6 +17,7 @@ from jax_lora.bank import dora
 from jax_lora.bank.agreement import Agree, digest
 from jax_lora.bank.full import FullSlots
 from jax_lora.bank.roster import Roster
+from jax_lora.bank.shared import check_ranks, is_one
 from jax_lora.bank.sites import Site, check_fit, check_same
 from jax_lora.bank.slots import BankFullError, Entry
 from jax_lora.bank.tokens import check_tokens
@@ -46,15 +47,16 @@ def stays_on_device(adapter: Adapter, bucket: int, sites: Mapping[str, Site]) ->
     if adapter.config.dora or adapter.full or adapter.tokens:
         return False
     return all(
-        isinstance(half, jax.Array) and _is_slot_of(variable.get_value(), half)
+        isinstance(half, jax.Array) and _is_slot_of(variable.get_value(), size[1:], half)
         for module, weights in adapter.modules.items()
-        for variable, half in zip(sites[module].stacks[bucket].variables, (weights.a, weights.b))
-    )
+        for stack in [sites[module].stacks[bucket]]
+        for variable, size, half in zip(stack.variables, stack.shape.sizes, (weights.a, weights.b))
+    ) and is_one(adapter.modules, sites)
 
 
-def _is_slot_of(stack: Array, half: Array) -> bool:
+def _is_slot_of(stack: Array, size: tuple[int, ...], half: Array) -> bool:
     return (
-        (half.shape, half.dtype) == (stack.shape[-2:], stack.dtype)
+        (half.shape, half.dtype) == (size, stack.dtype)
         and home_of(half) == home_of(stack)  # jit compiles for each home
         and half.sharding.device_set == stack.sharding.device_set
         and len(stack.sharding.device_set) == 1
@@ -81,25 +83,25 @@ def values_on_device(
     layers: list[LoRALayer],
 ) -> list[SlotOfLayer]:
     """What `slot_values` makes, of an adapter that `stays_on_device`; one program for a bucket."""
-    of_layer: dict[int, dict[tuple[int, tuple[int, ...]], LoRAWeights]] = {}
+    by_layer: dict[int, list[tuple[Site, LoRAWeights]]] = {}
     for module, weights in adapted.items():
-        site = sites[module]
-        of_layer.setdefault(id(site.layer), {})[site.nth, site.index] = weights
+        by_layer.setdefault(id(sites[module].layer), []).append((sites[module], weights))
     zeros: dict[tuple[tuple[int, ...], np.dtype], Array] = {}
     values: list[tuple[np.ndarray, list[list[Half]]]] = []
     for layer, (scales, arrays) in zip(layers, writer.layout.shapes):
-        modules = of_layer.get(id(layer), {})
+        halves: dict[tuple[int, tuple[int, ...]], Half] = {}
         own_scales = np.zeros(scales.shape, scales.dtype)
         parts: list[list[Half]] = []
-        for (nth, index), weights in modules.items():
-            own_scales[*index, nth] = weights.scale
+        for site, weights in by_layer.get(id(layer), []):
+            own_scales[*site.index, site.nth] = weights.scale
+            for n, (place, half) in enumerate(zip(site.places, (weights.a, weights.b))):
+                halves[2 * site.nth + n, place] = half
         for number, array in enumerate(arrays):
             key = array.shape[-2:], array.dtype
             if key not in zeros:
                 zeros[key] = jax.device_put(np.zeros(*key), array.sharding)
-            nth, half = divmod(number, 2)
-            there = (modules.get((nth, index)) for index in np.ndindex(*layer.lead))
-            parts.append([zeros[key] if w is None else (w.a, w.b)[half] for w in there])
+            places = np.ndindex(*array.shape[:-2])
+            parts.append([halves.get((number, place), zeros[key]) for place in places])
         values.append((own_scales, parts))
     assembled = _assembled([parts for _, parts in values], writer.layout)
     return [(scales, list(arrays)) for (scales, _), arrays in zip(values, assembled)]
@@ -156,18 +158,21 @@ def copied_slot(source: SlotWriter, slot: int, target: SlotWriter) -> list[SlotO
 def _copied(arrays: OfLayers, slot: Array, source: Layout, target: Layout) -> list[SlotOfLayer]:
     copied: list[SlotOfLayer] = []
     places = zip(source.firsts, source.columns)
-    for (scales, stacks), place, (_, wanted) in zip(arrays, places, target.shapes):
+    for (scales, stacks), place, (_, held), (_, wanted) in zip(
+        arrays, places, source.shapes, target.shapes
+    ):
         if len(stacks) != len(wanted):
             raise ValueError(
                 "one of the two models has room for DoRA and the other has none; give both "
                 "apply_lora(dora=True), or none"
             )
         halves = []
-        for stack, shape in zip(stacks, wanted):
+        for stack, own, shape in zip(stacks, held, wanted):
             _check_cast({stack.dtype}, shape.dtype)  # once for two layouts, as JAX traces once
-            halves.append(_padded(get_slot(stack, slot), shape.shape, shape.dtype))
-        own = scales[..., places_of(slot, *place)]
-        copied.append((own, list[np.ndarray | Array](halves)))
+            half = get_slot(stack, slot).reshape(own.shape)
+            halves.append(_padded(half, shape.shape, shape.dtype))
+        own_scales = scales[..., places_of(slot, *place)]
+        copied.append((own_scales, list[np.ndarray | Array](halves)))
     return copied
 
 
@@ -304,6 +309,7 @@ class Publisher(Roster):
     def _check_header(self, name: str, header: AdapterHeader) -> int:
         """The bucket of an adapter, before its weights are read, if the model has room for it."""
         check_fit(name, header, self._sites)
+        check_ranks(name, {m: shape.rank for m, shape in header.modules.items()}, self._sites)
         check_tokens(name, header, self._sites)
         features = {m: (s.in_features, s.out_features) for m, s in header.modules.items()}
         dora.check_room(name, header.config.dora, features, self._sites)

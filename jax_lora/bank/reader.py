@@ -16,6 +16,7 @@ from jax_lora.bank.publish import (
     stays_on_device,
     values_on_device,
 )
+from jax_lora.bank.shared import check_values
 from jax_lora.bank.tokens import with_whole_tokens
 from jax_lora.bank.writer import PreparedAdapter, slot_values
 
@@ -74,6 +75,7 @@ class AdapterReader(Publisher):
         layers, writer = list(self._layers.values()), self._writers[bucket]
         if not stays_on_device(adapter, bucket, self._sites):
             adapter = on_host(adapter)
+        check_values(name, adapter.modules, self._sites)
         small = {m: w for m, w in adapter.modules.items() if self._sites[m].is_eight_bits}
         held = in_eight_bits(name, small, {m: self._sites[m].dtype for m in small})
         if not small and stays_on_device(adapter, bucket, self._sites):

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jax_lora.adapters import AdapterHeader, FullModule, FullShape, meant
+from jax_lora.adapters.types import SharedHalf
 from jax_lora.nn.embed import LoRAEmbed
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.names import with_numbers
@@ -23,7 +24,8 @@ class Site:
 
     Attributes:
       nth: which of the layer's slices.
-      index: which layer of those that are stacked for a scan; () for a layer alone.
+      index: which layer of those that are stacked for a scan, and which expert; () for a layer
+        alone.
     """
 
     layer: LoRALayer
@@ -35,6 +37,16 @@ class Site:
     def features(self) -> tuple[int, int]:
         """H, and the width of the slice."""
         return self._first.shape.features
+
+    @property
+    def shared(self) -> SharedHalf | None:
+        """The half that it has in common with all other experts of its layer."""
+        return self._first.shape.shared
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where its A and its B stand in a slot of its layer."""
+        return self._first.shape.in_slot(self.index)
 
     @property
     def columns(self) -> slice:
@@ -163,8 +175,8 @@ def common_slots(layers: Mapping[str, LoRALayer]) -> dict[int, int]:
 def _check_lead(name: str, layer: LoRALayer) -> None:
     """ValueError where layers are stacked along other axes than those in front."""
     for stack in layer.stacks:
-        for variable, size in zip(stack.variables, stack.shape.sizes):
-            if (shape := variable.get_value().shape) != (expected := (*layer.lead, *size)):
+        for variable, expected in zip(stack.variables, stack.shape.arrays(layer.lead)):
+            if (shape := variable.get_value().shape) != expected:
                 raise ValueError(
                     f"{name}: its stacks are {list(shape)} and should be {list(expected)}; of "
                     "layers stacked for a scan, the axes of layers come first in each array"
@@ -229,13 +241,14 @@ def check_trained(name: str, dtypes: Iterable[np.dtype]) -> None:
 def check_same(sites: Mapping[str, Site], others: Mapping[str, Site]) -> None:
     """ValueError unless two models have the same LoRA layers, which hold the same modules."""
     mine, theirs = (
-        [(module, site.features, site.nth, site.index) for module, site in found.items()]
+        [(m, site.features, site.nth, site.index, site.shared) for m, site in found.items()]
         for found in (sites, others)
     )
     if mine != theirs:
         odd = sorted({(name, features) for name, features, *_ in {*mine} ^ {*theirs}})
         raise ValueError(
-            "the two banks' models must have the same LoRA layers, stacked alike; they differ in "
+            "the two banks' models must have the same LoRA layers, stacked alike, whose experts "
+            "share the same halves; they differ in "
             f"{some((f'{name} {list(features)}' for name, features in odd), str)}"
         )
 

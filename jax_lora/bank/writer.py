@@ -258,16 +258,23 @@ def _slot_shapes(
                 sharding=home_of(scales),
             ),
             [
-                jax.ShapeDtypeStruct(
-                    (*stack.shape[:-3], *stack.shape[-2:]),
-                    stack.dtype,
-                    sharding=_without_slots(stack, -3),
-                )
-                for stack in stacks
+                jax.ShapeDtypeStruct(size, stack.dtype, sharding=_without_slots(stack, -3))
+                for stack, size in zip(stacks, _slot_sizes(some, scales.shape[:-1]))
             ],
         )
         for some, (scales, stacks) in zip(of_layers, arrays)
     ]
+
+
+def _slot_sizes(some: list[LoRAStack], lead: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of one slot of what `_Held.stacks` has; `lead` are the layer's."""
+    halves = [
+        (*axes, *size[1:])
+        for stack in some
+        for axes, size in zip(stack.shape.in_slot(lead), stack.shape.sizes)
+    ]
+    widths = [stack.shape.features[1] for stack in some if stack.rescale is not None]
+    return halves + [(*lead, 1, width) for width in widths]
 
 
 def _columns(some: list[LoRAStack]) -> tuple[int, ...]:
@@ -347,6 +354,7 @@ def slot_values(
       ValueError: weights overflow the stacks' dtype.
     """
     slots = {id(layer): slot for layer, slot in zip(layers, writer.empty_slots())}
+    written: set[tuple[int, tuple[int, ...]]] = set()
     for module, weights in adapter.modules.items():
         site = sites[module]
         scales, arrays = slots[id(site.layer)]
@@ -363,11 +371,11 @@ def slot_values(
             continue
         # As words: NumPy copies rows of bfloat16 one by one, several times slower.
         words, rank = np.dtype(f"u{dtype.itemsize}"), weights.rank
-        (a, b), (new_a, new_b) = (
-            [np.ascontiguousarray(t).view(words) for t in halves],
-            [array[site.index].view(words) for array in arrays[mine]],
-        )
-        new_a[:rank], new_b[:, :rank] = a, b
+        spaces = np.s_[:rank], np.s_[:, :rank]
+        for array, place, space, half in zip(arrays[mine], site.places, spaces, halves):
+            if (id(array), place) not in written:  # what experts share they have in one place
+                written.add((id(array), place))
+                array[place].view(words)[space] = np.ascontiguousarray(half).view(words)
     return [(scales, list(arrays)) for scales, arrays in (slots[id(layer)] for layer in layers)]
 
 
@@ -398,12 +406,20 @@ def read_slots(sites: Mapping[str, Site], entry: Entry) -> dict[str, tuple[np.nd
     for name, site in sites.items():
         stack = site.stacks[entry.bucket]
         if id(stack) not in fetched:
-            slots = [get_slot(v.get_value(), slot) for v in stack.variables]
+            sizes = _slot_sizes([stack], site.layer.lead)
+            slots = [
+                whole(get_slot(variable.get_value(), slot)).reshape(size)
+                for variable, size in zip(stack.variables, sizes)
+            ]
             if is_eight_bits(stack.lora_a.dtype):
-                slots.append(get_scales(site.layer.scales.get_value(), stack.shape, slot))
-            fetched[id(stack)] = [whole(array) for array in slots]
-        a, b, *factors = (array[site.index] for array in fetched[id(stack)])
+                scales = get_scales(site.layer.scales.get_value(), stack.shape, slot)
+                slots.append(whole(scales))
+            fetched[id(stack)] = slots
+        a, b, *factors = (
+            array[place] for array, place in zip(fetched[id(stack)], (*site.places, site.index))
+        )
         found[name] = a, b
         if factors:
-            found[name] = unscaled(a, b, factors[0], entry.config.scale_of(name))
+            own = factors[0] / np.float32(entry.config.scale_of(name) or 1)
+            found[name] = unscaled(a, b, own, site.shared)
     return found

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike
 
+from jax_lora.adapters.types import SharedHalf
 from jax_lora.batch import Guard
 from jax_lora.nn.einsum import EinsumLayer, LoRAEinsum, own_einsum
 from jax_lora.nn.embed import LoRAEmbed, LoRAHead, LoRATiedEmbed, TiedEmbed, TiedHead
@@ -54,6 +55,7 @@ def apply_lora(
     dora: bool = False,
     fully_sharded: bool = False,
     full_slots: Mapping[str, int] | None = None,
+    experts_share: Mapping[str, SharedHalf] | None = None,
 ) -> int:
     """Gives the linear layers of `model` room for LoRA adapters, in place.
 
@@ -96,6 +98,8 @@ def apply_lora(
       full_slots: from an expression, as in `target`, to the full slots of the layers that match it:
         `{"lm_head": 2}`. So many adapters may have a whole weight of their own at once, which PEFT
         calls `modules_to_save`. These layers have room for LoRA too.
+      experts_share: from an expression to "A" or "B", which the experts of a layer then share: a
+        slot has one for all, and takes adapters alone whose experts have it in common.
 
     Returns:
       The bytes that stacks and full slots take.
@@ -105,25 +109,35 @@ def apply_lora(
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
         a matrix product, its kernel has an unexpected shape or dtype, or what it has does not
         divide over its mesh; full slots of a layer that is no `nnx.Linear`, embedding or head of
-        one. The model is unchanged.
+        one; experts that share both halves. The model is unchanged.
     """
     by_bucket, layers = check_slots(slots, buckets), _matched_layers(model, target)
     full = _full_slots(model, full_slots or {})
     layers |= {name: layer for name, (layer, _) in full.items()}
+    shared = _experts_share(model, layers, experts_share or {})
     _check_layers(model, layers, dtype, buckets, fully_sharded, dora)
     guard = Guard()
-    for layer in layers.values():
-        # The object stays the one that its parents and tied references know.
-        lead = _lead(layer)
-        layer.__class__ = _lora_class(layer)
-        own = _dtype(layer, dtype, layer.takes_eight_bits)
-        layer.add_stacks(by_bucket, buckets, None, own, lead, fully_sharded)
+    for name, layer in layers.items():
+        _add_stacks(layer, shared.get(name), by_bucket, buckets, dtype, fully_sharded)
         layer.guard = guard
         if dora and isinstance(layer, LoRADense | LoRADenseGeneral | EinsumLayer):
             layer.add_rescales()
     for layer, count in full.values():
         layer.add_full(count, sum(by_bucket.values()), _dtype(layer, dtype, False))
     return sum(layer.room_bytes for layer in layers.values())
+
+
+def _add_stacks(
+    layer: Any, shared: SharedHalf | None, slots: Slots, buckets: Sequence[int],
+    dtype: DTypeLike | None, fully_sharded: bool,
+) -> None:  # fmt: skip
+    lead = _lead(layer)
+    # The object stays the one that its parents and tied references know.
+    layer.__class__ = _lora_class(layer)
+    if shared is not None:
+        layer.shared = shared
+    own = _dtype(layer, dtype, layer.takes_eight_bits)
+    layer.add_stacks(slots, buckets, None, own, lead, fully_sharded)
 
 
 def _dtype(layer: LoRALayer, dtype: DTypeLike | None, takes_eight_bits: bool) -> DTypeLike:
@@ -206,6 +220,36 @@ def _full_slots(model: nnx.Module, given: Mapping[str, int]) -> dict[str, tuple[
                     "their heads, and not for layers stacked for a scan"
                 )
             found[name] = layer, count
+    return found
+
+
+def _experts_share(
+    model: nnx.Module, layers: Mapping[str, Any], given: Mapping[str, SharedHalf]
+) -> dict[str, SharedHalf]:
+    """The half that experts share, by the name of their layer, which is one of `layers`."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f'experts_share must map expressions to "A" or "B", got {given!r:.300}')
+    found: dict[str, SharedHalf] = {}
+    for target, half in given.items():
+        if half not in ("A", "B"):
+            raise ValueError(f'experts_share[{target!r}] must be "A" or "B", got {half!r:.300}')
+        matched = [
+            name
+            for name, layer in _matched_layers(model, target).items()
+            if isinstance(layer, Experts) and name in layers
+        ]
+        if not matched:
+            experts = [name for name, layer in layers.items() if isinstance(layer, Experts)]
+            raise TypeError(
+                f"experts_share[{target!r}] matches no experts that have room for LoRA; these "
+                f"have: {', '.join(experts) or 'none'}"
+            )
+        for name in matched:
+            if found.setdefault(name, half) != half:
+                raise ValueError(
+                    f"experts_share gives {name} both halves, but nothing would then be an "
+                    "expert's own; share one of them"
+                )
     return found
 
 

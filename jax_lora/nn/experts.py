@@ -16,10 +16,11 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jax_lora.adapters.types import SharedHalf
 from jax_lora.batch import AdapterBatch, current
 from jax_lora.nn.layer import LoRALayer
 from jax_lora.nn.ops import add_in_step
-from jax_lora.nn.stacks import LoRAStack, StackArrays, slots_of
+from jax_lora.nn.stacks import LoRAStack, Slots, StackArrays, StackShape, slots_of
 from jax_lora.sharding import Shards
 from jax_lora.tokens import Ranges
 from pallas_kernels import LoRAPart
@@ -29,6 +30,7 @@ from pallas_kernels.routing import (
     Segments,
     SlotRange,
     columns_of,
+    expert_indices,
     ids_of,
     make_segments,
 )
@@ -101,8 +103,8 @@ def _adapters(
     """The adapters of pairs, whose tokens and experts these are."""
     columns: list[Segments] = []
     for token_ids, _ in columns_of(of_tokens):
-        ids = _pair_ids(ids_of(token_ids)[tokens], experts, num_experts, ranges)
-        segments = make_segments(ids, num_experts * sum(slots for _, slots in ranges))
+        ids = expert_indices(ids_of(token_ids)[tokens], experts[:, None], num_experts)
+        segments = make_segments(ids[:, 0], num_experts * sum(slots for _, slots in ranges))
         columns.append(segments.split(_pair_ranges(num_experts, ranges)))
     if isinstance(of_tokens, Mix):
         return Mix(tuple(columns), of_tokens.weights[tokens])
@@ -116,19 +118,6 @@ def _pair_ranges(num_experts: int, ranges: Ranges) -> list[SlotRange]:
     return [
         SlotRange(num_experts * first, num_experts * size) for first, size in zip(firsts, sizes)
     ]
-
-
-def _pair_ids(
-    ids: Int[Array, " P"], experts: Int[Array, " P"], num_experts: int, ranges: Ranges
-) -> Int[Array, " P"]:
-    """The id of each pair's adapter. A bucket's stacks are `[E, slots, ...]`: experts are an axis
-    in front, as layers of a scan are, so that a bank writes both alike."""
-    found = jnp.full_like(ids, -1)
-    for slots in _pair_ranges(num_experts, ranges):
-        own = SlotRange(slots.first // num_experts, slots.slots // num_experts)
-        pair = slots.first + experts * own.slots + (ids - own.first)
-        found = jnp.where(own.holds(ids), pair, found)
-    return found
 
 
 class Experts(nnx.Module):
@@ -176,8 +165,14 @@ class Experts(nnx.Module):
 class LoRAExperts(LoRALayer, Experts):  # type: ignore[misc]
     """`Experts` with stacks of LoRA adapters, one for each slot and expert. Made by `apply_lora`.
 
-    The stacks of a bucket are `[E, slots, R, H]` and `[E, slots, N, R]`.
+    The stacks of a bucket are `[slots, E * R, H]` and `[slots, E * N, R]`. A half that experts
+    share has one of a slot: `[slots, R, H]`, or `[slots, N, R]`.
+
+    Attributes:
+      shared: the half that they share; None where each has its own. Set it before `add_stacks`.
     """
+
+    shared: SharedHalf | None = None
 
     def __call__(self, x: Float[Array, "P H"], pairs: Pairs) -> Float[Array, "P N"]:  # type: ignore[override]
         """As `Experts`, with the adapters of the batch of `jax_lora.use`."""
@@ -193,24 +188,35 @@ class LoRAExperts(LoRALayer, Experts):  # type: ignore[misc]
         return [
             LoRAPart(a, b, scales, experts * first_slots[stack.bucket], 0, 0, layers)
             for stack in self.stacks
-            for a, b, scales, layers in [self._flat(stack, experts)]
+            for a, b, scales, layers in [self._flat(stack)]
         ]
 
-    def _flat(self, stack: LoRAStack, experts: int) -> StackArrays:
-        """A bucket's arrays with experts and slots as one axis."""
-        slots, first = stack.slots, stack.shape.scales_offset
-        own = slice(first, first + stack.shape.num_scales)
+    def _stack_shapes(
+        self, slots: Slots, buckets: Sequence[int], slices: Sequence[int], dtype: DTypeLike
+    ) -> list[StackShape]:
+        return [
+            shape._replace(of_experts=True, shared=self.shared)
+            for shape in super()._stack_shapes(slots, buckets, slices, dtype)
+        ]
 
-        def flat(array: Array, axis: int) -> Array:
-            return array.reshape(*array.shape[:axis], experts * slots, *array.shape[axis + 2 :])
+    def _flat(self, stack: LoRAStack) -> StackArrays:
+        """A bucket's arrays with slots and experts as one axis."""
+        shape = stack.shape
+        own = slice(shape.scales_offset, shape.scales_offset + shape.num_scales)
+        matrices = [size[1:] for size in shape.sizes]
+
+        def flat(a: Array, b: Array, scales: Array) -> tuple[Array, Array, Array]:
+            """`scales` are `[*layers, E, S]`: a bank writes those of experts as those of layers."""
+            layers = scales.shape[:-2]
+            a, b = (t.reshape(*layers, -1, *size) for t, size in zip((a, b), matrices))
+            each = scales[..., own].reshape(*scales.shape[:-1], shape.slots, -1)
+            return a, b, each.swapaxes(-3, -2).reshape(*layers, -1)
 
         a, b, scales, layers = self._arrays(stack)
-        scales = scales[:, own].reshape(-1)
         if layers is not None:
-            of_all = layers.scales[..., own].reshape(len(layers.scales), -1)
-            of_a, of_b = flat(layers.lora_a, 1), flat(layers.lora_b, 1)
-            layers = LayerStacks(of_a, of_b, of_all, layers.layer)
-        return StackArrays(flat(a, 0), flat(b, 0), scales, layers)
+            of_all = flat(layers.lora_a, layers.lora_b, layers.scales)
+            layers = LayerStacks(*of_all, layers.layer)
+        return StackArrays(*flat(a, b, scales), layers)
 
     def _place(self, shards: Shards | None, holder: nnx.Module) -> None:
         if shards is not None and shards.mesh.size > 1:

@@ -22,6 +22,7 @@ from jax_lora.nn.stacks import (
     LoRAStack,
     Slots,
     StackArrays,
+    StackShape,
     empty_scales,
     slots_of,
     stack_dtype,
@@ -140,17 +141,22 @@ class LoRALayer(nnx.Module):
         check_process()
         slices = (self.matrix_shape()[1],) if slices is None else tuple(slices)
         dtype = stack_dtype(dtype, eight_bits=True)
-        shapes = stack_shapes(self.matrix_shape(), slots, buckets, slices, dtype)
+        shapes = self._stack_shapes(slots, buckets, slices, dtype)
         self.slices, self.guard, self.placement = slices, None, None
         self.fully_sharded = fully_sharded
         shards = self.check_room(dtype, len(lead), buckets, fully_sharded)
         self.stacks = nnx.List([])
         for shape in shapes:
-            a, b = (jnp.zeros((*lead, *size), dtype) for size in shape.sizes)
+            a, b = (jnp.zeros(size, dtype) for size in shape.arrays(lead))
             self.stacks.append(LoRAStack(shape, a, b))
             self._place(shards, self.stacks[-1])
         self.scales = LoRAScale(empty_scales(shapes, lead))
         self._place(shards, self)
+
+    def _stack_shapes(
+        self, slots: Slots, buckets: Sequence[int], slices: Sequence[int], dtype: DTypeLike
+    ) -> list[StackShape]:
+        return stack_shapes(self.matrix_shape(), slots, buckets, slices, dtype)
 
     def check_room(
         self, dtype: DTypeLike, lead: int, buckets: Sequence[int], fully_sharded: bool

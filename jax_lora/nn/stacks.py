@@ -1,6 +1,7 @@
 """The stacks of a layer: room for adapters, by rank bucket and output slice."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike
 
+from jax_lora.adapters.types import SharedHalf
 from pallas_kernels import LoRAPart
 from pallas_kernels.ranks import check_buckets
 from pallas_kernels.stacks import EIGHT_BITS_NAMES, LayerStacks, is_eight_bits
@@ -39,6 +41,8 @@ class StackShape(NamedTuple):
       y_offset: first of the layer's output columns that the stack adds to.
       scales_offset: where its scales start in the layer's.
       scales_per_slot: 1; of stacks in 8 bits R, one for each rank column.
+      of_experts: whether the last axis of the layer's `lead` is that of experts.
+      shared: the half of which a slot has one for all experts; None where each has its own.
     """
 
     slots: int
@@ -47,6 +51,8 @@ class StackShape(NamedTuple):
     y_offset: int
     scales_offset: int
     scales_per_slot: int = 1
+    of_experts: bool = False
+    shared: SharedHalf | None = None
 
     @property
     def num_scales(self) -> int:
@@ -59,13 +65,29 @@ class StackShape(NamedTuple):
         in_features, out_features = self.features
         return (self.slots, self.bucket, in_features), (self.slots, out_features, self.bucket)
 
+    def in_slot(self, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of a slot's A, and of its B, in front of their matrices, of a layer whose
+        `lead` are `axes`: all but that of experts which share the half. Likewise of a place."""
+        of_a, of_b = (axes[:-1] if half == self.shared else axes for half in "AB")
+        return of_a, of_b
+
+    def arrays(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B, of all layers; see `LoRAStack`."""
+        layers = lead[:-1] if self.of_experts else lead
+        a, b = (
+            (*layers, slots, math.prod(axes[len(layers) :]) * rows, columns)
+            for axes, (slots, rows, columns) in zip(self.in_slot(lead), self.sizes)
+        )
+        return a, b
+
 
 class LoRAStack(nnx.Module):
     """The adapters of one rank bucket and one output slice of a layer.
 
     Attributes:
       lora_a: `[*lead, L, R, H]`, `lora_b`: `[*lead, L, n, R]`; zeros where empty. `lead` are the
-        axes of layers that are stacked for a scan, if any.
+        axes of layers that are stacked for a scan, if any. Of E experts `[*lead, L, E * R, H]` and
+        `[*lead, L, E * n, R]`, a slot's experts one below the other; without E in what they share.
       rescale: `[*lead, L, 1, n]` float32 in a model with room for DoRA: what each column of the
         output is multiplied with, less 1; zeros for adapters without DoRA.
       shape: what is static about it.
@@ -116,7 +138,9 @@ def get_scales(scales: Array, shape: StackShape, slot: ArrayLike) -> Array:
 
 
 def set_slot(stack: Array, slot: ArrayLike, new: Array) -> Array:
-    """`stack` with one adapter's A or B replaced, in all layers that are stacked."""
+    """`stack` with one adapter's A or B replaced, in all layers that are stacked. `new` may have
+    an axis of experts."""
+    new = new.reshape(*stack.shape[:-3], *stack.shape[-2:])
     return jax.lax.dynamic_update_index_in_dim(stack, new, slot, stack.ndim - 3)
 
 

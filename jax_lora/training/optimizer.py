@@ -55,8 +55,8 @@ def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     output slice, the half) to A `[*lead, R, H]` or B `[*lead, N, R]`. So a function of names, as
     `optax.multi_transform` and `optax.masked` take it, tells A from B. R is the bucket's rank, with
     zeros behind the adapter's own. Layers stacked for a scan are one array, as for optax elsewhere:
-    what takes a norm for each array (lamb, lars) takes one norm over them. What takes means over
-    an array, as adafactor does, counts the zeros.
+    what takes a norm for each array (lamb, lars) takes one norm over them. So are the experts of a
+    layer, one below the other. What takes means over an array, as adafactor does, counts the zeros.
 
     State takes what `tx` takes for all slots of the model. On a mesh of devices, make it inside
     `jax.set_mesh(mesh)`, so that it is divided as the stacks are.

@@ -35,24 +35,27 @@ def places_of(params: PyTree) -> list[Place]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     found = [_stack_of(_parts(path)) for path, _ in leaves]
-    arrays = {
-        where: leaf for where, (_, leaf) in zip(found, leaves) if where and where[2] == "lora_a"
-    }
+    of_a, of_b = (
+        {where[:2]: leaf for where, (_, leaf) in zip(found, leaves) if where and where[2] == name}
+        for name in ("lora_a", "lora_b")
+    )
+    # From B where it is there: A of experts has a row of each rank of each expert.
+    buckets = {stack: a.shape[-2] for stack, a in of_a.items()}
+    buckets |= {stack: b.shape[-1] for stack, b in of_b.items()}
     numbers = collections.defaultdict[tuple[str, int], list[int]](list)
-    for layer, number, _ in sorted(arrays):
-        numbers[layer, arrays[layer, number, "lora_a"].shape[-2]].append(number)
-    places = []
+    for layer, number in sorted(buckets):
+        numbers[layer, buckets[layer, number]].append(number)
+    arrays, places = of_a | of_b, []
     for where, (path, leaf) in zip(found, leaves):
-        a = arrays.get((*where[:2], "lora_a")) if where else None
-        if where is None or a is None:
+        if where is None or where[:2] not in arrays:
             raise ValueError(
                 f"{'.'.join(_parts(path)):.300} is no stack of adapters; per_adapter takes those "
                 "alone, so give it no base weights and no full slots"
             )
         layer, number, name = where
-        slots, bucket, _ = a.shape[-3:]
-        nth = numbers[layer, bucket].index(number)
-        places.append(Place(bucket, slots, f"{layer}.{nth}.{name}", a.ndim - 3 - leaf.ndim))
+        stack, bucket = arrays[layer, number], buckets[layer, number]
+        nth, slots = numbers[layer, bucket].index(number), stack.shape[-3]
+        places.append(Place(bucket, slots, f"{layer}.{nth}.{name}", stack.ndim - 3 - leaf.ndim))
     return places
 
 

@@ -5,11 +5,14 @@ import pathlib
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jax_lora import Adapter, LoRAConfig, LoRAWeights, load_peft, save_peft
+import jax_lora
+from jax_lora import Adapter, LoRAConfig, LoRAWeights, llama, load_peft, save_peft
 from jax_lora.adapters import peft_header
+from jax_lora.inspection import inspect_adapter
 
 EXPERTS, RANK, H, INNER = 3, 2, 8, 6
 HOLDER = "model.layers.0.mlp.experts"
@@ -154,3 +157,32 @@ def test_stacks_that_do_not_fit_are_refused(
     write(tmp_path, stacked_tensors(shapes) | singles)
     with pytest.raises(ValueError, match=message):
         load_peft(tmp_path)
+
+
+def test_inspect_tells_what_is_shared(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, tensors := stacked_tensors(STACKED))
+    report = inspect_adapter(tmp_path)
+    assert report.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    (line,) = (line for line in report.advice if "experts_share" in line)
+    assert eval(line.partition("experts_share=")[2]) == {
+        "w1": "A", "w3": "A", "w2": "B"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_bundled_decoders_take_them(tmp_path: pathlib.Path, family: str) -> None:
+    """By either name of a module, from a plan of the folder."""
+    config = llama.LlamaConfig(
+        vocab_size=8, hidden_size=H, intermediate_size=INNER, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=H, num_experts=EXPERTS,
+        num_experts_per_tok=2, mixtral_names=family == "mixtral",
+    )  # fmt: skip
+    write(tmp_path, tensors := stacked_tensors(STACKED))
+    model = llama.Llama(config, rngs=nnx.Rngs(0))
+    share = {"gate_proj": "A", "up_proj": "A", "down_proj": "B"}
+    jax_lora.apply_lora(model, slots=1, buckets=(8,), experts_share=share)
+    bank = jax_lora.AdapterBank(model)
+    bank.load("it", tmp_path)
+    bank.save("it", tmp_path / "saved")
+    bank.load("saved", tmp_path / "saved", replace=False)
+    assert peft_header(tmp_path / "saved").nbytes == sum(t.nbytes for t in tensors.values())

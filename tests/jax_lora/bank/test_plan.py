@@ -6,7 +6,16 @@ import pytest
 from flax import nnx
 from tiny import FEATURES, Mlp, make_adapter
 
-from jax_lora import Adapter, AdapterBank, Experts, FullModule, apply_lora, plan_slots, save_peft
+from jax_lora import (
+    Adapter,
+    AdapterBank,
+    Experts,
+    FullModule,
+    LoRAWeights,
+    apply_lora,
+    plan_slots,
+    save_peft,
+)
 from jax_lora.adapters import files
 
 PER_RANK = 4 * sum(h + n for h, n in FEATURES.values())  # bytes, float32
@@ -182,13 +191,20 @@ class Mixture(nnx.Module):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_bytes_of_experts_are_those_of_the_arrays(dtype):
-    """A layer has stacks for all experts, also where adapters adapt two of them."""
+@pytest.mark.parametrize("half", [None, "A", "B"])
+def test_bytes_of_experts_are_those_of_the_arrays(dtype, half):
+    """A layer has stacks for all experts, also where adapters adapt two of them, and one of what
+    these share."""
     own = make_adapter(0, 5, features={"experts.0.up": (4, 6), "experts.2.up": (4, 6)})
+    (first, one), (last, other) = own.modules.items()
+    a, b = one.a if half == "A" else other.a, one.b if half == "B" else other.b
+    modules = {first: one, last: LoRAWeights(a, b, other.scale)}
     whole = {"lm_head": FullModule(np.ones((5, 4), np.float32))}
-    adapter = Adapter(own.config, own.modules, whole)
+    adapter = Adapter(own.config, modules, whole)
     model = Mixture()
     plan = plan_slots([adapter], 1 << 20, dtype=dtype)
+    assert plan.get("experts_share") == (half and {r"experts\.\d+\.up": half})
+    assert "experts_share" not in plan_slots([adapter, own], 1 << 20, dtype=dtype)
     apply_lora(model, **plan)
     bank = AdapterBank(model)
     bank.load("it", adapter)
