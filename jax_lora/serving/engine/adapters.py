@@ -218,6 +218,11 @@ class AdapterDesk:
         self._begin(name)
         return None
 
+    def is_coming(self, name: str) -> bool:
+        """Whether it is on its way to a slot, so that `take` finds nothing."""
+        load = self._loads.get(name)
+        return load is not None and load.stage is not _Stage.HELD
+
     def fetch(self, name: str, arrival: int) -> None:
         """Has the adapter in a slot, and kept there, for a request that can't begin yet."""
         if name not in self._loads and (held := self.take(name, arrival)) is not None:

@@ -180,7 +180,7 @@ class Request:
       max_tokens: of the answer. ends: stop tokens.
       text: None without a tokenizer.
       slot: the adapter's id, while `lease` keeps its slot.
-      row, blocks: its place, while it runs.
+      row: its place, while it runs. table: its blocks, of which it has the first `held`.
       read: tokens of the prompt that steps have taken. sent: tokens of the answer that steps were
         asked for.
       has_ended: nothing more is told.
@@ -197,7 +197,8 @@ class Request:
     slot: int = -1
     lease: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     row: int = -1
-    blocks: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    table: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    held: int = 0
     read: int = 0
     sent: int = 0
     has_ended: bool = False

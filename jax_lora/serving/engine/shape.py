@@ -29,7 +29,8 @@ class StepShape:
         `max_length`, and beyond 1024 a quarter of it too.
       block: tokens of a block of the key-value cache.
       blocks: how many there are; None for as many as `rows` requests of `max_length` take. A
-        request takes those of its prompt and of `max_tokens`, from its start to its end.
+        request takes one when its tokens need it. Where there are fewer, a request that runs may
+        skip steps until another one has ended.
       prompt_logprobs: compute those of prompts' tokens, which takes logits for all of them.
 
     Raises:

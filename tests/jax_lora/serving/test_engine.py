@@ -517,3 +517,40 @@ def test_blocks_that_held_nan_harm_nobody():
         assert np.isnan(np.asarray(engine._stepper._pages.values, jnp.float32)).any()
         for _ in range(3):
             assert ask(engine, [*range(1, 9)], max_tokens=8, stop_tokens=()) == right
+
+
+@pytest.mark.ci
+def test_more_run_at_once_where_answers_end_early_and_all_are_as_alone(served):
+    """There are blocks for two of whole length. Those that get long wait for each other."""
+    model, bank, _ = served
+    shape = StepShape(rows=8, max_length=64, chunk=4, lanes=(2,), block=4, blocks=32)
+    rng, asked = np.random.default_rng(0), []
+    for n in range(72):
+        params = SamplingParams(
+            max_tokens=60,
+            temperature=1.0,
+            seed=n,
+            stop=(chr(ord("@") + n),) if n % 5 == 4 and n < 60 else (),
+            stop_tokens=() if n < 4 else tuple(range(0, 61, 4)),  # four get as long as they may
+        )
+        asked.append((rng.integers(1, 61, 4).tolist(), params, ("a", "b", None)[n % 3]))
+    with Engine(model, bank, letters(), shape=shape) as engine:
+        engine.warmup()
+        alone = [engine.submit(p, own, adapter=name).result(60) for p, own, name in asked]
+        scheduler, seen = engine._scheduler, []
+
+        def look(_):
+            seen.append((len(scheduler.running), scheduler._is_short))
+
+        with counted_compilations() as compiled:
+            asked = [engine.submit(p, own, adapter=n, on_piece=look) for p, own, n in asked]
+            for generation in asked[8::7]:
+                generation.cancel()
+            answers = [generation.result(60) for generation in asked]
+            assert compiled() == 0
+        assert max(seen)[0] > 4 and any(is_short for _, is_short in seen)
+        for answer, right in zip(answers, alone):
+            size = len(answer.tokens)
+            assert (answer.tokens, answer.logprobs) == (right.tokens[:size], right.logprobs[:size])
+            assert answer == right or answer.finish_reason is FinishReason.cancelled
+        assert sorted(scheduler._blocks) == [*range(32)]

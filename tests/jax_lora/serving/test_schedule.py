@@ -68,9 +68,12 @@ def test_rows_and_blocks_are_given_back():
         loop.add(own)
     plan = step(loop)
     assert sorted(loop.running) == [0, 1, 2] and loop.num_waiting == 2
-    blocks = np.concatenate([own.blocks for own in asked[:3]])
-    assert len({*blocks.tolist()}) == 9 and blocks.max() < 12
     assert [lane[0] for lane in plan.lanes] == [asked[0]] * 3  # the first one's prompt first
+    assert [own.held for own in asked] == [3, 0, 0, 0, 0]  # nothing for what has no lane yet
+    step(loop)
+    step(loop)
+    blocks = np.concatenate([own.table for own in asked[:3]])
+    assert len({*blocks.tolist()}) == 9 and blocks.max() < 12
     loop.end(asked[1], FinishReason.cancelled)
     loop.end(asked[1], FinishReason.cancelled)  # once is enough
     loop.end(asked[3], FinishReason.cancelled)  # it waited
@@ -90,19 +93,70 @@ def test_rows_and_blocks_are_given_back():
 
 def test_a_large_request_is_not_overtaken():
     loop = scheduler()
-    small, large, later = request(0, 20, 4), request(1, 28, 4), request(2, 2, 2)
+    small, large, later = request(0, 20, 5), request(1, 28, 4), request(2, 2, 2)
     for own in (small, large, later):
         loop.add(own)
-    step(loop)
-    assert [*loop.running.values()] == [small]  # six blocks are left, and the large one takes eight
+    for _ in range(9):
+        step(loop)
+        assert [*loop.running.values()] == [
+            small
+        ]  # six of twelve blocks; the large one takes eight
     loop.end(small, FinishReason.length)
     step(loop)
     assert [*loop.running.values()] == [large, later]
+
+
+def test_a_request_begins_when_those_before_it_will_have_ended_by_its_growth():
+    """They take 13 blocks of 11, but the second takes its last ones when the first has ended."""
+    loop = scheduler(blocks=11)
+    first, second = request(0, 20, 13), request(1, 1, 20)
+    loop.add(first)
+    loop.add(second)
+    running = []
+    for _ in range(9):
+        step(loop)
+        running.append([*loop.running.values()])
+    assert running[0] == [first] and running[-1] == [first, second]
+
+
+def test_a_request_begins_in_the_step_after_others_end():
+    """Six blocks each at most, and four are expected. There are eleven."""
+    loop = scheduler(blocks=11)
+    loop._shares.extend([0.0] * 64)
+    asked = [request(n, 12, 13) for n in range(3)]
+    for own in asked:
+        loop.add(own)
+    step(loop)
+    assert [*loop.running.values()] == asked[:2]
+    loop.end(asked[0], FinishReason.cancelled)
+    step(loop)
+    assert [*loop.running.values()] == asked[1:]
+
+
+def test_an_answer_that_is_longer_than_expected_may_take_all():
+    loop = scheduler(max_length=16, contexts=(16,), blocks=6)
+    loop._shares.extend([0.5] * 64)
+    loop.add(request(0, 8, 8))
+    for _ in range(5):
+        step(loop)
+    loop.add(own := request(1, 8, 8))  # takes 3 blocks until the first one has 4
+    loop.admit()
+    assert own.row < 0
+
+
+def test_a_row_takes_a_block_when_its_tokens_need_it():
+    loop = scheduler()
+    loop.add(own := request(0, 5, 8))
+    held = []
+    while step(loop) is not None:
+        held.append(own.held)
+    assert held == [2, 2, 2, 2, 3, 3, 3, 3] and len(loop._blocks) == 9
 
 
 @pytest.mark.parametrize(("length", "max_tokens", "blocks"), [(1, 1, 1), (4, 1, 1), (4, 2, 2)])
 def test_the_last_token_takes_no_room(length, max_tokens, blocks):
     loop = scheduler()
     loop.add(own := request(0, length, max_tokens))
-    loop.admit()
-    assert len(own.blocks) == blocks
+    while step(loop) is not None:
+        pass
+    assert own.held == len(own.table) == blocks
