@@ -30,8 +30,9 @@ from jax_lora.serving import (
     StepShape,
 )
 
-# One shape, so that a request has the same bits whatever the others do.
-STEPS = StepShape(rows=16, max_length=96, chunk=16, lanes=(2,), block=16)
+# One shape, so that a request has the same bits whatever the others do. There are blocks for a
+# third of the rows at their whole length, so that blocks change hands all the time.
+STEPS = StepShape(rows=16, max_length=96, chunk=16, lanes=(2,), block=16, blocks=32)
 
 # What memory may be at the end over that halfway, each time when nobody asks anything. The device's
 # is arrays of fixed sizes. The process has its answers too, and gaps between what it gave back.
