@@ -67,6 +67,12 @@ _Y_STAGES = 3
 # A block that takes sweeps has room for the largest of them. One more block on each multiprocessor
 # gains more than a third stage. T=4096, ranks 8 to 128: 28.9 us with three, 26.3 with two.
 _Y_STAGES_IN_SWEEPS = 2
+# A sweep of several ranges takes tiles with so many adapters of each range, at most: it takes them
+# one by one. H200, 63 rows of as many adapters of R=16 to 128 beside a prompt of 961: 51.1 us in a
+# sweep for each range, 76.8 together.
+_FEW_ADAPTERS = 2
+# What a part's ring of B may fill then, so that two blocks fit a multiprocessor.
+_SHORT_RING = 16 * 1024
 # What arrays may fill of shared memory.
 _SHARED_BYTES = chip.ARRAY_BYTES
 
@@ -172,7 +178,8 @@ class _CutPlan(NamedTuple):
 
     Attributes:
       cut: the columns, and the parts that add to them.
-      sweeps: in which a block adds these parts.
+      sweeps: in which a block adds these parts, range after range.
+      together: one sweep of all of them, where a tile likely has few adapters of several ranges.
       whole: how many times the cut has `block_n` columns.
       groups: blocks that deal these among themselves.
       rest: columns behind them. They have a block, and code, of their own.
@@ -180,6 +187,7 @@ class _CutPlan(NamedTuple):
 
     cut: Cut
     sweeps: tuple[_Sweep, ...]
+    together: _Sweep | None
     whole: int
     groups: int
     rest: int
@@ -242,7 +250,8 @@ class _Plan:
 
     @property
     def v_arrivals(self) -> int:
-        return max(len(sweep.parts) for cut in self.cuts for sweep in cut.sweeps)
+        sweeps = [(*cut.sweeps, *filter(None, [cut.together])) for cut in self.cuts]
+        return max(len(sweep.parts) for of_cut in sweeps for sweep in of_cut)
 
     @property
     def y_arrivals(self) -> int:
@@ -259,22 +268,20 @@ def _plan(
     """The plan of `expand_kernel`."""
     dtype = jnp.dtype(y.dtype)
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
-    if together := mixes_ranges([part.slots for part in parts], y.shape[0]):
-        # Rings of all ranges fill at the same time, so that one adapter in each is enough, and
-        # three blocks fit a multiprocessor. H200, T=1024, 64 adapters of R=16 to 128, H=2048: 51.0
-        # us in a sweep for each range; together 39.5 with 16 KiB for a ring, 40.4 with 8, 36.4 so.
-        parts = _with(parts, expand_stack=1, expand_stages=1)
-    sweeps = [_sweeps(cut.parts, parts, add_inputs, together, dtype.itemsize) for cut in spans]
+    sweeps = [_sweeps(cut.parts, parts, add_inputs, dtype.itemsize) for cut in spans]
+    mixed = mixes_ranges([part.slots for part in parts], y.shape[0])
     at_once = {sweep.parts for of_cut in sweeps for sweep in of_cut}
     in_sweeps = any(len(of_cut) > 1 for of_cut in sweeps)
-    most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps or together else _Y_STAGES
+    most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps else _Y_STAGES
     widest = max(cut.stop - cut.start for cut in spans)
     columns = _columns(parts, widest, max(map(len, at_once)))
     fit = _fitting(_Fit.of(parts, columns), at_once, most_ys, dtype.itemsize)
     plans = []
     for cut, of_cut in zip(spans, sweeps):
         whole, rest = divmod(cut.stop - cut.start, fit.block_n)
-        plans.append(_CutPlan(cut, of_cut, whole, -(-whole // fit.columns), rest))
+        y_bytes = dtype.itemsize * min(most_ys, fit.columns)
+        together = _together(of_cut, fit, y_bytes, add_inputs) if mixed else None
+        plans.append(_CutPlan(cut, of_cut, together, whole, -(-whole // fit.columns), rest))
     return _Plan(
         parts=fit.parts,
         cuts=tuple(plans),
@@ -309,25 +316,32 @@ def _columns(parts: tuple[ExpandPart, ...], widest: int, most_at_once: int) -> i
 
 
 def _sweeps(
-    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], add_inputs: bool, together: bool,
-    itemsize: int,
-) -> tuple[_Sweep, ...]:  # fmt: skip
-    """The parts in as few sweeps as shared memory lets them; without `together` range after
-    range."""
+    of_cut: tuple[int, ...], parts: tuple[ExpandPart, ...], add_inputs: bool, itemsize: int
+) -> tuple[_Sweep, ...]:
+    """Range after range, its parts in as few sweeps as shared memory lets them."""
     ranges: dict[int, list[int]] = {}
     for i in of_cut:
         ranges.setdefault(parts[i].slots.first, []).append(i)
     least = _with(parts, expand_stages=1)
     sweeps: list[_Sweep] = []
     for mine in ranges.values():
-        for nth, i in enumerate(mine):
-            joins = nth > 0 or (together and sweeps and sweeps[-1].adds == add_inputs)
-            more = (*sweeps[-1].parts, i) if joins else ()
-            if more and _nbytes(more, least, TILE, 8, itemsize) <= _SHARED_BYTES:
-                sweeps[-1] = sweeps[-1]._replace(parts=more)
-            else:  # of a range that is divided: the same tokens, with the sum of the sweep before
-                sweeps.append(_Sweep((i,), add_inputs or nth > 0))
+        sweeps.append(_Sweep((mine[0],), add_inputs))
+        for i in mine[1:]:
+            together = (*sweeps[-1].parts, i)
+            if _nbytes(together, least, TILE, 8, itemsize) <= _SHARED_BYTES:
+                sweeps[-1] = sweeps[-1]._replace(parts=together)
+            else:  # the same tokens again, which have the sum of the sweep before
+                sweeps.append(_Sweep((i,), adds=True))
     return tuple(sweeps)
+
+
+def _with_short_ring(part: ExpandPart) -> ExpandPart:
+    """The part with a ring of B for one adapter at a time. In a sweep of several ranges each has
+    such a ring, and all fill at the same time."""
+    adapter_bytes = part.config.block_n * part.lora_b.shape[2] * 2
+    stages = max(1, min(part.config.expand_stages, _SHORT_RING // adapter_bytes))
+    [short] = _with((part,), expand_stack=1, expand_stages=stages)
+    return short
 
 
 class _Fit(NamedTuple):
@@ -368,6 +382,17 @@ def _fitting(given: _Fit, at_once: set[tuple[int, ...]], most_ys: int, itemsize:
         else:
             break  # more adapters of the highest ranks at once than fit, which Mosaic refuses
     return fit
+
+
+def _together(
+    sweeps: tuple[_Sweep, ...], fit: _Fit, y_bytes: int, add_inputs: bool
+) -> _Sweep | None:
+    """One sweep of all ranges, if they are several, each has one sweep, and all fit."""
+    ranges = {fit.parts[sweep.parts[0]].slots.first for sweep in sweeps}
+    of_all = tuple(i for sweep in sweeps for i in sweep.parts)
+    short = tuple(_with_short_ring(part) for part in fit.parts)
+    fits = _nbytes(of_all, short, fit.rows, fit.block_n, y_bytes) <= _SHARED_BYTES
+    return _Sweep(of_all, add_inputs) if 1 < len(sweeps) == len(ranges) and fits else None
 
 
 def _nbytes(
@@ -562,20 +587,21 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
     for _ in range(plan.copies_of_routes(cut), plan.route_arrivals):
         plgpu.barrier_arrive(launched.routes_loaded)
     if len(sweeps) == 1:
-        [sweep] = sweeps
-        ranges = {plan.parts[i].slots.first for i in sweep.parts}
-        take = _only_sweep if len(ranges) == 1 else _sweep_of_ranges
-        memory = _sweep_memory(block, sweep.parts)
-        pl.run_scoped(functools.partial(take, block, ring, route_of), memory)
+        pl.run_scoped(
+            functools.partial(_only_sweep, block, ring, route_of), _sweep_memory(block, cut.parts)
+        )
     else:
         block.early(ring.fetch_early)
         plgpu.barrier_wait(launched.routes_loaded)
         placed = block.placed(route_of[cut.parts[0]])
         routed = ring.routed(placed, _is_used(cut.parts, route_of))
-        for n, sweep in enumerate(sweeps):
-            pl.when(_is_used(sweep.parts, route_of))(
-                functools.partial(_one_of_several, placed, routed, route_of, n)
-            )
+        if block.cut.together is None:
+            _range_after_range(placed, routed, route_of)
+        else:
+            most = functools.reduce(jnp.maximum, [route_of[i].count() for i in cut.parts])
+            few = (most > 0) & (most <= _FEW_ADAPTERS)
+            pl.when(few)(functools.partial(_ranges_together, placed, routed, route_of))
+            pl.when(~few)(functools.partial(_range_after_range, placed, routed, route_of))
     ring.wait_for_unused(~_is_used(cut.parts, route_of))
 
 
@@ -599,22 +625,24 @@ def _only_sweep(
     pl.when(~used)(lambda: block.early(lambda: plgpu.barrier_wait(launched.v_loaded)))
 
 
-def _sweep_of_ranges(
-    block: _Block, ring: "_YRing", route_of: dict[int, Route], memory: list[_PartMemory]
-) -> None:
-    """All parts at once, of several ranges. The routes tell which of them have tokens here: v of
-    the others is not copied."""
-    launched, [sweep] = block.launched, block.cut.sweeps
-    block.early(ring.fetch_early)
-    plgpu.barrier_wait(launched.routes_loaded)
-    placed, used = block.placed(route_of[sweep.parts[0]]), _is_used(sweep.parts, route_of)
-    routed = ring.routed(placed, used)
+def _range_after_range(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> None:
+    """The sweeps in which some token has an adapter."""
+    for n, sweep in enumerate(block.cut.sweeps):
+        pl.when(_is_used(sweep.parts, route_of))(
+            functools.partial(_one_of_several, block, ring, route_of, n)
+        )
 
-    def add() -> None:
-        _fetch_v(placed, sweep.parts, memory, route_of)
-        _add_sweep(placed, routed, route_of, sweep, memory)
 
-    pl.when(used)(add)
+def _ranges_together(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> None:
+    """All ranges in one sweep. v is copied of those that have tokens here."""
+    sweep = block.cut.together
+    assert sweep is not None
+
+    def run(memory: list[_PartMemory]) -> None:
+        _fetch_v(block, sweep.parts, memory, route_of)
+        _add_parts(block, ring, route_of, sweep, memory, at_once=1, short=True)
+
+    pl.run_scoped(run, _sweep_memory(block, sweep.parts, short=True))
 
 
 def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n: int) -> None:
@@ -630,10 +658,13 @@ def _one_of_several(block: _Block, ring: "_YRing", route_of: dict[int, Route], n
         pl.when(functools.reduce(jnp.logical_or, used))(ring.fetch_again)
 
 
-def _sweep_memory(block: _Block, parts: tuple[int, ...]) -> list[_PartMemory]:
-    """The shared memory to ask for in a sweep of these parts."""
+def _sweep_memory(
+    block: _Block, parts: tuple[int, ...], *, short: bool = False
+) -> list[_PartMemory]:
+    """The shared memory to ask for in a sweep of these parts, with `short` rings or whole ones."""
     plan = block.launched.plan
-    return [_part_memory(plan.parts[i], plan.rows, block.width) for i in parts]
+    given = [_with_short_ring(plan.parts[i]) if short else plan.parts[i] for i in parts]
+    return [_part_memory(part, plan.rows, block.width) for part in given]
 
 
 def _is_used(parts: tuple[int, ...], route_of: dict[int, Route]) -> Bool[Array, ""]:
@@ -679,13 +710,14 @@ def _add_sweep(
 
 def _add_parts(
     block: _Block, ring: "_YRing", route_of: dict[int, Route], sweep: _Sweep,
-    memory: list[_PartMemory], *, at_once: int,
+    memory: list[_PartMemory], *, at_once: int, short: bool = False,
 ) -> None:  # fmt: skip
-    """Adds the parts of a sweep to all columns of the block, `width` of them at a time."""
+    """Adds the parts of a sweep to all columns of the block, `width` of them at a time. `short`:
+    with short rings of B."""
     launched = block.launched
     of_ranges: dict[int, list[_BRing]] = {}
     for i, of_part in zip(sweep.parts, memory):
-        ring_of_b = _BRing.of(block, i, route_of[i], route_of[i].ids(), of_part, at_once)
+        ring_of_b = _BRing.of(block, i, route_of[i], of_part, at_once, short)
         ring_of_b.fetch_first()
         of_ranges.setdefault(launched.plan.parts[i].slots.first, []).append(ring_of_b)
     used = [of_range[0].ids >= 0 for of_range in of_ranges.values()]
@@ -898,7 +930,8 @@ class _BRing(NamedTuple):
     barrier says that it came.
 
     Attributes:
-      part: the part.
+      part: the part, with a ring as in memory.
+      arrivals: at the barrier of a stage.
       inputs: its operands, of which B is read, and the barriers.
       memory: v and the ring.
       route: of the block.
@@ -911,6 +944,7 @@ class _BRing(NamedTuple):
     """
 
     part: ExpandPart
+    arrivals: int
     inputs: _Inputs
     memory: _PartMemory
     route: Route
@@ -923,17 +957,17 @@ class _BRing(NamedTuple):
 
     @classmethod
     def of(
-        cls, block: _Block, i: int, route: Route, ids: Int[Array, " rows"], memory: _PartMemory,
-        at_once: int,
-    ) -> "_BRing":  # fmt: skip
+        cls, block: _Block, i: int, route: Route, memory: _PartMemory, at_once: int, short: bool
+    ) -> "_BRing":
         """The ring of part i, with `at_once` adapters in an item, at most."""
-        part = block.launched.plan.parts[i]
-        feature = block.column - part.y_offset
+        whole = block.launched.plan.parts[i]
+        part = _with_short_ring(whole) if short else whole
         stack = min(at_once, _stacked(part.config, route.rows, block.width))
         rounds = route.rounds(stack)
-        total = block.count * rounds
-        inputs = block.launched.inputs[i]
-        return cls(part, inputs, memory, route, ids, feature, block.width, stack, rounds, total)
+        return cls(
+            part, whole.config.expand_stack, block.launched.inputs[i], memory, route, route.ids(),
+            block.column - part.y_offset, block.width, stack, rounds, block.count * rounds,
+        )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -959,7 +993,7 @@ class _BRing(NamedTuple):
             adapter = self.route.adapter(nth * self.stack, j)
             pl.when(adapter >= 0)(functools.partial(copy, j, adapter))
             pl.when(adapter < 0)(lambda: plgpu.barrier_arrive(loaded))
-        for _ in range(self.stack, self.part.config.expand_stack):
+        for _ in range(self.stack, self.arrivals):
             plgpu.barrier_arrive(loaded)
 
     def fetch_first(self) -> None:

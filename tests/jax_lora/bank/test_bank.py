@@ -1,6 +1,7 @@
 """AdapterBank: who is in which slot, who may take it, and that no row sees a stranger's weights."""
 
 import copy
+import dataclasses
 import functools
 import gc
 import os
@@ -1122,12 +1123,12 @@ def test_a_load_that_the_device_fails(pair, monkeypatch):
         program.run(*arguments)
         raise RuntimeError("device is gone")
 
-    monkeypatch.setattr(writer, "_programs", [program._replace(run=fail_before)])
+    monkeypatch.setattr(writer, "_programs", [dataclasses.replace(program, run=fail_before)])
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         bank.load("b", make_adapter(2, 5))
     assert bank.names == ("a",)
     check_rows(model, bank, ["a"], [old])
-    monkeypatch.setattr(writer, "_programs", [program._replace(run=fail_after)])
+    monkeypatch.setattr(writer, "_programs", [dataclasses.replace(program, run=fail_after)])
     with pytest.raises(RuntimeError, match="the stacks of bucket 8 are lost"):
         bank.load("b", make_adapter(2, 5))
     assert bank.names == ("a",)

@@ -44,7 +44,6 @@ from pallas_kernels.mosaic_gpu.prefill import (
     ShrinkPart,
     default_config,
     expand_kernel,
-    route,
     shrink_kernel,
 )
 from pallas_kernels.mosaic_gpu.prefill.route import Portions, Routes, RouteSize, route_size
@@ -376,27 +375,28 @@ def test_several_ys(ranks: tuple[int, ...], interpreted: None) -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("shared_bytes", "add_inputs", "few_tiles", "sweeps"),
+    ("shared_bytes", "add_inputs", "few_adapters", "sweeps"),
     [
-        (2**20, True, 64, [(0, 2, 1)]),
+        (2**20, True, 4, [(0, 2), (1,)]),
+        (2**20, False, 4, [(0, 2), (1,)]),
         (2**20, True, 0, [(0, 2), (1,)]),
-        (11 * 1024, False, 64, [(0,), (2,), (1,)]),
+        (11 * 1024, False, 4, [(0,), (2,), (1,)]),
     ],
 )
 def test_ranges_take_sweeps(
     shared_bytes: int,
     add_inputs: bool,
-    few_tiles: int,
+    few_adapters: int,
     sweeps: list[tuple[int, ...]],
     interpreted: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Parts of one range that share columns are added at once if they fit, else one after another.
-    Tokens of another range have sweeps of their own, or, in few tiles, are in the same sweep. In
+    Tokens of another range have sweeps of their own, or, of few adapters, are in the same sweep. In
     either case their y is rounded once."""
     module = sys.modules[expand_kernel.__module__]
     monkeypatch.setattr(module, "_SHARED_BYTES", shared_bytes)
-    monkeypatch.setattr(route, "_TILES_OF_SEVERAL", few_tiles)
+    monkeypatch.setattr(module, "_FEW_ADAPTERS", few_adapters)
     rng = np.random.default_rng(0)
     ids = rng.integers(-1, 6, 70)  # of slots 0 to 3 in one range, and 4 and 5 in another
     y = rng.standard_normal((70, 96)).astype(ml_dtypes.bfloat16)
@@ -417,9 +417,9 @@ def test_ranges_take_sweeps(
         is_put[:, start:stop] |= (local >= 0)[:, None]
     old = y.astype(np.float64)
     want = np.where(is_put, delta + (old if add_inputs else 0.0), old)
-    together = route.mixes_ranges([part.slots for part in parts], 70)
-    planned = module._sweeps((0, 1, 2), tuple(parts), add_inputs, together, 2)
-    assert [sweep.parts for sweep in planned] == sweeps
+    cut = module._plan(jnp.asarray(y), tuple(parts), add_inputs, False).cuts[1]
+    assert [sweep.parts for sweep in cut.sweeps] == sweeps
+    assert cut.together == (module._Sweep((0, 2, 1), add_inputs) if len(sweeps) == 2 else None)
 
     def run(parts: list[ExpandPart]) -> np.ndarray:
         own = jnp.asarray(y), tuple(parts), pk.make_segments(ids.astype(np.int32), 6)
@@ -428,7 +428,7 @@ def test_ranges_take_sweeps(
     got = run(parts)
     assert relative_error(got, want) < y_tolerance("bfloat16")
     np.testing.assert_array_equal(bits(got)[~is_put], bits(y)[~is_put])
-    if len(sweeps) < 3:
+    if add_inputs:
         # Each with zeros for the other range's adapters: now there is one range.
         pads = [(p.slots.first, 6 - p.slots.stop) for p in parts]
         stacks = [jnp.pad(p.lora_b, (pad, (0, 0), (0, 0))) for p, pad in zip(parts, pads)]
