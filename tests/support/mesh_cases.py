@@ -102,6 +102,12 @@ class MeshCase:
         form = next(name for name, form in FORMS.items() if form.scan == self.scan)
         return MeshCase(form, self.dtype, devices=1)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `jax.jit`. The ops' loops in float32, in one CUDA graph with the loop over
+        layers, end with "Recorded commands are not empty" on two GPUs (jaxlib 0.11.2)."""
+        return {"compiler_options": step_options()} if self.dtype == "bfloat16" else {}
+
     @functools.cached_property
     def mesh(self) -> Mesh | None:
         sizes = {FORMS[self.form].axis: self.devices}
@@ -167,8 +173,8 @@ def adapters(dtype: str) -> dict[str, Adapter]:
 
 
 def compiled(step: Callable[..., Any], *arguments: Any, **how: Any) -> tuple[Any, set[str]]:
-    """A step, compiled as users do, and the implementations of the ops that its program calls."""
-    lowered = jax.jit(step, compiler_options=step_options(), **how).lower(*arguments)
+    """A compiled step, and the implementations of the ops that its program calls."""
+    lowered = jax.jit(step, **how).lower(*arguments)
     return lowered.compile(), implementations(lowered.as_text())
 
 
@@ -212,7 +218,7 @@ class Steps:
     def logits(self) -> tuple[np.ndarray, set[str]]:
         """`[1 + STEPS, B, V]` of a prefill and of decode steps, and what ran."""
         state, of_rows = (self.lora, self.rest), self.case.of_rows
-        how = {"out_shardings": (None, self.case.cache_sharding(self.model))}
+        how = self.case.options | {"out_shardings": (None, self.case.cache_sharding(self.model))}
         batch = self.bank.batch(ROWS, phase="prefill")
         given = batch, of_rows(TOKENS[:, :PROMPT]), of_rows(LENGTHS), *state
         step, ran = compiled(self._prefill, *given, **how)
@@ -232,7 +238,7 @@ class Steps:
         """Those of `sum(COTANGENT * logits)`, by the adapter's name, and what ran."""
         of_rows, batch = self.case.of_rows, self.bank.batch(ROWS, phase="prefill")
         given = self.lora, self.rest, batch, of_rows(TOKENS[:, :PROMPT]), of_rows(COTANGENT)
-        step, ran = compiled(jax.grad(self._loss), *given)
+        step, ran = compiled(jax.grad(self._loss), *given, **self.case.options)
         nnx.update(self.model, step(*given))  # in place of the weights, as the bank reads these
         return {name: halves_of(self.bank._adapter(name)) for name in RANKS}, ran
 
