@@ -15,7 +15,7 @@ half may then stand in modules of each expert. PEFT does not know these modules.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,8 @@ def apart(config: LoRAConfig, halves: Mapping[str, Pair], targets: Sequence[str]
                 shared[name] = "A" if _is_shared(pair.get("A")) else "B"
     if not experts:
         return Apart(config, found, frozenset(), {})
-    return Apart(_config(config, found, experts), found, frozenset(experts), shared)
+    own_names = found.keys() & halves.keys()
+    return Apart(_config(config, found, experts, own_names), found, frozenset(experts), shared)
 
 
 def _is_stacked(module: str, pair: Pair) -> bool:
@@ -192,15 +193,25 @@ def _modules(config: LoRAConfig, parameter: str, pair: Pair) -> Iterator[tuple[s
 
 
 def _config(
-    config: LoRAConfig, halves: Mapping[str, Pair], experts: Mapping[str, str]
+    config: LoRAConfig,
+    halves: Mapping[str, Pair],
+    experts: Mapping[str, str],
+    own_names: Set[str],
 ) -> LoRAConfig:
-    """The config of these modules, under their new names.
+    """The config of these modules, under their new names. Patterns may also name those experts
+    that stand in the file by themselves, beside what they share.
 
     The rank of gate and up is the config's own: PEFT reads modules of experts as a parameter again,
     whose rank it takes for twice the config's, whatever patterns say of the modules.
     """
-    keys = {module: experts.get(module, module) for module in halves}
-    values = {m: (config.rank_of(key), config.alpha_of(key)) for m, key in keys.items()}
+    values = {}
+    for module in halves:
+        own, of_stack = (
+            (config.rank_of(name), config.alpha_of(name))
+            for name in (module, experts.get(module, module))
+        )
+        is_named = module in own_names and own != (config.rank, config.alpha)
+        values[module] = own if is_named else of_stack
     fused = [values[m] for m in experts if m.endswith(("gate_proj", "up_proj"))]
     ((usual, _),) = Counter(fused or values.values()).most_common(1)
     patterns: dict[str, tuple[int, float]] = {}
@@ -261,6 +272,6 @@ def stacked(adapter: Adapter) -> tuple[LoRAConfig, dict[str, LoRAWeights]]:
 
 
 def _number(module: str) -> int:
-    """Of the expert whose module it is."""
+    """The number of the expert whose module it is."""
     match = EXPERT.fullmatch(module)
     return int(match[2]) if match else -1

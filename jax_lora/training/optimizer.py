@@ -127,7 +127,8 @@ def _checked(
     slots = {bucket: np.shape(turns.serials)[0] for bucket, turns in trainees.by_bucket.items()}
     if slots != stacks.slots:
         raise ValueError(
-            f"trainees are of a model with slots {slots}, but the parameters have {stacks.slots}"
+            f"trainees are of a model with slots {slots}, but the parameters have {stacks.slots}; "
+            "A of experts counts with its B alone, so train both, or B"
         )
     return trainees.by_bucket
 

@@ -48,7 +48,8 @@ class Scheduler:
     may, most rows would wait.
 
     An answer is expected to take the largest share of its `max_tokens` that one of the last
-    answers took. If it has more tokens already, it may take all.
+    answers took, and all until there are enough of these. If it has more tokens already, it may
+    take all.
     """
 
     def __init__(self, shape: StepShape, vocabulary: int, desk: AdapterDesk | None) -> None:
@@ -86,6 +87,10 @@ class Scheduler:
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request, whether it waits or runs; nothing where it has ended."""
         if not request.has_ended:
+            # Whoever cancels, or asks for a word, does not tell how long answers get.
+            is_whole = reason is not FinishReason.cancelled
+            if is_whole and request.max_tokens > self._shape.block:
+                self._shares.append(len(request.tokens) / request.max_tokens)
             self._leave(request)
             request.end(reason)
 
@@ -202,7 +207,6 @@ class Scheduler:
         self._rows.append(request.row)
         self._blocks.extend(request.table[: request.held].tolist())
         self._pause = 0
-        self._shares.append(len(request.tokens) / request.max_tokens)
 
     def _unqueue(self, request: Request) -> None:
         queue = self._waiting[request.adapter]

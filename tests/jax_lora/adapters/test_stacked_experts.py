@@ -83,6 +83,19 @@ def test_the_other_half_may_stand_in_modules_of_experts(tmp_path: pathlib.Path) 
         np.testing.assert_array_equal(again.modules[f"{name}.gate_proj"].b, b)
 
 
+def test_patterns_name_the_modules_that_stand_beside_what_is_shared(
+    tmp_path: pathlib.Path,
+) -> None:
+    gates = stacked_tensors({"up": ((1, RANK, H), None)})
+    numbered = {
+        f"base_model.model.{HOLDER}.{expert}.up.lora_B.weight": np.ones((INNER, RANK), np.float32)
+        for expert in range(3)
+    }
+    write(tmp_path, gates | numbered, alpha_pattern={f"{HOLDER}.2.up": 16})
+    modules = load_peft(tmp_path).modules
+    assert [modules[f"{HOLDER}.{expert}.up"].scale for expert in range(3)] == [2, 2, 8]
+
+
 def test_what_is_shared_is_saved_once(tmp_path: pathlib.Path) -> None:
     write(tmp_path, tensors := stacked_tensors(STACKED), rank_pattern={"w1": RANK})
     adapter = load_peft(tmp_path)

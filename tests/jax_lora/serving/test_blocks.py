@@ -214,6 +214,14 @@ def test_more_begin_where_answers_were_short():
     assert [rows_at_once(share) for share in (1.0, 0.5, 0.25, 0.0)] == [3, 4, 8, 8]
 
 
+def test_whoever_cancels_or_asks_for_a_word_does_not_tell_how_long_answers_get():
+    cache = Cache(StepShape(rows=4, max_length=32, chunk=4, block=4, blocks=32), [2] * 4, {1: [0]})
+    for max_tokens in (20, 20, 20, 1):
+        cache.ask(1, max_tokens)
+    cache.run()
+    assert sorted(share for share in cache.loop._shares if share < 1) == [0.1, 0.1]
+
+
 def test_nobody_begins_while_a_row_waits():
     """Two rows grow until there is but room for one of them to end. The third would be short."""
     cache = Cache(StepShape(rows=3, max_length=24, chunk=4, block=1, blocks=24), [20] * 3, {})
