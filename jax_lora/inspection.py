@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.adapters import AdapterHeader, peft_header, peft_modules
+from jax_lora.adapters.types import EXPERT, SharedHalf
 from jax_lora.messages import printable
 from pallas_kernels.ranks import (
     BGMV_MAX_RANK,
@@ -263,9 +264,16 @@ def _lorax(ranks: list[int]) -> list[str]:
 def _needs(header: AdapterHeader) -> list[str]:
     """What a model must have for the adapter, or could save by it, beside a bucket."""
     lines = ["it uses DoRA, so give apply_lora dora=True"] if header.config.dora else []
-    kinds = {module.rpartition(".")[2]: half for module, half in header.shared.items()}
-    if kinds:
-        lines.append(f"its experts share halves: give apply_lora experts_share={kinds}")
+    kinds: dict[str, set[SharedHalf | None]] = {}
+    for module in filter(EXPERT.fullmatch, header.modules):
+        kinds.setdefault(module.rpartition(".")[2], set()).add(header.shared.get(module))
+    # An expression matches a kind in all layers, so all must share the half.
+    shared = {kind: half for kind, (half, *more) in kinds.items() if half and not more}
+    if shared:
+        lines.append(
+            "its experts share halves: by the names that your model has, give apply_lora "
+            f"experts_share={shared}"
+        )
     return lines
 
 

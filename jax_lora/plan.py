@@ -23,7 +23,7 @@ from pallas_kernels.ranks import rank_bucket
 from pallas_kernels.stacks import is_eight_bits
 
 _SCALE_BYTES = 4  # of each rank column in 8 bits
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 
 
 class Plan(TypedDict):
@@ -69,8 +69,9 @@ def plan_slots(
     Returns:
       `apply_lora`'s `buckets`, `slots`, `target` (the modules that the adapters name, so that no
       other layer gets stacks) and `dtype`; `full_slots` too, if an adapter needs some, and
-      `experts_share`, if the experts of all adapters share a half, as their files say. A model
-      whose `peft_names` rename more than single layers takes `plan | {"target": ...}`.
+      `experts_share`, if the experts of all adapters share a half, as their files say. All
+      expressions match the files' names. A model whose `peft_names` rename more than single layers
+      needs its own: `plan | {"target": ..., "experts_share": ...}`, and likewise `full_slots`.
 
     Raises:
       TypeError: an argument of another type.

@@ -55,7 +55,6 @@ from jax_lora.adapters.types import (
     check_magnitude,
     check_module,
     check_tokens,
-    common_dtype,
     full_shape,
 )
 from jax_lora.messages import printable, shown
@@ -481,8 +480,7 @@ def _shape(
         )
     return LoRAShape(
         a.shape[1], b.shape[0], a.shape[0], config.scale_of(module),
-        common_dtype([a.dtype, b.dtype]), sum(stored.nbytes for stored in pair.values()),
-        a.is_embedding,
+        (a.dtype, b.dtype), sum(stored.nbytes for stored in pair.values()), a.is_embedding,
     )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ class LoRAWeights:
     def shape(self) -> "LoRAShape":
         return LoRAShape(
             self.a.shape[1], self.b.shape[0], self.rank, self.scale,
-            common_dtype([self.a.dtype, self.b.dtype]), self.a.nbytes + self.b.nbytes
+            (self.a.dtype, self.b.dtype), self.a.nbytes + self.b.nbytes
             + (0 if self.magnitude is None else self.magnitude.nbytes),
             self.is_embedding,
         )  # fmt: skip
@@ -199,21 +199,28 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """A module's LoRA without its values. `dtype` is float32 where the halves differ. For
-    an embedding, `in_features` is the vocabulary."""
+    """A module's LoRA without its values. `dtypes` are those of A and B. For an embedding,
+    `in_features` is the vocabulary."""
 
     in_features: int
     out_features: int
     rank: int
     scale: float
-    dtype: np.dtype[Any]
+    dtypes: tuple[np.dtype[Any], np.dtype[Any]]
     nbytes: int
     is_embedding: bool = False
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 where the halves differ."""
+        return common_dtype([*self.dtypes])
+
     def nbytes_of(self, half: SharedHalf) -> int:
-        """The bytes of one half, if both have one dtype."""
-        features = self.in_features if half == "A" else self.out_features
-        return self.nbytes * features // (self.in_features + self.out_features)
+        """The bytes of one half."""
+        of_a, of_b = self.dtypes
+        if half == "A":
+            return self.rank * self.in_features * of_a.itemsize
+        return self.rank * self.out_features * of_b.itemsize
 
 
 @dataclass(frozen=True)

@@ -987,7 +987,8 @@ def test_check_and_max_bytes_come_before_the_tensors(tmp_path, monkeypatch):
 
     with pytest.raises(LookupError, match="no"):
         load_peft(tmp_path, check=check)
-    assert seen[0].modules["q"] == adapters.LoRAShape(H, N, 2, 2.0, np.dtype("f4"), 8 * (H + N))
+    dtypes = (np.dtype("f4"), np.dtype("f4"))
+    assert seen[0].modules["q"] == adapters.LoRAShape(H, N, 2, 2.0, dtypes, 8 * (H + N))
     with pytest.raises(ValueError, match=rf"has {8 * (H + N)} bytes of weights; max_bytes=100"):
         load_peft(tmp_path, max_bytes=100)
     assert adapters.peft_header(tmp_path) == seen[0]

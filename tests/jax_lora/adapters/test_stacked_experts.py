@@ -16,6 +16,7 @@ from jax_lora.inspection import inspect_adapter
 
 EXPERTS, RANK, H, INNER = 3, 2, 8, 6
 HOLDER = "model.layers.0.mlp.experts"
+NEXT = "model.layers.1.mlp.experts"
 # As vLLM and SGLang read it: A of gate and up, and B of down, are those of all experts.
 STACKED = {
     "w1": ((1, RANK, H), (EXPERTS, INNER, RANK)),
@@ -180,6 +181,38 @@ def test_inspect_tells_what_is_shared(tmp_path: pathlib.Path) -> None:
     assert eval(line.partition("experts_share=")[2]) == {
         "w1": "A", "w3": "A", "w2": "B"
     }  # fmt: skip
+
+
+def test_inspect_advises_what_all_layers_share(tmp_path: pathlib.Path) -> None:
+    other = {
+        "w1": ((1, RANK, H), (EXPERTS, INNER, RANK)),
+        "w3": ((EXPERTS, RANK, H), (1, INNER, RANK)),
+    }
+    singles = {
+        f"base_model.model.{NEXT}.{expert}.w2.lora_{half}.weight": np.full(size, expert, np.float32)
+        for expert in range(EXPERTS)
+        for half, size in (("A", (RANK, INNER)), ("B", (H, RANK)))
+    }
+    stacks = stacked_tensors(other, NEXT)
+    tensors = stacked_tensors(STACKED) | stacks | singles
+    write(tmp_path, tensors, target_modules=["w1", "w2"])
+    (line,) = (line for line in inspect_adapter(tmp_path).advice if "experts_share" in line)
+    assert line.endswith(
+        "by the names that your model has, give apply_lora experts_share={'w1': 'A'}"
+    )
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_bytes_are_right_where_the_halves_have_different_dtypes(
+    tmp_path: pathlib.Path, half: str
+) -> None:
+    tensors = {
+        key: tensor.astype(np.float16) if f"lora_{half}" in key else tensor
+        for key, tensor in stacked_tensors(STACKED).items()
+    }
+    write(tmp_path, tensors)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert load_peft(tmp_path).nbytes == peft_header(tmp_path).nbytes == nbytes
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

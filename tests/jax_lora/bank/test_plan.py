@@ -190,6 +190,34 @@ class Mixture(nnx.Module):
         self.lm_head = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("names", [("w1", "w2"), ("gate_proj", "down_proj")])
+def test_modules_of_one_layer_may_share_different_halves(names):
+    """Also where their names are told apart by a digit; but all layers share alike."""
+    up, down = names
+
+    def sharing(up_half):
+        features = {
+            f"layers.{layer}.experts.{expert}.{name}": (4, 6)
+            for layer in range(2) for expert in range(2) for name in names
+        }  # fmt: skip
+        adapter = make_adapter(0, 4, features=features)
+        modules = dict(adapter.modules)
+        for layer, halves in enumerate([{up: "A", down: "B"}, {up: up_half, down: "B"}]):
+            for name, half in halves.items():
+                first, last = (f"layers.{layer}.experts.{expert}.{name}" for expert in range(2))
+                one, other = modules[first], modules[last]
+                a, b = one.a if half == "A" else other.a, one.b if half == "B" else other.b
+                modules[last] = LoRAWeights(a, b, other.scale)
+        return Adapter(adapter.config, modules)
+
+    of_up, of_down = (
+        {rf"layers\.{layer}\.experts\.\d+\.{name}": half for layer in range(2)}
+        for name, half in ((up, "A"), (down, "B"))
+    )
+    assert plan_slots([sharing("A")], 1 << 20)["experts_share"] == of_up | of_down
+    assert plan_slots([sharing(None)], 1 << 20)["experts_share"] == of_down
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("half", [None, "A", "B"])
 def test_bytes_of_experts_are_those_of_the_arrays(dtype, half):
