@@ -106,8 +106,8 @@ class Checkpoints(AdapterReader):
         Raises:
           FileNotFoundError: there is no folder.
           ValueError: the bank has adapters, or batches that lease slots; the model's LoRA layers,
-            buckets, slots or dtypes are others; the files are no checkpoint, or damaged, in this or
-            in another process. Nothing is changed then.
+            buckets, slots or dtypes are others, or what experts share; the files are no checkpoint,
+            or damaged, in this or in another process. Nothing is changed then.
           RuntimeError: as `load`.
         """
         folder = Path(path).absolute()

@@ -239,18 +239,35 @@ def check_trained(name: str, dtypes: Iterable[np.dtype]) -> None:
 
 
 def check_same(sites: Mapping[str, Site], others: Mapping[str, Site]) -> None:
-    """ValueError unless two models have the same LoRA layers, which hold the same modules."""
+    """ValueError unless two models have the same LoRA layers, which hold the same modules.
+
+    The message says "here" for what `sites` have, and "there" for `others`.
+    """
     mine, theirs = (
         [(m, site.features, site.nth, site.index, site.shared) for m, site in found.items()]
         for found in (sites, others)
     )
     if mine != theirs:
-        odd = sorted({(name, features) for name, features, *_ in {*mine} ^ {*theirs}})
+        odd = sorted({name for name, *_ in {*mine} ^ {*theirs}})
+        differ = (_difference(name, sites.get(name), others.get(name)) for name in odd)
         raise ValueError(
             "the two banks' models must have the same LoRA layers, stacked alike, whose experts "
-            "share the same halves; they differ in "
-            f"{some((f'{name} {list(features)}' for name, features in odd), str)}"
+            f"share the same halves; they differ in {some(differ, str)}"
         )
+
+
+def _difference(name: str, here: Site | None, there: Site | None) -> str:
+    """How a module of two models differs, by its features, or else by what tells them apart."""
+    pairs = zip(_said(here), _said(there))
+    mine, theirs = next((mine, theirs) for mine, theirs in pairs if mine != theirs)
+    return f"{name}: {theirs} there, {mine} here"
+
+
+def _said(site: Site | None) -> tuple[str, str, str]:
+    if site is None:
+        return "none", "none", "none"
+    shared = f"share {site.shared}" if site.shared else "none"
+    return f"{[*site.features]}", shared, f"number {site.nth} {[*site.index]} of its layer"
 
 
 def some(names: Iterable[str], show: Callable[[str], str] = repr) -> str:
