@@ -105,16 +105,19 @@ def apply_lora(
       The bytes that stacks and full slots take.
 
     Raises:
-      TypeError: `target` is of another type, or an expression matches other layers alone.
+      TypeError: an argument is of another type (`full_slots` and `experts_share` are mappings), or
+        an expression matches other layers alone.
       ValueError: nothing matches (the paths are listed); a matched layer has LoRA already, is not
         a matrix product, its kernel has an unexpected shape or dtype, or what it has does not
         divide over its mesh; full slots of a layer that is no `nnx.Linear`, embedding or head of
-        one; experts that share both halves. The model is unchanged.
+        one, or less than one; experts that share both halves, or what is neither "A" nor "B". The
+        model is unchanged.
     """
-    by_bucket, layers = check_slots(slots, buckets), _matched_layers(model, target)
-    full = _full_slots(model, full_slots or {})
+    by_bucket = check_slots(slots, buckets)
+    layers = _matched_layers(model, target, f"target={target!r}")
+    full = _full_slots(model, {} if full_slots is None else full_slots)
     layers |= {name: layer for name, (layer, _) in full.items()}
-    shared = _experts_share(model, layers, experts_share or {})
+    shared = _experts_share(model, layers, {} if experts_share is None else experts_share)
     _check_layers(model, layers, dtype, buckets, fully_sharded, dora)
     guard = Guard()
     for name, layer in layers.items():
@@ -170,7 +173,10 @@ def left_alone(model: nnx.Module) -> dict[str, str]:
     }
 
 
-def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> dict[str, Any]:
+def _matched_layers(
+    model: nnx.Module, target: str | Sequence[str] | None, said: str
+) -> dict[str, Any]:
+    """The layers that match, by name; `said`: what an error calls `target`."""
     modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
     fitting = {name for name, module in modules.items() if _lora_class(module)}
     tied = [name for name in modules if name in fitting and isinstance(modules[name], _Tied)]
@@ -179,7 +185,7 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
         matched = {name: modules[name] for name in linear}
     else:
         found, names = set[str](), _other_names(model)
-        for pattern in _target_patterns(target):
+        for pattern in _target_patterns(target, said):
             found |= _matched(modules, names, pattern)
         matched = {name: module for name, module in modules.items() if name in found}
     if not matched:
@@ -187,7 +193,7 @@ def _matched_layers(model: nnx.Module, target: str | Sequence[str] | None) -> di
         there = f"linear layers: {', '.join(linear) or 'none'}"
         for what, some in (("embeddings and heads", tied), ("with LoRA already", done)):
             there += f"; {what}: {', '.join(some)}" if some else ""
-        raise ValueError(f"no layer matches target={target!r}; {there}")
+        raise ValueError(f"no layer matches {said}; {there}")
     for name, module in matched.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} has LoRA stacks already")
@@ -204,7 +210,8 @@ def _full_slots(model: nnx.Module, given: Mapping[str, int]) -> dict[str, tuple[
             raise TypeError(f"full_slots[{target!r}] must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"full_slots[{target!r}] must be at least 1, got {count}")
-        for name, layer in _matched_layers(model, target).items():
+        matched = _matched_layers(model, target, f"full_slots' key {target!r}")
+        for name, layer in matched.items():
             with _with_lora(layer):
                 kernel = _kernel(layer)
             home = getattr(kernel.get_value(), "sharding", None)
@@ -233,18 +240,15 @@ def _experts_share(
     for target, half in given.items():
         if half not in ("A", "B"):
             raise ValueError(f'experts_share[{target!r}] must be "A" or "B", got {half!r:.300}')
-        matched = [
-            name
-            for name, layer in _matched_layers(model, target).items()
-            if isinstance(layer, Experts) and name in layers
-        ]
-        if not matched:
+        matched = _matched_layers(model, target, f"experts_share's key {target!r}")
+        sharing = [n for n, layer in matched.items() if isinstance(layer, Experts) and n in layers]
+        if not sharing:
             experts = [name for name, layer in layers.items() if isinstance(layer, Experts)]
             raise TypeError(
                 f"experts_share[{target!r}] matches no experts that have room for LoRA; these "
                 f"have: {', '.join(experts) or 'none'}"
             )
-        for name in matched:
+        for name in sharing:
             if found.setdefault(name, half) != half:
                 raise ValueError(
                     f"experts_share gives {name} both halves, but nothing would then be an "
@@ -312,14 +316,14 @@ def _matched(
     return linear
 
 
-def _target_patterns(target: str | Sequence[str]) -> list[re.Pattern[str]]:
+def _target_patterns(target: str | Sequence[str], said: str) -> list[re.Pattern[str]]:
     targets = [target] if isinstance(target, str) else target
     if not (isinstance(targets, Sequence) and all(isinstance(t, str) for t in targets)):
-        raise TypeError(f"target must be a regular expression or a list of them, got {target!r}")
+        raise TypeError(f"{said} must be a regular expression or a list of them")
     try:
         return [re.compile(rf"(?:.*\.)?(?:{t})") for t in targets]
     except re.error as error:
-        raise ValueError(f"target={target!r} is no regular expression: {error}") from None
+        raise ValueError(f"{said} is no regular expression: {error}") from None
 
 
 def _has_kernel(module: nnx.Module) -> bool:

@@ -364,8 +364,10 @@ def test_models_that_share_otherwise_are_others(tmp_path: Path) -> None:
         ({"up": "C"}, ValueError, r"experts_share\['up'\] must be \"A\" or \"B\", got 'C'"),
         ({"up": "A", r"layer\.up": "B"}, ValueError, "gives layer.up both halves"),
         ({"down": "B"}, TypeError, "matches no experts that have room for LoRA; these have: layer"),
-        ({"sideways": "A"}, ValueError, "no layer matches target='sideways'"),
+        ({"sideways": "A"}, ValueError, "no layer matches experts_share's key 'sideways'; linear"),
+        ({5: "A"}, TypeError, "experts_share's key 5 must be a regular expression"),
         ("A", TypeError, "experts_share must map expressions to"),
+        ("", TypeError, 'experts_share must map expressions to "A" or "B", got \'\''),
     ],
 )
 def test_other_arguments_are_refused(share: Any, error: type[Exception], message: str) -> None:

@@ -230,7 +230,10 @@ def test_what_has_no_room_is_refused():
         ({"score": 0}, ValueError, r"full_slots\['score'\] must be at least 1, got 0"),
         ({"score": 1.5}, TypeError, r"full_slots\['score'\] must be an int, got 1\.5"),
         (["score"], TypeError, "full_slots must map expressions to numbers of slots"),
-        ({"scor": 1}, ValueError, "no layer matches target='scor'"),
+        ([], TypeError, r"full_slots must map expressions to numbers of slots, got \[\]"),
+        ({"scor": 1}, ValueError, "no layer matches full_slots' key 'scor'; linear layers"),
+        ({5: 1}, TypeError, "full_slots' key 5 must be a regular expression"),
+        ({"(": 1}, ValueError, r"full_slots' key '\(' is no regular expression"),
         ({"wide": 1}, ValueError, r"full_slots\['wide'\] matches wide, a LinearGeneral"),
     ],
 )
