@@ -75,7 +75,7 @@ class Stacked:
 
     @functools.cached_property
     def matrices(self) -> list[np.ndarray]:
-        """Of each expert; what they share is one array, by which it is known as such."""
+        """One for each expert; what they share is one array, by which it is known as such."""
         return list(self.half.read())
 
 

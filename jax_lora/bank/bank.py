@@ -290,6 +290,9 @@ class AdapterBank(Checkpoints):
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """Writes an adapter, as it is now, to a folder that PEFT reads; see `save_peft`.
 
+        PEFT does not read what experts share where it is written once, as one tensor for all.
+        `load_peft`, SGLang and vLLM do.
+
         What is written computes what the adapter's rows do, so its rank is larger than the config's
         where training has filled columns behind that (see `create`). Out of stacks in 8 bits it
         writes float32, of these bytes: not the weights that were loaded.

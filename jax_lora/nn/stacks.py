@@ -86,8 +86,9 @@ class LoRAStack(nnx.Module):
 
     Attributes:
       lora_a: `[*lead, L, R, H]`, `lora_b`: `[*lead, L, n, R]`; zeros where empty. `lead` are the
-        axes of layers that are stacked for a scan, if any. Of E experts `[*lead, L, E * R, H]` and
-        `[*lead, L, E * n, R]`, a slot's experts one below the other; without E in what they share.
+        axes of layers that are stacked for a scan, if any. E experts have `[*lead, L, E * R, H]`
+        and `[*lead, L, E * n, R]`, a slot's experts one below the other; without E in what they
+        share.
       rescale: `[*lead, L, 1, n]` float32 in a model with room for DoRA: what each column of the
         output is multiplied with, less 1; zeros for adapters without DoRA.
       shape: what is static about it.
