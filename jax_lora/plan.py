@@ -23,7 +23,7 @@ from pallas_kernels.ranks import rank_bucket
 from pallas_kernels.stacks import is_eight_bits
 
 _SCALE_BYTES = 4  # of each rank column in 8 bits
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer or an expert
 
 
 class Plan(TypedDict):
