@@ -14,6 +14,9 @@ from jax_lora.adapters.files import DTYPES
 from jax_lora.adapters.patterns import MAX_PATTERNS, Expression, Names, Patterns
 from jax_lora.messages import shown
 
+type DType = np.dtype[Any]
+"""NumPy's dtype of any kind."""
+
 if TYPE_CHECKING:
     import jax
 
@@ -206,12 +209,12 @@ class LoRAShape:
     out_features: int
     rank: int
     scale: float
-    dtypes: tuple[np.dtype[Any], np.dtype[Any]]
+    dtypes: tuple[DType, DType]
     nbytes: int
     is_embedding: bool = False
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> DType:
         """float32 where the halves differ."""
         return common_dtype([*self.dtypes])
 
@@ -250,7 +253,7 @@ class FullShape:
 
     shape: tuple[int, ...]
     bias: tuple[int, ...] | None
-    dtype: np.dtype[Any]
+    dtype: DType
     nbytes: int
 
     @property
@@ -264,7 +267,7 @@ class TokensShape:
 
     indices: tuple[int, ...]
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: DType
     nbytes: int
 
 
@@ -306,7 +309,7 @@ class AdapterHeader:
         return max(shape.rank for shape in self.modules.values())
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> DType:
         """Dtype of the weights; float32 where they have several."""
         return common_dtype([shape.dtype for shape in self.modules.values()])
 
@@ -352,7 +355,7 @@ def shared_halves(modules: Mapping[str, LoRAWeights]) -> dict[str, SharedHalf]:
     return found
 
 
-def common_dtype(dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
+def common_dtype(dtypes: list[DType]) -> DType:
     """The dtype of all; float32 where they have several."""
     return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
 
@@ -398,7 +401,7 @@ class Adapter:
         return max(weights.rank for weights in self.modules.values())
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> DType:
         """Dtype of the weights; float32 where they have several."""
         return self.header.dtype
 
@@ -464,7 +467,7 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> DType: ...
 
 
 def check_halves(config: LoRAConfig, module: str, a: Matrix, b: Matrix) -> None:

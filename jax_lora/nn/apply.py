@@ -231,7 +231,7 @@ def _full_slots(model: nnx.Module, given: Mapping[str, int]) -> dict[str, tuple[
 
 
 def _experts_share(
-    model: nnx.Module, layers: Mapping[str, Any], given: Mapping[str, SharedHalf]
+    model: nnx.Module, layers: Mapping[str, nnx.Module], given: Mapping[str, SharedHalf]
 ) -> dict[str, SharedHalf]:
     """The half that experts share, by the name of their layer, which is one of `layers`."""
     if not isinstance(given, Mapping):

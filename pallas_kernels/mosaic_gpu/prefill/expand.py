@@ -53,7 +53,6 @@ from pallas_kernels.mosaic_gpu.prefill.route import (
     Route,
     Routes,
     RouteSize,
-    mixes_ranges,
     moved,
     route_size,
     row_mask,
@@ -67,6 +66,8 @@ _Y_STAGES = 3
 # A block that takes sweeps has room for the largest of them. One more block on each multiprocessor
 # gains more than a third stage. T=4096, ranks 8 to 128: 28.9 us with three, 26.3 with two.
 _Y_STAGES_IN_SWEEPS = 2
+# Where a launch has more tiles, each has adapters of one range, more often than not.
+_FEW_TILES = 63
 # A sweep of several ranges takes tiles with so many adapters of each range, at most: it takes them
 # one by one. H200, 63 rows of as many adapters of R=16 to 128 beside a prompt of 961: 51.1 us in a
 # sweep for each range, 76.8 together.
@@ -269,7 +270,7 @@ def _plan(
     dtype = jnp.dtype(y.dtype)
     spans = cuts(tuple((p.y_offset, p.y_offset + p.lora_b.shape[1]) for p in parts))
     sweeps = [_sweeps(cut.parts, parts, add_inputs, dtype.itemsize) for cut in spans]
-    mixed = mixes_ranges([part.slots for part in parts], y.shape[0])
+    few_tiles = y.shape[0] <= _FEW_TILES * TILE
     at_once = {sweep.parts for of_cut in sweeps for sweep in of_cut}
     in_sweeps = any(len(of_cut) > 1 for of_cut in sweeps)
     most_ys = _Y_STAGES_IN_SWEEPS if in_sweeps else _Y_STAGES
@@ -280,7 +281,7 @@ def _plan(
     for cut, of_cut in zip(spans, sweeps):
         whole, rest = divmod(cut.stop - cut.start, fit.block_n)
         y_bytes = dtype.itemsize * min(most_ys, fit.columns)
-        together = _together(of_cut, fit, y_bytes, add_inputs) if mixed else None
+        together = _together(of_cut, fit, y_bytes, add_inputs) if few_tiles else None
         plans.append(_CutPlan(cut, of_cut, together, whole, -(-whole // fit.columns), rest))
     return _Plan(
         parts=fit.parts,
@@ -598,7 +599,7 @@ def _take_sweeps(block: _Block, ring: "_YRing", route_of: dict[int, Route]) -> N
         if block.cut.together is None:
             _range_after_range(placed, routed, route_of)
         else:
-            most = functools.reduce(jnp.maximum, [route_of[i].count() for i in cut.parts])
+            most = _most_adapters(cut.parts, route_of)
             few = (most > 0) & (most <= _FEW_ADAPTERS)
             pl.when(few)(functools.partial(_ranges_together, placed, routed, route_of))
             pl.when(~few)(functools.partial(_range_after_range, placed, routed, route_of))
@@ -669,7 +670,12 @@ def _sweep_memory(
 
 def _is_used(parts: tuple[int, ...], route_of: dict[int, Route]) -> Bool[Array, ""]:
     """Whether some token has an adapter of these parts."""
-    return functools.reduce(jnp.maximum, [route_of[i].count() for i in parts]) > 0
+    return _most_adapters(parts, route_of) > 0
+
+
+def _most_adapters(parts: tuple[int, ...], route_of: dict[int, Route]) -> Int[Array, ""]:
+    """How many adapters of one of these parts the tokens have, at most."""
+    return functools.reduce(jnp.maximum, [route_of[i].count() for i in parts])
 
 
 def _fetch_v(
@@ -701,7 +707,7 @@ def _add_sweep(
     add = functools.partial(_add_parts, block, ring, route_of, sweep, memory)
     if max(config.expand_stack for config in configs) == 1:
         return add(at_once=1)
-    most = functools.reduce(jnp.maximum, [route_of[i].count() for i in sweep.parts])
+    most = _most_adapters(sweep.parts, route_of)
     # wgmma would multiply with what is there of other adapters. T=1024, 8 adapters of R=16, one in
     # most tiles: 15.4 us with one, 18.1 with four.
     pl.when(most == 1)(functools.partial(add, at_once=1))

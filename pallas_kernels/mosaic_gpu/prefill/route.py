@@ -13,7 +13,6 @@ come, or, where their adapters change often, sorted by adapter: `order`.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,18 +32,8 @@ _LOOK_AHEAD = 96
 _HEAD = 6
 # Where a portion's first step stands among these; its steps follow.
 _FIRST_STEP = 3
-# Of more tiles, each has adapters of one range, more often than not.
-_TILES_OF_SEVERAL = 63
 # Elements that TMA copies at once along an axis, at most.
 _COPIED = 256
-
-
-def mixes_ranges(ranges: Sequence[SlotRange], num_tokens: int) -> bool:
-    """Whether a tile's tokens likely have adapters of several ranges, from static shapes.
-
-    Then what takes range after range reads the tile's x, or y, several times, one after the other.
-    """
-    return len({each.first for each in ranges}) > 1 and num_tokens <= TILE * _TILES_OF_SEVERAL
 
 
 def may_sort(num_tokens: int) -> bool:
